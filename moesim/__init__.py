@@ -1,0 +1,1 @@
+"""moesim plans, simulates and validates the deployment of Mixture-of-Experts models."""
