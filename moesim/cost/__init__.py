@@ -1,0 +1,1 @@
+"""What a forward step costs, in closed form."""

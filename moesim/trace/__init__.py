@@ -1,0 +1,1 @@
+"""Routing traces: which experts every token chose in every MoE layer."""

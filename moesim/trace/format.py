@@ -1,0 +1,482 @@
+"""The trace format, version 1: types, validation, reading and writing.
+
+A trace is an `.npz` file or, when larger than memory, a directory of the same arrays as `.npy`
+files (memory-mapped) with `meta.json`. Only numpy is imported, so that the replay can read traces
+inside a serving engine's container. No pickle is ever loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.errors import FormatError, InputError, MismatchError
+from moesim.files import atomic_path, atomic_write
+
+FORMAT = "moesim-trace"
+VERSION = 1
+PREFILL, DECODE = 0, 1
+MAX_EXPERTS = 32_767
+MAX_MEMBER_BYTES = 1 << 38
+CHUNK_TOKENS = 65_536
+
+_TOKEN_ARRAYS: dict[str, tuple[str, ...]] = {
+    "request_ids": ("int32",),
+    "positions": ("int32",),
+    "phases": ("uint8",),
+    "token_ids": ("int32",),
+    "domain_ids": ("int16",),
+    "step_ids": ("int32",),
+    "rank_ids": ("int32",),
+}
+_REQUIRED = ("request_ids", "positions", "phases")
+_ID_DTYPES = ("uint8", "uint16", "int16")
+_GATE_DTYPES = ("float16", "float32")
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceMeta:
+    """What a trace says of itself.
+
+    `layer_ids` are absolute layer numbers of the MoE layers, in the order of axis L; `domains`
+    names the values of `domain_ids`; `source` is free-form provenance.
+    """
+
+    model: str
+    num_experts: int
+    top_k: int
+    layer_ids: tuple[int, ...]
+    domains: tuple[str, ...] = ()
+    license: str = ""
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_ids)
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "model": self.model,
+                "num_experts": self.num_experts,
+                "top_k": self.top_k,
+                "layer_ids": list(self.layer_ids),
+                "domains": list(self.domains),
+                "license": self.license,
+                "source": self.source,
+            },
+            ensure_ascii=False,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """A token-level routing trace.
+
+    expert_ids:   [T, L, K] uint8, uint16 or int16; logical ids, -1 where a token chose fewer.
+    request_ids, positions: [T] int32; position of the token within its request.
+    phases:       [T] uint8; 0 prefill, 1 decode.
+    gate_weights: [T, L, K] float16 or float32, optional.
+    token_ids, domain_ids, step_ids, rank_ids: [T], optional.
+    """
+
+    expert_ids: Array
+    request_ids: Array
+    positions: Array
+    phases: Array
+    meta: TraceMeta
+    gate_weights: Array | None = None
+    token_ids: Array | None = None
+    domain_ids: Array | None = None
+    step_ids: Array | None = None
+    rank_ids: Array | None = None
+    path: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.expert_ids.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.expert_ids.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.expert_ids.shape[2])
+
+    @property
+    def num_experts(self) -> int:
+        return self.meta.num_experts
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays that are present, by name, in file order."""
+        names = ("expert_ids", "gate_weights", *_TOKEN_ARRAYS)
+        return {n: a for n in names if (a := getattr(self, n)) is not None}
+
+    def take(self, token_idx: npt.NDArray[np.int64] | slice) -> Trace:
+        """The trace restricted to the given tokens, in the given order."""
+        picked = {n: np.asarray(a[token_idx]) for n, a in self.arrays().items()}
+        return Trace(meta=self.meta, path=self.path, **picked)
+
+    def content_hash(self) -> str:
+        """sha256 over meta and arrays, chunk by chunk; the same for npz and directory."""
+        digest = hashlib.sha256(self.meta.to_json().encode())
+        for name, array in self.arrays().items():
+            digest.update(f"{name}:{array.dtype.str}:{array.shape}".encode())
+            for chunk in _chunks(array):
+                digest.update(np.ascontiguousarray(chunk).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadTrace:
+    """Expert counts only: `expert_load` [S, L, E] int64, S steps or workloads."""
+
+    expert_load: Array
+    meta: TraceMeta
+    path: str = ""
+
+
+def load_trace(source: str | os.PathLike[str], *, validate: bool = True) -> Trace | LoadTrace:
+    """Read a trace file, trace directory, or bundled sample (`sample:NAME`).
+
+    Raises InputError when there is no such trace, FormatError when its content is not version 1
+    of the format. `validate=False` skips the pass over the expert ids (shapes and types are
+    always checked).
+    """
+    path = _resolve(source)
+    if path.is_dir():
+        raw = _read_directory(path)
+    else:
+        raw = _read_npz(path)
+    meta = parse_meta(raw.pop("meta"), str(path))
+    if "expert_load" in raw:
+        return _build_load_trace(raw, meta, str(path))
+    trace = _build_trace(raw, meta, str(path))
+    if validate:
+        _check_ids(trace)
+    return trace
+
+
+def require_tokens(trace: Trace | LoadTrace, needed_by: str) -> Trace:
+    """Return `trace` if it is token-level; otherwise raise MismatchError naming what needs it."""
+    if isinstance(trace, LoadTrace):
+        raise MismatchError(
+            f"{needed_by} needs token-level routing, but {trace.path or 'this trace'} is a load"
+            " trace (expert counts only)",
+            "give a trace with expert_ids, or use a command that works on counts",
+        )
+    return trace
+
+
+def load_token_trace(source: str | os.PathLike[str], needed_by: str) -> Trace:
+    """`load_trace` followed by `require_tokens`; an empty trace is refused as well."""
+    trace = require_tokens(load_trace(source), needed_by)
+    if trace.num_tokens == 0:
+        raise FormatError(f"{trace.path}: the trace has no tokens", "capture or import some")
+    return trace
+
+
+def save_trace(trace: Trace | LoadTrace, path: str | os.PathLike[str]) -> None:
+    """Write `trace` as compressed `.npz`, or as a directory when `path` has no `.npz` suffix.
+
+    Files appear complete or not at all; an existing directory is refused.
+    """
+    target = Path(path)
+    arrays = trace.arrays() if isinstance(trace, Trace) else {"expert_load": trace.expert_load}
+    if target.suffix == ".npz":
+        with atomic_path(target) as temporary, temporary.open("wb") as out:
+            np.savez_compressed(
+                out, allow_pickle=False, meta=np.array(trace.meta.to_json()), **arrays
+            )
+        return
+    if target.exists():
+        raise InputError(f"{target} exists already", "name a new directory, or an .npz file")
+    temporary_dir = target.with_name(f".{target.name}.partial")
+    try:
+        temporary_dir.mkdir(parents=False)
+        for name, array in arrays.items():
+            np.save(temporary_dir / f"{name}.npy", array, allow_pickle=False)
+        atomic_write(temporary_dir / "meta.json", trace.meta.to_json())
+        temporary_dir.rename(target)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {target}: {error.strerror}", "name a place that you can write to"
+        ) from None
+
+
+def sample_names() -> list[str]:
+    """Names of the bundled traces, as accepted after `sample:`."""
+    from importlib.resources import files
+
+    return sorted(
+        entry.name[: -len(".npz")]
+        for entry in files("moesim.traces").iterdir()
+        if entry.name.endswith(".npz")
+    )
+
+
+def parse_meta(text: str, where: str) -> TraceMeta:
+    """Parse and check the JSON text of `meta`; FormatError names the field that is wrong."""
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError):
+        raise FormatError(f"{where}: meta is not JSON", _REMEDY) from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise FormatError(f'{where}: meta does not say format "{FORMAT}"', _REMEDY)
+    if raw.get("version") != VERSION:
+        raise FormatError(
+            f"{where}: trace version {raw.get('version')!r}, this moesim reads {VERSION}",
+            "write the trace again with this version",
+        )
+
+    def bad(name: str, want: str) -> FormatError:
+        return FormatError(f"{where}: meta.{name} must be {want}", _REMEDY)
+
+    counts = {}
+    for name in ("num_experts", "top_k"):
+        value = raw.get(name)
+        if type(value) is not int or not 1 <= value <= MAX_EXPERTS:
+            raise bad(name, f"a whole number from 1 to {MAX_EXPERTS}")
+        counts[name] = value
+    if counts["top_k"] > counts["num_experts"]:
+        raise bad("top_k", f"at most num_experts ({counts['num_experts']})")
+    layers = raw.get("layer_ids")
+    if (
+        not isinstance(layers, list)
+        or not layers
+        or any(type(x) is not int or not 0 <= x < 1 << 20 for x in layers)
+        or len(set(layers)) != len(layers)
+    ):
+        raise bad("layer_ids", "a list of distinct layer numbers")
+    domains = raw.get("domains") or []
+    if not isinstance(domains, list) or any(type(x) is not str for x in domains):
+        raise bad("domains", "a list of names")
+    source = raw.get("source") or {}
+    if not isinstance(raw.get("model", ""), str) or not isinstance(raw.get("license", ""), str):
+        raise bad("model and meta.license", "text")
+    return TraceMeta(
+        model=raw.get("model", ""),
+        num_experts=counts["num_experts"],
+        top_k=counts["top_k"],
+        layer_ids=tuple(layers),
+        domains=tuple(domains),
+        license=raw.get("license", ""),
+        source=source if isinstance(source, dict) else {"note": str(source)},
+    )
+
+
+def iter_chunks(num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[slice]:
+    """Slices that cover `num_tokens` tokens, so that a pass over a memory map stays bounded."""
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, num_tokens))
+
+
+_REMEDY = "check how the trace was written; docs/trace-format.md describes the format"
+
+
+def _chunks(array: Array) -> Iterator[Array]:
+    for part in iter_chunks(array.shape[0]):
+        yield array[part]
+
+
+def _resolve(source: str | os.PathLike[str]) -> Path:
+    text = os.fspath(source)
+    if text.startswith("sample:"):
+        from importlib.resources import files
+
+        from moesim.errors import UnknownNameError
+
+        name = text[len("sample:") :]
+        if name not in sample_names():
+            raise UnknownNameError("sample trace", name, sample_names())
+        return Path(str(files("moesim.traces").joinpath(f"{name}.npz")))
+    path = Path(text)
+    if not path.exists():
+        raise InputError(
+            f"no trace at {text}", "give an .npz file, a trace directory, or sample:NAME"
+        )
+    return path
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    known = {"expert_ids", "gate_weights", "expert_load", "meta", *_TOKEN_ARRAYS}
+    raw: dict[str, Any] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if name not in known:
+                    continue
+                if info.file_size > MAX_MEMBER_BYTES:
+                    raise FormatError(
+                        f"{path}: array {name} claims {info.file_size} bytes",
+                        "use the directory form for traces larger than memory",
+                    )
+                with archive.open(info) as member:
+                    raw[name] = _read_npy(member, info.file_size, f"{path}: array {name}")
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        raise FormatError(f"{path}: not a readable .npz file ({error})", _REMEDY) from None
+    except (zlib.error, lzma.LZMAError) as error:
+        raise FormatError(f"{path}: damaged .npz file ({error})", _REMEDY) from None
+    if "meta" not in raw:
+        raise FormatError(f"{path}: there is no array called meta", _REMEDY)
+    raw["meta"] = str(raw["meta"])
+    return raw
+
+
+def _read_npy(member: Any, num_bytes: int, where: str) -> Array:
+    """Read one .npy stream after checking its header against the bytes that are really there."""
+    try:
+        version = np.lib.format.read_magic(member)
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        else:
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(member)
+    except (ValueError, OSError, EOFError) as error:
+        raise FormatError(f"{where}: bad header ({error})", _REMEDY) from None
+    if dtype.hasobject:
+        raise FormatError(f"{where}: holds pickled objects, which are never loaded", _REMEDY)
+    size = math.prod(shape) * dtype.itemsize
+    if size > num_bytes:
+        raise FormatError(f"{where}: shorter than its shape {shape} demands", _REMEDY)
+    data = member.read(size)
+    if len(data) != size:
+        raise FormatError(f"{where}: truncated", _REMEDY)
+    flat = np.frombuffer(data, dtype=dtype)
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def _read_directory(path: Path) -> dict[str, Any]:
+    meta = path / "meta.json"
+    if not meta.is_file():
+        raise FormatError(f"{path}: there is no meta.json in this directory", _REMEDY)
+    try:
+        raw: dict[str, Any] = {"meta": meta.read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{meta}: not readable text ({error})", _REMEDY) from None
+    for name in ("expert_ids", "gate_weights", "expert_load", *_TOKEN_ARRAYS):
+        file = path / f"{name}.npy"
+        if not file.exists():
+            continue
+        try:
+            raw[name] = (
+                np.load(file, mmap_mode="r", allow_pickle=False)
+                if file.stat().st_size > 128
+                else np.load(file, allow_pickle=False)
+            )
+        except (ValueError, OSError, EOFError) as error:
+            raise FormatError(f"{file}: not a readable .npy file ({error})", _REMEDY) from None
+    return raw
+
+
+def _build_load_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> LoadTrace:
+    load = raw["expert_load"]
+    want = (meta.num_layers, meta.num_experts)
+    if load.dtype != np.int64 or load.ndim != 3 or load.shape[1:] != want or load.shape[0] < 1:
+        raise FormatError(
+            f"{where}: expert_load is {load.dtype} {load.shape}, wanted int64 [S, {want[0]},"
+            f" {want[1]}]",
+            _REMEDY,
+        )
+    if load.min() < 0:
+        raise FormatError(f"{where}: expert_load has negative counts", _REMEDY)
+    return LoadTrace(load, meta, where)
+
+
+def _build_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> Trace:
+    missing = [n for n in ("expert_ids", *_REQUIRED) if n not in raw]
+    if missing:
+        raise FormatError(f"{where}: array {missing[0]} is missing", _REMEDY)
+    ids = raw["expert_ids"]
+    _check_dtype(ids, "expert_ids", _ID_DTYPES, where)
+    want = (meta.num_layers, meta.top_k)
+    if ids.ndim != 3 or ids.shape[1:] != want:
+        raise FormatError(
+            f"{where}: expert_ids has shape {ids.shape}, but meta says [T, {want[0]}, {want[1]}]",
+            _REMEDY,
+        )
+    gates = raw.get("gate_weights")
+    if gates is not None:
+        _check_dtype(gates, "gate_weights", _GATE_DTYPES, where)
+        if gates.shape != ids.shape:
+            raise FormatError(
+                f"{where}: gate_weights has shape {gates.shape}, expert_ids {ids.shape}", _REMEDY
+            )
+    for name, dtypes in _TOKEN_ARRAYS.items():
+        array = raw.get(name)
+        if array is None:
+            continue
+        _check_dtype(array, name, dtypes, where)
+        if array.shape != ids.shape[:1]:
+            raise FormatError(
+                f"{where}: {name} has shape {array.shape}, wanted ({ids.shape[0]},)", _REMEDY
+            )
+    arrays = {n: raw[n] for n in ("expert_ids", "gate_weights", *_TOKEN_ARRAYS) if n in raw}
+    return Trace(meta=meta, path=where, **arrays)
+
+
+def _check_dtype(array: Array, name: str, allowed: tuple[str, ...], where: str) -> None:
+    if array.dtype.newbyteorder("=").name not in allowed or not array.dtype.isnative:
+        raise FormatError(
+            f"{where}: {name} has type {array.dtype}, wanted {' or '.join(allowed)}", _REMEDY
+        )
+
+
+def _check_ids(trace: Trace) -> None:
+    """One bounded pass: ids in range, no expert twice for a token, finite gates, known domains."""
+    top_k, num_experts = trace.top_k, trace.num_experts
+    for part in iter_chunks(trace.num_tokens):
+        ids = np.asarray(trace.expert_ids[part])
+        bad = ids >= num_experts
+        if ids.dtype.kind == "i":
+            bad |= ids < -1
+        if bad.any():
+            t, layer, k = (int(x[0]) for x in np.nonzero(bad))
+            raise FormatError(
+                f"{trace.path}: token {part.start + t}, layer {layer}: expert id"
+                f" {int(ids[t, layer, k])} is outside 0..{num_experts - 1}",
+                _REMEDY,
+            )
+        for a in range(top_k):
+            for b in range(a + 1, top_k):
+                same = (ids[:, :, a] == ids[:, :, b]) & (ids[:, :, a] != -1)
+                if same.any():
+                    t, layer = (int(x[0]) for x in np.nonzero(same))
+                    raise FormatError(
+                        f"{trace.path}: token {part.start + t}, layer {layer}: expert"
+                        f" {int(ids[t, layer, a])} is chosen twice",
+                        _REMEDY,
+                    )
+        if trace.gate_weights is not None and not np.isfinite(trace.gate_weights[part]).all():
+            raise FormatError(f"{trace.path}: gate_weights are not all finite", _REMEDY)
+    for name in ("request_ids", "positions"):
+        array = getattr(trace, name)
+        if array.size and array.min() < 0:
+            raise FormatError(f"{trace.path}: {name} has negative values", _REMEDY)
+    if trace.phases.size and trace.phases.max() > DECODE:
+        raise FormatError(f"{trace.path}: phases must be 0 (prefill) or 1 (decode)", _REMEDY)
+    domains = trace.domain_ids
+    if domains is not None and domains.size:
+        if domains.min() < 0 or domains.max() >= max(1, len(trace.meta.domains)):
+            raise FormatError(
+                f"{trace.path}: domain_ids go to {int(domains.max())}, but meta.domains has"
+                f" {len(trace.meta.domains)} names",
+                _REMEDY,
+            )

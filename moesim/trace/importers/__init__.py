@@ -1,0 +1,1 @@
+"""Readers of other tools' routing dumps, one file a source."""

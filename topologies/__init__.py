@@ -1,0 +1,1 @@
+"""Cluster descriptions, GPU specs and calibration tables as YAML."""

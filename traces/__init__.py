@@ -1,0 +1,1 @@
+"""Small real routing traces, bundled as `sample:NAME`; each with its provenance beside it."""
