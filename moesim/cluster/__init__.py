@@ -1,0 +1,45 @@
+"""Clusters: GPU specs and links from YAML, as a graph, bandwidth and hop matrices and routes."""
+
+from moesim.cluster.core import Cluster
+from moesim.cluster.fabric import Fabric
+from moesim.cluster.load import (
+    DEFAULT_CLUSTER,
+    check_cluster_file,
+    cluster_names,
+    find_cluster_file,
+    gpu_names,
+    load_cluster,
+    load_gpu,
+    topology_dir,
+)
+from moesim.cluster.types import (
+    KINDS,
+    LINK_CLASSES,
+    Basis,
+    BasisBlock,
+    GpuSpec,
+    HostRoutes,
+    PathSet,
+    RouteTable,
+)
+
+__all__ = [
+    "DEFAULT_CLUSTER",
+    "KINDS",
+    "LINK_CLASSES",
+    "Basis",
+    "BasisBlock",
+    "Cluster",
+    "Fabric",
+    "GpuSpec",
+    "HostRoutes",
+    "PathSet",
+    "RouteTable",
+    "check_cluster_file",
+    "cluster_names",
+    "find_cluster_file",
+    "gpu_names",
+    "load_cluster",
+    "load_gpu",
+    "topology_dir",
+]
