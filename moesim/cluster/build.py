@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moesim.cluster.fabric import NO_PEER, NVSWITCH, PCIE_TREE, Fabric
-from moesim.cluster.schema import MAX_GPUS, ClusterFile, Latency, NodeGroup
+from moesim.cluster.schema import MAX_GPUS, ClusterFile, Latency, Network, NodeGroup
 from moesim.cluster.types import HOST, LEAF_SPINE, NIC, NVLINK, NVME, PCIE, GpuSpec
 from moesim.errors import FormatError, InputError
 
@@ -18,7 +18,7 @@ _PEERS = {"nvswitch": NVSWITCH, "pcie": PCIE_TREE, "none": NO_PEER}
 _COLUMNS = (
     "gpu_vertex", "node_of_gpu", "peer_of_node", "nv_up", "nv_down", "pcie_up", "pcie_down",
     "rc_of_gpu", "bridge_up", "bridge_down", "host_of_rc", "dram_write", "dram_read",
-    "nvme_write", "nvme_read", "nic_of_gpu", "leaf_of_nic", "leaf_up", "leaf_down", "rail_of_nic",
+    "nvme_write", "nvme_read", "nic_of_gpu", "leaf_of_nic", "leaf_up", "leaf_down",
 )
 # fmt: on
 
@@ -104,6 +104,7 @@ class _Builder:
         self.rc_vertex: list[int] = []
         self.nic_vertex: list[int] = []
         self.node_of_nic: list[int] = []
+        self.nic_rank: list[int] = []
         self.nic_gb_per_s: list[float] = []
 
     def add_node(self, node: int, plan: NodePlan, gpus: Sequence[GpuSpec]) -> None:
@@ -196,7 +197,7 @@ class _Builder:
                 self.nic_vertex.append(nic)
                 self.node_of_nic.append(node)
                 self.nic_gb_per_s.append(nics.gb_per_s)
-                cols["rail_of_nic"].append(rank // nics.gpus_per_nic)
+                self.nic_rank.append(rank // nics.gpus_per_nic)
                 nic_rc = rc
                 slot_in, slot_out = links.pair(
                     self.rc_vertex[rc], nic, PCIE, nics.slot_gb_per_s, self.latency.pcie_us
@@ -239,23 +240,7 @@ class _Builder:
                 f"{self.label}: disconnected: {reason}, but {what}",
                 "add network: and nics:, or ask for at most one node of GPUs",
             )
-        ports = network.leaf_down_ports
-        num_nics = len(self.nic_vertex)
-        if network.type == "rail-optimised":
-            rails = max(cols["rail_of_nic"]) + 1
-            leaf_of_nic = [
-                (node // ports) * rails + rail
-                for node, rail in zip(self.node_of_nic, cols["rail_of_nic"], strict=True)
-            ]
-        elif network.type == "leaf-spine":
-            leaf_of_nic = [nic // ports for nic in range(num_nics)]
-        else:
-            leaf_of_nic = [0] * num_nics
-            if num_nics > ports:
-                raise InputError(
-                    f"{self.label}: {num_nics} NICs on a single switch of {ports} ports",
-                    "ask for fewer GPUs, or write network type leaf-spine",
-                )
+        leaf_of_nic = self._leaves(network)
         num_leaves = max(leaf_of_nic) + 1
         leaves = [links.vertex(f"leaf:{i}") for i in range(num_leaves)]
         for nic, leaf in enumerate(leaf_of_nic):
@@ -274,7 +259,7 @@ class _Builder:
                 "give network.num_spines, or more leaf_down_ports",
             )
         spines = [links.vertex(f"spine:{i}") for i in range(network.num_spines)]
-        uplinks = ports * network.port_gb_per_s / network.oversubscription
+        uplinks = network.leaf_down_ports * network.port_gb_per_s / network.oversubscription
         spine_up: list[list[int]] = []
         spine_down: list[list[int]] = []
         for leaf in leaves:
@@ -288,6 +273,25 @@ class _Builder:
             spine_down.append([down for _, down in both])
         return spine_up, spine_down
 
+    def _leaves(self, network: Network) -> list[int]:
+        """Leaf switch of every NIC."""
+        ports, num_nics = network.leaf_down_ports, len(self.nic_vertex)
+        if network.type == "rail-optimised":
+            rails = network.num_rails or max(self.nic_rank) + 1
+            filled: dict[int, int] = {}
+            leaves = []
+            for rank in self.nic_rank:
+                rail = rank % rails
+                leaves.append(filled.get(rail, 0) // ports * rails + rail)
+                filled[rail] = filled.get(rail, 0) + 1
+            return leaves
+        if network.type == "single-switch" and num_nics > ports:
+            raise InputError(
+                f"{self.label}: {num_nics} NICs on a single switch of {ports} ports",
+                "ask for fewer GPUs, or write network type leaf-spine",
+            )
+        return [nic // ports for nic in range(num_nics)]
+
     def _rails_suffice(self, leaf_of_nic: list[int]) -> bool:
         """Whether relaying over NVLink reaches every GPU without a spine."""
         if not relays(self.file) or any(p != NVSWITCH for p in self.cols["peer_of_node"]):
@@ -297,20 +301,26 @@ class _Builder:
             reach.setdefault(node, set()).add(leaf)
         return all(leaves == reach[0] for leaves in reach.values())
 
-    def relay_table(self) -> np.ndarray:
-        """[N, rails, w]: GPUs of each node by rail, repeated to fill w; -1 where there is none."""
+    def relay_arrays(self) -> dict[str, np.ndarray]:
+        """GPUs by node and leaf (CSR under sorted keys), and each GPU's port number on its leaf."""
         cols = self.cols
-        by_rail: dict[tuple[int, int], list[int]] = {}
+        num_leaves = max(cols["leaf_of_nic"], default=-1) + 1
+        by_leaf: dict[int, list[int]] = {}
+        used: dict[int, int] = {}
+        port_of_gpu: list[int] = []
         for gpu, nic in enumerate(cols["nic_of_gpu"]):
-            if nic >= 0:
-                key = cols["node_of_gpu"][gpu], cols["rail_of_nic"][nic]
-                by_rail.setdefault(key, []).append(gpu)
-        rails = max((rail for _, rail in by_rail), default=-1) + 1
-        width = max((len(gpus) for gpus in by_rail.values()), default=0)
-        table = np.full((self.num_nodes, rails, width), -1, dtype=np.int64)
-        for (node, rail), gpus in by_rail.items():
-            table[node, rail] = [gpus[i % len(gpus)] for i in range(width)]
-        return table
+            leaf = cols["leaf_of_nic"][nic] if num_leaves else -1
+            if leaf >= 0:
+                by_leaf.setdefault(cols["node_of_gpu"][gpu] * num_leaves + leaf, []).append(gpu)
+            port_of_gpu.append(used.get(leaf, 0))
+            used[leaf] = port_of_gpu[-1] + 1
+        keys = sorted(by_leaf)
+        return {
+            "port_of_gpu": _ints(port_of_gpu),
+            "relay_key": _ints(keys),
+            "relay_indptr": _ints(np.cumsum([0, *(len(by_leaf[key]) for key in keys)])),
+            "relay_gpu": _ints(gpu for key in keys for gpu in by_leaf[key]),
+        }
 
 
 def relays(file: ClusterFile) -> bool:
@@ -354,12 +364,12 @@ def build_fabric(
         from_nic=_padded(builder.from_nic),
         spine_up=_padded(spine_up),
         spine_down=_padded(spine_down),
-        relay_gpu=builder.relay_table(),
         relays=relays(file),
         ecmp_seed=file.network.ecmp_seed if file.network is not None else 0,
         message_intra_node_us=file.latency.message_intra_node_us,
         message_inter_node_us=file.latency.message_inter_node_us,
         message_host_us=file.latency.message_host_us,
+        **builder.relay_arrays(),
         **{name: _ints(values) for name, values in builder.cols.items()},
     )
 

@@ -22,7 +22,7 @@ NVSWITCH, PCIE_TREE, NO_PEER = range(3)
 # fmt: off
 _PER_GPU = (
     "gpu_uid", "gpu_vertex", "node_of_gpu", "nv_up", "nv_down", "pcie_up", "pcie_down",
-    "rc_of_gpu", "nic_of_gpu", "to_nic", "from_nic",
+    "rc_of_gpu", "nic_of_gpu", "to_nic", "from_nic", "port_of_gpu",
 )
 # fmt: on
 
@@ -37,8 +37,10 @@ class Fabric:
     A link id of -1 means that there is none. `to_nic` and `from_nic` [G, w] hold the whole path
     between a GPU and its NIC, padded with -1. `spine_up` and `spine_down` are [leaves, spines].
     `socket_key` (sorted, host_a * num_hosts + host_b) and `socket_link` are the links between the
-    hosts of a node. `relay_gpu` [N, rails, w] names the GPUs of a node that sit on a rail, -1 where
-    a node lacks the rail. `gpu_uid` follows a GPU through `relabel` and seeds its ECMP hash.
+    hosts of a node. The GPUs of a node that sit on a leaf are
+    `relay_gpu[relay_indptr[i]:relay_indptr[i + 1]]`, where `relay_key[i]` is node * num_leaves +
+    leaf (sorted); `port_of_gpu` numbers the GPUs of a leaf. `gpu_uid` follows a GPU through
+    `relabel` and seeds its ECMP hash.
     """
 
     vertices: tuple[str, ...]
@@ -74,7 +76,9 @@ class Fabric:
     leaf_down: IntArray
     spine_up: IntArray
     spine_down: IntArray
-    rail_of_nic: IntArray
+    port_of_gpu: IntArray
+    relay_key: IntArray
+    relay_indptr: IntArray
     relay_gpu: IntArray
     relays: bool
     ecmp_seed: int
@@ -139,6 +143,6 @@ class Fabric:
         return replace(
             self,
             vertices=tuple(vertices),
-            relay_gpu=np.where(self.relay_gpu >= 0, inverse[self.relay_gpu], -1),
+            relay_gpu=inverse[self.relay_gpu],
             **{name: getattr(self, name)[order] for name in _PER_GPU},
         )

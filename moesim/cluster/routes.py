@@ -12,6 +12,8 @@ Ignored: adaptive routing, multi-path spraying, several rails used by one pair o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,6 +27,7 @@ MAX_ROUTED_GPUS = 4096
 _PAIRS_AT_ONCE = 1 << 20
 
 IntArray = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 
 def route_table(fabric: Fabric) -> RouteTable:
@@ -76,7 +79,7 @@ def paths_between(fabric: Fabric, src: IntArray, dst: IntArray) -> IntArray:
     treed = local & (peer == PCIE_TREE)
     columns: list[IntArray] = []
 
-    def emit(links: IntArray, where: NDArray[np.bool_]) -> None:
+    def emit(links: IntArray, where: Mask) -> None:
         if where.any():
             columns.append(np.where(where, links, -1))
 
@@ -96,7 +99,13 @@ def paths_between(fabric: Fabric, src: IntArray, dst: IntArray) -> IntArray:
     return np.stack(columns, axis=1)
 
 
-def _remote(fabric, src, dst, remote, emit) -> None:  # type: ignore[no-untyped-def]
+def _remote(
+    fabric: Fabric,
+    src: IntArray,
+    dst: IntArray,
+    remote: Mask,
+    emit: Callable[[IntArray, Mask], None],
+) -> None:
     via = np.where(remote, _relay(fabric, src, dst), src)
     relayed = remote & (via != src)
     emit(fabric.nv_up[src], relayed)
@@ -118,22 +127,20 @@ def _remote(fabric, src, dst, remote, emit) -> None:  # type: ignore[no-untyped-
 
 
 def _relay(fabric: Fabric, src: IntArray, dst: IntArray) -> IntArray:
-    """The GPU that hands the traffic to its NIC: `src`, or its node's GPU on `dst`'s rail."""
-    if not fabric.relays or not len(fabric.leaf_of_nic):
+    """The GPU that hands the traffic to its NIC: `src`, or one of its node on `dst`'s leaf."""
+    if not fabric.relays:
         return src
-    node = fabric.node_of_gpu
-    nic = fabric.nic_of_gpu
-    leaf = fabric.leaf_of_nic[nic]
-    rail = fabric.rail_of_nic[nic]
-    turn = fabric.gpu_uid[dst] % fabric.relay_gpu.shape[2]
-    candidate = fabric.relay_gpu[node[src], rail[dst], turn]
+    leaf = fabric.leaf_of_nic[fabric.nic_of_gpu]
+    node = fabric.node_of_gpu[src]
+    key = node * (int(fabric.leaf_of_nic.max()) + 1) + leaf[dst]
+    at = np.minimum(np.searchsorted(fabric.relay_key, key), len(fabric.relay_key) - 1)
     saves = (
-        (candidate >= 0)
+        (fabric.relay_key[at] == key)
         & (leaf[src] != leaf[dst])
-        & (leaf[candidate] == leaf[dst])
-        & (fabric.peer_of_node[node[src]] == NVSWITCH)
+        & (fabric.peer_of_node[node] == NVSWITCH)
     )
-    return np.where(saves, candidate, src)
+    turn = fabric.port_of_gpu[dst] % np.diff(fabric.relay_indptr)[at]
+    return np.where(saves, fabric.relay_gpu[fabric.relay_indptr[at] + turn], src)
 
 
 def _socket(fabric: Fabric, src: IntArray, dst: IntArray) -> IntArray:

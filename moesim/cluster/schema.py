@@ -208,15 +208,25 @@ class NodeGroup(_Model):
 
 class Network(Figures):
     """Switches between nodes. A leaf has `leaf_down_ports` ports towards NICs and uplinks of
-    `leaf_down_ports * port_gb_per_s / oversubscription`, spread evenly over the spines."""
+    `leaf_down_ports * port_gb_per_s / oversubscription`, spread evenly over the spines.
+    NIC i of a node is on rail `i % num_rails` (default: a rail for every NIC of a node)."""
 
     type: Literal["rail-optimised", "leaf-spine", "single-switch"]
     leaf_down_ports: Count
     port_gb_per_s: Positive
     num_spines: Annotated[int, BeforeValidator(_count), Field(ge=0, le=1024)] = 0
     oversubscription: Annotated[float, BeforeValidator(_number), Field(ge=1, le=1000)] = 1.0
-    rail_forwarding: Literal["nvlink", "spine"] = "nvlink"
+    num_rails: Count | None = None
+    rail_forwarding: Literal["nvlink", "spine"] | None = None
     ecmp_seed: Annotated[int, BeforeValidator(_count), Field(ge=0, le=2**63 - 1)] = 0
+
+    @model_validator(mode="after")
+    def _rails(self) -> Network:
+        if self.type != "rail-optimised":
+            for key in ("num_rails", "rail_forwarding"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key}: only a rail-optimised network has rails")
+        return self
 
 
 class Latency(Figures):
