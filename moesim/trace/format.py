@@ -330,7 +330,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
                         "use the directory form for traces larger than memory",
                     )
                 with archive.open(info) as member:
-                    raw[name] = _read_npy(member, info.file_size, f"{path}: array {name}")
+                    raw[name] = read_npy(member, info.file_size, f"{path}: array {name}")
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError) as error:
         raise FormatError(f"{path}: not a readable .npz file ({error})", _REMEDY) from None
     except (zlib.error, lzma.LZMAError) as error:
@@ -341,7 +341,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_npy(member: Any, num_bytes: int, where: str) -> Array:
+def read_npy(member: Any, num_bytes: int, where: str) -> Array:
     """Read one .npy stream after checking its header against the bytes that are really there."""
     try:
         version = np.lib.format.read_magic(member)
@@ -354,7 +354,7 @@ def _read_npy(member: Any, num_bytes: int, where: str) -> Array:
     if dtype.hasobject:
         raise FormatError(f"{where}: holds pickled objects, which are never loaded", _REMEDY)
     size = math.prod(shape) * dtype.itemsize
-    if size > num_bytes:
+    if min(shape, default=0) < 0 or size > num_bytes:
         raise FormatError(f"{where}: shorter than its shape {shape} demands", _REMEDY)
     data = member.read(size)
     if len(data) != size:
