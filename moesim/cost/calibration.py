@@ -1,0 +1,267 @@
+"""Calibrations: what a GPU's collectives, expert GEMMs and copies were measured to take.
+
+`load_calibration("h100")` reads a bundled file, `load_calibration("host.yaml")` one that
+`moesim calibrate` wrote; both give a `Calibration`. Where nothing was measured for a GPU,
+`datasheet_models` makes one of the same shape from datasheet figures and assumed efficiencies.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from moesim.cost.calibration_schema import (
+    CalibrationFile,
+    CollectiveEntry,
+    CopyEntry,
+    ExpertEntry,
+)
+from moesim.cost.collective import CollectiveCurve, CollectiveModel
+from moesim.cost.curves import AffineMin, Basis, Evaluation, FloatArray, SizeCurve, SizeTable
+from moesim.cost.expert_gemm import ExpertGemmModel
+from moesim.errors import FormatError, InputError, UnknownNameError
+
+MAX_FILE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class CopyModel:
+    """Host-link (`h2d`, `d2h`, pinned memory) or local `permute` time by bytes."""
+
+    direction: str
+    curve: SizeCurve
+    floor_us: float = 0.0
+    bytes_range: tuple[float, float] = (0.0, float("inf"))
+    basis: Basis = "measured"
+    source: str = ""
+
+    def time_us(self, num_bytes: npt.ArrayLike) -> FloatArray:
+        import numpy as np
+
+        return np.maximum(self.curve.time_us(num_bytes), self.floor_us)
+
+    def evaluate(self, num_bytes: npt.ArrayLike) -> Evaluation:
+        import numpy as np
+
+        inside = bool(np.all(np.asarray(num_bytes) <= self.bytes_range[1]))
+        return Evaluation(self.time_us(num_bytes), self.basis, inside, self.source)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Models of one GPU type, ready to evaluate.
+
+    `collectives`: `CollectiveModel`; `experts`: by (dtype, kernel), the first of a dtype being its
+    default; `copies`: by direction. `eager_collective_us` is the host's launch floor of a
+    collective that is not replayed from a CUDA graph.
+    """
+
+    name: str
+    gpu: str
+    collectives: CollectiveModel
+    experts: Mapping[tuple[str, str], ExpertGemmModel]
+    copies: Mapping[str, CopyModel]
+    eager_collective_us: float = 0.0
+    sources: Mapping[str, str] | None = None
+
+    def collective(
+        self,
+        kind: str,
+        group_size: int,
+        num_nodes: int = 1,
+        *,
+        num_sms: int | None = None,
+        nic_gb_per_s: float | None = None,
+        eager: bool = False,
+    ) -> CollectiveCurve:
+        """The curve of one collective; see `CollectiveModel.curve`.
+
+        `eager`: with the host's launch floor, as when calls are not replayed from a CUDA graph.
+        Raises UnknownNameError for a kind that the calibration lacks.
+        """
+        curve = self.collectives.curve(
+            kind, group_size, num_nodes, num_sms=num_sms, nic_gb_per_s=nic_gb_per_s
+        )
+        if eager:
+            curve = replace(curve, floor_us=max(curve.floor_us, self.eager_collective_us))
+        return curve
+
+    def expert_ffn(self, dtype: str, kernel: str | None = None) -> ExpertGemmModel:
+        """The expert model of a dtype; its first kernel where none is named.
+
+        Raises UnknownNameError for a dtype or kernel that the calibration lacks.
+        """
+        of_dtype = {key[1]: model for key, model in self.experts.items() if key[0] == dtype}
+        if not of_dtype:
+            raise UnknownNameError(
+                f"expert dtype in calibration {self.name!r}", dtype, {k[0] for k in self.experts}
+            )
+        if kernel is None:
+            return next(iter(of_dtype.values()))
+        if kernel not in of_dtype:
+            raise UnknownNameError(f"{dtype} expert kernel", kernel, of_dtype)
+        return of_dtype[kernel]
+
+    def copy(self, direction: str) -> CopyModel:
+        """Host copy "h2d" or "d2h", or "permute". Raises UnknownNameError where not measured."""
+        if direction not in self.copies:
+            raise UnknownNameError("copy direction", direction, self.copies)
+        return self.copies[direction]
+
+
+def calibration_names() -> list[str]:
+    """Names of the bundled calibrations."""
+    folder = resources.files("moesim.topologies") / "calibration"
+    return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_calibration(name_or_path: str | os.PathLike[str]) -> Calibration:
+    """A bundled calibration by name, or a file by path (anything with a separator or suffix).
+
+    Raises UnknownNameError for a name that is not bundled, InputError for a file that cannot be
+    read and FormatError for one that is not a calibration of version 1.
+    """
+    text_name = os.fspath(name_or_path)
+    path = Path(text_name)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or path.exists():
+        return parse_calibration(_read(path), where=text_name)
+    known = calibration_names()
+    if text_name not in known:
+        raise UnknownNameError("calibration", text_name, known)
+    bundled = resources.files("moesim.topologies") / "calibration" / f"{text_name}.yaml"
+    return parse_calibration(bundled.read_text(encoding="utf-8"), where=text_name)
+
+
+def parse_calibration(text: str, *, where: str = "calibration") -> Calibration:
+    """A calibration from YAML text; `where` names it in errors. Raises FormatError."""
+    return build_calibration(parse_calibration_file(text, where=where))
+
+
+def parse_calibration_file(text: str, *, where: str = "calibration") -> CalibrationFile:
+    """The validated file itself, with its fit reports. Raises FormatError."""
+    import yaml
+    from pydantic import ValidationError
+
+    remedy = "see docs/calibration.md for the format; `moesim calibrate` writes it"
+    try:
+        raw: Any = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FormatError(f"{where}: not readable as YAML: {line}", remedy) from None
+    if not isinstance(raw, dict):
+        raise FormatError(f"{where}: holds no mapping at its top level", remedy)
+    try:
+        return CalibrationFile.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "file"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise FormatError(f"{where}: {field}: {first['msg']}{more}", remedy) from None
+
+
+def build_calibration(parsed: CalibrationFile) -> Calibration:
+    """Models from a validated file."""
+    return Calibration(
+        name=parsed.name,
+        gpu=parsed.gpu,
+        collectives=CollectiveModel([_collective(entry) for entry in parsed.collectives]),
+        experts={(entry.dtype, entry.kernel): _expert(entry) for entry in parsed.expert_ffn},
+        copies={entry.direction: _copy(entry) for entry in parsed.copies},
+        eager_collective_us=parsed.launch.eager_collective_us,
+        sources=parsed.sources,
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(
+                f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB",
+                "a calibration holds short tables; write it with `moesim calibrate`",
+            )
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(
+            f"cannot read calibration {str(path)!r}: {reason}",
+            f"give a file that exists, or one of: {', '.join(calibration_names())}",
+        ) from None
+
+
+def _segments(pairs: list[list[float]]) -> AffineMin:
+    return AffineMin(tuple((latency, rate) for latency, rate in pairs))
+
+
+def _span(given: list[float] | None, table: list[list[float]] | None) -> tuple[float, float]:
+    if given is not None:
+        return given[0], given[1]
+    if table is not None:
+        sizes = [row[0] for row in table]
+        return min(sizes), max(sizes)
+    return 0.0, float("inf")
+
+
+def _collective(entry: CollectiveEntry) -> CollectiveCurve:
+    nvlink: SizeCurve
+    if entry.table is not None:
+        nvlink = SizeTable.from_rows(entry.table)
+    else:
+        nvlink = _segments(entry.nvlink or [])
+    return CollectiveCurve(
+        kind=entry.kind,
+        group_size=entry.group_size,
+        num_nodes=entry.num_nodes,
+        nvlink=nvlink,
+        nic=None if entry.nic is None else _segments(entry.nic),
+        bytes_range=_span(entry.bytes_range, entry.table),
+        nic_bytes_range=_span(entry.nic_bytes_range, None),
+        basis=entry.basis,
+        source=entry.source,
+        num_sms=entry.num_sms,
+    )
+
+
+def _expert(entry: ExpertEntry) -> ExpertGemmModel:
+    if entry.table is not None:
+        from moesim.cost.fitting import fit_expert_table
+
+        return fit_expert_table(entry)
+    return ExpertGemmModel(
+        dtype=entry.dtype,
+        kernel=entry.kernel,
+        weight_bytes_per_param=entry.weight_bytes_per_param,
+        launch_us=entry.launch_us or 0.0,
+        weight_gb_per_s=entry.weight_gb_per_s or 0.0,
+        tflops=entry.tflops or 0.0,
+        half_tokens=entry.half_tokens,
+        tile_tokens=entry.tile_tokens,
+        sharpness=entry.sharpness,
+        row_gb_per_s=entry.row_gb_per_s,
+        token_gb_per_s=entry.token_gb_per_s,
+        eager_launch_us=entry.eager_launch_us,
+        basis=entry.basis,
+        source=entry.source,
+        ranges={name: (low, high) for name, (low, high) in entry.ranges.items()},
+    )
+
+
+def _copy(entry: CopyEntry) -> CopyModel:
+    curve: SizeCurve
+    if entry.table is not None:
+        curve = SizeTable.from_rows(entry.table)
+    else:
+        curve = AffineMin(((entry.latency_us or 0.0, entry.gb_per_s or 0.0),))
+    return CopyModel(
+        direction=entry.direction,
+        curve=curve,
+        floor_us=entry.floor_us,
+        bytes_range=_span(entry.bytes_range, entry.table),
+        basis=entry.basis,
+        source=entry.source,
+    )

@@ -1,0 +1,172 @@
+"""What a calibration file may hold: `format: moesim-calibration`, version 1 (docs/calibration.md).
+
+The same schema serves the bundled files, which hold fitted parameters, and files a user measured
+with `moesim calibrate`, which hold short tables.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moesim.cost.collective import KINDS
+
+Positive = Annotated[float, Field(gt=0, lt=1e15, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**40)]
+BasisName = Literal["measured", "datasheet", "assumed"]
+Segment = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+SizeRow = Annotated[list[NonNegative], Field(min_length=2, max_length=3)]
+Range = Annotated[list[NonNegative], Field(min_length=2, max_length=2)]
+MAX_TABLE_ROWS = 4096
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FitReport(_Strict):
+    """How well a fit answers for points it did not see.
+
+    `points` were used in all, `dropped` thrown out as spikes before; the relative errors
+    |predicted / measured - 1| are of the held-out points alone.
+    """
+
+    regime: str = "all"
+    points: int = Field(ge=0)
+    dropped: int = Field(default=0, ge=0)
+    median_error: NonNegative
+    p90_error: NonNegative
+    held_out: str = ""
+
+
+class _Entry(_Strict):
+    basis: BasisName = "measured"
+    source: str = ""
+    note: str = ""
+    fit: list[FitReport] = []
+
+
+def _check_table(rows: list[list[float]] | None) -> None:
+    if rows is None:
+        return
+    if not 2 <= len(rows) <= MAX_TABLE_ROWS:
+        raise ValueError(f"table: needs 2 to {MAX_TABLE_ROWS} rows, has {len(rows)}")
+    sizes = [row[0] for row in rows]
+    if min(sizes) <= 0 or len(set(sizes)) != len(sizes):
+        raise ValueError("table: sizes must be positive and distinct")
+    if min(row[1] for row in rows) <= 0:
+        raise ValueError("table: times must be positive")
+
+
+class CollectiveEntry(_Entry):
+    """One kind over one group: concave pieces by link, or a table [bytes, us, spread_us]."""
+
+    kind: str
+    group_size: PositiveInt
+    num_nodes: PositiveInt = 1
+    num_sms: PositiveInt | None = None
+    nvlink: list[Segment] | None = None
+    nic: list[Segment] | None = None
+    table: list[SizeRow] | None = None
+    bytes_range: Range | None = None
+    nic_bytes_range: Range | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> CollectiveEntry:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: {self.kind!r} is not one of {', '.join(KINDS)}")
+        if (self.table is None) == (self.nvlink is None):
+            raise ValueError("give either 'nvlink' segments or a 'table'")
+        for name in ("nvlink", "nic"):
+            if getattr(self, name) == []:
+                raise ValueError(f"{name}: needs at least one [latency_us, gb_per_s] pair")
+        if self.num_nodes > self.group_size:
+            raise ValueError("num_nodes: more nodes than ranks")
+        _check_table(self.table)
+        return self
+
+
+class ExpertEntry(_Entry):
+    """Grouped SwiGLU of one dtype and kernel: parameters, or a table of measured calls.
+
+    Table rows: [hidden, intermediate, active_experts, tokens, max_tokens, us].
+    """
+
+    dtype: str
+    kernel: str
+    weight_bytes_per_param: Annotated[float, Field(gt=0, le=8)]
+    launch_us: NonNegative | None = None
+    weight_gb_per_s: Positive | None = None
+    tflops: Positive | None = None
+    half_tokens: NonNegative = 0.0
+    tile_tokens: PositiveInt = 1
+    sharpness: Annotated[float, Field(ge=1, le=64)] = 2.0
+    row_gb_per_s: Positive | None = None
+    token_gb_per_s: Positive | None = None
+    eager_launch_us: NonNegative | None = None
+    eager: bool = False
+    ranges: dict[Literal["tokens_per_expert", "params_per_expert"], Range] = {}
+    table: list[Annotated[list[NonNegative], Field(min_length=6, max_length=6)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> ExpertEntry:
+        given = [v is not None for v in (self.launch_us, self.weight_gb_per_s, self.tflops)]
+        if self.table is not None:
+            if any(given):
+                raise ValueError("give either parameters or a 'table'")
+            if not 6 <= len(self.table) <= MAX_TABLE_ROWS:
+                raise ValueError(f"table: needs 6 to {MAX_TABLE_ROWS} rows, has {len(self.table)}")
+            for row in self.table:
+                if min(row) <= 0 or row[4] > row[3] or row[2] > row[3]:
+                    raise ValueError(
+                        "table: a row is [hidden, intermediate, active_experts, tokens, "
+                        f"max_tokens, us], all positive, the experts' tokens consistent: {row}"
+                    )
+        elif not all(given):
+            raise ValueError("needs launch_us, weight_gb_per_s and tflops, or a 'table'")
+        return self
+
+
+class CopyEntry(_Entry):
+    """Host link or local copy: `max(floor_us, latency_us + bytes / gb_per_s)`, or a table."""
+
+    direction: Literal["h2d", "d2h", "permute"]
+    num_gpus_at_once: PositiveInt = 1
+    floor_us: NonNegative = 0.0
+    latency_us: Positive | None = None
+    gb_per_s: Positive | None = None
+    table: list[SizeRow] | None = None
+    bytes_range: Range | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> CopyEntry:
+        given = self.latency_us is not None and self.gb_per_s is not None
+        if given == (self.table is not None):
+            raise ValueError("give either latency_us and gb_per_s, or a 'table'")
+        _check_table(self.table)
+        return self
+
+
+class LaunchEntry(_Strict):
+    """Host time of one call where nothing is replayed from a CUDA graph, microseconds."""
+
+    eager_collective_us: NonNegative = 0.0
+    eager_ffn_us: NonNegative = 0.0
+    source: str = ""
+
+
+class CalibrationFile(_Strict):
+    """A whole file. `sources` maps the ids used in `source:` to what they are."""
+
+    format: Literal["moesim-calibration"]
+    version: Literal[1]
+    name: str = Field(min_length=1, max_length=200)
+    gpu: str = Field(min_length=1, max_length=200)
+    description: str = ""
+    sources: dict[str, str] = {}
+    launch: LaunchEntry = LaunchEntry()
+    collectives: list[CollectiveEntry] = []
+    expert_ffn: list[ExpertEntry] = []
+    copies: list[CopyEntry] = []

@@ -1,0 +1,111 @@
+"""Models for a GPU nobody measured here: datasheet figures times assumed efficiencies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moesim.cost.calibration import Calibration, CopyModel
+from moesim.cost.collective import CollectiveCurve, CollectiveModel
+from moesim.cost.curves import AffineMin
+from moesim.cost.expert_gemm import ExpertGemmModel
+from moesim.errors import InputError
+
+# What the fitted H100 reaches of its datasheet (topologies/calibration/h100.yaml), rounded, and
+# assumed to carry over: all-to-all 285 to 323 of 450 GB/s, weights 2.9 of 3.35 TB/s, bf16 expert
+# GEMM 600 of 989 TFLOPS, pinned copies 55 of 64 GB/s, small all-to-all 6 to 7 us.
+LINK_EFFICIENCY = 0.65
+HBM_EFFICIENCY = 0.85
+TFLOPS_EFFICIENCY = 0.6
+PCIE_EFFICIENCY = 0.85
+COLLECTIVE_LATENCY_US = 10.0
+COPY_LATENCY_US = 10.0
+# A layer of routed experts is several kernels: routing, alignment, two GEMMs, activation, sum.
+KERNELS_PER_LAYER = 6
+HALF_TOKENS = 20.0
+SHARPNESS = 2.5
+
+BYTES_PER_PARAM = {"bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0}
+BYTES_PER_PARAM |= {"int4": 0.52, "fp4": 0.56, "mxfp4": 0.53, "nvfp4": 0.56}
+_GROUP_SIZES = tuple(2**k for k in range(1, 11))
+_COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter")
+
+
+@dataclass(frozen=True)
+class GpuFigures:
+    """Datasheet figures of one GPU, all per GPU and one direction.
+
+    `tflops`: dense peak by dtype. `nvlink_gb_per_s`: 0 where there is none, PCIe then carries the
+    collectives. `kernel_launch_us`: of one kernel.
+    """
+
+    name: str
+    hbm_gb_per_s: float
+    tflops: Mapping[str, float]
+    nvlink_gb_per_s: float
+    pcie_gb_per_s: float
+    kernel_launch_us: float = 4.0
+
+
+def datasheet_models(figures: GpuFigures) -> Calibration:
+    """A `Calibration` of the same shape as a measured one; every entry's basis is "assumed".
+
+    Assumed: 65 % of the link, 85 % of HBM, 60 % of peak arithmetic, 85 % of PCIe, 10 us of
+    latency a collective, 6 kernels a layer, and the fitted H100's half-rate point and overlap. A
+    dtype in `figures.tflops` whose bytes per weight are unknown is left out.
+
+    Raises InputError where a figure is not positive.
+    """
+    for name in ("hbm_gb_per_s", "pcie_gb_per_s"):
+        if not getattr(figures, name) > 0:
+            raise InputError(
+                f"{figures.name}: {name} must be positive", "give the datasheet figure"
+            )
+    link = figures.nvlink_gb_per_s or figures.pcie_gb_per_s
+    efficiency = LINK_EFFICIENCY if figures.nvlink_gb_per_s else PCIE_EFFICIENCY
+    source = f"{figures.name} datasheet x assumed efficiencies"
+
+    def curve(kind: str, size: int, rate: float) -> CollectiveCurve:
+        return CollectiveCurve(
+            kind=kind,
+            group_size=size,
+            num_nodes=1,
+            nvlink=AffineMin(((COLLECTIVE_LATENCY_US, rate),)),
+            basis="assumed",
+            source=source,
+        )
+
+    rate = link * efficiency
+    curves = [curve(kind, n, rate) for kind in _COLLECTIVES for n in _GROUP_SIZES]
+    # A ring sends 2 (n - 1) / n of the tensor.
+    curves += [curve("all_reduce", n, rate * n / (2 * (n - 1))) for n in _GROUP_SIZES]
+    experts = {
+        (dtype, "datasheet"): ExpertGemmModel(
+            dtype=dtype,
+            kernel="datasheet",
+            weight_bytes_per_param=BYTES_PER_PARAM[dtype],
+            launch_us=KERNELS_PER_LAYER * figures.kernel_launch_us,
+            weight_gb_per_s=figures.hbm_gb_per_s * HBM_EFFICIENCY,
+            tflops=tflops * TFLOPS_EFFICIENCY,
+            half_tokens=HALF_TOKENS,
+            sharpness=SHARPNESS,
+            basis="assumed",
+            source=source,
+        )
+        for dtype, tflops in figures.tflops.items()
+        if dtype in BYTES_PER_PARAM and tflops > 0
+    }
+    host = AffineMin(((COPY_LATENCY_US, figures.pcie_gb_per_s * PCIE_EFFICIENCY),))
+    local = AffineMin(((figures.kernel_launch_us, figures.hbm_gb_per_s * HBM_EFFICIENCY / 2),))
+    copies = {
+        direction: CopyModel(direction, c, basis="assumed", source=source)
+        for direction, c in (("h2d", host), ("d2h", host), ("permute", local))
+    }
+    return Calibration(
+        name=f"{figures.name}-datasheet",
+        gpu=figures.name,
+        collectives=CollectiveModel(curves),
+        experts=experts,
+        copies=copies,
+        sources={},
+    )

@@ -1,0 +1,163 @@
+"""Fit `ExpertGemmModel` to the grouped-GEMM and fused-MoE tables: `python
+verification/calibration/fit_experts.py --data ../shared/data/measured
+--out topologies/calibration/h100.yaml`.
+
+Fitted on balanced loads at every other token count; the stated errors are of the counts between,
+and of skewed loads that the fit never saw. With `--gpu h200` nothing is fitted: the H100's
+arithmetic is kept and its share of memory bandwidth is applied to the H200's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from common import AICONFIGURATOR, HEADERS, arguments, report, update
+from tables import ExpertPoints, own_grouped_points, vllm_moe_points
+
+from moesim.cost.expert_gemm import NUM_MATRICES, ExpertGemmModel
+from moesim.cost.fitting import round_significant
+
+H100_HBM_GB_PER_S = 3350.0  # datasheet, H100 SXM
+H200_HBM_GB_PER_S = 4800.0  # datasheet, H200 SXM
+
+
+@dataclass(frozen=True)
+class VllmKernel:
+    dtype: str
+    kernel: str
+    contains: str
+    weight_bytes_per_param: float
+    start_tflops: float
+
+
+# Scales included: one 16-bit scale per 128 x 128 block is negligible, per 32 or 128 weights not.
+VLLM_KERNELS = (
+    VllmKernel("bfloat16", "vllm_triton", "unquantizedfusedmoe_triton", 2.0, 500.0),
+    VllmKernel("fp8_block", "vllm_triton", "fp8moe_triton", 1.0, 700.0),
+    VllmKernel("fp8_block", "vllm_flashinfer_cutlass", "vllm_fp8moe_flashinfer", 1.0, 700.0),
+    VllmKernel("fp8", "vllm_flashinfer_cutlass", "modeloptfp8moe", 1.0, 900.0),
+    VllmKernel("int4", "vllm_marlin", "wna16marlin", 0.5 + 2 / 128, 400.0),
+    VllmKernel("mxfp4", "vllm_triton", "gptossmxfp4", 0.5 + 1 / 32, 400.0),
+)
+TABLE_DTYPES = {"int4": "int4_wo", "mxfp4": "w4a16_mxfp4"}
+REGIMES = (("decode", 0, 256), ("middle", 256, 2048), ("prefill", 2048, 2**40))
+
+
+def regime_reports(points: ExpertPoints, model: ExpertGemmModel) -> list[dict[str, Any]]:
+    predicted = points.fit.predict_us(model)
+    measured = points.fit.times_us
+    tokens = points.frame["num_tokens"].to_numpy()
+    skewed = (points.frame["distribution"].str.startswith("power_law")).to_numpy()
+    reports = []
+    for loads in (False, True):
+        for name, above, up_to in REGIMES:
+            held = (tokens > above) & (tokens <= up_to) & (skewed == loads) & ~points.train
+            if not held.any():
+                continue
+            reports.append(
+                report(
+                    predicted[held],
+                    measured[held],
+                    points=int(held.sum()),
+                    regime=f"{name}, {above + 1} to {up_to} tokens" if up_to < 2**40 else name,
+                    held_out="power-law loads" if loads else "every other token count",
+                )
+            )
+    return reports
+
+
+def entry(points: ExpertPoints, model: ExpertGemmModel, source: str) -> dict[str, Any]:
+    per_expert = np.concatenate([np.concatenate(c) for c in points.frame["counts"]])
+    params = NUM_MATRICES * points.fit.hidden * points.fit.intermediate
+    fields: dict[str, Any] = {
+        "dtype": model.dtype,
+        "kernel": model.kernel,
+        "basis": "measured",
+        "source": source,
+        "weight_bytes_per_param": round_significant(model.weight_bytes_per_param, 6),
+        "launch_us": model.launch_us,
+        "weight_gb_per_s": model.weight_gb_per_s,
+        "tflops": model.tflops,
+        "half_tokens": model.half_tokens,
+        "sharpness": model.sharpness,
+    }
+    for name in ("row_gb_per_s", "token_gb_per_s"):
+        if getattr(model, name) is not None:
+            fields[name] = getattr(model, name)
+    fields["ranges"] = {
+        "tokens_per_expert": [1.0, float(per_expert.max())],
+        "params_per_expert": [float(params.min()), float(params.max())],
+    }
+    fields["fit"] = regime_reports(points, model)
+    return fields
+
+
+def fit_h100(data: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    entries = []
+    for spec in VLLM_KERNELS:
+        points = vllm_moe_points(
+            data,
+            TABLE_DTYPES.get(spec.dtype, spec.dtype),
+            spec.contains,
+            spec.weight_bytes_per_param,
+        )
+        model = points.fit.subset(points.train).fit(
+            dtype=spec.dtype,
+            kernel=spec.kernel,
+            start_tflops=spec.start_tflops,
+            start_gb_per_s=2500.0,
+        )
+        entries.append(entry(points, model, "vllm_moe_h100"))
+    points = own_grouped_points(data)
+    model = points.fit.subset(points.train).fit(
+        dtype="bfloat16", kernel="torch_grouped_mm", start_tflops=500.0, start_gb_per_s=2500.0
+    )
+    own = entry(points, model, "own_h100x2")
+    own["eager_launch_us"] = own["launch_us"]
+    own["note"] = "launched eagerly: launch_us is the host's, not a CUDA graph's"
+    entries.append(own)
+    sources = {
+        "vllm_moe_h100": f"{AICONFIGURATOR}, h100 vllm 0.24.0 moe table, CUDA graph",
+        "own_h100x2": "own measurement on two H100 80GB HBM3, torch 2.11, eager (CC0-1.0)",
+    }
+    return entries, sources
+
+
+def scale_to_h200(h100_file: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    entries = []
+    loaded = yaml.safe_load(h100_file.read_text())
+    for old in loaded["expert_ffn"]:
+        scaled = {k: v for k, v in old.items() if k not in ("fit", "note")}
+        for name in ("weight_gb_per_s", "row_gb_per_s", "token_gb_per_s"):
+            if name in scaled:
+                scaled[name] = round_significant(
+                    scaled[name] * H200_HBM_GB_PER_S / H100_HBM_GB_PER_S
+                )
+        scaled |= {
+            "basis": "assumed",
+            "note": "H100's fit with memory rates x 4800 / 3350 (datasheet HBM bandwidths)",
+        }
+        entries.append(scaled)
+    used = {e["source"] for e in entries}
+    return entries, {k: v for k, v in loaded["sources"].items() if k in used}
+
+
+def main() -> None:
+    args = arguments(__doc__ or "")
+    if args.gpu == "h200":
+        entries, sources = scale_to_h200(args.out.parent / "h100.yaml")
+    else:
+        entries, sources = fit_h100(args.data)
+    for e in entries:
+        print(e["dtype"], e["kernel"], e["launch_us"], e["weight_gb_per_s"], e["tflops"])
+        for fit in e.get("fit", []):
+            print("   ", fit)
+    update(args.out, HEADERS[args.gpu], "expert_ffn", entries, sources)
+
+
+if __name__ == "__main__":
+    main()
