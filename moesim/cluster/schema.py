@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -45,11 +46,19 @@ def _count(value: Any) -> int:
     return value
 
 
+def _printable(value: str) -> str:
+    """Fold line breaks and drop control characters, so that text cannot act on a terminal."""
+    kept = "".join(ch for ch in " ".join(value.split()) if ch.isprintable())
+    if not kept:
+        raise ValueError("must say something")
+    return kept
+
+
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1e12)]
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1e12)]
 Count = Annotated[int, BeforeValidator(_count), Field(ge=1, le=MAX_GPUS)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,79}$")]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=600, strip_whitespace=True)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=600), AfterValidator(_printable)]
 
 
 class _Model(BaseModel):
