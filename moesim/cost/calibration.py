@@ -93,10 +93,13 @@ class Calibration:
         return curve
 
     def expert_ffn(self, dtype: str, kernel: str | None = None) -> ExpertGemmModel:
-        """The expert model of a dtype; its first kernel where none is named.
+        """The expert model of a weight dtype ("bf16", "fp8", ...); its first kernel where none is
+        named. "fp16" counts as "bf16" where it has no entry of its own.
 
         Raises UnknownNameError for a dtype or kernel that the calibration lacks.
         """
+        if dtype == "fp16" and not any(key[0] == "fp16" for key in self.experts):
+            dtype = "bf16"
         of_dtype = {key[1]: model for key, model in self.experts.items() if key[0] == dtype}
         if not of_dtype:
             raise UnknownNameError(

@@ -10,6 +10,7 @@ from moesim.cost.collective import CollectiveCurve, CollectiveModel
 from moesim.cost.curves import AffineMin
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.errors import InputError
+from moesim.model import WEIGHT_BYTES
 
 # What the fitted H100 reaches of its datasheet (topologies/calibration/h100.yaml), rounded, and
 # assumed to carry over: all-to-all 285 to 323 of 450 GB/s, weights 2.9 of 3.35 TB/s, bf16 expert
@@ -25,8 +26,18 @@ KERNELS_PER_LAYER = 6
 HALF_TOKENS = 20.0
 SHARPNESS = 2.5
 
-BYTES_PER_PARAM = {"bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0}
-BYTES_PER_PARAM |= {"int4": 0.52, "fp4": 0.56, "mxfp4": 0.53, "nvfp4": 0.56}
+# The number format whose units compute with weights of a dtype, then those to fall back on, each
+# with the share of its rate. Four-bit weights without fp4 units are unpacked to bf16, fp32 runs as
+# TF32 at half the bf16 rate.
+_COMPUTE: dict[str, tuple[tuple[str, float], ...]] = {
+    "fp32": (("bf16", 0.5),),
+    "bf16": (("bf16", 1.0),),
+    "fp16": (("bf16", 1.0),),
+    "fp8": (("fp8", 1.0), ("bf16", 1.0)),
+    "mxfp4": (("fp4", 1.0), ("bf16", 1.0)),
+    "nvfp4": (("fp4", 1.0), ("bf16", 1.0)),
+    "int4": (("bf16", 1.0),),
+}
 _GROUP_SIZES = tuple(2**k for k in range(1, 11))
 _COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter")
 
@@ -35,7 +46,7 @@ _COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter")
 class GpuFigures:
     """Datasheet figures of one GPU, all per GPU and one direction.
 
-    `tflops`: dense peak by dtype. `nvlink_gb_per_s`: 0 where there is none, PCIe then carries the
+    `tflops`: dense peak by number format, of "fp4", "fp8" and "bf16" those it has. `nvlink_gb_per_s`: 0 where there is none, PCIe then carries the
     collectives. `kernel_launch_us`: of one kernel.
     """
 
@@ -51,15 +62,19 @@ def datasheet_models(figures: GpuFigures) -> Calibration:
     """A `Calibration` of the same shape as a measured one; every entry's basis is "assumed".
 
     Assumed: 65 % of the link, 85 % of HBM, 60 % of peak arithmetic, 85 % of PCIe, 10 us of
-    latency a collective, 6 kernels a layer, and the fitted H100's half-rate point and overlap. A
-    dtype in `figures.tflops` whose bytes per weight are unknown is left out.
+    latency a collective, 6 kernels a layer, and the fitted H100's half-rate point and overlap.
 
-    Raises InputError where a figure is not positive.
+    Raises InputError where a figure is not positive or no bf16 rate is given.
     """
-    for name in ("hbm_gb_per_s", "pcie_gb_per_s"):
-        if not getattr(figures, name) > 0:
+    needed = {
+        "hbm_gb_per_s": figures.hbm_gb_per_s,
+        "pcie_gb_per_s": figures.pcie_gb_per_s,
+        "bf16 tflops": figures.tflops.get("bf16", 0.0),
+    }
+    for name, value in needed.items():
+        if not value > 0:
             raise InputError(
-                f"{figures.name}: {name} must be positive", "give the datasheet figure"
+                f"{figures.name}: {name} must be positive, is {value}", "give the datasheet figure"
             )
     link = figures.nvlink_gb_per_s or figures.pcie_gb_per_s
     efficiency = LINK_EFFICIENCY if figures.nvlink_gb_per_s else PCIE_EFFICIENCY
@@ -83,17 +98,16 @@ def datasheet_models(figures: GpuFigures) -> Calibration:
         (dtype, "datasheet"): ExpertGemmModel(
             dtype=dtype,
             kernel="datasheet",
-            weight_bytes_per_param=BYTES_PER_PARAM[dtype],
+            weight_bytes_per_param=WEIGHT_BYTES[dtype],
             launch_us=KERNELS_PER_LAYER * figures.kernel_launch_us,
             weight_gb_per_s=figures.hbm_gb_per_s * HBM_EFFICIENCY,
-            tflops=tflops * TFLOPS_EFFICIENCY,
+            tflops=_peak_tflops(figures, dtype) * TFLOPS_EFFICIENCY,
             half_tokens=HALF_TOKENS,
             sharpness=SHARPNESS,
             basis="assumed",
             source=source,
         )
-        for dtype, tflops in figures.tflops.items()
-        if dtype in BYTES_PER_PARAM and tflops > 0
+        for dtype in _COMPUTE
     }
     host = AffineMin(((COPY_LATENCY_US, figures.pcie_gb_per_s * PCIE_EFFICIENCY),))
     local = AffineMin(((figures.kernel_launch_us, figures.hbm_gb_per_s * HBM_EFFICIENCY / 2),))
@@ -109,3 +123,8 @@ def datasheet_models(figures: GpuFigures) -> Calibration:
         copies=copies,
         sources={},
     )
+
+
+def _peak_tflops(figures: GpuFigures, dtype: str) -> float:
+    rates = [figures.tflops[f] * share for f, share in _COMPUTE[dtype] if f in figures.tflops]
+    return rates[0]

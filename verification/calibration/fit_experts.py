@@ -20,6 +20,7 @@ from tables import ExpertPoints, own_grouped_points, vllm_moe_points
 
 from moesim.cost.expert_gemm import NUM_MATRICES, ExpertGemmModel
 from moesim.cost.fitting import round_significant
+from moesim.model import WEIGHT_BYTES
 
 H100_HBM_GB_PER_S = 3350.0  # datasheet, H100 SXM
 H200_HBM_GB_PER_S = 4800.0  # datasheet, H200 SXM
@@ -29,21 +30,20 @@ H200_HBM_GB_PER_S = 4800.0  # datasheet, H200 SXM
 class VllmKernel:
     dtype: str
     kernel: str
+    table_dtype: str
     contains: str
-    weight_bytes_per_param: float
     start_tflops: float
 
 
-# Scales included: one 16-bit scale per 128 x 128 block is negligible, per 32 or 128 weights not.
+# The first kernel of a dtype is its default: what vLLM picks for expert parallelism on an H100.
 VLLM_KERNELS = (
-    VllmKernel("bfloat16", "vllm_triton", "unquantizedfusedmoe_triton", 2.0, 500.0),
-    VllmKernel("fp8_block", "vllm_triton", "fp8moe_triton", 1.0, 700.0),
-    VllmKernel("fp8_block", "vllm_flashinfer_cutlass", "vllm_fp8moe_flashinfer", 1.0, 700.0),
-    VllmKernel("fp8", "vllm_flashinfer_cutlass", "modeloptfp8moe", 1.0, 900.0),
-    VllmKernel("int4", "vllm_marlin", "wna16marlin", 0.5 + 2 / 128, 400.0),
-    VllmKernel("mxfp4", "vllm_triton", "gptossmxfp4", 0.5 + 1 / 32, 400.0),
+    VllmKernel("bf16", "vllm_triton", "bfloat16", "unquantizedfusedmoe_triton", 500.0),
+    VllmKernel("fp8", "vllm_flashinfer_block", "fp8_block", "vllm_fp8moe_flashinfer", 700.0),
+    VllmKernel("fp8", "vllm_triton_block", "fp8_block", "fp8moe_triton", 700.0),
+    VllmKernel("fp8", "vllm_flashinfer_per_tensor", "fp8", "modeloptfp8moe", 900.0),
+    VllmKernel("int4", "vllm_marlin", "int4_wo", "wna16marlin", 400.0),
+    VllmKernel("mxfp4", "vllm_triton", "w4a16_mxfp4", "gptossmxfp4", 400.0),
 )
-TABLE_DTYPES = {"int4": "int4_wo", "mxfp4": "w4a16_mxfp4"}
 REGIMES = (("decode", 0, 256), ("middle", 256, 2048), ("prefill", 2048, 2**40))
 
 
@@ -101,9 +101,9 @@ def fit_h100(data: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     for spec in VLLM_KERNELS:
         points = vllm_moe_points(
             data,
-            TABLE_DTYPES.get(spec.dtype, spec.dtype),
+            spec.table_dtype,
             spec.contains,
-            spec.weight_bytes_per_param,
+            WEIGHT_BYTES[spec.dtype],
         )
         model = points.fit.subset(points.train).fit(
             dtype=spec.dtype,
@@ -114,7 +114,7 @@ def fit_h100(data: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
         entries.append(entry(points, model, "vllm_moe_h100"))
     points = own_grouped_points(data)
     model = points.fit.subset(points.train).fit(
-        dtype="bfloat16", kernel="torch_grouped_mm", start_tflops=500.0, start_gb_per_s=2500.0
+        dtype="bf16", kernel="torch_grouped_mm", start_tflops=500.0, start_gb_per_s=2500.0
     )
     own = entry(points, model, "own_h100x2")
     own["eager_launch_us"] = own["launch_us"]
