@@ -1,0 +1,105 @@
+"""`torchrun ... -m moesim.replay calibrate | validate | offload`: argparse, no other packages."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+
+from moesim.replay.process import DEFAULT_TIMEOUT_S, joined, run_rank
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="moesim.replay",
+        description="Replay routing traces through plans on this machine's GPUs.",
+        epilog="Example: torchrun --nproc-per-node 2 -m moesim.replay validate --plan linear.json"
+        " --plan eplb.json --trace t.npz --shape olmoe.json --out measured.json",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    validate = commands.add_parser("validate", help="time plans on real collectives and GEMMs")
+    add_validate_arguments(validate)
+    _add_common(validate)
+    return parser
+
+
+def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `validate`."""
+    parser.add_argument("--plan", action="append", required=True, help="plan JSON; repeat for more")
+    parser.add_argument("--trace", required=True, help="token-level trace")
+    parser.add_argument("--shape", required=True, help="model shape, JSON text or file")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[128, 1024, 8192], help="tokens a rank"
+    )
+    parser.add_argument("--batches", type=int, default=2, help="batches of each size")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the trace (0: all)")
+    parser.add_argument("--mode", choices=("both", "graph", "eager"), default="both")
+    parser.add_argument("--dedup", choices=("gpu", "none"), default="gpu")
+    parser.add_argument("--replica-policy", choices=("split", "hash", "nearest"))
+    parser.add_argument("--phase", choices=("auto", "decode", "prefill"), default="auto")
+    parser.add_argument("--ffn", choices=("auto", "grouped_mm", "loop"), default="auto")
+    parser.add_argument("--weight-sets", type=int, default=0, help="0: enough to exceed the L2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds of timing a unit")
+    parser.add_argument("--max-reps", type=int, default=20)
+    parser.add_argument("--memory-limit-gb", type=float, help="pretend each rank has no more")
+    parser.add_argument("--all-requests", action="store_true", help="not the held-out half alone")
+    parser.add_argument("--no-checks", action="store_true", help="skip numerics and conservation")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument(
+        "--timeout", type=float, default=DEFAULT_TIMEOUT_S, help="seconds without progress"
+    )
+    parser.add_argument("--time-limit", type=float, default=3600.0, help="stop in good order after")
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from moesim.replay.shape import load_shape
+    from moesim.replay.validate import Options, validate
+
+    limit = arguments.memory_limit_gb
+    options = Options(
+        tokens_per_rank=tuple(arguments.tokens),
+        num_batches=arguments.batches,
+        num_layers=arguments.layers,
+        modes=("graph", "eager") if arguments.mode == "both" else (arguments.mode,),
+        dedup=arguments.dedup,
+        policy=arguments.replica_policy,
+        phase=arguments.phase,
+        ffn=arguments.ffn,
+        weight_sets=arguments.weight_sets,
+        seed=arguments.seed,
+        budget_s=arguments.budget,
+        max_reps=arguments.max_reps,
+        memory_limit_bytes=None if limit is None else int(limit * 1e9),
+        time_limit_s=arguments.time_limit,
+        held_out=not arguments.all_requests,
+        checks=not arguments.no_checks,
+    )
+    shape = load_shape(arguments.shape)
+    with joined(arguments.device, arguments.timeout) as ctx:
+        record = validate(ctx, arguments.plan, arguments.trace, shape, options, arguments.out)
+        if ctx.rank == 0 and arguments.out is None:
+            print(json.dumps(record, separators=(",", ":")))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"validate": _validate}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and return the exit code: 0 done, 1 wrong result, 2 bad input, 3 lost a peer."""
+    arguments = build_parser().parse_args(argv)
+    if "OMP_NUM_THREADS" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    return run_rank(lambda: COMMANDS[arguments.command](arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
