@@ -45,6 +45,7 @@ KINDS = (
 # A kind without curves of its own borrows another's, which the docs name as an assumption.
 _STANDS_IN = {"all_to_all_v": "all_to_all", "p2p": "all_to_all"}
 
+DEFAULT_NUM_SMS = 20  # DeepEP's own default, `Buffer.num_sms`
 ASSUMED_NIC_GB_PER_S = 50.0  # one 400 Gb/s port a GPU
 ASSUMED_NIC_EFFICIENCY = 0.85
 ASSUMED_INTER_NODE_LATENCY_US = 12.0
@@ -167,8 +168,8 @@ class CollectiveModel:
         """The curve of `kind` over `group_size` ranks spread evenly over `num_nodes` nodes.
 
         `num_sms`: where the kernel's share of the GPU was varied (DeepEP), the nearest measured
-        share; the largest where None. `nic_gb_per_s`: line rate of one rank's NIC, used only where
-        nothing was measured over nodes.
+        share; DeepEP's default of 20 where None. `nic_gb_per_s`: line rate of one rank's NIC, used
+        only where nothing was measured over nodes.
 
         Raises UnknownNameError for a kind with no curve, not even a stand-in.
         """
@@ -206,7 +207,8 @@ def _nearest_sms(curves: list[CollectiveCurve], num_sms: int | None) -> list[Col
     shares = sorted({c.num_sms for c in curves if c.num_sms is not None})
     if not shares:
         return curves
-    wanted = shares[-1] if num_sms is None else min(shares, key=lambda s: (abs(s - num_sms), s))
+    asked = DEFAULT_NUM_SMS if num_sms is None else num_sms
+    wanted = min(shares, key=lambda share: (abs(share - asked), share))
     return [c for c in curves if c.num_sms in (wanted, None)]
 
 

@@ -46,8 +46,9 @@ _COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter")
 class GpuFigures:
     """Datasheet figures of one GPU, all per GPU and one direction.
 
-    `tflops`: dense peak by number format, of "fp4", "fp8" and "bf16" those it has. `nvlink_gb_per_s`: 0 where there is none, PCIe then carries the
-    collectives. `kernel_launch_us`: of one kernel.
+    `tflops`: dense peak by number format, of "fp4", "fp8" and "bf16" those it has.
+    `nvlink_gb_per_s`: 0 where there is none, PCIe then carries the collectives.
+    `kernel_launch_us`: of one kernel.
     """
 
     name: str

@@ -14,6 +14,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from loads import rank0_counts
+from routing_bytes import (
+    BF16_ROW,
+    FP8_ROW,
+    GPUS_PER_NODE,
+    LL_HEADER,
+    expected_other_groups,
+    expected_spread,
+    trtllm_other_ranks,
+)
 
 from moesim.cost.fitting import ExpertFit, drop_spikes
 
@@ -178,3 +187,132 @@ def own_grouped_points(data: Path) -> ExpertPoints:
         num_tokens=frame["tokens"],
     )
     return ExpertPoints(_expert_fit(frame, 2.0), frame, alternate(frame["tokens"].to_numpy()))
+
+
+@dataclass(frozen=True)
+class DeepEpPoints:
+    """DeepEP kernel times of one kind, node count and SM share, with the bytes they moved."""
+
+    points: SizePoints
+    nic_bytes: FloatArray
+    num_experts: tuple[int, ...]
+
+
+def deepep_normal_points(data: Path, phase: str) -> dict[tuple[int, int], DeepEpPoints]:
+    """DeepEP normal mode on H100s by (nodes, SMs); phase "dispatch" (fp8) or "combine" (bf16).
+
+    The time is transmit plus notify, one after the other: at 8 nodes the wait for slower ranks
+    shows up in either, and only the sum is proportional to bytes. One node: `num_token` per rank on
+    8 ranks, from the table swept over shapes; several nodes: hidden 7168, top 8 of 256.
+    """
+    element = FP8_ROW if phase == "dispatch" else BF16_ROW
+    single = pd.read_parquet(data / "h100_deepep_normal_1node.parquet")
+    multi = pd.read_parquet(data / "h100_deepep_normal_multinode.parquet")
+    table = pd.concat([single, multi[multi["node_num"] > 1]], ignore_index=True)
+    table = table[table["num_experts"] >= 128].dropna(subset=[f"{phase}_transmit_us"])
+    keys = ["node_num", f"{phase}_sms"]
+    found = {}
+    for (nodes, sms), rows in table.groupby(keys):
+        row_bytes = rows["num_token"] * rows["hidden_size"] * element
+        shape = list(zip(rows["num_experts"], rows["num_topk"], strict=True))
+        if nodes == 1:
+            spread = [expected_other_groups(e, k, GPUS_PER_NODE) for e, k in shape]
+            nvlink = row_bytes.to_numpy() * np.array(spread)
+            nic = np.zeros(len(rows))
+        else:
+            both = np.array([expected_spread(e, k, int(nodes)) for e, k in shape])
+            nic = row_bytes.to_numpy() * both[:, 0]
+            relayed = both[:, 0] * nodes / (nodes - 1) * both[:, 1] * (1 - 1 / GPUS_PER_NODE)
+            nvlink = row_bytes.to_numpy() * relayed
+        us = (rows[f"{phase}_transmit_us"] + rows[f"{phase}_notify_us"].fillna(0)).to_numpy()
+        size = nvlink if nodes == 1 else nic
+        keep = drop_spikes_by_shape(rows, size, us)
+        found[int(nodes), int(sms)] = DeepEpPoints(
+            SizePoints(
+                num_bytes=nvlink[keep],
+                times_us=us[keep],
+                train=alternate(rows["num_token"].to_numpy())[keep],
+                dropped=int((~keep).sum()),
+            ),
+            nic_bytes=nic[keep],
+            num_experts=tuple(sorted(set(rows["num_experts"]))),
+        )
+    return found
+
+
+def deepep_ll_points(data: Path, phase: str) -> dict[int, DeepEpPoints]:
+    """DeepEP low latency on H100s by nodes; every choice is a message of its own (no dedup).
+
+    Shapes with fewer than 128 experts are left out: those few-expert kernels fill less of the GPU.
+    """
+    single = pd.read_parquet(data / "h100_deepep_low_latency_1node.parquet")
+    multi = pd.read_parquet(data / "h100_deepep_low_latency_multinode.parquet")
+    table = pd.concat([single, multi[multi["node_num"] > 1]], ignore_index=True)
+    column = f"{phase}_avg_t_us"
+    table = table[table["num_experts"] >= 128].dropna(subset=[column])
+    found = {}
+    for nodes, rows in table.groupby("node_num"):
+        hidden = rows["hidden_size"].to_numpy(dtype=np.float64)
+        message = hidden * FP8_ROW + LL_HEADER if phase == "dispatch" else hidden * BF16_ROW
+        total = rows["num_token"].to_numpy() * rows["num_topk"].to_numpy() * message
+        nvlink = total / nodes * (1 - 1 / GPUS_PER_NODE)
+        nic = total * (nodes - 1) / nodes
+        us = rows[column].to_numpy()
+        keep = drop_spikes_by_shape(rows, total, us)
+        found[int(nodes)] = DeepEpPoints(
+            SizePoints(
+                num_bytes=nvlink[keep],
+                times_us=us[keep],
+                train=alternate(rows["num_token"].to_numpy())[keep],
+                dropped=int((~keep).sum()),
+            ),
+            nic_bytes=nic[keep],
+            num_experts=tuple(sorted(set(rows["num_experts"]))),
+        )
+    return found
+
+
+def drop_spikes_by_shape(rows: pd.DataFrame, size: FloatArray, us: FloatArray) -> FloatArray:
+    """`drop_spikes` within each (hidden, top-k, experts), where times must grow with tokens."""
+    keep = np.ones(len(rows), dtype=bool)
+    shapes = rows[["hidden_size", "num_topk", "num_experts"]].to_numpy()
+    for shape in np.unique(shapes, axis=0):
+        at = np.flatnonzero((shapes == shape).all(axis=1))
+        keep[at] = drop_spikes(size[at], us[at])
+    return keep
+
+
+def trtllm_points(data: Path, phase: str) -> dict[int, SizePoints]:
+    """TensorRT-LLM's two-sided NVLink all-to-all on GB200 by ranks; phase "dispatch" or "combine".
+
+    `num_tokens` is per rank, 7168 wide, top 8 of 256. Dispatch moves bf16, fp8 or nvfp4 rows (a
+    scale byte per 16) plus 8 bytes a choice of ids and weights, and includes the "prepare" kernel
+    that exchanges counts; combine always moves bf16.
+    """
+    table = pd.read_parquet(data / "gb200_trtllm_alltoall.parquet")
+    table = table[table["kernel_source"] == "NVLinkTwoSided"]
+    index = ["moe_dtype", "moe_ep_size", "num_tokens"]
+    us = table.pivot_table(index=index, columns="op_name", values="latency") * 1e3
+    times = us[f"alltoall_{phase}"]
+    if phase == "dispatch":
+        times = times + us["alltoall_prepare"]
+    frame = times.rename("us").reset_index()
+    width = {"bfloat16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
+    row = np.array([width[d] for d in frame["moe_dtype"]]) * 7168 + 8 * 8
+    if phase == "combine":
+        row = np.full(len(frame), 2.0 * 7168)
+    found = {}
+    for ep in sorted(set(frame["moe_ep_size"])):
+        at = (frame["moe_ep_size"] == ep).to_numpy()
+        tokens = frame["num_tokens"].to_numpy()[at]
+        size = tokens * row[at] * trtllm_other_ranks(int(ep), 8)
+        time = frame["us"].to_numpy()[at]
+        dtypes = frame["moe_dtype"].to_numpy()[at]
+        keep = np.ones(len(time), dtype=bool)
+        for dtype in set(dtypes):
+            of = np.flatnonzero(dtypes == dtype)
+            keep[of] = drop_spikes(size[of], time[of])
+        found[int(ep)] = SizePoints(
+            size[keep], time[keep], alternate(tokens)[keep], int((~keep).sum())
+        )
+    return found
