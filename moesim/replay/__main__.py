@@ -20,10 +20,24 @@ def build_parser() -> argparse.ArgumentParser:
         " --plan eplb.json --trace t.npz --shape olmoe.json --out measured.json",
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    calibrate = commands.add_parser("calibrate", help="measure links, experts, copies, launches")
+    add_calibrate_arguments(calibrate)
+    _add_common(calibrate, time_limit_s=240.0)
     validate = commands.add_parser("validate", help="time plans on real collectives and GEMMs")
     add_validate_arguments(validate)
     _add_common(validate)
     return parser
+
+
+def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `calibrate`."""
+    parser.add_argument("--shape", action="append", default=[], help="JSON text or file; repeat")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="largest batch, tokens a rank")
+    parser.add_argument("--max-bytes", type=int, default=512 << 20, help="largest message or copy")
+    parser.add_argument("--section", action="append", default=[], help="only these; repeat")
+    parser.add_argument("--ffn", choices=("auto", "grouped_mm", "loop"), default="auto")
+    parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--budget", type=float, default=0.06, help="seconds of timing a case")
 
 
 def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +64,36 @@ def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-checks", action="store_true", help="skip numerics and conservation")
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, time_limit_s: float = 3600.0) -> None:
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument(
         "--timeout", type=float, default=DEFAULT_TIMEOUT_S, help="seconds without progress"
     )
-    parser.add_argument("--time-limit", type=float, default=3600.0, help="stop in good order after")
+    parser.add_argument(
+        "--time-limit", type=float, default=time_limit_s, help="stop in good order after (s)"
+    )
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from moesim.replay.calibrate import DEFAULT_SHAPES, Options, calibrate
+    from moesim.replay.shape import load_shape
+
+    options = Options(
+        shapes=tuple(load_shape(text) for text in arguments.shape) or DEFAULT_SHAPES,
+        max_tokens_per_rank=arguments.max_tokens,
+        max_bytes=arguments.max_bytes,
+        budget_s=arguments.budget,
+        time_limit_s=arguments.time_limit,
+        sections=tuple(arguments.section),
+        ffn=arguments.ffn,
+        graphs=not arguments.no_graphs,
+    )
+    with joined(arguments.device, arguments.timeout) as ctx:
+        record = calibrate(ctx, options, arguments.out)
+        if ctx.rank == 0 and arguments.out is None:
+            print(json.dumps(record, separators=(",", ":")))
+    return 0
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -90,7 +127,10 @@ def _validate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"validate": _validate}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "calibrate": _calibrate,
+    "validate": _validate,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,20 +38,22 @@ def memory_need(
     home_tokens: int,
     gemm_rows: int,
     *,
+    num_pools: int = 1,
     on_gpu: bool = True,
 ) -> MemoryNeed:
     """What the engine allocates at its fullest.
 
     home_tokens: tokens of a rank. gemm_rows: rows that the busiest rank's experts serve. A rank
     holds two input sets, rows in flight in both directions (at most home tokens plus GEMM rows
-    each), and the expanded rows, their two intermediate activations and the result.
+    each), and the expanded rows, their two intermediate activations and the result. num_pools:
+    eager calls and every CUDA graph have activations of their own.
     """
     weights = shape.expert_bytes * slots_per_rank * num_sets
     rows = 2 * home_tokens + 3 * (home_tokens + gemm_rows) + 2 * gemm_rows + home_tokens
     activations = rows * shape.row_bytes
     activations += 3 * gemm_rows * shape.moe_intermediate_size * shape.element_bytes
     runtime = RUNTIME_BYTES if on_gpu else CPU_RUNTIME_BYTES
-    return MemoryNeed(weights, int(activations * SLACK), runtime)
+    return MemoryNeed(weights, int(activations * SLACK) * num_pools, runtime)
 
 
 def free_bytes(ctx: Context, limit_bytes: int | None = None) -> int:

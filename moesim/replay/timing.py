@@ -13,7 +13,8 @@ import torch
 from moesim.replay.process import Context
 
 FloatArray = npt.NDArray[np.float64]
-Body = Callable[[], object]
+Body = Callable[[int], object]
+GRAPH_MEMORY_SHARE = 0.4
 
 
 class PhaseClock:
@@ -52,12 +53,16 @@ class PhaseClock:
         )
 
 
-def capture(ctx: Context, body: Body) -> torch.cuda.CUDAGraph:
+def capture(ctx: Context, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """Capture `body` into a CUDA graph; it must have run once before, outside of a capture.
 
-    The error mode is thread-local because NCCL's watchdog thread queries events meanwhile.
+    The error mode is thread-local because NCCL's watchdog thread queries events meanwhile. What
+    earlier graphs held is given back first once it adds up, since nothing can be freed later on.
     """
     ctx.sync()
+    total = torch.cuda.get_device_properties(ctx.device).total_memory
+    if torch.cuda.memory_reserved(ctx.device) > GRAPH_MEMORY_SHARE * total:
+        torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream(ctx.device)
     side.wait_stream(torch.cuda.current_stream(ctx.device))
@@ -73,7 +78,7 @@ def capture(ctx: Context, body: Body) -> torch.cuda.CUDAGraph:
 
 def time_calls(
     ctx: Context,
-    body: Callable[[int], object],
+    body: Body,
     *,
     mode: str,
     per_round: int = 10,
@@ -101,7 +106,7 @@ def time_calls(
         for i in range(per_round):
             body(i)
 
-    run: Body = one_round
+    run: Callable[[], object] = one_round
     if mode == "graph":
         run = capture(ctx, one_round).replay
     run()
@@ -115,7 +120,7 @@ def time_calls(
     return clock.read_us()[:, 0] / per_round
 
 
-def issue_us(ctx: Context, body: Callable[[int], object], num_calls: int = 50) -> float:
+def issue_us(ctx: Context, body: Body, num_calls: int = 50) -> float:
     """Host time to enqueue one call of `body`, in microseconds: the median of three runs."""
     samples = []
     for _ in range(3):

@@ -122,6 +122,7 @@ def validate(
         num_sets,
         max(int(np.bincount(b.home, minlength=ctx.num_ranks).max()) for b in batches),
         _busiest_rows(trace, plans, batches, layers, options),
+        num_pools=3 if ctx.is_cuda and "graph" in options.modes else 1,
         on_gpu=ctx.is_cuda,
     )
     require_memory(ctx, need, options.memory_limit_bytes, f"replaying {shape.name}")

@@ -1,0 +1,148 @@
+"""Measure this machine: collectives, expert FFN, row gathers, host copies, launches.
+
+The result is `moesim-calibration-raw` JSON, version 1: one list of rows a section, each row with
+`us`, `p10_us`, `p90_us` of the slowest rank. `moesim calibrate` turns it into the calibration YAML
+that clusters name. Sections run in order of need and a time limit cuts the last ones, with a note.
+Buffers are rotated so that repeated calls do not find their data in the L2.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moesim.errors import InputError, UnknownNameError
+from moesim.files import atomic_write
+from moesim.replay import calibrate_experts, calibrate_links
+from moesim.replay.environment import describe
+from moesim.replay.measure import Recorder
+from moesim.replay.ops import Kernels, choose
+from moesim.replay.process import Context
+from moesim.replay.shape import ExpertShape
+from moesim.replay.timing import issue_us, time_calls
+
+FORMAT = "moesim-calibration-raw"
+VERSION = 1
+
+DEFAULT_SHAPES = (
+    ExpertShape("mixtral-8x7b", 4096, 14336, 8, 2),
+    ExpertShape("olmoe-1b-7b", 2048, 1024, 64, 8),
+    ExpertShape("qwen3-30b-a3b", 2048, 768, 128, 8),
+    ExpertShape("gpt-oss-20b", 2880, 2880, 32, 4),
+    ExpertShape("deepseek-v2-lite", 2048, 1408, 64, 6),
+)
+"""Sizes of widely served models, from their Hugging Face config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to measure.
+
+    shapes: experts, replayed at their real sizes. max_tokens_per_rank: FFN and permutation cases go
+    up to what a batch of so many tokens a rank brings. max_bytes: largest collective and copy.
+    budget_s: timing of one case. sections: empty for all.
+    """
+
+    shapes: tuple[ExpertShape, ...] = DEFAULT_SHAPES
+    max_tokens_per_rank: int = 8192
+    max_bytes: int = 512 << 20
+    budget_s: float = 0.06
+    time_limit_s: float = 240.0
+    sections: tuple[str, ...] = ()
+    ffn: str = "auto"
+    graphs: bool = True
+
+
+@dataclass
+class Session:
+    """What a section gets: the ranks, the kernels, the clock's limit, and where rows go."""
+
+    ctx: Context
+    options: Options
+    kernels: Kernels
+    recorder: Recorder
+    notes: list[str] = field(default_factory=list)
+
+
+Section = Callable[[Session], None]
+
+
+def calibrate(ctx: Context, options: Options, out_path: str | None) -> dict[str, Any]:
+    """Run the sections; collective. Rank 0 writes `out_path` after each. Returns the record."""
+    unknown = [name for name in options.sections if name not in SECTIONS]
+    if unknown:
+        raise UnknownNameError("calibration section", unknown[0], SECTIONS)
+    if options.max_bytes < 1 << 16 or options.max_tokens_per_rank < 1:
+        raise InputError(
+            "the largest message is below 64 KiB, or a batch has no token",
+            "raise --max-bytes and --max-tokens",
+        )
+    started = time.monotonic()
+    kernels = choose(ctx, options.shapes[0], ffn=options.ffn, graphs=options.graphs)
+    modes = ("graph", "eager") if kernels.graphs else ("eager",)
+    recorder = Recorder(ctx, modes, options.budget_s, started + options.time_limit_s)
+    session = Session(ctx, options, kernels, recorder, list(kernels.notes))
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "environment": describe(ctx),
+        "kernels": asdict(kernels),
+        "options": asdict(options),
+        "notes": session.notes,
+        "tables": recorder.tables,
+    }
+    for name, section in SECTIONS.items():
+        if options.sections and name not in options.sections:
+            continue
+        begin = time.monotonic()
+        ctx.beat(f"calibrating {name}")
+        section(session)
+        recorder.note_if_cut(name, session.notes)
+        if ctx.is_cuda:
+            torch.cuda.empty_cache()
+        ctx.rank0_print(f"calibrate {name}: {time.monotonic() - begin:.1f} s")
+        if ctx.rank == 0 and out_path is not None:
+            atomic_write(out_path, json.dumps(record, separators=(",", ":"), allow_nan=False))
+    ctx.barrier()
+    return record
+
+
+def measure_launch(session: Session) -> None:
+    """Host and device cost of small calls: what eager mode pays, what a graph node costs."""
+    ctx, recorder = session.ctx, session.recorder
+    small = torch.zeros(1024, device=ctx.device)
+
+    def kernel(_: int) -> None:
+        small.add_(1.0)
+
+    for mode in recorder.modes:
+        samples = time_calls(ctx, kernel, mode=mode, per_round=100, budget_s=0.1)
+        recorder.add("launch", {"what": "small kernel, device time", "mode": mode}, samples)
+    recorder.value("launch", {"what": "small kernel, host time to enqueue"}, issue_us(ctx, kernel))
+    if ctx.num_ranks > 1:
+        token = torch.zeros(ctx.num_ranks * 8, device=ctx.device)
+        got = torch.zeros_like(token)
+
+        def collective(_: int) -> None:
+            dist.all_to_all_single(got, token)
+
+        recorder.value(
+            "launch", {"what": "all-to-all, host time to enqueue"}, issue_us(ctx, collective)
+        )
+
+
+SECTIONS: dict[str, Section] = {
+    "launch": measure_launch,
+    "all_to_all_v": calibrate_links.measure_uneven,
+    "permute": calibrate_experts.measure_permute,
+    "ffn": calibrate_experts.measure_ffn,
+    "copies": calibrate_links.measure_copies,
+    "single_expert": calibrate_experts.measure_single,
+    "collectives": calibrate_links.measure_collectives,
+}
