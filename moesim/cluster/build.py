@@ -14,6 +14,9 @@ from moesim.errors import FormatError, InputError
 
 _PEERS = {"nvswitch": NVSWITCH, "pcie": PCIE_TREE, "none": NO_PEER}
 
+MAX_LINKS = 2_000_000
+"""Most directed links that a cluster may have."""
+
 # fmt: off
 _COLUMNS = (
     "gpu_vertex", "node_of_gpu", "peer_of_node", "nv_up", "nv_down", "pcie_up", "pcie_down",
@@ -81,6 +84,11 @@ class _Links:
         self, a: int, b: int, code: int, gb_per_s: float, latency_us: float
     ) -> tuple[int, int]:
         """Add a -> b and b -> a; return their link ids."""
+        if len(self.src) >= MAX_LINKS:
+            raise FormatError(
+                f"more than {MAX_LINKS:,} links",
+                "ask for fewer GPUs, or give more leaf_down_ports, fewer spines or fewer hosts",
+            )
         for src, dst in ((a, b), (b, a)):
             self.src.append(src)
             self.dst.append(dst)

@@ -337,7 +337,7 @@ def _near_key(key: str, model: type[BaseModel]) -> str:
         for name, field in todo.pop().model_fields.items():
             known.add(name)
             todo.extend(_models_in(field.annotation))
-    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else "remove it; docs/topologies.md shows every key"
 
 

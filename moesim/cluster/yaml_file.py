@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +12,51 @@ from moesim.errors import FormatError, InputError
 
 MAX_BYTES = 1 << 20
 _MAX_DEPTH = 20
+_MAX_NODES = 100_000
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader without aliases (a few lines can expand to gigabytes) or duplicate keys."""
+    """SafeLoader that refuses duplicate keys and deep nesting."""
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent):
-            raise _refuse(event, "aliases (*name) are not accepted")
         self.depth += 1
         if self.depth > _MAX_DEPTH:
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise _refuse(event, f"nested more than {_MAX_DEPTH} levels deep")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise _refuse(key, f"key {key.value!r} appears twice")
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Nodes of the tree under `node`, every alias counted in full.
+
+    A few lines of aliases of aliases can stand for gigabytes; refuses more than _MAX_NODES, and a
+    node that contains itself. `sizes` remembers what was counted.
+    """
+    if id(node) not in sizes:
+        sizes[id(node)] = _MAX_NODES
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        elif isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+        if sizes[id(node)] > _MAX_NODES:
+            raise _refuse(node, f"aliases expand to more than {_MAX_NODES} values")
+    return sizes[id(node)]
 
 
 def _refuse(where: Any, problem: str) -> yaml.MarkedYAMLError:
@@ -48,15 +67,17 @@ def read_yaml(path: Path, label: str) -> tuple[dict[str, Any], yaml.Node]:
     """Parse `path` as one YAML mapping; `label` names the file in errors.
 
     Returns the mapping and its node tree (for `line_of`). Only plain YAML types are made: tags
-    such as `!!python/object` are refused, as are aliases, duplicate keys, files over MAX_BYTES and
-    nesting deeper than 20. Raises InputError when the file cannot be read, FormatError otherwise.
+    such as `!!python/object` are refused, as are duplicate keys, files over MAX_BYTES, aliases that
+    expand to more than 100,000 values and nesting deeper than 20. Raises InputError when the file
+    cannot be read, FormatError otherwise.
     """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(
-            f"cannot read {label}: {error.strerror or error}", "check the path and its permissions"
+            f"cannot read {label}: {reason}", "check the path and its permissions"
         ) from None
     if len(data) > MAX_BYTES:
         raise FormatError(
@@ -67,6 +88,8 @@ def read_yaml(path: Path, label: str) -> tuple[dict[str, Any], yaml.Node]:
         loader = _StrictLoader(text)
         try:
             node = loader.get_single_node()
+            if node is not None:
+                _expanded_size(node, {})
             content = loader.construct_document(node) if node is not None else None
         finally:
             loader.dispose()
@@ -77,7 +100,7 @@ def read_yaml(path: Path, label: str) -> tuple[dict[str, Any], yaml.Node]:
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise FormatError(
             f"{label}{where}: not valid YAML here: {error.problem or error.context}",
-            "write plain YAML: no tags, aliases or repeated keys, one document",
+            "write plain YAML: no tags or repeated keys, one document",
         ) from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise FormatError(
