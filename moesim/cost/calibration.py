@@ -58,8 +58,9 @@ class Calibration:
     """Models of one GPU type, ready to evaluate.
 
     `collectives`: `CollectiveModel`; `experts`: by (dtype, kernel), the first of a dtype being its
-    default; `copies`: by direction. `eager_collective_us` is the host's launch floor of a
-    collective that is not replayed from a CUDA graph.
+    default; `copies`: by direction. `eager_collective_us`: host time that a collective adds where
+    it is not replayed from a CUDA graph. `local_copy_gb_per_s`: rate at which an uneven all-to-all
+    copies what stays on its rank, None where not measured.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Calibration:
     experts: Mapping[tuple[str, str], ExpertGemmModel]
     copies: Mapping[str, CopyModel]
     eager_collective_us: float = 0.0
+    local_copy_gb_per_s: float | None = None
     sources: Mapping[str, str] | None = None
 
     def collective(
@@ -82,15 +84,17 @@ class Calibration:
     ) -> CollectiveCurve:
         """The curve of one collective; see `CollectiveModel.curve`.
 
-        `eager`: with the host's launch floor, as when calls are not replayed from a CUDA graph.
+        `eager`: with the host's time, as when calls are not replayed from a CUDA graph.
         Raises UnknownNameError for a kind that the calibration lacks.
         """
         curve = self.collectives.curve(
             kind, group_size, num_nodes, num_sms=num_sms, nic_gb_per_s=nic_gb_per_s
         )
-        if eager:
-            curve = replace(curve, floor_us=max(curve.floor_us, self.eager_collective_us))
-        return curve
+        return replace(
+            curve,
+            overhead_us=self.eager_collective_us if eager else 0.0,
+            local_gb_per_s=self.local_copy_gb_per_s if kind == "all_to_all_v" else None,
+        )
 
     def expert_ffn(self, dtype: str, kernel: str | None = None) -> ExpertGemmModel:
         """The expert model of a weight dtype ("bf16", "fp8", ...); its first kernel where none is
@@ -176,7 +180,8 @@ def build_calibration(parsed: CalibrationFile) -> Calibration:
         collectives=CollectiveModel([_collective(entry) for entry in parsed.collectives]),
         experts={(entry.dtype, entry.kernel): _expert(entry) for entry in parsed.expert_ffn},
         copies={entry.direction: _copy(entry) for entry in parsed.copies},
-        eager_collective_us=parsed.launch.eager_collective_us,
+        eager_collective_us=parsed.overheads.eager_collective_us,
+        local_copy_gb_per_s=parsed.overheads.local_copy_gb_per_s,
         sources=parsed.sources,
     )
 

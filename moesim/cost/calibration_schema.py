@@ -149,12 +149,15 @@ class CopyEntry(_Entry):
         return self
 
 
-class LaunchEntry(_Strict):
-    """Host time of one call where nothing is replayed from a CUDA graph, microseconds."""
+class OverheadEntry(_Entry):
+    """What a collective of a library call costs beside its kernel's link time.
+
+    `eager_collective_us`: host time that a call adds where it is not replayed from a CUDA graph.
+    `local_copy_gb_per_s`: rate at which an `all_to_all_v` copies the rows that stay on their rank.
+    """
 
     eager_collective_us: NonNegative = 0.0
-    eager_ffn_us: NonNegative = 0.0
-    source: str = ""
+    local_copy_gb_per_s: Positive | None = None
 
 
 class CalibrationFile(_Strict):
@@ -166,7 +169,7 @@ class CalibrationFile(_Strict):
     gpu: str = Field(min_length=1, max_length=200)
     description: str = ""
     sources: dict[str, str] = {}
-    launch: LaunchEntry = LaunchEntry()
+    overheads: OverheadEntry = OverheadEntry()
     collectives: list[CollectiveEntry] = []
     expert_ffn: list[ExpertEntry] = []
     copies: list[CopyEntry] = []

@@ -53,11 +53,12 @@ ASSUMED_INTER_NODE_LATENCY_US = 12.0
 
 @dataclass(frozen=True)
 class CollectiveCurve:
-    """One kind over one group: `max(nvlink(num_bytes), nic(nic_bytes), floor_us)`.
+    """One kind over one group:
+    `overhead_us + max(nvlink(num_bytes), nic(nic_bytes), local_bytes / local_gb_per_s)`.
 
-    `bytes_range` is what was measured, in bytes of the curve that carried them (NVLink within a
-    node, NIC across nodes). `floor_us` is the host's launch time where calls are not replayed from
-    a CUDA graph: a kernel shorter than that hides behind it.
+    `bytes_range` and `nic_bytes_range` are what was measured. `overhead_us` is the host's time
+    where calls are not replayed from a CUDA graph. `local_gb_per_s`, where not None, is the rate
+    at which the rows that stay on their rank are copied.
     """
 
     kind: str
@@ -65,7 +66,8 @@ class CollectiveCurve:
     num_nodes: int
     nvlink: SizeCurve
     nic: SizeCurve | None = None
-    floor_us: float = 0.0
+    overhead_us: float = 0.0
+    local_gb_per_s: float | None = None
     bytes_range: tuple[float, float] = (0.0, float("inf"))
     nic_bytes_range: tuple[float, float] = (0.0, float("inf"))
     basis: Basis = "measured"
@@ -76,21 +78,29 @@ class CollectiveCurve:
     @property
     def latency_us(self) -> float:
         """Time with nothing to send."""
-        latencies = [self.nvlink.latency_us, self.floor_us]
+        latencies = [self.nvlink.latency_us]
         if self.nic is not None:
             latencies.append(self.nic.latency_us)
-        return max(latencies)
+        return self.overhead_us + max(latencies)
 
-    def time_us(self, num_bytes: npt.ArrayLike, nic_bytes: npt.ArrayLike = 0.0) -> FloatArray:
-        """Microseconds, in the broadcast shape of the two byte counts; never decreasing in either.
+    def time_us(
+        self,
+        num_bytes: npt.ArrayLike,
+        nic_bytes: npt.ArrayLike = 0.0,
+        local_bytes: npt.ArrayLike = 0.0,
+    ) -> FloatArray:
+        """Microseconds, in the broadcast shape of the byte counts; never decreasing in any.
 
         `num_bytes`: to other ranks of the node, `nic_bytes`: to other nodes, both of the busiest
-        rank (module docstring).
+        rank (module docstring); `local_bytes`: the most that stays on one rank.
         """
-        time = np.maximum(self.nvlink.time_us(num_bytes), self.floor_us)
+        time = self.nvlink.time_us(num_bytes)
         if self.nic is not None:
             time = np.maximum(time, self.nic.time_us(nic_bytes))
-        return np.asarray(time, dtype=np.float64)
+        if self.local_gb_per_s is not None:
+            local = np.asarray(local_bytes, dtype=np.float64)
+            time = np.maximum(time, local / (self.local_gb_per_s * BYTES_PER_US_AT_1_GB_PER_S))
+        return np.asarray(time + self.overhead_us, dtype=np.float64)
 
     def effective_gb_per_s(
         self, num_bytes: npt.ArrayLike, nic_bytes: npt.ArrayLike = 0.0, *, link: str = "nvlink"
@@ -230,7 +240,6 @@ def _at_group(curves: list[CollectiveCurve], kind: str, group_size: int) -> Coll
         group_size=group_size,
         nvlink=_Blend(low.nvlink, high.nvlink, w),
         nic=nic,
-        floor_us=low.floor_us ** (1 - w) * high.floor_us**w if low.floor_us else 0.0,
         bytes_range=(low.bytes_range[0], min(low.bytes_range[1], high.bytes_range[1])),
         basis=weakest(low.basis, high.basis),
     )

@@ -84,7 +84,7 @@ def update(
     else:
         kept = [entry for entry in old.get(section, []) if not replaces(entry)]
         old[section] = kept + entries
-    order = ["format", "version", "name", "gpu", "description", "sources", "launch"]
+    order = ["format", "version", "name", "gpu", "description", "sources", "overheads"]
     ranked = sorted(old, key=lambda k: order.index(k) if k in order else len(order))
     text = yaml.dump({key: old[key] for key in ranked}, Dumper=_Dumper, sort_keys=False, width=100)
     parse_calibration_file(text, where=str(out))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 from common import AICONFIGURATOR, HEADERS, arguments, report, update
-from tables import ExpertPoints, own_grouped_points, vllm_moe_points
+from tables import OWN_SOURCE, ExpertPoints, own_grouped_points, vllm_moe_points, wideep_points
 
 from moesim.cost.expert_gemm import NUM_MATRICES, ExpertGemmModel
 from moesim.cost.fitting import round_significant
@@ -44,6 +44,7 @@ VLLM_KERNELS = (
     VllmKernel("int4", "vllm_marlin", "int4_wo", "wna16marlin", 400.0),
     VllmKernel("mxfp4", "vllm_triton", "w4a16_mxfp4", "gptossmxfp4", 400.0),
 )
+EAGER_NOTE = "launched eagerly: launch_us is the host's, not a CUDA graph's"
 REGIMES = (("decode", 0, 256), ("middle", 256, 2048), ("prefill", 2048, 2**40))
 
 
@@ -83,6 +84,7 @@ def entry(points: ExpertPoints, model: ExpertGemmModel, source: str) -> dict[str
         "weight_gb_per_s": model.weight_gb_per_s,
         "tflops": model.tflops,
         "half_tokens": model.half_tokens,
+        "tile_tokens": model.tile_tokens,
         "sharpness": model.sharpness,
     }
     for name in ("row_gb_per_s", "token_gb_per_s"):
@@ -112,17 +114,26 @@ def fit_h100(data: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
             start_gb_per_s=2500.0,
         )
         entries.append(entry(points, model, "vllm_moe_h100"))
+    for phase, kernel in (("decode", "deepgemm_masked"), ("prefill", "deepgemm_contiguous")):
+        points = wideep_points(data, phase)
+        model = points.fit.subset(points.train).fit(
+            dtype="fp8", kernel=kernel, start_tflops=1200.0, start_gb_per_s=2500.0
+        )
+        entries.append(entry(points, model, "wideep_moe_h100"))
+    entries[-1]["eager_launch_us"] = entries[-1]["launch_us"]
+    entries[-1]["note"] = EAGER_NOTE
     points = own_grouped_points(data)
     model = points.fit.subset(points.train).fit(
         dtype="bf16", kernel="torch_grouped_mm", start_tflops=500.0, start_gb_per_s=2500.0
     )
     own = entry(points, model, "own_h100x2")
     own["eager_launch_us"] = own["launch_us"]
-    own["note"] = "launched eagerly: launch_us is the host's, not a CUDA graph's"
+    own["note"] = EAGER_NOTE
     entries.append(own)
     sources = {
         "vllm_moe_h100": f"{AICONFIGURATOR}, h100 vllm 0.24.0 moe table, CUDA graph",
-        "own_h100x2": "own measurement on two H100 80GB HBM3, torch 2.11, eager (CC0-1.0)",
+        "wideep_moe_h100": f"{AICONFIGURATOR}, h100 SGLang 0.5.10 wide-EP tables, DeepGEMM",
+        "own_h100x2": OWN_SOURCE,
     }
     return entries, sources
 

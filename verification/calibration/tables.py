@@ -25,6 +25,7 @@ from routing_bytes import (
 )
 
 from moesim.cost.fitting import ExpertFit, drop_spikes
+from moesim.model import WEIGHT_BYTES
 
 FloatArray = np.ndarray
 
@@ -316,3 +317,66 @@ def trtllm_points(data: Path, phase: str) -> dict[int, SizePoints]:
             size[keep], time[keep], alternate(tokens)[keep], int((~keep).sum())
         )
     return found
+
+
+def wideep_points(data: Path, phase: str) -> ExpertPoints:
+    """SGLang's DeepEP expert kernel (DeepGEMM, fp8) on an H100; phase "decode" or "prefill".
+
+    `collector/wideep/sglang/collect_deepep_moe.py`: `num_tokens` is the global count, tokens a rank
+    times ranks; the GPU plays the rank with the largest load. Decode is the masked kernel in a CUDA
+    graph, prefill the contiguous one launched eagerly, with its scatter and gather over all tokens,
+    every expert's rows padded to 128. Prefill rows with uniform loads below 128 tokens an expert
+    are left out: there the counts were not padded, so most experts' weights were never read.
+    """
+    table = pd.read_parquet(data / f"h100_wideep_{phase}_moe.parquet")
+    per_expert = table["num_tokens"] * table["topk"] // table["num_experts"]
+    uniform = table["distribution"] == "uniform"
+    if phase == "prefill":
+        table = table[~uniform | (per_expert >= 128)]
+    counts = []
+    for row in table.itertuples():
+        local = row.num_experts // row.moe_ep_size
+        if row.distribution != "uniform":
+            draws = rank0_counts(
+                row.distribution, row.num_tokens, row.num_experts, row.topk, row.moe_ep_size
+            )
+        else:
+            each = row.num_tokens * row.topk // row.num_experts
+            first = np.arange(local) < row.num_tokens // row.moe_ep_size * row.topk
+            draws = (np.full(local, each) if each else first.astype(np.int64),)
+        counts.append(draws)
+    frame = table.assign(
+        hidden=table["hidden_size"],
+        intermediate=table["inter_size"],
+        us=table["latency"] * 1e3,
+        token_rows=table["num_tokens"] if phase == "prefill" else 0,
+        counts=counts,
+    ).reset_index(drop=True)
+    train = alternate(frame["num_tokens"].to_numpy())
+    if phase == "decode":
+        train = train & (frame["distribution"] == "uniform").to_numpy()
+    else:
+        train = train & (frame["distribution"] != "power_law_1.2").to_numpy()
+    fit = _expert_fit(frame, WEIGHT_BYTES["fp8"])
+    fit.tile_tokens = 128 if phase == "prefill" else 64
+    return ExpertPoints(fit, frame, train)
+
+
+OWN_SOURCE = "own measurement on two H100 80GB HBM3, torch 2.11, NCCL, eager (CC0-1.0)"
+
+
+def own_all_to_all(data: Path) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """The project's own `all_to_all_single` calls on two H100s, bf16, eager: (bytes to the other
+    rank, bytes that stay, us, train). Even rows list the whole send buffer, of which half stays."""
+    lists = json.loads((data / "h100x2_own.json").read_text())["data"]
+    remote, local, us = [], [], []
+    for total, time in lists["a2a_even_us"]:
+        remote.append(total / 2)
+        local.append(total / 2)
+        us.append(time)
+    for fraction, rows, hidden, time in lists["a2a_uneven_us"]:
+        remote.append(fraction * rows * hidden * 2)
+        local.append((1 - fraction) * rows * hidden * 2)
+        us.append(time)
+    train = np.arange(len(us)) % 2 == 0
+    return np.array(remote), np.array(local), np.array(us), train
