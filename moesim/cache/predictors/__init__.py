@@ -1,0 +1,1 @@
+"""Predictors of the experts that coming layers will need."""
