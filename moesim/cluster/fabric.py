@@ -106,7 +106,7 @@ class Fabric:
         """The links as a networkx graph; see `Cluster.graph`."""
         import networkx as nx
 
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[str] = nx.DiGraph()
         for name, node in zip(self.vertices, self.vertex_node.tolist(), strict=True):
             graph.add_node(name, kind=name.partition(":")[0], node=node if node >= 0 else None)
         names = self.vertices

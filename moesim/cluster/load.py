@@ -66,7 +66,7 @@ def find_cluster_file(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(text)
     if path.suffix in (".yaml", ".yml") or os.sep in text:
         return path
-    raise UnknownNameError("cluster", text, cluster_names())
+    raise UnknownNameError("cluster", text[:80], cluster_names())
 
 
 def load_cluster(
@@ -132,7 +132,7 @@ def _gpus_of(file: ClusterFile, label: str, nodes: list[NodePlan]) -> list[GpuSp
         names = listed if isinstance(listed, list) else [listed] * plan.group.gpus_per_node
         for name in names[: plan.num_gpus]:
             if name not in inline and name not in gpu_names():
-                raise UnknownNameError("GPU", name, {*inline, *gpu_names()})
+                raise UnknownNameError(f"GPU in {label}:", name[:80], {*inline, *gpu_names()})
             gpus.append(inline[name] if name in inline else load_gpu(name))
     return gpus
 

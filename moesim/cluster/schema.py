@@ -27,6 +27,9 @@ MAX_GPUS = 65_536
 """Most GPUs that a cluster may have."""
 
 
+_BARE = "must be a bare number"
+
+
 def _number(value: Any) -> float:
     """Accept int, float and their text; refuse booleans, text with a unit, inf and NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -34,7 +37,7 @@ def _number(value: Any) -> float:
     try:
         number = float(value)
     except (ValueError, OverflowError):
-        raise ValueError("must be a bare number (the unit is in the key)") from None
+        raise ValueError(_BARE) from None
     if not math.isfinite(number):
         raise ValueError("must be finite, not NaN or infinity")
     return number
@@ -181,7 +184,7 @@ class NodeGroup(_Model):
 
     count: Count
     gpus_per_node: Annotated[int, BeforeValidator(_count), Field(ge=1, le=1024)]
-    gpu: Name | list[Name]
+    gpu: Text | list[Text]
     speed_factors: list[Positive] | None = None
     fabric: Literal["nvswitch", "pcie", "none"]
     pcie: Pcie
@@ -302,23 +305,24 @@ def _format_error(
     if kind == "missing":
         cause, remedy = f"{field} is missing", "add it: docs/topologies.md shows every key"
     elif kind == "extra_forbidden":
-        cause, remedy = f"unknown key {field}", _near_key(str(loc[-1]), model)
-    elif kind == "value_error":
-        cause, remedy = (
-            f"{field}: {message}",
-            "correct the figure or the count it has to agree with",
-        )
+        cause, remedy = f"unknown key {field}", _near_key(first["loc"], details, model)
     else:
         cause, remedy = f"{field}: {message[0].lower()}{message[1:]}", _remedy(kind, first)
     return FormatError(f"{label}, line {line}: {cause}{more}", remedy)
 
 
 def _most_telling(details: list[Any]) -> Any:
-    """An unknown key explains a missing one; else the first error in file order of the model."""
-    return next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    """A wrong format explains everything, an unknown key a missing one; else the first error."""
+    wrong_format = [d for d in details if d["loc"] == ("format",)]
+    unknown_keys = [d for d in details if d["type"] == "extra_forbidden"]
+    return [*wrong_format, *unknown_keys, *details][0]
 
 
 def _remedy(kind: str, detail: Any) -> str:
+    if kind == "value_error":
+        if _BARE in detail["msg"]:
+            return "write the number alone, in the unit that the key names"
+        return "correct the figure or the count it has to agree with"
     if kind in ("greater_than", "greater_than_equal"):
         return "give a positive figure; leave an absent part out instead of writing 0"
     if kind in ("less_than_equal", "too_long"):
@@ -330,21 +334,29 @@ def _remedy(kind: str, detail: Any) -> str:
     return "docs/topologies.md shows the schema by example"
 
 
-def _near_key(key: str, model: type[BaseModel]) -> str:
-    known: set[str] = set()
-    todo: list[type[BaseModel]] = [model]
-    while todo:
-        for name, field in todo.pop().model_fields.items():
-            known.add(name)
-            todo.extend(_models_in(field.annotation))
-    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else "remove it; docs/topologies.md shows every key"
+def _near_key(loc: tuple[str | int, ...], details: list[Any], model: type[BaseModel]) -> str:
+    """The key of the same block that was probably meant, a missing one first."""
+    missing = [
+        d["loc"][-1] for d in details if d["type"] == "missing" and d["loc"][:-1] == loc[:-1]
+    ]
+    for known in (missing, _keys_at(loc[:-1], model)):
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.6)
+        if near:
+            return f"did you mean {near[0]!r}?"
+    return "remove it; docs/topologies.md shows every key"
+
+
+def _keys_at(loc: tuple[str | int, ...], model: type[BaseModel]) -> list[str]:
+    """Keys of the block at `loc`."""
+    models = [model]
+    for part in loc:
+        if isinstance(part, str):
+            fields = [m.model_fields[part] for m in models if part in m.model_fields]
+            models = [inner for field in fields for inner in _models_in(field.annotation)]
+    return [name for m in models for name in m.model_fields]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    found: list[type[BaseModel]] = []
-    for inner in getattr(annotation, "__args__", ()):
-        found.extend(_models_in(inner))
-    return found
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]

@@ -32,11 +32,25 @@ WRONG: list[tuple[str, Edit, str, str]] = [
     ("negative", _in("pcie", "host_bridge_gb_per_s", -3), "pcie.host_bridge_gb_per_s", "positive"),
     ("nan", _in("nics", "gb_per_s", float("nan")), "must be finite", "correct the figure"),
     ("infinite", _in("network", "port_gb_per_s", float("inf")), "must be finite", "correct"),
-    ("unit", _in("nics", "gb_per_s", "50 GB/s"), "must be a bare number", "correct the figure"),
+    ("unit", _in("nics", "gb_per_s", "50 GB/s"), "must be a bare number", "the number alone"),
     ("boolean", _in("nics", "gb_per_s", True), "nics.gb_per_s: must be a number", "correct"),
     ("list", _in("host", "dram_gb", [1]), "host.dram_gb: must be a number", "correct"),
     ("latency", _in("latency", "nic_us", -1), "latency.nic_us", "positive"),
     ("unknown key", _in("nics", "gbps", 400), "unknown key nodes[0].nics.gbps", "did you mean"),
+    (
+        "misspelt",
+        lambda c: c["nodes"][0]["nvme"].update(
+            nvme_gbps=c["nodes"][0]["nvme"].pop("nvme_gb_per_s")
+        ),
+        "unknown key nodes[0].nvme.nvme_gbps",
+        "did you mean 'nvme_gb_per_s'?",
+    ),
+    (
+        "gpu file",
+        lambda c: c.update(format="moesim-gpu", title="x"),
+        "format: ",
+        "'moesim-cluster'",
+    ),
     ("no unit", _in("nvme", "size", 3), "unknown key nodes[0].nvme.size", "docs/topologies.md"),
     ("missing", lambda c: c["nodes"][0]["nics"].pop("gb_per_s"), "nics.gb_per_s is missing", "add"),
     ("no source", lambda c: c["latency"].pop("source"), "latency.source is missing", "add it"),
@@ -117,8 +131,10 @@ def test_the_line_is_that_of_the_field(write: Callable[..., Path]) -> None:
 
 
 def test_unknown_gpu_names_the_known_ones(write: Callable[..., Path]) -> None:
-    with pytest.raises(UnknownNameError, match="did you mean 'h100-sxm'"):
-        load_cluster(write(_node("gpu", "h100")))
+    for wrong in ("h100", "H100-SXM"):
+        with pytest.raises(UnknownNameError, match="did you mean 'h100-sxm'") as error:
+            load_cluster(write(_node("gpu", wrong)))
+        assert error.value.cause == f"unknown GPU in small.yaml: {wrong!r}"
 
 
 def test_inline_gpu_defined_twice(write: Callable[..., Path]) -> None:
