@@ -1,0 +1,201 @@
+"""`moesim trace import`: other tools' routing dumps to a moesim trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from moesim.trace.format import LoadTrace, Trace
+    from moesim.trace.importers.base import ImportOptions
+
+
+def import_trace(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files or folders, merged in this order.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="What to write: .npz, or a folder.")
+    ] = None,
+    format_name: Annotated[
+        str | None,
+        typer.Option("--from", help="Format; found out when left out (--list names them)."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Preset or config.json: experts, top-k and layers."),
+    ] = None,
+    num_experts: Annotated[int | None, typer.Option(help="Routed experts per layer.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token.")] = None,
+    num_hidden_layers: Annotated[int | None, typer.Option(help="Layers, dense ones too.")] = None,
+    layer_ids: Annotated[
+        str | None, typer.Option(help="Absolute numbers of the MoE layers, as 1-26 or 1,3,5.")
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="For plain tables: OURS=THEIRS,... as request=seq_id,experts=e0+e1."),
+    ] = None,
+    phase: Annotated[
+        str, typer.Option(help="Phase of tokens whose source does not say: prefill or decode.")
+    ] = "prefill",
+    domain: Annotated[str, typer.Option(help="Name of the domain of all tokens.")] = "",
+    license_text: Annotated[str, typer.Option("--license", help="Licence to note down.")] = "",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many tokens (steps, for counts).")
+    ] = None,
+    keep_warmup: Annotated[
+        bool, typer.Option("--keep-warmup", help="Keep long runs of constant routing.")
+    ] = False,
+    list_formats: Annotated[bool, typer.Option("--list", help="List the formats.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Read routing dumps of vLLM, SGLang, TensorRT-LLM, Megatron-Core and others.
+
+    Example: moesim trace import responses.jsonl --model Qwen3-30B-A3B --out t.npz
+    """
+    from moesim.errors import InputError
+    from moesim.trace.format import save_trace
+    from moesim.trace.importers.registry import MODULES, importer
+    from moesim.trace.importers.run import import_files
+
+    if list_formats:
+        titles = {name: importer(name).TITLE for name in MODULES}
+        if as_json:
+            typer.echo(json.dumps(titles, indent=2))
+        else:
+            for name, title in titles.items():
+                typer.echo(f"{name:<16} {title}")
+        return
+    if not files:
+        raise InputError("no files were named", "name the files to import, or --list the formats")
+    if out is None:
+        raise InputError("--out is missing", "name what to write: --out t.npz")
+    if phase not in ("prefill", "decode"):
+        raise InputError(f"--phase {phase!r:.40}", "choose prefill or decode")
+    options = _options(
+        model,
+        num_experts,
+        top_k,
+        num_hidden_layers,
+        layer_ids,
+        columns,
+        phase="decode" if phase == "decode" else "prefill",
+        domain=domain,
+        license_text=license_text,
+        max_tokens=max_tokens,
+    )
+    trace = import_files(files, options, format_name, keep_warmup)
+    save_trace(trace, out)
+    summary = _summary(trace, out)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+        return
+    size = (
+        f"{summary['num_tokens']:,} tokens of {summary['num_requests']:,} requests"
+        if "num_tokens" in summary
+        else f"counts of {summary['num_steps']:,} steps"
+    )
+    typer.echo(
+        f"wrote {out}: {size}, {summary['num_layers']} MoE layers, top-{summary['top_k']} of"
+        f" {summary['num_experts']} experts"
+    )
+
+
+def parse_layer_ids(text: str, option: str = "--layer-ids") -> tuple[int, ...]:
+    """`1-26`, `0,2,4` or a mix, as ascending layer numbers. Raises InputError."""
+    from moesim.errors import InputError
+
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (not dash or last.isdecimal())) or len(part) > 12:
+            raise InputError(f"{option} {text!r:.60}", "write it as 1-26 or 1,3,5")
+        if int(last or first) >= 1 << 16:
+            raise InputError(f"{option} {text!r:.60}: no model is that deep", "give layer numbers")
+        layers += range(int(first), int(last or first) + 1)
+    if not layers or sorted(set(layers)) != layers:
+        raise InputError(f"{option} {text!r:.60}: not ascending", "write it as 1-26 or 1,3,5")
+    return tuple(layers)
+
+
+def _options(
+    model: str | None,
+    num_experts: int | None,
+    top_k: int | None,
+    num_hidden_layers: int | None,
+    layer_ids: str | None,
+    columns: str | None,
+    *,
+    phase: Literal["prefill", "decode"],
+    domain: str,
+    license_text: str,
+    max_tokens: int | None,
+) -> ImportOptions:
+    from moesim.errors import InputError
+    from moesim.trace.importers.base import ImportOptions
+
+    for name, value in (
+        ("--num-experts", num_experts),
+        ("--top-k", top_k),
+        ("--num-hidden-layers", num_hidden_layers),
+    ):
+        if value is not None and not 1 <= value <= 32767:
+            raise InputError(f"{name} {value}", "give a whole number from 1 to 32767")
+    column_map: dict[str, str] = {}
+    for part in filter(None, (columns or "").split(",")):
+        ours, equals, theirs = part.partition("=")
+        if not equals or not theirs:
+            raise InputError(f"--columns {part!r:.60}", "write it as OURS=THEIRS,OURS=THEIRS")
+        column_map[ours.strip()] = theirs.strip()
+    layers = parse_layer_ids(layer_ids) if layer_ids is not None else None
+    name = ""
+    if model is not None:
+        from moesim.model import load_model
+
+        spec = load_model(model)
+        name = spec.name
+        num_experts = num_experts or spec.num_experts
+        top_k = top_k or spec.top_k
+        num_hidden_layers = num_hidden_layers or spec.num_hidden_layers
+        layers = layers or spec.moe_layer_ids
+    return ImportOptions(
+        model=name,
+        num_experts=num_experts,
+        top_k=top_k,
+        num_hidden_layers=num_hidden_layers,
+        layer_ids=layers,
+        columns=column_map,
+        phase=phase,
+        domain=domain,
+        license=license_text,
+        max_tokens=max_tokens,
+        notify=lambda line: typer.echo(f"note: {line}", err=True),
+    )
+
+
+def _summary(trace: Trace | LoadTrace, out: Path) -> dict[str, Any]:
+    import numpy as np
+
+    from moesim.trace.format import LoadTrace
+
+    meta = trace.meta
+    head: dict[str, Any] = {"file": str(out), "format": meta.source.get("format", "")}
+    if isinstance(trace, LoadTrace):
+        head["num_steps"] = int(trace.expert_load.shape[0])
+    else:
+        head["num_tokens"] = trace.num_tokens
+        head["num_requests"] = len(np.unique(trace.request_ids))
+        head["num_prefill_tokens"] = int((trace.phases == 0).sum())
+    return {
+        **head,
+        "model": meta.model,
+        "num_layers": meta.num_layers,
+        "num_experts": meta.num_experts,
+        "top_k": meta.top_k,
+        "layer_ids": list(meta.layer_ids),
+        "domains": list(meta.domains),
+    }

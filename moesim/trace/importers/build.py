@@ -1,0 +1,362 @@
+"""From the pieces that a source holds to one checked trace.
+
+What engines have in common is dealt with here once: rows for dense layers, tokens that the engine
+never routed, ids that do not fit, and ids stored wider than needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.errors import FormatError, MismatchError
+from moesim.trace.format import (
+    MAX_EXPERTS,
+    Array,
+    LoadTrace,
+    Trace,
+    TraceMeta,
+    iter_chunks,
+)
+from moesim.trace.importers.base import DAMAGED, ImportOptions, require_top_k
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens that one record of a source holds.
+
+    expert_ids:   [n, L, K] any integer type; a layer of zeros or of -1 throughout is a dense one.
+    where:        names the file, record and field, for errors.
+    request:      a number that tokens of one request share: one for all, or [n].
+    positions:    [n]; phases: [n] of 0 (prefill) and 1 (decode).
+    gate_weights: [n, L, K]; token_ids, step_ids, rank_ids: [n]; optional.
+    domain:       name of the domain, or "".
+    """
+
+    expert_ids: Array
+    where: str
+    request: int | Array
+    positions: Array
+    phases: Array
+    gate_weights: Array | None = None
+    token_ids: Array | None = None
+    step_ids: Array | None = None
+    rank_ids: Array | None = None
+    domain: str = ""
+
+
+def integer_ids(array: Array, where: str, num_axes: int = 3) -> Array:
+    """`array` if it is a non-empty integer array of `num_axes` axes; FormatError otherwise."""
+    if array.dtype.kind not in "iu":
+        raise FormatError(
+            f"{where}: has type {array.dtype}, wanted whole numbers (uint8, uint16, int16, int32)",
+            DAMAGED,
+        )
+    if array.ndim != num_axes or 0 in array.shape[1:]:
+        wanted = "[tokens, layers, experts per token]" if num_axes == 3 else f"{num_axes} axes"
+        raise FormatError(f"{where}: has shape {array.shape}, wanted {wanted}", DAMAGED)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def assemble(segments: Sequence[Segment], options: ImportOptions, source: dict[str, Any]) -> Trace:
+    """One trace from `segments`, in their order.
+
+    Drops dense layers and tokens that no layer routed, with a notice. Raises FormatError (names
+    the record) for ids out of range, an expert chosen twice, or records of different shapes, and
+    MismatchError when layers or experts per token do not fit the model that was named.
+    """
+    segments = _limited([s for s in segments if len(s.expert_ids)], options)
+    if not segments:
+        raise FormatError("the files hold no routed tokens", "record some traffic and try again")
+    shape = segments[0].expert_ids.shape[1:]
+    for part in segments:
+        if part.expert_ids.shape[1:] != shape:
+            raise FormatError(
+                f"{part.where}: is for {_shape_text(part.expert_ids.shape[1:])}, but"
+                f" {segments[0].where} for {_shape_text(shape)}",
+                "import runs of different models apart",
+            )
+    if options.top_k not in (None, shape[1]):
+        raise MismatchError(
+            f"{segments[0].where}: records {shape[1]} experts per token, but the model has"
+            f" {options.top_k}",
+            "name the model that was recorded",
+        )
+    dense = _dense_layers([s.expert_ids for s in segments])
+    layer_idx, layer_ids = select_layers(shape[0], dense, options)
+    kept = [_routed(part, layer_idx) for part in segments]
+    dropped = sum(len(s.expert_ids) for s in segments) - sum(int(keep.sum()) for keep, _ in kept)
+    if dropped:
+        options.notify(f"dropped {dropped} tokens that no layer routed (all ids zero or -1)")
+    num_experts = _num_experts(max(int(ids.max(initial=0)) for _, ids in kept), options)
+    for part, (keep, ids) in zip(segments, kept, strict=True):
+        _check(part.where, np.flatnonzero(keep), ids, num_experts, layer_ids)
+    parts = [(s, keep, ids) for s, (keep, ids) in zip(segments, kept, strict=True) if len(ids) > 0]
+    if not parts:
+        raise FormatError("the files hold no routed tokens", "record some traffic and try again")
+    signed = any(int(ids.min()) < 0 for _, _, ids in parts)
+    dtype = np.int16 if signed else np.uint8 if num_experts <= 256 else np.uint16
+    names = [s.domain or options.domain for s, _, _ in parts]
+    domains = tuple(dict.fromkeys(n for n in names if n))
+    if domains and not all(names):
+        domains = (*domains, "other")
+    return Trace(
+        expert_ids=np.concatenate([ids.astype(dtype) for _, _, ids in parts]),
+        request_ids=np.concatenate(
+            [np.broadcast_to(s.request, keep.shape)[keep].astype(np.int32) for s, keep, _ in parts]
+        ),
+        positions=np.concatenate([s.positions[keep].astype(np.int32) for s, keep, _ in parts]),
+        phases=np.concatenate([s.phases[keep].astype(np.uint8) for s, keep, _ in parts]),
+        gate_weights=_gates(parts, layer_idx),
+        token_ids=_optional(parts, "token_ids", np.int32),
+        step_ids=_optional(parts, "step_ids", np.int32),
+        rank_ids=_optional(parts, "rank_ids", np.int32),
+        domain_ids=np.concatenate(
+            [
+                np.full(int(keep.sum()), domains.index(name or "other"), np.int16)
+                for name, (_, keep, _) in zip(names, parts, strict=True)
+            ]
+        )
+        if domains
+        else None,
+        meta=TraceMeta(
+            model=options.model,
+            num_experts=num_experts,
+            top_k=int(shape[1]),
+            layer_ids=layer_ids,
+            domains=domains,
+            license=options.license,
+            source=source,
+        ),
+    )
+
+
+def assemble_load(
+    load: npt.NDArray[np.int64],
+    options: ImportOptions,
+    source: dict[str, Any],
+    where: str,
+    layer_ids: tuple[int, ...] | None = None,
+    top_k: int | None = None,
+) -> LoadTrace:
+    """A load trace from counts [S, L, E].
+
+    Drops steps without load and, unless `layer_ids` says which layers these are, dense layers
+    (no load in any step). Raises FormatError for negative counts or no load at all.
+    """
+    if load.ndim != 3 or 0 in load.shape[1:]:
+        raise FormatError(
+            f"{where}: has shape {load.shape}, wanted [steps, layers, experts]", DAMAGED
+        )
+    if load.size and load.min() < 0:
+        step, layer, expert = (int(x[0]) for x in np.nonzero(load < 0))
+        raise FormatError(
+            f"{where}: step {step}, layer {layer}, expert {expert}: negative count", DAMAGED
+        )
+    busy = load.any(axis=(1, 2))
+    if not busy.any():
+        raise FormatError(f"{where}: no step has any load", "record some traffic and try again")
+    if not busy.all():
+        options.notify(f"dropped {int((~busy).sum())} steps without any load")
+    load = load[busy]
+    if options.max_tokens is not None:
+        load = load[: options.max_tokens]
+    if layer_ids is None:
+        layer_idx, layer_ids = select_layers(
+            load.shape[1], np.asarray(~load.any(axis=(0, 2))), options
+        )
+        load = load[:, layer_idx]
+    num_experts = load.shape[2]
+    if options.num_experts is not None and options.num_experts != num_experts:
+        raise MismatchError(
+            f"{where}: counts {num_experts} experts, but the model has {options.num_experts}",
+            "name the model that was recorded",
+        )
+    return LoadTrace(
+        expert_load=np.ascontiguousarray(load, np.int64),
+        meta=TraceMeta(
+            model=options.model,
+            num_experts=num_experts,
+            top_k=top_k or require_top_k(options, "counts do not say it"),
+            layer_ids=layer_ids,
+            license=options.license,
+            source=source,
+        ),
+    )
+
+
+def to_logical(
+    physical_load: npt.NDArray[np.int64], physical_to_logical: npt.NDArray[np.int64], where: str
+) -> npt.NDArray[np.int64]:
+    """[..., L, P] counts of slots to [..., L, E] counts of experts; E is the largest id plus one.
+
+    Replicas of one expert are added up. Raises FormatError when the two do not fit.
+    """
+    if physical_to_logical.ndim != 2 or physical_load.shape[-2:] != physical_to_logical.shape:
+        raise FormatError(
+            f"{where}: counts have shape {physical_load.shape}, but the map of slots to experts"
+            f" {physical_to_logical.shape}",
+            DAMAGED,
+        )
+    if physical_to_logical.min() < 0 or physical_to_logical.max() >= MAX_EXPERTS:
+        raise FormatError(f"{where}: the map of slots to experts has ids out of range", DAMAGED)
+    num_experts = int(physical_to_logical.max()) + 1
+    out = np.zeros((*physical_load.shape[:-1], num_experts), np.int64)
+    for layer in range(physical_to_logical.shape[0]):
+        for slot, expert in enumerate(physical_to_logical[layer]):
+            out[..., layer, expert] += physical_load[..., layer, slot]
+    return out
+
+
+def select_layers(
+    num_rows: int, dense: BoolArray, options: ImportOptions
+) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
+    """Which of `num_rows` recorded layers are MoE layers, and their absolute numbers.
+
+    `dense` [num_rows] marks layers that hold nothing but padding.
+    """
+    known, total = options.layer_ids, options.num_hidden_layers
+    if known is not None:
+        if num_rows == len(known):
+            return np.arange(num_rows), known
+        if num_rows == total or (total is None and num_rows > max(known)):
+            return np.array(known, np.int64), known
+        raise MismatchError(
+            f"the files record {num_rows} layers, but the model has {len(known)} MoE layers"
+            + (f" of {total}" if total is not None else ""),
+            "name the model that was recorded with --model, or its MoE layers with --layer-ids",
+        )
+    layer_idx = np.flatnonzero(~dense)
+    if len(layer_idx) == 0:
+        raise FormatError("no recorded layer routes to any expert", "record some traffic")
+    if len(layer_idx) < num_rows:
+        options.notify(
+            f"left out {num_rows - len(layer_idx)} of {num_rows} layers that hold only padding"
+            " (dense layers)"
+        )
+    elif total is None or total != num_rows:
+        options.notify(f"layers are numbered 0..{num_rows - 1}; --model gives their real numbers")
+    return layer_idx, tuple(int(x) for x in layer_idx)
+
+
+def _limited(segments: list[Segment], options: ImportOptions) -> list[Segment]:
+    if options.max_tokens is None:
+        return segments
+    out, left = [], options.max_tokens
+    for part in segments:
+        if left <= 0:
+            options.notify(f"stopped after {options.max_tokens} tokens")
+            break
+        out.append(part if len(part.expert_ids) <= left else _head(part, left))
+        left -= len(part.expert_ids)
+    return out
+
+
+def _head(part: Segment, count: int) -> Segment:
+    cut: dict[str, Any] = {
+        f.name: value[:count]
+        for f in fields(part)
+        if isinstance(value := getattr(part, f.name), np.ndarray)
+    }
+    return replace(part, **cut)
+
+
+def _dense_layers(arrays: list[Array]) -> BoolArray:
+    """[L]: layers whose ids are all zero, or all -1, for every token.
+
+    With one expert a token, a layer that always chose expert 0 looks the same as a dense one.
+    """
+    zero = np.logical_and.reduce([(a == 0).all(axis=(0, 2)) for a in arrays])
+    minus = np.logical_and.reduce([(a == -1).all(axis=(0, 2)) for a in arrays])
+    return zero | minus
+
+
+def _routed(part: Segment, layer_idx: npt.NDArray[np.int64]) -> tuple[BoolArray, Array]:
+    """(which tokens were routed at all [n], their ids [kept, L, K])."""
+    ids = part.expert_ids[:, layer_idx]
+    empty = (ids == -1).all(axis=(1, 2))
+    if ids.shape[1] * ids.shape[2] > 2:
+        empty |= (ids == 0).all(axis=(1, 2))
+    return ~empty, ids[~empty]
+
+
+def _num_experts(largest: int, options: ImportOptions) -> int:
+    if options.num_experts is not None:
+        return options.num_experts
+    if largest + 1 > MAX_EXPERTS:
+        raise FormatError(f"expert id {largest} is larger than any model has", DAMAGED)
+    options.notify(
+        f"took {largest + 1} experts, the largest id seen plus one; --num-experts or --model says"
+        " how many there are"
+    )
+    return max(1, largest + 1)
+
+
+def _check(
+    where: str,
+    token_idx: npt.NDArray[np.int64],
+    ids: Array,
+    num_experts: int,
+    layer_ids: tuple[int, ...],
+) -> None:
+    """Ids within range and no expert twice for a token; `token_idx` gives the rows' numbers."""
+    top_k = ids.shape[2]
+    for part in iter_chunks(len(ids)):
+        block = ids[part]
+        bad = (block >= num_experts) | (block < -1)
+        if bad.any():
+            t, layer, k = (int(x[0]) for x in np.nonzero(bad))
+            raise FormatError(
+                f"{where}: token {token_idx[part.start + t]}, layer {layer_ids[layer]}: expert id"
+                f" {int(block[t, layer, k])} is outside 0..{num_experts - 1}",
+                "check --num-experts or --model; fused shared experts must not be recorded",
+            )
+        ordered = np.sort(block, axis=2)
+        same = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] != -1)
+        if top_k > 1 and same.any():
+            t, layer, k = (int(x[0]) for x in np.nonzero(same))
+            raise FormatError(
+                f"{where}: token {token_idx[part.start + t]}, layer {layer_ids[layer]}: expert"
+                f" {int(ordered[t, layer, k])} is chosen twice",
+                "the record is damaged or padded; if this layer is dense, give --layer-ids",
+            )
+
+
+def _gates(
+    parts: list[tuple[Segment, BoolArray, Array]], layer_idx: npt.NDArray[np.int64]
+) -> Array | None:
+    given = [s.gate_weights for s, _, _ in parts]
+    if any(g is None for g in given):
+        return None
+    out = []
+    for part, keep, ids in parts:
+        gates = np.asarray(part.gate_weights)
+        if gates.shape != part.expert_ids.shape:
+            raise FormatError(
+                f"{part.where}: weights have shape {gates.shape}, ids {part.expert_ids.shape}",
+                DAMAGED,
+            )
+        gates = np.where(ids == -1, 0, gates[keep][:, layer_idx])
+        if not np.isfinite(gates).all():
+            raise FormatError(f"{part.where}: weights are not all finite", DAMAGED)
+        out.append(gates.astype(np.float16 if gates.dtype == np.float16 else np.float32))
+    return np.concatenate(out)
+
+
+def _optional(
+    parts: list[tuple[Segment, BoolArray, Array]], name: str, dtype: type
+) -> Array | None:
+    given = [getattr(s, name) for s, _, _ in parts]
+    if any(g is None for g in given):
+        return None
+    return np.concatenate([np.asarray(getattr(s, name))[k].astype(dtype) for s, k, _ in parts])
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} layers x {shape[1]} experts"

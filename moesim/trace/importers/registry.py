@@ -1,0 +1,55 @@
+"""The importers by name, and which of them a file is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import cast
+
+from moesim.errors import InputError, UnknownNameError
+from moesim.trace.importers.base import Importer
+
+MODULES: Mapping[str, str] = {
+    "vllm": "vllm",
+    "vllm-eplb-stats": "eplb_stats",
+    "sglang": "sglang",
+    "sglang-recorder": "sglang_recorder",
+    "tensorrt-llm": "trtllm",
+    "megatron": "megatron",
+    "flame-moe": "flame",
+    "table": "table",
+    "npz": "arrays",
+}
+"""Name -> module, in the order in which `detect_format` asks."""
+
+
+def importer(name: str) -> Importer:
+    """The importer called `name`. Raises UnknownNameError with the nearest name."""
+    if name not in MODULES:
+        raise UnknownNameError("trace format", name, MODULES)
+    return cast(Importer, import_module(f"moesim.trace.importers.{MODULES[name]}"))
+
+
+def detect_format(paths: Sequence[Path]) -> str:
+    """The one format that all `paths` look like.
+
+    Raises InputError when a path is missing, none or several formats match, or they differ.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"no such file or folder: {path}", "check the path")
+        names = [name for name in MODULES if importer(name).detect(path)]
+        if len(names) != 1:
+            what = f"looks like {' and '.join(names)}" if names else "is of no known format"
+            raise InputError(
+                f"{path}: {what}", f"name the format with --from: {', '.join(MODULES)}"
+            )
+        found[names[0]] = path
+    if len(found) > 1:
+        shown = ", ".join(f"{path.name} is {name}" for name, path in found.items())
+        raise InputError(f"the files are of different formats: {shown}", "import each apart")
+    if not found:
+        raise InputError("no files were named", "name the files to import")
+    return next(iter(found))

@@ -1,0 +1,97 @@
+"""The command: options, summary, notices on stderr, and no partial file."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from moesim.cli.trace_import import import_trace, parse_layer_ids
+from moesim.errors import FormatError, InputError, MoesimError
+from moesim.trace.format import load_trace
+
+app = typer.Typer()
+app.command()(import_trace)
+
+
+def run(*args):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_import_writes_a_trace(tmp_path, draw):
+    file, out = tmp_path / "r.npy", tmp_path / "t.npz"
+    ids = draw(40, layers=4, top_k=2, experts=8)
+    ids[:, 0] = 0
+    np.save(file, ids.astype(np.uint8))
+    result = run(file, "--out", out, "--num-experts", 8, "--domain", "code", "--license", "CC0-1.0")
+    assert "40 tokens of 1 requests, 3 MoE layers, top-2 of 8 experts" in result.stdout
+    assert "note: format: vllm" in result.stderr
+    assert "note:" not in result.stdout
+    trace = load_trace(out)
+    np.testing.assert_array_equal(trace.expert_ids, ids[:, 1:])
+    assert trace.meta.domains == ("code",)
+    assert trace.meta.license == "CC0-1.0"
+    assert trace.meta.source == {"format": "vllm", "files": ["r.npy"]}
+    again = json.loads(run(file, "--out", out, "--num-experts", 8, "--json").stdout)
+    assert again["num_tokens"] == 40
+    assert again["layer_ids"] == [1, 2, 3]
+
+
+def test_model_supplies_shape(tmp_path, draw):
+    file, out = tmp_path / "a.bin", tmp_path / "t.npz"
+    ids = draw(4, layers=27, top_k=6, experts=64)
+    ids[:, 0] = 0
+    file.write_bytes(ids.astype("<i4").tobytes())
+    run(file, "--from", "sglang", "--model", "DeepSeek-V2-Lite", "--out", out)
+    trace = load_trace(out)
+    np.testing.assert_array_equal(trace.expert_ids, ids[:, 1:])
+    assert trace.meta.model == "DeepSeek-V2-Lite"
+    assert trace.meta.layer_ids == tuple(range(1, 27))
+
+
+def test_failure_leaves_the_old_file_or_none(tmp_path, draw):
+    file, out = tmp_path / "r.npy", tmp_path / "t.npz"
+    np.save(file, draw(5))
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(FormatError):
+        run(file, "--from", "vllm", "--out", out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.npy"]
+    out.write_bytes(b"old")
+    with pytest.raises(MoesimError):
+        run(file, "--from", "vllm", "--out", out)
+    assert out.read_bytes() == b"old"
+
+
+def test_usage_errors(tmp_path, draw):
+    file = tmp_path / "r.npy"
+    np.save(file, draw(5))
+    for args, message in [
+        ([], "no files were named"),
+        ([file], "--out is missing"),
+        ([file, "--out", "t.npz", "--phase", "warm"], "--phase 'warm'"),
+        ([file, "--out", "t.npz", "--columns", "a"], "--columns 'a'"),
+        ([file, "--out", "t.npz", "--layer-ids", "3-1"], "not ascending"),
+        ([file, "--out", "t.npz", "--num-experts", 0], "--num-experts 0"),
+        ([file, "--out", "t.npz", "--from", "nope"], "unknown trace format"),
+        ([tmp_path / "x", "--out", "t.npz"], "no such file or folder"),
+    ]:
+        with pytest.raises(MoesimError, match=message):
+            run(*args)
+
+
+def test_list_names_all_formats():
+    assert "sglang-recorder" in run("--list").stdout
+    assert "tensorrt-llm" in json.loads(run("--list", "--json").stdout)
+
+
+def test_layer_ids_text():
+    assert parse_layer_ids("1-3,7") == (1, 2, 3, 7)
+    for text in ("", "a", "1-", "3,3", "1-99999999"):
+        with pytest.raises(InputError):
+            parse_layer_ids(text)
