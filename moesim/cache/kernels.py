@@ -8,8 +8,9 @@ does not depend on c, the caches of all capacities are nested (Mattson, Gecsei, 
 The *depth* of an access is its item's place in the stack before the event: it hits in every
 cache of more than `depth` slots.
 
-`tests/cache/reference.py` has the same semantics in plain Python, one capacity at a time. All
-kernels live in this file because numba's on-disk cache does not notice changes in other files.
+`tests/cache/reference.py` has the same semantics in plain Python, one capacity at a time.
+`timeline.py` calls these functions from a kernel of its own: numba's on-disk cache does not notice
+changes across files, so delete `__pycache__` after editing this one.
 """
 
 from __future__ import annotations

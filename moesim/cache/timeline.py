@@ -1,0 +1,535 @@
+"""What a caching plan costs: decode steps on one GPU, its host link, and the host's CPU, in time.
+
+One step goes through the MoE layers in order. In each layer, at the *gate* (after attention and
+whatever else precedes the routed experts), the experts are known:
+
+- those in their slots run at once, one after another;
+- those prefetched run when their transfer has arrived;
+- of the others, each is either fetched over the link or computed on the CPU. Fetches go first on
+  the link, before prefetches that have not started; a transfer that has started is not stopped.
+
+The layer ends when GPU and CPU are both done. Prefetches for layer l are issued at the gate of
+layer l - depth, land in a staging buffer, and what the layer did not ask for is dropped (wasted).
+An expert that was fetched or staged and used is admitted to the slots by the policy; one that the
+CPU computed is not.
+
+Not modelled: contention of host DRAM between link and CPU, the time of the router and of the
+predictor, several streams of copies at once, prefetching for the next step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from moesim.cache import kernels
+from moesim.cache.events import Events, IntArray, Stream, build_events
+from moesim.cache.kernels import (
+    ACTIVATION,
+    BELADY,
+    LFU,
+    LOOKAHEAD,
+    LRU,
+    OPTIMUM,
+    SCORE,
+    STATIC,
+    better,
+    observe,
+    observe_requests,
+)
+from moesim.cache.policies import get_policy
+from moesim.errors import MismatchError
+from moesim.trace.format import Trace
+
+FloatArray = npt.NDArray[np.float64]
+CpuMode = Literal["none", "auto"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTimes:
+    """Times in seconds that a timeline runs on.
+
+    gate_s: [L, M + 1] from the start of a layer to its gate, by tokens in the step; M is the
+    largest step. gpu_s, cpu_s: [M + 1] one expert on GPU or CPU by its tokens. load_s: [L, E] one
+    transfer of each expert into HBM from where it lives. tail_s: [M + 1] after the last layer.
+    """
+
+    gate_s: FloatArray
+    gpu_s: FloatArray
+    cpu_s: FloatArray
+    load_s: FloatArray
+    tail_s: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Setup:
+    """One configuration of the expert memory.
+
+    slots: [L] slots that the policy manages. pinned: [L, E] experts with slots of their own.
+    cpu: `auto` gives the CPU what it finishes before the link could; `none` never.
+    cpu_layers: [L] layers whose experts always run on the CPU (llama.cpp's --n-cpu-moe).
+    depth: layers ahead that predictions are issued, 0 for no prefetch. frequency: [L, E] warm
+    start and prior, see simulate.expert_frequency.
+    """
+
+    slots: IntArray
+    pinned: npt.NDArray[np.bool_]
+    cpu_layers: npt.NDArray[np.bool_]
+    frequency: FloatArray
+    policy: str = "lru"
+    cpu: CpuMode = "none"
+    depth: int = 0
+    warm: bool = True
+    alpha: float = 0.5
+    lookahead: int = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Timeline:
+    """What happened: per event (step, layer) [S, L] hits in slots, prefetch hits, fetches, CPU
+    executions, wasted prefetches, and seconds that the GPU waited; step_s [S]; link_s the link's
+    busy time."""
+
+    hits: IntArray
+    staged: IntArray
+    fetched: IntArray
+    on_cpu: IntArray
+    wasted: IntArray
+    wait_s: FloatArray
+    step_s: FloatArray
+    link_s: float
+    num_tokens: int
+
+    @property
+    def accesses(self) -> int:
+        return int((self.hits + self.staged + self.fetched + self.on_cpu).sum())
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of accesses that found their expert in a slot when the layer needed it."""
+        return float(self.hits.sum() / max(1, self.accesses))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return float(self.num_tokens / self.step_s.sum())
+
+    @property
+    def transfers_per_token(self) -> float:
+        """Experts moved over the link for each token, wasted ones included."""
+        moved = self.staged.sum() + self.fetched.sum() + self.wasted.sum()
+        return float(moved / max(1, self.num_tokens))
+
+
+def all_events(trace: Trace, stream: Stream) -> Events:
+    """Events of all layers in order of execution: event s x L + l, items are expert ids."""
+    num_layers = trace.num_layers
+    steps = np.repeat(np.arange(stream.num_steps), np.diff(stream.indptr))
+    width = np.diff(stream.indptr)
+    offset = np.arange(stream.num_tokens) - stream.indptr[steps]
+    base = stream.indptr[steps] * num_layers + offset
+    at = (base[:, None] + np.arange(num_layers)[None, :] * width[steps][:, None]).ravel()
+    ids = np.empty((stream.num_tokens * num_layers, trace.top_k), np.int32)
+    chosen = np.asarray(trace.expert_ids)[stream.token_idx]
+    ids[at] = chosen.reshape(-1, trace.top_k)
+    gates = np.full(ids.shape, 1.0 / trace.top_k, np.float32)
+    if trace.gate_weights is not None:
+        picked = np.asarray(trace.gate_weights)[stream.token_idx]
+        gates[at] = picked.reshape(-1, trace.top_k)
+    indptr = np.concatenate(([0], np.cumsum(np.repeat(width, num_layers)))).astype(np.int64)
+    return build_events(ids, gates, indptr, trace.num_experts)
+
+
+def run_timeline(
+    trace: Trace,
+    stream: Stream,
+    setup: Setup,
+    times: StepTimes,
+    predicted: npt.NDArray[np.int16] | None = None,
+    events: Events | None = None,
+) -> Timeline:
+    """Run `stream` through `setup`.
+
+    predicted: [S, L, W] experts that a predictor expects, best first, -1 where it expects fewer;
+    used when setup.depth is above 0. events: `all_events` of the stream, if already at hand.
+    Raises MismatchError where the arrays are not of the trace's layers and experts.
+    """
+    shape = (trace.num_layers, trace.num_experts)
+    if setup.pinned.shape != shape or times.load_s.shape != shape or len(setup.slots) != shape[0]:
+        raise MismatchError(
+            f"the setup is for {setup.pinned.shape} layers and experts, the trace has {shape}",
+            "make the plan from a trace of the same model",
+        )
+    found = all_events(trace, stream) if events is None else events
+    tokens = np.diff(stream.indptr)
+    if int(tokens.max(initial=0)) >= times.gate_s.shape[1]:
+        raise MismatchError(
+            f"a step has {int(tokens.max())} tokens, the time tables end at"
+            f" {times.gate_s.shape[1] - 1}",
+            "make the tables for the batch size of the stream",
+        )
+    policy = get_policy(setup.policy)
+    layer = np.tile(np.arange(shape[0]), stream.num_steps)
+    next_use = np.zeros(0, np.int64)
+    first_use = np.zeros(0, np.int64)
+    if policy.offline and policy.code != LOOKAHEAD:
+        flat = found.item + np.repeat(layer, np.diff(found.indptr)).astype(np.int32) * shape[1]
+        next_use, first_use = kernels.next_uses(flat, shape[0] * shape[1])
+    order, priority = _initial(setup, policy.code, first_use, shape)
+    if predicted is None or setup.depth == 0:
+        predicted = np.zeros((stream.num_steps, shape[0], 0), np.int16)
+    prior = setup.frequency
+    if not prior.any():
+        prior = np.full(shape, trace.top_k / shape[1])
+    ids = (
+        np.asarray(trace.expert_ids)[stream.token_idx].astype(np.int32)
+        if policy.code == ACTIVATION
+        else np.zeros((0, *shape), np.int32)
+    )
+    counts, wait, step_s, link_s = _run(
+        policy.code,
+        found.indptr,
+        found.item,
+        found.count,
+        found.gate,
+        tokens,
+        shape[1],
+        setup.slots.astype(np.int64),
+        setup.pinned,
+        setup.cpu_layers,
+        setup.cpu == "auto",
+        setup.depth,
+        setup.alpha,
+        setup.lookahead,
+        order,
+        priority,
+        next_use,
+        predicted,
+        prior,
+        ids,
+        stream.indptr,
+        stream.lane_idx,
+        stream.starts,
+        stream.num_lanes,
+        times.gate_s,
+        times.gpu_s,
+        times.cpu_s,
+        times.load_s,
+        times.tail_s,
+    )
+    hits, staged, fetched, on_cpu, wasted = counts
+    return Timeline(
+        hits, staged, fetched, on_cpu, wasted, wait, step_s, float(link_s), stream.num_tokens
+    )
+
+
+def _initial(
+    setup: Setup, code: int, first_use: IntArray, shape: tuple[int, int]
+) -> tuple[npt.NDArray[np.int32], FloatArray]:
+    """[L, E] preload order (first -1 row entry ends it) and starting priorities."""
+    order = np.full(shape, -1, np.int32)
+    priority = np.zeros(shape)
+    if code in (BELADY, OPTIMUM) and setup.warm:
+        first = first_use.reshape(shape)
+        return np.argsort(first, axis=1, kind="stable").astype(np.int32), -first.astype(np.float64)
+    if code == STATIC or setup.warm:
+        order = np.argsort(-setup.frequency, axis=1, kind="stable").astype(np.int32)
+        if code in (LFU, SCORE):
+            top = np.maximum(1e-300, setup.frequency.max(axis=1, keepdims=True))
+            priority = setup.frequency / top
+    return order, priority
+
+
+@njit(cache=True)
+def _admit(e, slots, forced, resident, held, num_held, mark, stamp, prio, last):  # type: ignore[no-untyped-def]
+    """Put e into the layer's slots if the policy wants it there; returns the slots in use."""
+    if num_held < slots:
+        held[num_held] = e
+        resident[e] = True
+        return num_held + 1
+    worst = -1
+    if forced:
+        for j in range(num_held):
+            if mark[held[j]] != stamp and (worst < 0 or better(held[worst], held[j], prio, last)):
+                worst = j
+    if worst < 0:
+        for j in range(num_held):
+            if worst < 0 or better(held[worst], held[j], prio, last):
+                worst = j
+        if worst < 0 or better(held[worst], e, prio, last):
+            return num_held
+    resident[held[worst]] = False
+    held[worst] = e
+    resident[e] = True
+    return num_held
+
+
+@njit(cache=True)
+def _split(gate, link, busy, miss, count, gpu_s, cpu_s, load):  # type: ignore[no-untyped-def]
+    """How many of the misses, fewest tokens first, the CPU should take so that the layer ends
+    soonest. `busy`: when the GPU is done with what it has."""
+    best, best_end = 0, np.inf
+    for j in range(len(miss) + 1):
+        cpu = gate
+        for i in range(j):
+            cpu += cpu_s[count[miss[i]]]
+        arrive, gpu = max(link, gate), busy
+        for i in range(len(miss) - 1, j - 1, -1):
+            arrive += load[miss[i]]
+            gpu = max(gpu, arrive) + gpu_s[count[miss[i]]]
+        end = max(cpu, gpu)
+        if end < best_end:
+            best, best_end = j, end
+    return best
+
+
+@njit(cache=True)
+def _run(  # type: ignore[no-untyped-def]
+    policy,
+    indptr,
+    item,
+    count,
+    gate_weight,
+    tokens,
+    num_experts,
+    slots,
+    pinned,
+    cpu_layers,
+    cpu_auto,
+    ahead,
+    alpha,
+    lookahead,
+    order,
+    start_prio,
+    next_use,
+    predicted,
+    prior,
+    ids,
+    token_ptr,
+    lane,
+    starts,
+    num_lanes,
+    gate_s,
+    gpu_s,
+    cpu_s,
+    load_s,
+    tail_s,
+):
+    num_steps, num_layers = len(tokens), len(slots)
+    shape = (num_steps, num_layers)
+    hits, staged, fetched = (
+        np.zeros(shape, np.int64),
+        np.zeros(shape, np.int64),
+        np.zeros(shape, np.int64),
+    )
+    on_cpu, wasted, wait = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape)
+    step_s = np.zeros(num_steps)
+    layers = (num_layers, num_experts)
+    resident, held = pinned.copy(), np.full(layers, -1, np.int32)
+    num_held = np.zeros(num_layers, np.int64)
+    prio, last = start_prio.copy(), np.full(layers, -1 - num_experts, np.int64)
+    uses, used = np.zeros(layers), np.zeros(layers, np.int64)
+    clock = np.zeros(num_layers, np.int64)
+    mark = np.full(layers, -1, np.int64)
+    arrival = np.full(layers, np.inf)  # of staged experts; inf: not staged or not started
+    queued = np.zeros(layers, np.bool_)
+    tokens_of = np.zeros(num_experts, np.int64)
+    keep_rows = num_lanes if policy == ACTIVATION else 0
+    rows = np.zeros((num_layers, keep_rows, num_experts))
+    row_size = np.zeros((num_layers, keep_rows))
+    even = np.ones(num_experts)
+    for layer in range(num_layers):
+        for rank in range(num_experts):
+            e = order[layer, rank]
+            if e < 0:
+                break
+            last[layer, e] = -1 - rank
+            if policy == LRU:
+                prio[layer, e] = -1 - rank
+            if not pinned[layer, e] and num_held[layer] < slots[layer]:
+                held[layer, num_held[layer]] = e
+                num_held[layer] += 1
+                resident[layer, e] = True
+    if policy == LOOKAHEAD:
+        for n in range(min(lookahead, num_steps) * num_layers):
+            for i in range(indptr[n], indptr[n + 1]):
+                prio[n % num_layers, item[i]] += 1.0
+    width = predicted.shape[2]
+    room = max(1, width * (ahead + 1))
+    wait_layer, wait_expert = np.empty(room, np.int64), np.empty(room, np.int64)
+    issued = np.empty(room)
+    head, tail = 0, 0
+    now, link, link_busy = 0.0, 0.0, 0.0
+    miss = np.empty(num_experts, np.int64)
+    early = np.empty(num_experts, np.int64)
+    for s in range(num_steps):
+        begin = now
+        for layer in range(num_layers):
+            n = s * num_layers + layer
+            lo, hi = indptr[n], indptr[n + 1]
+            gate = now + gate_s[layer, tokens[s]]
+            # Prefetches that the link gets to before the gate.
+            while head < tail and max(link, issued[head]) < gate:
+                first = max(link, issued[head])
+                took = load_s[wait_layer[head], wait_expert[head]]
+                link = first + took
+                link_busy += took
+                arrival[wait_layer[head], wait_expert[head]] = link
+                queued[wait_layer[head], wait_expert[head]] = False
+                head += 1
+            kept = head
+            for q in range(head, tail):
+                if wait_layer[q] == layer:
+                    queued[layer, wait_expert[q]] = False
+                else:
+                    wait_layer[kept], wait_expert[kept] = wait_layer[q], wait_expert[q]
+                    issued[kept] = issued[q]
+                    kept += 1
+            for q in range(head, kept):
+                wait_layer[q - head], wait_expert[q - head] = wait_layer[q], wait_expert[q]
+                issued[q - head] = issued[q]
+            head, tail = 0, kept - head
+            # Who has what.
+            busy, num_miss, num_early = gate, 0, 0
+            for i in range(lo, hi):
+                e = item[i]
+                mark[layer, e] = n
+                tokens_of[e] = count[i]
+                if cpu_layers[layer]:
+                    miss[num_miss] = e
+                    num_miss += 1
+                elif resident[layer, e]:
+                    hits[s, layer] += 1
+                    busy += gpu_s[count[i]]
+                elif arrival[layer, e] < np.inf:
+                    early[num_early] = e
+                    num_early += 1
+                else:
+                    miss[num_miss] = e
+                    num_miss += 1
+            working = busy - gate
+            for a in range(num_early):
+                b = a
+                while b > 0 and arrival[layer, early[b]] < arrival[layer, early[b - 1]]:
+                    early[b], early[b - 1] = early[b - 1], early[b]
+                    b -= 1
+            for a in range(num_early):
+                e = early[a]
+                busy = max(busy, arrival[layer, e]) + gpu_s[tokens_of[e]]
+                working += gpu_s[tokens_of[e]]
+            staged[s, layer] = num_early
+            for a in range(num_miss):
+                b = a
+                while b > 0 and tokens_of[miss[b]] < tokens_of[miss[b - 1]]:
+                    miss[b], miss[b - 1] = miss[b - 1], miss[b]
+                    b -= 1
+            cpu_share = 0
+            if cpu_layers[layer]:
+                cpu_share = num_miss
+            elif cpu_auto and num_miss > 0:
+                cpu_share = _split(
+                    gate, link, busy, miss[:num_miss], tokens_of, gpu_s, cpu_s, load_s[layer]
+                )
+            cpu_end = gate
+            for a in range(cpu_share):
+                cpu_end += cpu_s[tokens_of[miss[a]]]
+            for a in range(num_miss - 1, cpu_share - 1, -1):
+                e = miss[a]
+                link = max(link, gate) + load_s[layer, e]
+                link_busy += load_s[layer, e]
+                busy = max(busy, link) + gpu_s[tokens_of[e]]
+                working += gpu_s[tokens_of[e]]
+            on_cpu[s, layer] = cpu_share
+            fetched[s, layer] = num_miss - cpu_share
+            end = max(busy, cpu_end)
+            wait[s, layer] = end - gate - working
+            # Predictions for a later layer leave now, behind the fetches.
+            for target in range(layer, layer + ahead + 1):
+                if target >= num_layers or not (
+                    target == layer + ahead or (layer == 0 and target > 0)
+                ):
+                    continue
+                for w in range(width):
+                    e = predicted[s, target, w]
+                    if e < 0 or resident[target, e] or queued[target, e] or cpu_layers[target]:
+                        continue
+                    if arrival[target, e] < np.inf or tail == room:
+                        continue
+                    wait_layer[tail], wait_expert[tail], issued[tail] = target, e, gate
+                    queued[target, e] = True
+                    tail += 1
+            # The policy learns of the event, then of what is now in HBM.
+            if policy == ACTIVATION:
+                observe_requests(
+                    ids[:, layer],
+                    token_ptr[s],
+                    token_ptr[s + 1],
+                    lane,
+                    starts,
+                    prior[layer],
+                    even,
+                    rows[layer],
+                    row_size[layer],
+                    prio[layer],
+                )
+            if policy != STATIC and hi > lo:
+                clock[layer] = observe(
+                    policy,
+                    s,
+                    lo,
+                    hi,
+                    item,
+                    gate_weight,
+                    tokens[s],
+                    alpha,
+                    next_use,
+                    prio[layer],
+                    last[layer],
+                    clock[layer],
+                    uses[layer],
+                    used[layer],
+                )
+                forced = policy != OPTIMUM
+                for a in range(num_early):
+                    num_held[layer] = _admit(
+                        early[a],
+                        slots[layer],
+                        forced,
+                        resident[layer],
+                        held[layer],
+                        num_held[layer],
+                        mark[layer],
+                        n,
+                        prio[layer],
+                        last[layer],
+                    )
+                for a in range(num_miss - 1, cpu_share - 1, -1):
+                    num_held[layer] = _admit(
+                        miss[a],
+                        slots[layer],
+                        forced,
+                        resident[layer],
+                        held[layer],
+                        num_held[layer],
+                        mark[layer],
+                        n,
+                        prio[layer],
+                        last[layer],
+                    )
+            for w in range(width):
+                e = predicted[s, layer, w]
+                if e >= 0 and arrival[layer, e] < np.inf:
+                    if mark[layer, e] != n:
+                        wasted[s, layer] += 1
+                    arrival[layer, e] = np.inf
+            if policy == LOOKAHEAD and s + lookahead < num_steps:
+                m = n + lookahead * num_layers
+                for i in range(indptr[m], indptr[m + 1]):
+                    prio[layer, item[i]] += 1.0
+            now = end
+        now += tail_s[tokens[s]]
+        step_s[s] = now - begin
+    return (hits, staged, fetched, on_cpu, wasted), wait, step_s, link_busy
