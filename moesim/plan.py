@@ -94,6 +94,11 @@ class Placement:
         return np.arange(self.num_slots) // self.slots_per_gpu
 
     @property
+    def node_of_gpu(self) -> npt.NDArray[np.int64]:
+        """[G]: the node of each GPU."""
+        return np.arange(self.num_gpus) // (self.num_gpus // self.num_nodes)
+
+    @property
     def replica_count(self) -> npt.NDArray[np.int64]:
         """[L, E]: slots that hold each expert."""
         count = np.zeros((self.num_layers, self.num_experts), np.int64)

@@ -35,6 +35,13 @@ class RequestIndex:
         indptr = np.concatenate(([0], np.cumsum(lengths[keep])))
         return RequestIndex(self.ids[keep], indptr, self.token_idx[np.repeat(keep, lengths)])
 
+    def cap(self, max_tokens: int) -> RequestIndex:
+        """The index with every request cut to its first `max_tokens` tokens."""
+        lengths = np.diff(self.indptr)
+        within = np.arange(len(self.token_idx)) - np.repeat(self.indptr[:-1], lengths)
+        indptr = np.concatenate(([0], np.cumsum(np.minimum(lengths, max_tokens))))
+        return RequestIndex(self.ids, indptr, self.token_idx[within < max_tokens])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batches:
@@ -119,19 +126,30 @@ def resample_requests(requests: RequestIndex, seed: int) -> RequestIndex:
     )
 
 
+def draw_prefill_requests(lengths: IntArray, budget: int, rng: np.random.Generator) -> IntArray:
+    """Indices of the requests of one prefill batch: in random order, each taken if its tokens
+    (`lengths` [R], cut to `budget`) still fit."""
+    capped = np.minimum(lengths, budget)
+    left, shortest = budget, int(capped.min())
+    taken = []
+    for i in rng.permutation(len(capped)):
+        if capped[i] <= left:
+            taken.append(i)
+            left -= int(capped[i])
+            if left < shortest:
+                break
+    return np.array(taken, np.int64)
+
+
 def _prefill_batch(requests: RequestIndex, budget: int, rng: np.random.Generator) -> IntArray:
-    parts: list[IntArray] = []
-    left = budget
-    shortest = int(np.diff(requests.indptr).min())
-    for i in rng.permutation(len(requests.ids)):
-        start, end = int(requests.indptr[i]), int(requests.indptr[i + 1])
-        length = min(end - start, budget)
-        if length <= left:
-            parts.append(requests.token_idx[start : start + length])
-            left -= length
-        if left < min(shortest, budget):
-            break
-    return np.concatenate(parts)
+    lengths = np.diff(requests.indptr)
+    starts = requests.indptr[:-1]
+    return np.concatenate(
+        [
+            requests.token_idx[starts[i] : starts[i] + min(lengths[i], budget)]
+            for i in draw_prefill_requests(lengths, budget, rng)
+        ]
+    )
 
 
 def _decode_batch(requests: RequestIndex, size: int, rng: np.random.Generator) -> IntArray:

@@ -1,0 +1,252 @@
+"""From routing to load and messages: which slot serves each choice, and who sends to whom.
+
+One compiled pass over a batch set gives, for every batch and layer, the tokens of each slot and
+the messages between GPUs; everything that a step costs follows from these two.
+`moesim.cost.reference` holds the slow version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from moesim.errors import InputError, MismatchError
+from moesim.plan import Placement, ReplicaPolicy
+from moesim.trace.batches import Batches
+from moesim.trace.format import Trace
+
+Dedup = Literal["gpu", "node", "none"]
+DEDUP_CODES: dict[str, int] = {"none": 0, "gpu": 1, "node": 2}
+POLICY_CODES: dict[str, int] = {"split": 0, "hash": 1, "nearest": 2}
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routed:
+    """What a placement makes of a batch set.
+
+    slot_tokens: [B, L, P] int32, tokens that each slot serves.
+    messages:    [B, L, G, G] int32, hidden states that GPU s sends to GPU d in dispatch
+                 (zero diagonal); combine sends as many back.
+    gpu_fan_out, node_fan_out: [B, L] int64, summed over tokens: distinct GPUs (nodes) that hold
+                 the chosen experts, the token's own included.
+    num_tokens:  [B] int64.
+    """
+
+    slot_tokens: Array
+    messages: Array
+    gpu_fan_out: Array
+    node_fan_out: Array
+    num_tokens: Array
+
+    def gpu_tokens(self, num_gpus: int) -> Array:
+        """[B, L, G] int64: token-choices that each GPU computes."""
+        b, layers, slots = self.slot_tokens.shape
+        return self.slot_tokens.reshape(b, layers, num_gpus, slots // num_gpus).sum(
+            axis=3, dtype=np.int64
+        )
+
+
+def home_ranks(trace: Trace, batches: Batches, num_gpus: int) -> npt.NDArray[np.int32]:
+    """[total tokens] int32: the GPU that computes each token's attention.
+
+    `rank_ids` of the trace where present (modulo the number of GPUs); otherwise every batch is
+    cut into equal contiguous chunks in batch order, as a balanced data-parallel scheduler does.
+    """
+    if trace.rank_ids is not None:
+        return (np.asarray(trace.rank_ids)[batches.token_idx] % num_gpus).astype(np.int32)
+    lengths = np.diff(batches.indptr)
+    within = np.arange(len(batches.token_idx)) - np.repeat(batches.indptr[:-1], lengths)
+    return (within * num_gpus // np.repeat(lengths, lengths)).astype(np.int32)
+
+
+def route(
+    trace: Trace,
+    batches: Batches,
+    placement: Placement,
+    *,
+    policy: ReplicaPolicy = "split",
+    dedup: Dedup = "gpu",
+    home: npt.NDArray[np.int32] | None = None,
+) -> Routed:
+    """Route every token of every batch through the placement (C2, C6 of the design).
+
+    split:   the i-th choice of an expert in a batch and layer goes to replica i mod r, so that
+             shares differ by at most one.
+    hash:    a hash of (token, expert) picks the replica.
+    nearest: the home GPU if it holds the expert, else `split` over the replicas of the home node,
+             else over all.
+    Choices of -1 are skipped. `home` defaults to `home_ranks`. Raises MismatchError when trace
+    and placement differ in layers or experts.
+    """
+    check_match(trace, placement)
+    if policy not in POLICY_CODES:
+        raise InputError(
+            f"replica policy {policy!r} cannot be routed here", "use split, hash or nearest"
+        )
+    if home is None:
+        home = home_ranks(trace, batches, placement.num_gpus)
+    num_batches, num_layers, num_gpus = len(batches), trace.num_layers, placement.num_gpus
+    slot_tokens = np.zeros((num_batches, num_layers, placement.num_slots), np.int32)
+    messages = np.zeros((num_batches, num_layers, num_gpus, num_gpus), np.int32)
+    fan_out = np.zeros((2, num_batches, num_layers), np.int64)
+    route_kernel(
+        np.asarray(trace.expert_ids),
+        batches.token_idx,
+        batches.indptr,
+        home,
+        placement.logical_to_physical(),
+        placement.replica_count,
+        placement.gpu_of_slot,
+        placement.node_of_gpu,
+        POLICY_CODES[policy],
+        DEDUP_CODES[dedup],
+        slot_tokens,
+        messages,
+        fan_out,
+    )
+    return Routed(slot_tokens, messages, fan_out[0], fan_out[1], np.diff(batches.indptr))
+
+
+def check_match(trace: Trace, placement: Placement) -> None:
+    """Raise MismatchError unless trace and placement have the same layers and experts."""
+    have = (trace.num_layers, trace.num_experts)
+    want = (placement.num_layers, placement.num_experts)
+    if have != want:
+        raise MismatchError(
+            f"the trace has {have[0]} MoE layers of {have[1]} experts, the plan {want[0]} of"
+            f" {want[1]}",
+            "use a trace and a plan of the same model",
+        )
+
+
+@njit(cache=True, nogil=True)
+def mix(a: np.uint64, b: np.uint64) -> np.uint64:
+    """A 64-bit hash of two numbers (splitmix64's finaliser)."""
+    x = a * np.uint64(0x9E3779B97F4A7C15) + b + np.uint64(0x632BE59BD9B4E019)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def pick_slot(
+    slots: Array,
+    count: int,
+    home: int,
+    token: int,
+    expert: int,
+    gpu_of_slot: Array,
+    node_of_gpu: Array,
+    policy: int,
+    turn: Array,
+) -> int:
+    """The slot that serves one choice of an expert with several replicas; advances
+    `turn[expert]` where shares rotate."""
+    if policy == 1:
+        return slots[mix(np.uint64(token), np.uint64(expert)) % np.uint64(count)]
+    if policy == 2:
+        home_node = node_of_gpu[home]
+        near = 0
+        for r in range(count):
+            gpu = gpu_of_slot[slots[r]]
+            if gpu == home:
+                return slots[r]
+            near += node_of_gpu[gpu] == home_node
+        if near > 0:
+            want = turn[expert] % near
+            turn[expert] += 1
+            for r in range(count):
+                if node_of_gpu[gpu_of_slot[slots[r]]] == home_node:
+                    if want == 0:
+                        return slots[r]
+                    want -= 1
+    chosen = slots[turn[expert] % count]
+    turn[expert] += 1
+    return chosen
+
+
+@njit(cache=True, nogil=True)
+def route_kernel(
+    expert_ids: Array,
+    token_idx: Array,
+    indptr: Array,
+    home: Array,
+    logical_to_physical: Array,
+    replica_count: Array,
+    gpu_of_slot: Array,
+    node_of_gpu: Array,
+    policy: int,
+    dedup: int,
+    slot_tokens: Array,
+    messages: Array,
+    fan_out: Array,
+) -> None:
+    """Compiled body of `route`; adds into `slot_tokens`, `messages` and `fan_out` [2, B, L]."""
+    num_layers, top_k = expert_ids.shape[1], expert_ids.shape[2]
+    num_gpus = messages.shape[2]
+    num_experts = replica_count.shape[1]
+    num_nodes = node_of_gpu[num_gpus - 1] + 1
+    per_node = num_gpus // num_nodes
+    gpu_seen = np.full(num_gpus, -1, np.int64)
+    node_seen = np.full(num_nodes, -1, np.int64)
+    turn = np.zeros((num_layers, num_experts), np.int64)
+    stamp = np.int64(0)
+    for b in range(len(indptr) - 1):
+        turn[:] = 0
+        for i in range(indptr[b], indptr[b + 1]):
+            token = token_idx[i]
+            h = np.int64(home[i])
+            home_node = node_of_gpu[h]
+            local_rank = h - home_node * per_node
+            for layer in range(num_layers):
+                stamp += 1
+                sent = messages[b, layer]
+                num_seen, num_nodes_seen = 0, 0
+                for k in range(top_k):
+                    expert = np.int64(expert_ids[token, layer, k])
+                    if expert < 0:
+                        continue
+                    slot = np.int64(logical_to_physical[layer, expert, 0])
+                    if replica_count[layer, expert] > 1:
+                        slot = np.int64(
+                            pick_slot(
+                                logical_to_physical[layer, expert],
+                                replica_count[layer, expert],
+                                h,
+                                token,
+                                expert,
+                                gpu_of_slot,
+                                node_of_gpu,
+                                policy,
+                                turn[layer],
+                            )
+                        )
+                    slot_tokens[b, layer, slot] += 1
+                    gpu = np.int64(gpu_of_slot[slot])
+                    if dedup == 0 and gpu != h:
+                        sent[h, gpu] += 1
+                    if gpu_seen[gpu] == stamp:
+                        continue
+                    gpu_seen[gpu] = stamp
+                    num_seen += 1
+                    node = node_of_gpu[gpu]
+                    first_on_node = node_seen[node] != stamp
+                    if first_on_node:
+                        node_seen[node] = stamp
+                        num_nodes_seen += 1
+                    if dedup == 1 or (dedup == 2 and node == home_node):
+                        if gpu != h:
+                            sent[h, gpu] += 1
+                    elif dedup == 2:
+                        relay = node * per_node + local_rank
+                        if first_on_node:
+                            sent[h, relay] += 1
+                        if gpu != relay:
+                            sent[relay, gpu] += 1
+                fan_out[0, b, layer] += num_seen
+                fan_out[1, b, layer] += num_nodes_seen

@@ -1,0 +1,340 @@
+"""The closed-form cost of a forward step (C1 to C7 of the design).
+
+A `StepModel` holds what does not depend on the placement: link tables, collective curves and
+expert time tables of a model on a cluster. `StepModel.cost` turns a `Routed` batch set into
+microseconds for every batch and layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.cost.calibration import Calibration, calibration_names, load_calibration
+from moesim.cost.collective import CollectiveCurve
+from moesim.cost.curves import Basis, weakest
+from moesim.cost.datasheet import GpuFigures, datasheet_models
+from moesim.cost.expert_gemm import ExpertGemmModel
+from moesim.cost.routing import Dedup, Routed
+from moesim.errors import MismatchError, UnknownNameError
+
+if TYPE_CHECKING:
+    from moesim.cluster import Cluster, GpuSpec
+    from moesim.modelspec import ModelSpec
+
+AllToAll = Literal["nccl", "deepep", "deepep_ll", "nvlink"]
+FloatArray = npt.NDArray[np.float64]
+
+DEDUP_OF: dict[str, Dedup] = {"nccl": "gpu", "deepep": "node", "deepep_ll": "none", "nvlink": "gpu"}
+KINDS_OF: dict[str, tuple[str, str]] = {
+    "nccl": ("all_to_all_v", "all_to_all_v"),
+    "deepep": ("deepep_normal_dispatch", "deepep_normal_combine"),
+    "deepep_ll": ("deepep_ll_dispatch", "deepep_ll_combine"),
+    "nvlink": ("nvlink_dispatch", "nvlink_combine"),
+}
+BYTES_PER_ELEMENT = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4.0 / 128}
+"""Bytes of one element of a message; fp8 carries one float32 scale per 128 elements, as DeepEP."""
+
+OTHER_LINK_EFFICIENCY = 0.85
+NVLINK, NIC, OTHER = 0, 1, 2
+_EXPERT_DTYPES: dict[str, tuple[str, ...]] = {
+    "bf16": ("bfloat16", "bf16"),
+    "fp8": ("fp8_block", "fp8"),
+    "mxfp4": ("mxfp4", "w4a16_mxfp4", "fp4"),
+    "int4": ("int4",),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepCost:
+    """Microseconds of the MoE part of a step.
+
+    dispatch_us, combine_us: [B, L]; compute_us: [B, L, G]; layer_us: [B, L], dispatch then the
+    slowest GPU's compute then combine (C5); link_bytes: [B, L, links] of dispatch and combine
+    together.
+    """
+
+    dispatch_us: FloatArray
+    compute_us: FloatArray
+    combine_us: FloatArray
+    link_bytes: FloatArray
+
+    @property
+    def layer_us(self) -> FloatArray:
+        return self.dispatch_us + self.compute_us.max(axis=2) + self.combine_us
+
+    @property
+    def step_us(self) -> FloatArray:
+        """[B]: all MoE layers of one forward step, one after the other."""
+        return self.layer_us.sum(axis=1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepModel:
+    """What a step costs on one cluster for one model, whatever the placement.
+
+    link_group: [links] int8, 0 NVLink, 1 NIC, 2 other (PCIe, leaf to spine), -1 never used by
+    messages. link_scale: [links], reference over own bandwidth of the link's group.
+    gpu_type: [G], index into `experts`; speed: [G].
+    basis: the weakest kind of figure the predictions rest on; `notes` say which part is which.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    all_to_all: AllToAll
+    dedup: Dedup
+    dispatch_bytes: float
+    combine_bytes: float
+    dispatch: CollectiveCurve
+    combine: CollectiveCurve
+    experts: tuple[ExpertGemmModel, ...]
+    gpu_type: npt.NDArray[np.int64]
+    speed: FloatArray
+    route_indptr: npt.NDArray[np.int64]
+    route_links: npt.NDArray[np.int32]
+    link_group: npt.NDArray[np.int8]
+    link_scale: FloatArray
+    other_gb_per_s: float
+    basis: Basis
+    eager: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def num_gpus(self) -> int:
+        return len(self.speed)
+
+    def collective_us(self, curve: CollectiveCurve, group_bytes: FloatArray) -> FloatArray:
+        """Time of a collective whose busiest link of each group carries `group_bytes` [..., 3]
+        (scaled to the group's reference link); zero where nothing is sent."""
+        nvlink, nic, other = np.moveaxis(group_bytes, -1, 0)
+        time = curve.time_us(nvlink, nic)
+        if self.other_gb_per_s > 0:
+            rate = self.other_gb_per_s * OTHER_LINK_EFFICIENCY * 1e3
+            time = np.maximum(time, np.where(other > 0, curve.latency_us + other / rate, 0.0))
+        return np.where(group_bytes.max(axis=-1) > 0, time, 0.0)
+
+    def link_messages(self, messages: npt.NDArray[Any]) -> FloatArray:
+        """[..., links]: messages that cross each link, for `messages` [..., G, G]."""
+        flat = messages.reshape(-1, self.num_gpus**2).astype(np.float64)
+        crossing = self._incidence() @ flat.T
+        return np.asarray(crossing.T).reshape(*messages.shape[:-2], -1)
+
+    def group_max(self, link_load: FloatArray) -> FloatArray:
+        """[..., 3]: the largest scaled load over the links of each group."""
+        scaled = link_load * self.link_scale
+        out = np.zeros((*link_load.shape[:-1], 3))
+        for group in (NVLINK, NIC, OTHER):
+            picked = self.link_group == group
+            if picked.any():
+                out[..., group] = scaled[..., picked].max(axis=-1)
+        return out
+
+    def expert_tables_us(self, max_tokens: int) -> FloatArray:
+        """[types, max_tokens + 1]: time of one expert by its tokens, launch excluded."""
+        return np.stack(
+            [
+                model.time_table_us(max_tokens, self.hidden_size, self.intermediate_size)
+                for model in self.experts
+            ]
+        )
+
+    def message_tables_us(self, max_messages: int) -> FloatArray:
+        """[2, 3, max_messages + 1]: dispatch and combine time when the busiest link of one group
+        carries m messages and the other groups none."""
+        tables = np.zeros((2, 3, max_messages + 1))
+        count = np.arange(max_messages + 1, dtype=np.float64)
+        for i, (curve, size) in enumerate(
+            ((self.dispatch, self.dispatch_bytes), (self.combine, self.combine_bytes))
+        ):
+            for group in (NVLINK, NIC, OTHER):
+                group_bytes = np.zeros((max_messages + 1, 3))
+                group_bytes[:, group] = count * size
+                tables[i, group] = self.collective_us(curve, group_bytes)
+        return tables
+
+    def cost(self, routed: Routed) -> StepCost:
+        """Cost of every batch and layer of `routed`, which must come from `route` with this
+        model's `dedup`. Raises MismatchError when the numbers of GPUs differ."""
+        if routed.messages.shape[-1] != self.num_gpus:
+            raise MismatchError(
+                f"the plan has {routed.messages.shape[-1]} GPUs, the cluster {self.num_gpus}",
+                "use the cluster that the plan was made for, or make a new plan",
+            )
+        out = self.link_messages(routed.messages)
+        back = self.link_messages(np.swapaxes(routed.messages, -1, -2))
+        dispatch = self.collective_us(self.dispatch, self.group_max(out) * self.dispatch_bytes)
+        combine = self.collective_us(self.combine, self.group_max(back) * self.combine_bytes)
+        link_bytes = out * self.dispatch_bytes + back * self.combine_bytes
+        return StepCost(dispatch, self._compute_us(routed), combine, link_bytes)
+
+    def _compute_us(self, routed: Routed) -> FloatArray:
+        batches, layers, slots = routed.slot_tokens.shape
+        tokens = routed.slot_tokens.reshape(batches, layers, self.num_gpus, -1)
+        tables = self.expert_tables_us(int(tokens.max(initial=0)))
+        out = np.empty((batches, layers, self.num_gpus))
+        for gpu in range(self.num_gpus):
+            kind = int(self.gpu_type[gpu])
+            work = tables[kind][tokens[:, :, gpu]].sum(axis=2) / self.speed[gpu]
+            launch = self.experts[kind].layer_launch_us(eager=self.eager)
+            out[:, :, gpu] = np.where(tokens[:, :, gpu].any(axis=2), work + launch, 0.0)
+        return out
+
+    def _incidence(self) -> Any:
+        from scipy.sparse import csr_matrix
+
+        pairs = csr_matrix(
+            (np.ones(len(self.route_links)), self.route_links, self.route_indptr),
+            shape=(self.num_gpus**2, len(self.link_group)),
+        )
+        return pairs.T.tocsr()
+
+
+def build_step_model(
+    cluster: Cluster,
+    model: ModelSpec,
+    *,
+    all_to_all: AllToAll | None = None,
+    dedup: Dedup | None = None,
+    dispatch_dtype: str = "bf16",
+    combine_dtype: str = "bf16",
+    expert_dtype: str | None = None,
+    calibration: Calibration | None = None,
+    eager: bool = False,
+) -> StepModel:
+    """The step model of `model` on `cluster`.
+
+    all_to_all: default nccl within a node, deepep across nodes where it is calibrated.
+    dedup: default as the library does it (C2): nccl gpu, deepep node, deepep_ll none.
+    calibration: default the bundled one of each GPU type, datasheet figures where there is none.
+    Ignored: routing metadata bytes (ids and weights), gate, permutation, shared experts,
+    attention and dense layers; they do not depend on the placement.
+    Raises UnknownNameError for a dtype or library that is not known.
+    """
+    for dtype in (dispatch_dtype, combine_dtype):
+        if dtype not in BYTES_PER_ELEMENT:
+            raise UnknownNameError("message dtype", dtype, BYTES_PER_ELEMENT)
+    notes: list[str] = []
+    types = list(dict.fromkeys(gpu.name for gpu in cluster.gpus))
+    specs = {gpu.name: gpu for gpu in cluster.gpus}
+    of_type = {
+        name: calibration or _calibration_of(specs[name], cluster.calibration, len(types) == 1)
+        for name in types
+    }
+    first = of_type[min(types, key=lambda n: specs[n].nvlink_gb_per_s)]
+    library = all_to_all or _default_library(first, cluster.num_nodes)
+    curves = [
+        _curve(first, kind, cluster, specs, eager=eager) for kind in KINDS_OF[library]
+    ]
+    experts = tuple(_expert_model(of_type[n], expert_dtype or model.expert_dtype) for n in types)
+    routes = cluster.routes()
+    group = _link_groups(routes)
+    scale, other = _link_scales(routes, group)
+    basis: Basis = weakest(*(c.basis for c in curves), *(m.basis for m in experts))
+    notes.append(f"collectives: {library}, {curves[0].basis} ({curves[0].source or first.name})")
+    notes += [
+        f"experts on {n}: {m.basis} ({m.source or m.kernel})"
+        for n, m in zip(types, experts, strict=True)
+    ]
+    token = model.hidden_size
+    return StepModel(
+        hidden_size=model.hidden_size,
+        intermediate_size=model.moe_intermediate_size,
+        all_to_all=library,
+        dedup=dedup or DEDUP_OF[library],
+        dispatch_bytes=token * BYTES_PER_ELEMENT[dispatch_dtype],
+        combine_bytes=token * BYTES_PER_ELEMENT[combine_dtype],
+        dispatch=curves[0],
+        combine=curves[1],
+        experts=experts,
+        gpu_type=np.array([types.index(gpu.name) for gpu in cluster.gpus], np.int64),
+        speed=np.asarray(cluster.speed_factor, np.float64),
+        route_indptr=routes.indptr,
+        route_links=routes.link_idx,
+        link_group=group,
+        link_scale=scale,
+        other_gb_per_s=other,
+        basis=basis,
+        eager=eager,
+        notes=tuple(notes),
+    )
+
+
+def _calibration_of(gpu: GpuSpec, named: str | None, only_type: bool) -> Calibration:
+    """The calibration of one GPU type: the cluster's if it has one type, else by family name."""
+    if named is not None and only_type:
+        return load_calibration(named)
+    family = gpu.name.split("-")[0]
+    if family in calibration_names():
+        return load_calibration(family)
+    return datasheet_models(
+        GpuFigures(
+            name=gpu.name,
+            hbm_gb_per_s=gpu.hbm_gb_per_s,
+            tflops=gpu.tflops,
+            nvlink_gb_per_s=gpu.nvlink_gb_per_s,
+            pcie_gb_per_s=gpu.pcie_gb_per_s,
+            kernel_launch_us=gpu.kernel_launch_us,
+        )
+    )
+
+
+def _default_library(calibration: Calibration, num_nodes: int) -> AllToAll:
+    kinds = calibration.collectives.kinds
+    if num_nodes > 1 and KINDS_OF["deepep"][0] in kinds:
+        return "deepep"
+    if KINDS_OF["nccl"][0] not in kinds and "all_to_all" not in kinds and "nvlink_dispatch" in kinds:
+        return "nvlink"
+    return "nccl"
+
+
+def _curve(
+    calibration: Calibration,
+    kind: str,
+    cluster: Cluster,
+    specs: dict[str, GpuSpec],
+    *,
+    eager: bool,
+) -> CollectiveCurve:
+    routes = cluster.routes()
+    nics = routes.link_gb_per_s[routes.link_class == routes.link_class_names.index("nic")]
+    return calibration.collective(
+        kind,
+        cluster.num_gpus,
+        cluster.num_nodes,
+        nic_gb_per_s=float(nics.min()) if len(nics) else None,
+        eager=eager,
+    )
+
+
+def _expert_model(calibration: Calibration, dtype: str) -> ExpertGemmModel:
+    known = {key[0] for key in calibration.experts}
+    for name in _EXPERT_DTYPES.get(dtype, (dtype,)):
+        if name in known:
+            return calibration.expert_ffn(name)
+    return calibration.expert_ffn(dtype)
+
+
+def _link_groups(routes: Any) -> npt.NDArray[np.int8]:
+    names = routes.link_class_names
+    of_class = {"nvlink": NVLINK, "nic": NIC}
+    used = np.zeros(routes.num_links, bool)
+    used[routes.link_idx] = True
+    group = np.array([of_class.get(names[c], OTHER) for c in routes.link_class], np.int8)
+    return np.where(used, group, -1).astype(np.int8)
+
+
+def _link_scales(routes: Any, group: npt.NDArray[np.int8]) -> tuple[FloatArray, float]:
+    """Scale of each link to its group's fastest link, and the rate of that link of group OTHER."""
+    scale = np.zeros(routes.num_links)
+    other = 0.0
+    for g in (NVLINK, NIC, OTHER):
+        picked = group == g
+        if picked.any():
+            reference = float(routes.link_gb_per_s[picked].max())
+            scale[picked] = reference / routes.link_gb_per_s[picked]
+            if g == OTHER:
+                other = reference
+    return scale, other

@@ -1,0 +1,1 @@
+"""From a trace to an evaluated plan: tuning data, solving, held-out evaluation."""

@@ -1,0 +1,204 @@
+"""Held-out evaluation of placements: the same batches for all, intervals over requests.
+
+Point figures come from batches drawn from the held-out requests. Intervals come from bootstrap
+resamples of those requests (each resample with batches of its own), since what is uncertain is
+which requests will come, not which batches they are packed into: 95 % normal intervals from the
+spread of the resamples' figures, a little wide because each resample has fewer batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.cost.routing import Dedup, home_ranks, route
+from moesim.cost.step import StepModel
+from moesim.metrics import balancedness, imbalance
+from moesim.plan import Placement, ReplicaPolicy
+from moesim.trace.batches import (
+    Batches,
+    Phase,
+    RequestIndex,
+    draw_batches,
+    resample_requests,
+)
+from moesim.trace.format import Trace
+
+NUM_BATCHES = 48
+NUM_RESAMPLES = 20
+BATCHES_PER_RESAMPLE = 12
+MIN_BATCHES_PER_RESAMPLE = 4
+MAX_CHOICES = 200_000_000
+CHUNK_CELLS = 20_000_000
+Z_95 = 1.959964
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A held-out figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Held-out batches: the first `num_main` for point figures, then `num_resamples` groups of
+    equal size, each from its own resample of the requests."""
+
+    batches: Batches
+    num_main: int
+    num_resamples: int
+    num_requests: int
+
+    def groups(self, values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Split `values` [B, ...] into the main part and [resamples, batches, ...]."""
+        rest = values[self.num_main :]
+        return values[: self.num_main], rest.reshape(self.num_resamples, -1, *rest.shape[1:])
+
+
+def draw_sample(
+    trace: Trace, held_out: RequestIndex, phase: Phase, batch_tokens: int, seed: int
+) -> Sample:
+    """Draw the evaluation batches; fewer where the trace's layers make each one expensive."""
+    per_batch = batch_tokens * trace.num_layers * trace.top_k
+    total = NUM_BATCHES + NUM_RESAMPLES * BATCHES_PER_RESAMPLE
+    share = min(1.0, MAX_CHOICES / (per_batch * total))
+    num_main = max(16, int(NUM_BATCHES * share))
+    each = max(MIN_BATCHES_PER_RESAMPLE, int(BATCHES_PER_RESAMPLE * share))
+    parts = [draw_batches(held_out, phase, batch_tokens, num_main, seed + 1)]
+    for i in range(NUM_RESAMPLES):
+        pool = resample_requests(held_out, seed * 7919 + i)
+        parts.append(draw_batches(pool, phase, batch_tokens, each, seed + i))
+    lengths = np.concatenate([np.diff(p.indptr) for p in parts])
+    merged = Batches(
+        np.concatenate([p.token_idx for p in parts]),
+        np.concatenate(([0], np.cumsum(lengths))),
+        phase,
+        batch_tokens,
+    )
+    return Sample(merged, num_main, NUM_RESAMPLES, len(held_out.ids))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """What one placement does on every batch of a sample.
+
+    imbalance, balancedness: [B, L]; gpu_load: [L, G] mean token-choices; fan_out, node_fan_out:
+    [B] a token and layer; and, with a step model: inter_node_bytes [B] a token over all layers,
+    step_us, dispatch_us, compute_us, combine_us: [B].
+    """
+
+    values: Mapping[str, FloatArray]
+    gpu_load: FloatArray
+
+
+def measure(
+    trace: Trace,
+    sample: Sample,
+    placement: Placement,
+    *,
+    policy: ReplicaPolicy,
+    dedup: Dedup,
+    step: StepModel | None,
+    speed: FloatArray | None = None,
+) -> Measured:
+    """Route the whole sample through `placement`, a few batches at a time."""
+    batches = sample.batches
+    cells = trace.num_layers * placement.num_gpus**2
+    chunk = max(1, CHUNK_CELLS // cells)
+    parts: list[dict[str, FloatArray]] = []
+    load = np.zeros((trace.num_layers, placement.num_gpus))
+    for start in range(0, len(batches), chunk):
+        stop = min(start + chunk, len(batches))
+        span = slice(int(batches.indptr[start]), int(batches.indptr[stop]))
+        part = Batches(
+            batches.token_idx[span],
+            batches.indptr[start : stop + 1] - batches.indptr[start],
+            batches.phase,
+            batches.batch_tokens,
+        )
+        home = home_ranks(trace, part, placement.num_gpus)
+        routed = route(trace, part, placement, policy=policy, dedup=dedup, home=home)
+        tokens = routed.gpu_tokens(placement.num_gpus)
+        load += tokens[: max(0, sample.num_main - start)].sum(axis=0)
+        per = routed.num_tokens * trace.num_layers
+        values = {
+            "imbalance": imbalance(tokens, speed),
+            "balancedness": balancedness(tokens, speed),
+            "fan_out": routed.gpu_fan_out.sum(axis=1) / per,
+            "node_fan_out": routed.node_fan_out.sum(axis=1) / per,
+        }
+        if step is not None:
+            cost = step.cost(routed)
+            node = placement.node_of_gpu
+            crossing = routed.messages[:, :, node[:, None] != node[None, :]].sum(axis=(1, 2))
+            size = step.dispatch_bytes + step.combine_bytes
+            values |= {
+                "inter_node_bytes": crossing * size / routed.num_tokens,
+                "step_us": cost.step_us,
+                "dispatch_us": cost.dispatch_us.sum(axis=1),
+                "compute_us": cost.compute_us.max(axis=2).sum(axis=1),
+                "combine_us": cost.combine_us.sum(axis=1),
+            }
+        parts.append(values)
+    joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    return Measured(joined, load / sample.num_main)
+
+
+STATISTICS: dict[str, tuple[str, Callable[[FloatArray], float]]] = {
+    "balancedness": ("balancedness", lambda x: float(x.mean())),
+    "balancedness_worst_layer": ("balancedness", lambda x: float(x.mean(axis=0).min())),
+    "imbalance": ("imbalance", lambda x: float(x.mean())),
+    "imbalance_p99": ("imbalance", lambda x: float(np.percentile(x, 99))),
+    "fan_out": ("fan_out", lambda x: float(x.mean())),
+    "node_fan_out": ("node_fan_out", lambda x: float(x.mean())),
+    "inter_node_bytes": ("inter_node_bytes", lambda x: float(x.mean())),
+    "step_us": ("step_us", lambda x: float(x.mean())),
+    "step_us_p99": ("step_us", lambda x: float(np.percentile(x, 99))),
+    "dispatch_us": ("dispatch_us", lambda x: float(x.mean())),
+    "compute_us": ("compute_us", lambda x: float(x.mean())),
+    "combine_us": ("combine_us", lambda x: float(x.mean())),
+}
+"""Figures by name: which per-batch values they summarise, and how."""
+
+
+def figures(sample: Sample, measured: Measured) -> dict[str, Figure]:
+    """All statistics of one placement with their intervals."""
+    out = {}
+    for name, (source, statistic) in STATISTICS.items():
+        if source in measured.values:
+            point, resampled = _statistic(sample, measured.values[source], statistic)
+            out[name] = _interval(point, resampled)
+    return out
+
+
+def difference(sample: Sample, a: Measured, b: Measured, name: str) -> Figure | None:
+    """Figure `name` of `a` minus that of `b`, paired batch by batch and resample by resample."""
+    source, statistic = STATISTICS[name]
+    if source not in a.values or source not in b.values:
+        return None
+    point_a, resampled_a = _statistic(sample, a.values[source], statistic)
+    point_b, resampled_b = _statistic(sample, b.values[source], statistic)
+    return _interval(point_a - point_b, resampled_a - resampled_b)
+
+
+def _statistic(
+    sample: Sample, values: FloatArray, statistic: Callable[[FloatArray], float]
+) -> tuple[float, FloatArray]:
+    main, groups = sample.groups(values)
+    return statistic(main), np.array([statistic(g) for g in groups])
+
+
+def _interval(point: float, resampled: FloatArray) -> Figure:
+    half = Z_95 * float(resampled.std(ddof=1))
+    return Figure(point, point - half, point + half)

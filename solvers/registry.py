@@ -1,0 +1,34 @@
+"""The solvers by name. Modules are imported when asked for, so that listing them is quick."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from moesim.errors import UnknownNameError
+from moesim.solvers.base import Solver
+
+SOLVERS: dict[str, tuple[str, str, str]] = {
+    "linear": ("linear", "Linear", "experts in order, as engines start; ignores load"),
+    "round_robin": ("round_robin", "RoundRobin", "expert i on GPU i mod G; ignores load"),
+    "eplb": ("eplb", "Eplb", "DeepSeek's load balancer: average load, replicas, node groups"),
+    "greedy": ("greedy", "Greedy", "longest processing time first: average load, unequal GPUs"),
+    "local_search": (
+        "local_search",
+        "LocalSearch",
+        "swaps and replica moves on batch-by-batch load, traffic or time (default)",
+    ),
+}
+
+
+def solver_names() -> list[str]:
+    """Names accepted by `get_solver`."""
+    return list(SOLVERS)
+
+
+def get_solver(name: str) -> Solver:
+    """The solver called `name`; UnknownNameError proposes the nearest known one."""
+    if name not in SOLVERS:
+        raise UnknownNameError("solver", name, SOLVERS)
+    module, cls, _ = SOLVERS[name]
+    solver: Solver = getattr(import_module(f"moesim.solvers.{module}"), cls)()
+    return solver
