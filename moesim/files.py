@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,12 +34,41 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; rename it to `path` if the block succeeds.
+
+    Raises InputError when `path` exists already or cannot be written, also for an OSError in the
+    block, such as a full disk.
+    """
+    target = Path(path)
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target} exists already", "name a new directory, or an .npz file")
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:40]}-"))
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        folder.rename(target)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {target}: {error.strerror}", "name a place that you can write to"
+        ) from None
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:

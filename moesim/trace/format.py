@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError, MismatchError
-from moesim.files import atomic_path, atomic_write
+from moesim.files import atomic_directory, atomic_path, atomic_write
 
 FORMAT = "moesim-trace"
 VERSION = 1
@@ -32,18 +32,18 @@ MAX_EXPERTS = 32_767
 MAX_MEMBER_BYTES = 1 << 38
 CHUNK_TOKENS = 65_536
 
-_TOKEN_ARRAYS: dict[str, tuple[str, ...]] = {
-    "request_ids": ("int32",),
-    "positions": ("int32",),
-    "phases": ("uint8",),
-    "token_ids": ("int32",),
-    "domain_ids": ("int16",),
-    "step_ids": ("int32",),
-    "rank_ids": ("int32",),
+TOKEN_DTYPES: dict[str, str] = {
+    "request_ids": "int32",
+    "positions": "int32",
+    "phases": "uint8",
+    "token_ids": "int32",
+    "domain_ids": "int16",
+    "step_ids": "int32",
+    "rank_ids": "int32",
 }
-_REQUIRED = ("request_ids", "positions", "phases")
-_ID_DTYPES = ("uint8", "uint16", "int16")
-_GATE_DTYPES = ("float16", "float32")
+REQUIRED_ARRAYS = ("request_ids", "positions", "phases")
+ID_DTYPES = ("uint8", "uint16", "int16")
+GATE_DTYPES = ("float16", "float32")
 
 Array = npt.NDArray[Any]
 
@@ -126,7 +126,7 @@ class Trace:
 
     def arrays(self) -> dict[str, Array]:
         """The arrays that are present, by name, in file order."""
-        names = ("expert_ids", "gate_weights", *_TOKEN_ARRAYS)
+        names = ("expert_ids", "gate_weights", *TOKEN_DTYPES)
         return {n: a for n in names if (a := getattr(self, n)) is not None}
 
     def take(self, token_idx: npt.NDArray[np.int64] | slice) -> Trace:
@@ -206,19 +206,10 @@ def save_trace(trace: Trace | LoadTrace, path: str | os.PathLike[str]) -> None:
                 out, allow_pickle=False, meta=np.array(trace.meta.to_json()), **arrays
             )
         return
-    if target.exists():
-        raise InputError(f"{target} exists already", "name a new directory, or an .npz file")
-    temporary_dir = target.with_name(f".{target.name}.partial")
-    try:
-        temporary_dir.mkdir(parents=False)
+    with atomic_directory(target) as temporary_dir:
         for name, array in arrays.items():
             np.save(temporary_dir / f"{name}.npy", array, allow_pickle=False)
         atomic_write(temporary_dir / "meta.json", trace.meta.to_json())
-        temporary_dir.rename(target)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {target}: {error.strerror}", "name a place that you can write to"
-        ) from None
 
 
 def sample_names() -> list[str]:
@@ -316,7 +307,7 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    known = {"expert_ids", "gate_weights", "expert_load", "meta", *_TOKEN_ARRAYS}
+    known = {"expert_ids", "gate_weights", "expert_load", "meta", *TOKEN_DTYPES}
     raw: dict[str, Any] = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -371,7 +362,7 @@ def _read_directory(path: Path) -> dict[str, Any]:
         raw: dict[str, Any] = {"meta": meta.read_text(encoding="utf-8")}
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{meta}: not readable text ({error})", _REMEDY) from None
-    for name in ("expert_ids", "gate_weights", "expert_load", *_TOKEN_ARRAYS):
+    for name in ("expert_ids", "gate_weights", "expert_load", *TOKEN_DTYPES):
         file = path / f"{name}.npy"
         if not file.exists():
             continue
@@ -401,11 +392,11 @@ def _build_load_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> LoadT
 
 
 def _build_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> Trace:
-    missing = [n for n in ("expert_ids", *_REQUIRED) if n not in raw]
+    missing = [n for n in ("expert_ids", *REQUIRED_ARRAYS) if n not in raw]
     if missing:
         raise FormatError(f"{where}: array {missing[0]} is missing", _REMEDY)
     ids = raw["expert_ids"]
-    _check_dtype(ids, "expert_ids", _ID_DTYPES, where)
+    _check_dtype(ids, "expert_ids", ID_DTYPES, where)
     want = (meta.num_layers, meta.top_k)
     if ids.ndim != 3 or ids.shape[1:] != want:
         raise FormatError(
@@ -414,21 +405,21 @@ def _build_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> Trace:
         )
     gates = raw.get("gate_weights")
     if gates is not None:
-        _check_dtype(gates, "gate_weights", _GATE_DTYPES, where)
+        _check_dtype(gates, "gate_weights", GATE_DTYPES, where)
         if gates.shape != ids.shape:
             raise FormatError(
                 f"{where}: gate_weights has shape {gates.shape}, expert_ids {ids.shape}", _REMEDY
             )
-    for name, dtypes in _TOKEN_ARRAYS.items():
+    for name, dtype in TOKEN_DTYPES.items():
         array = raw.get(name)
         if array is None:
             continue
-        _check_dtype(array, name, dtypes, where)
+        _check_dtype(array, name, (dtype,), where)
         if array.shape != ids.shape[:1]:
             raise FormatError(
                 f"{where}: {name} has shape {array.shape}, wanted ({ids.shape[0]},)", _REMEDY
             )
-    arrays = {n: raw[n] for n in ("expert_ids", "gate_weights", *_TOKEN_ARRAYS) if n in raw}
+    arrays = {n: raw[n] for n in ("expert_ids", "gate_weights", *TOKEN_DTYPES) if n in raw}
     return Trace(meta=meta, path=where, **arrays)
 
 
@@ -473,10 +464,12 @@ def _check_ids(trace: Trace) -> None:
     if trace.phases.size and trace.phases.max() > DECODE:
         raise FormatError(f"{trace.path}: phases must be 0 (prefill) or 1 (decode)", _REMEDY)
     domains = trace.domain_ids
-    if domains is not None and domains.size:
-        if domains.min() < 0 or domains.max() >= max(1, len(trace.meta.domains)):
-            raise FormatError(
-                f"{trace.path}: domain_ids go to {int(domains.max())}, but meta.domains has"
-                f" {len(trace.meta.domains)} names",
-                _REMEDY,
-            )
+    if domains is None or not domains.size:
+        return
+    low, high, num_names = int(domains.min()), int(domains.max()), len(trace.meta.domains)
+    if low < 0 or high >= max(1, num_names):
+        raise FormatError(
+            f"{trace.path}: domain_ids go from {low} to {high}, but meta.domains has {num_names}"
+            " names",
+            _REMEDY,
+        )
