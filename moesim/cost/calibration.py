@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from moesim.cost.calibration_schema import (
 )
 from moesim.cost.collective import CollectiveCurve, CollectiveModel
 from moesim.cost.curves import AffineMin, Basis, Evaluation, FloatArray, SizeCurve, SizeTable
+from moesim.cost.dense import AttentionKernel, DenseModel, GemmModel, MlaModule
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.errors import FormatError, InputError, UnknownNameError
+from moesim.model import WEIGHT_BYTES
 
 MAX_FILE_BYTES = 4 << 20
 
@@ -58,9 +60,9 @@ class Calibration:
     """Models of one GPU type, ready to evaluate.
 
     `collectives`: `CollectiveModel`; `experts`: by (dtype, kernel), the first of a dtype being its
-    default; `copies`: by direction. `eager_collective_us`: host time that a collective adds where
-    it is not replayed from a CUDA graph. `local_copy_gb_per_s`: rate at which an uneven all-to-all
-    copies what stays on its rank, None where not measured.
+    default; `copies`: by direction; `dense`: GEMM and attention. `eager_collective_us`: host time
+    that a collective adds where it is not replayed from a CUDA graph. `local_copy_gb_per_s`: rate
+    at which an uneven all-to-all copies what stays on its rank, None where not measured.
     """
 
     name: str
@@ -70,7 +72,8 @@ class Calibration:
     copies: Mapping[str, CopyModel]
     eager_collective_us: float = 0.0
     local_copy_gb_per_s: float | None = None
-    sources: Mapping[str, str] | None = None
+    dense: DenseModel = field(default_factory=DenseModel)
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def collective(
         self,
@@ -114,6 +117,29 @@ class Calibration:
         if kernel not in of_dtype:
             raise UnknownNameError(f"{dtype} expert kernel", kernel, of_dtype)
         return of_dtype[kernel]
+
+    def completed_by(self, other: Calibration) -> Calibration:
+        """This calibration, with what it lacks taken from `other` (datasheet models, say).
+
+        Taken over: collective kinds, expert dtypes, copy directions and dense sections of which
+        this one has nothing; each keeps its own basis and source.
+        """
+        borrowed = [c for c in other.collectives.curves if not self.collectives.answers(c.kind)]
+        dtypes = {dtype for dtype, _ in self.experts}
+        experts = {key: m for key, m in other.experts.items() if key[0] not in dtypes}
+        mine, theirs = self.dense, other.dense
+        return replace(
+            self,
+            collectives=CollectiveModel([*self.collectives.curves, *borrowed]),
+            experts={**self.experts, **experts},
+            copies={**other.copies, **self.copies},
+            dense=DenseModel(
+                mine.gemms or theirs.gemms,
+                mine.attention or theirs.attention,
+                mine.mla or theirs.mla,
+            ),
+            sources={**other.sources, **self.sources},
+        )
 
     def copy(self, direction: str) -> CopyModel:
         """Host copy "h2d" or "d2h", or "permute". Raises UnknownNameError where not measured."""
@@ -182,6 +208,7 @@ def build_calibration(parsed: CalibrationFile) -> Calibration:
         copies={entry.direction: _copy(entry) for entry in parsed.copies},
         eager_collective_us=parsed.overheads.eager_collective_us,
         local_copy_gb_per_s=parsed.overheads.local_copy_gb_per_s,
+        dense=_dense(parsed),
         sources=parsed.sources,
     )
 
@@ -272,4 +299,26 @@ def _copy(entry: CopyEntry) -> CopyModel:
         bytes_range=_span(entry.bytes_range, entry.table),
         basis=entry.basis,
         source=entry.source,
+    )
+
+
+def _dense(parsed: CalibrationFile) -> DenseModel:
+    skip = {"note", "fit"}
+    return DenseModel(
+        gemms={
+            e.dtype: GemmModel(
+                weight_bytes_per_param=WEIGHT_BYTES[e.dtype], **e.model_dump(exclude=skip)
+            )
+            for e in parsed.gemm
+        },
+        attention={
+            (e.phase, e.head_dim, e.kv_dtype): AttentionKernel(**e.model_dump(exclude=skip))
+            for e in parsed.attention
+        },
+        mla={
+            (e.phase, e.dense_dtype, e.kv_dtype): MlaModule(
+                weight_bytes_per_param=WEIGHT_BYTES[e.dense_dtype], **e.model_dump(exclude=skip)
+            )
+            for e in parsed.mla
+        },
     )

@@ -149,6 +149,53 @@ class CopyEntry(_Entry):
         return self
 
 
+DtypeName = Literal["fp32", "bf16", "fp16", "fp8", "mxfp4", "nvfp4", "int4"]
+PhaseName = Literal["decode", "prefill"]
+KvDtypeName = Literal["bf16", "fp16", "fp8"]
+Sharpness = Annotated[float, Field(ge=1, le=64)]
+
+
+class GemmEntry(_Entry):
+    """Dense GEMM of one weight dtype (`moesim.cost.dense.GemmModel`)."""
+
+    dtype: DtypeName
+    launch_us: NonNegative
+    gb_per_s: Positive
+    tflops: Positive
+    sharpness: Sharpness = 2.0
+    k_per_us: Positive
+    k_sharpness: Sharpness = 2.0
+    row_gb_per_s: Positive | None = None
+
+
+class AttentionEntry(_Entry):
+    """Grouped-query attention of one head size (`moesim.cost.dense.AttentionKernel`)."""
+
+    phase: PhaseName
+    head_dim: PositiveInt
+    kv_dtype: KvDtypeName = "bf16"
+    launch_us: NonNegative
+    gb_per_s: Positive
+    tflops: Positive
+    sharpness: Sharpness = 2.0
+    extra_tokens: NonNegative = 0.0
+
+
+class MlaEntry(_Entry):
+    """A whole latent-attention layer (`moesim.cost.dense.MlaModule`)."""
+
+    phase: PhaseName
+    dense_dtype: DtypeName = "bf16"
+    kv_dtype: KvDtypeName = "bf16"
+    launch_us: NonNegative
+    weight_gb_per_s: Positive
+    dense_tflops: Positive
+    kv_gb_per_s: Positive
+    attention_tflops: Positive
+    sharpness: Sharpness = 2.0
+    extra_tokens: NonNegative = 0.0
+
+
 class OverheadEntry(_Entry):
     """What a collective of a library call costs beside its kernel's link time.
 
@@ -173,3 +220,6 @@ class CalibrationFile(_Strict):
     collectives: list[CollectiveEntry] = []
     expert_ffn: list[ExpertEntry] = []
     copies: list[CopyEntry] = []
+    gemm: list[GemmEntry] = []
+    attention: list[AttentionEntry] = []
+    mla: list[MlaEntry] = []

@@ -166,6 +166,10 @@ class CollectiveModel:
     def kinds(self) -> tuple[str, ...]:
         return tuple(sorted({curve.kind for curve in self.curves}))
 
+    def answers(self, kind: str) -> bool:
+        """Whether `kind` has a curve of its own or one that stands in for it."""
+        return kind in self.kinds or _STANDS_IN.get(kind) in self.kinds
+
     def curve(
         self,
         kind: str,

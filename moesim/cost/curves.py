@@ -17,6 +17,7 @@ FloatArray = npt.NDArray[np.float64]
 Basis = Literal["measured", "datasheet", "assumed"]
 
 BYTES_PER_US_AT_1_GB_PER_S = 1e3
+FLOPS_PER_US_AT_1_TFLOPS = 1e6
 _RANK: dict[str, int] = {"assumed": 0, "datasheet": 1, "measured": 2}
 
 

@@ -8,6 +8,14 @@ from dataclasses import dataclass
 from moesim.cost.calibration import Calibration, CopyModel
 from moesim.cost.collective import CollectiveCurve, CollectiveModel
 from moesim.cost.curves import AffineMin
+from moesim.cost.dense import (
+    KV_ELEMENT_BYTES,
+    AttentionKernel,
+    DenseModel,
+    GemmModel,
+    MlaModule,
+    Phase,
+)
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.errors import InputError
 from moesim.model import WEIGHT_BYTES
@@ -21,6 +29,14 @@ TFLOPS_EFFICIENCY = 0.6
 PCIE_EFFICIENCY = 0.85
 COLLECTIVE_LATENCY_US = 10.0
 COPY_LATENCY_US = 10.0
+# The same file's dense kernels: GEMM 810 of 989 TFLOPS, attention 640 (prefill, 128 wide).
+GEMM_EFFICIENCY = 0.8
+ATTENTION_EFFICIENCY = 0.6
+ATTENTION_EXTRA_TOKENS = 150.0
+HEAD_DIM = 128  # bytes and operations of other head sizes are in proportion
+GEMM_DEPTH_PER_US = 1800.0
+KERNELS_PER_ATTENTION = 3
+KERNELS_PER_MLA_LAYER = 20
 # A layer of routed experts is several kernels: routing, alignment, two GEMMs, activation, sum.
 KERNELS_PER_LAYER = 6
 HALF_TOKENS = 20.0
@@ -63,7 +79,8 @@ def datasheet_models(figures: GpuFigures) -> Calibration:
     """A `Calibration` of the same shape as a measured one; every entry's basis is "assumed".
 
     Assumed: 65 % of the link, 85 % of HBM, 60 % of peak arithmetic, 85 % of PCIe, 10 us of
-    latency a collective, 6 kernels a layer, and the fitted H100's half-rate point and overlap.
+    latency a collective, 6 kernels a layer, 80 % and 60 % of peak for dense GEMMs and attention,
+    and the fitted H100's half-rate points and overlaps.
 
     Raises InputError where a figure is not positive or no bf16 rate is given.
     """
@@ -122,6 +139,7 @@ def datasheet_models(figures: GpuFigures) -> Calibration:
         collectives=CollectiveModel(curves),
         experts=experts,
         copies=copies,
+        dense=_dense(figures, source),
         sources={},
     )
 
@@ -129,3 +147,57 @@ def datasheet_models(figures: GpuFigures) -> Calibration:
 def _peak_tflops(figures: GpuFigures, dtype: str) -> float:
     rates = [figures.tflops[f] * share for f, share in _COMPUTE[dtype] if f in figures.tflops]
     return rates[0]
+
+
+def _dense(figures: GpuFigures, source: str) -> DenseModel:
+    memory = figures.hbm_gb_per_s * HBM_EFFICIENCY
+    attention_tflops = figures.tflops["bf16"] * ATTENTION_EFFICIENCY
+    launch = figures.kernel_launch_us
+    gemms = {
+        dtype: GemmModel(
+            dtype=dtype,
+            weight_bytes_per_param=WEIGHT_BYTES[dtype],
+            launch_us=launch,
+            gb_per_s=memory,
+            tflops=_peak_tflops(figures, dtype) * GEMM_EFFICIENCY,
+            sharpness=SHARPNESS,
+            k_per_us=GEMM_DEPTH_PER_US,
+            basis="assumed",
+            source=source,
+        )
+        for dtype in _COMPUTE
+    }
+    attention: dict[tuple[str, int, str], AttentionKernel] = {}
+    mla: dict[tuple[str, str, str], MlaModule] = {}
+    phases: tuple[tuple[Phase, float], ...] = (("decode", ATTENTION_EXTRA_TOKENS), ("prefill", 0.0))
+    for phase, extra in phases:
+        for kv_dtype in KV_ELEMENT_BYTES:
+            attention[phase, HEAD_DIM, kv_dtype] = AttentionKernel(
+                phase=phase,
+                head_dim=HEAD_DIM,
+                kv_dtype=kv_dtype,
+                launch_us=KERNELS_PER_ATTENTION * launch,
+                gb_per_s=memory,
+                tflops=attention_tflops,
+                sharpness=SHARPNESS,
+                extra_tokens=extra,
+                basis="assumed",
+                source=source,
+            )
+            for dtype in _COMPUTE:
+                mla[phase, dtype, kv_dtype] = MlaModule(
+                    phase=phase,
+                    dense_dtype=dtype,
+                    kv_dtype=kv_dtype,
+                    weight_bytes_per_param=WEIGHT_BYTES[dtype],
+                    launch_us=KERNELS_PER_MLA_LAYER * launch,
+                    weight_gb_per_s=memory,
+                    dense_tflops=gemms[dtype].tflops,
+                    kv_gb_per_s=memory,
+                    attention_tflops=attention_tflops,
+                    sharpness=SHARPNESS,
+                    extra_tokens=extra,
+                    basis="assumed",
+                    source=source,
+                )
+    return DenseModel(gemms, attention, mla)

@@ -9,14 +9,14 @@ import numpy.typing as npt
 
 from moesim.cost.curves import (
     BYTES_PER_US_AT_1_GB_PER_S,
+    FLOPS_PER_US_AT_1_TFLOPS,
     Basis,
     Evaluation,
     FloatArray,
     power_mean_max,
 )
 
-NUM_MATRICES = 3  # gate, up and down projection of a SwiGLU expert
-FLOPS_PER_US_AT_1_TFLOPS = 1e6
+NUM_MATRICES = 3  # gate, up and down projection of a gated expert
 ACTIVATION_BYTES = 2  # rows move as 16-bit values whatever the weights are
 
 
@@ -26,11 +26,12 @@ class ExpertGemmModel:
 
     An expert that receives n > 0 tokens costs
 
-        t(n) = pmax(W / weight_rate, 6 h i (ceil_tile(n) + half_tokens) / flop_rate; q) + n r
+        t(n) = pmax(W / weight_rate, 2 c h i (ceil_tile(n) + half_tokens) / flop_rate; q) + n r
 
-    with W = 3 h i x bytes per weight, h the hidden and i the intermediate size, pmax the smooth
-    maximum of exponent q = `sharpness`, and r the time to read and write one routed row's
-    activations, (2 h + 3 i) 16-bit values at `row_gb_per_s`. An idle expert costs nothing. A
+    with W = c h i x bytes per weight, c = 3 matrices (2 for an expert without a gate), h the
+    hidden and i the intermediate size, pmax the smooth maximum of exponent q = `sharpness`, and r
+    the time to read and write one routed row's activations, (2 h + c i) 16-bit values at
+    `row_gb_per_s`. An idle expert costs nothing. A
     layer costs `launch_us` plus the sum, plus `token_gb_per_s`'s share for the final reduction
     over each input token's top-k rows where the kernel does it (`token_overhead_us`).
 
@@ -67,7 +68,13 @@ class ExpertGemmModel:
             return self.eager_launch_us
         return self.launch_us
 
-    def expert_time_us(self, tokens: npt.ArrayLike, hidden: int, intermediate: int) -> FloatArray:
+    def expert_time_us(
+        self,
+        tokens: npt.ArrayLike,
+        hidden: int,
+        intermediate: int,
+        num_matrices: int = NUM_MATRICES,
+    ) -> FloatArray:
         """Time of each expert by itself, launch excluded.
 
         `tokens`: routed rows of each expert, any shape, fractions allowed; the result has the same
@@ -76,25 +83,31 @@ class ExpertGemmModel:
         n = np.asarray(tokens, dtype=np.float64)
         weight_us = np.full_like(
             n,
-            NUM_MATRICES
+            num_matrices
             * hidden
             * intermediate
             * self.weight_bytes_per_param
             / (self.weight_gb_per_s * BYTES_PER_US_AT_1_GB_PER_S),
         )
         padded = np.ceil(n / self.tile_tokens) * self.tile_tokens if self.tile_tokens > 1 else n
-        flops = 2.0 * NUM_MATRICES * hidden * intermediate * (padded + self.half_tokens)
+        flops = 2.0 * num_matrices * hidden * intermediate * (padded + self.half_tokens)
         time = power_mean_max(
             weight_us, flops / (self.tflops * FLOPS_PER_US_AT_1_TFLOPS), self.sharpness
         )
         if self.row_gb_per_s is not None:
-            row_bytes = ACTIVATION_BYTES * (2 * hidden + NUM_MATRICES * intermediate)
+            row_bytes = ACTIVATION_BYTES * (2 * hidden + num_matrices * intermediate)
             time = time + n * row_bytes / (self.row_gb_per_s * BYTES_PER_US_AT_1_GB_PER_S)
         return np.where(n > 0, time, 0.0)
 
-    def time_table_us(self, max_tokens: int, hidden: int, intermediate: int) -> FloatArray:
+    def time_table_us(
+        self,
+        max_tokens: int,
+        hidden: int,
+        intermediate: int,
+        num_matrices: int = NUM_MATRICES,
+    ) -> FloatArray:
         """`expert_time_us` of 0 .. max_tokens tokens, shape `[max_tokens + 1]`, for lookups."""
-        return self.expert_time_us(np.arange(max_tokens + 1), hidden, intermediate)
+        return self.expert_time_us(np.arange(max_tokens + 1), hidden, intermediate, num_matrices)
 
     def token_overhead_us(self, num_tokens: float, top_k: int, hidden: int) -> float:
         """Reduction over the top-k rows of the layer's input tokens, local or not."""

@@ -13,6 +13,7 @@ from tables import relative_errors
 from moesim.cost.calibration import parse_calibration_file
 from moesim.files import atomic_write
 
+HBM_RATIO = {"h200": 4800.0 / 3350.0}  # datasheet HBM bandwidth, SXM, over the H100's
 AICONFIGURATOR = "github.com/ai-dynamo/aiconfigurator @095f58a (Apache-2.0)"
 
 

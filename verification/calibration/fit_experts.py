@@ -15,15 +15,12 @@ from typing import Any
 
 import numpy as np
 import yaml
-from common import AICONFIGURATOR, HEADERS, arguments, report, update
+from common import AICONFIGURATOR, HBM_RATIO, HEADERS, arguments, report, update
 from tables import OWN_SOURCE, ExpertPoints, own_grouped_points, vllm_moe_points, wideep_points
 
 from moesim.cost.expert_gemm import NUM_MATRICES, ExpertGemmModel
 from moesim.cost.fitting import round_significant
 from moesim.model import WEIGHT_BYTES
-
-H100_HBM_GB_PER_S = 3350.0  # datasheet, H100 SXM
-H200_HBM_GB_PER_S = 4800.0  # datasheet, H200 SXM
 
 
 @dataclass(frozen=True)
@@ -145,9 +142,7 @@ def scale_to_h200(h100_file: Path) -> tuple[list[dict[str, Any]], dict[str, str]
         scaled = {k: v for k, v in old.items() if k not in ("fit", "note")}
         for name in ("weight_gb_per_s", "row_gb_per_s", "token_gb_per_s"):
             if name in scaled:
-                scaled[name] = round_significant(
-                    scaled[name] * H200_HBM_GB_PER_S / H100_HBM_GB_PER_S
-                )
+                scaled[name] = round_significant(scaled[name] * HBM_RATIO["h200"])
         scaled |= {
             "basis": "assumed",
             "note": "H100's fit with memory rates x 4800 / 3350 (datasheet HBM bandwidths)",

@@ -130,10 +130,13 @@ def vllm_moe_points(
     `num_tokens` is the input of the one measured rank, which holds its share of the experts (EP)
     or of every expert's intermediate dimension (TP). `latency` (ms) spans top-k selection,
     alignment, activation quantization, both GEMMs and the top-k reduction, not the router's GEMM.
+    Experts cut finer than in four are left out: nothing here shards an expert.
     """
     table = pd.read_parquet(data / "h100_vllm_moe.parquet")
     table = table[
-        (table["moe_dtype"] == dtype) & table["kernel_source"].str.contains(kernel_contains)
+        (table["moe_dtype"] == dtype)
+        & table["kernel_source"].str.contains(kernel_contains)
+        & (table["moe_tp_size"] <= 4)
     ]
     keys = zip(
         table["hidden_size"], table["inter_size"], table["topk"], table["num_experts"], strict=True
@@ -380,3 +383,52 @@ def own_all_to_all(data: Path) -> tuple[FloatArray, FloatArray, FloatArray, Floa
         us.append(time)
     train = np.arange(len(us)) % 2 == 0
     return np.array(remote), np.array(local), np.array(us), train
+
+
+@dataclass(frozen=True)
+class DensePoints:
+    """Times of dense kernels; `frame` has one row a point, the table's own columns."""
+
+    frame: pd.DataFrame
+    times_us: FloatArray
+    train: FloatArray
+
+
+def _dense_points(table: pd.DataFrame, size: str) -> DensePoints:
+    table = table.reset_index(drop=True)
+    us = table["latency"].to_numpy() * 1e3
+    return DensePoints(table, us, alternate(table[size].to_numpy()))
+
+
+def gemm_points(data: Path, dtype: str) -> DensePoints:
+    """Dense GEMMs on an H100 (vLLM kernels, CUDA graph), n and k from 256 to 20000; of repeated
+    shapes the fastest. Every other m is held out."""
+    table = pd.read_parquet(data / "h100_vllm_gemm.parquet")
+    wide = table["n"].between(256, 20000) & table["k"].between(256, 20000)
+    table = table[(table["gemm_dtype"] == dtype) & wide]
+    return _dense_points(table.groupby(["m", "n", "k"], as_index=False)["latency"].min(), "m")
+
+
+def attention_points(data: Path, phase: str) -> dict[tuple[int, str], DensePoints]:
+    """FlashAttention-3 on an H100 by (head_dim, cache dtype); heads are those of one rank. Decode
+    has `step` tokens cached before the new one and holds out every other step, prefill every
+    other prompt length `isl`. Head size 512 (another kernel, far from any roofline) is left out."""
+    table = pd.read_parquet(data / f"h100_vllm_{phase}_attention.parquet")
+    table = table[table["head_dim"] <= 256]
+    size = "step" if phase == "decode" else "isl"
+    names = {"bfloat16": "bf16", "fp8": "fp8"}
+    return {
+        (int(head_dim), names[kv]): _dense_points(rows, size)
+        for (head_dim, kv), rows in table.groupby(["head_dim", "kv_cache_dtype"])
+    }
+
+
+def mla_points(data: Path, phase: str) -> dict[tuple[str, str], DensePoints]:
+    """DeepSeek-V3 attention modules on an H100 by (dense dtype, cache dtype), 1 to 128 heads."""
+    table = pd.read_parquet(data / f"h100_vllm_{phase}_mla.parquet")
+    size = "step" if phase == "decode" else "isl"
+    names = {"bfloat16": "bf16", "fp8": "fp8", "fp8_block": "fp8"}
+    return {
+        (names[gemm], names[kv]): _dense_points(rows, size)
+        for (gemm, kv), rows in table.groupby(["gemm_type", "kv_cache_dtype"])
+    }
