@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -340,10 +341,12 @@ def read_npy(member: Any, num_bytes: int, where: str) -> Array:
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
         else:
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(member)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, SyntaxError, TokenError, RecursionError) as error:
         raise FormatError(f"{where}: bad header ({error})", _REMEDY) from None
     if dtype.hasobject:
         raise FormatError(f"{where}: holds pickled objects, which are never loaded", _REMEDY)
+    if dtype.itemsize == 0:
+        raise FormatError(f"{where}: has type {dtype}", _REMEDY)
     size = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or size > num_bytes:
         raise FormatError(f"{where}: shorter than its shape {shape} demands", _REMEDY)
