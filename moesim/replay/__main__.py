@@ -26,6 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="time plans on real collectives and GEMMs")
     add_validate_arguments(validate)
     _add_common(validate)
+    offload = commands.add_parser("offload", help="time expert caches on one GPU")
+    add_offload_arguments(offload)
+    _add_common(offload, time_limit_s=300.0)
     return parser
 
 
@@ -62,6 +65,22 @@ def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-limit-gb", type=float, help="pretend each rank has no more")
     parser.add_argument("--all-requests", action="store_true", help="not the held-out half alone")
     parser.add_argument("--no-checks", action="store_true", help="skip numerics and conservation")
+
+
+def add_offload_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `offload`."""
+    parser.add_argument("--shape", required=True, help="model shape, JSON text or file")
+    parser.add_argument("--trace", help="token-level trace, for the built-in LRU schedules")
+    parser.add_argument("--schedule", action="append", default=[], help="schedule .npz; repeat")
+    parser.add_argument(
+        "--cache-share", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="of the experts"
+    )
+    parser.add_argument("--lookahead", type=int, nargs="+", default=[0, 1], help="steps; 0: none")
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--warm-tokens", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--other-us", type=float, default=0.0, help="busy wait after each step")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _add_common(parser: argparse.ArgumentParser, time_limit_s: float = 3600.0) -> None:
@@ -127,9 +146,34 @@ def _validate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _offload(arguments: argparse.Namespace) -> int:
+    from moesim.replay.offload import Options, offload
+    from moesim.replay.schedule import load_schedule
+    from moesim.replay.shape import load_shape
+
+    options = Options(
+        cache_shares=tuple(arguments.cache_share),
+        lookaheads=tuple(arguments.lookahead),
+        num_tokens=arguments.tokens,
+        warm_tokens=arguments.warm_tokens,
+        num_layers=arguments.layers,
+        other_us=arguments.other_us,
+        seed=arguments.seed,
+        time_limit_s=arguments.time_limit,
+    )
+    shape = load_shape(arguments.shape)
+    schedules = [load_schedule(path) for path in arguments.schedule]
+    with joined(arguments.device, arguments.timeout) as ctx:
+        record = offload(ctx, shape, arguments.trace, schedules, options, arguments.out)
+        if ctx.rank == 0 and arguments.out is None:
+            print(json.dumps(record, separators=(",", ":")))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "calibrate": _calibrate,
     "validate": _validate,
+    "offload": _offload,
 }
 
 

@@ -63,7 +63,7 @@ def free_bytes(ctx: Context, limit_bytes: int | None = None) -> int:
         free = int(torch.cuda.mem_get_info(ctx.device)[0])
     else:
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        free = _available_host_bytes() // num_local
+        free = available_host_bytes() // num_local
     return free if limit_bytes is None else min(free, limit_bytes)
 
 
@@ -84,10 +84,12 @@ def require_memory(ctx: Context, need: MemoryNeed, limit_bytes: int | None, what
 
 
 def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
-def _available_host_bytes() -> int:
+def available_host_bytes() -> int:
+    """What the host can still give, at most the memory limit of this process's control group;
+    on machines whose memory grows as it is used, the total may be far more than is reported."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -12,16 +12,16 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,8 @@ import torch.distributed as dist
 
 from moesim.errors import InputError, MoesimError
 from moesim.files import atomic_write
+from moesim.replay.launch import PREFIX, STATUS_DIR, free_port
 
-STATUS_DIR = "MOESIM_REPLAY_STATUS"
 EXIT_LOST = 3
 DEFAULT_TIMEOUT_S = 120.0
 _PR_SET_PDEATHSIG = 1
@@ -116,7 +116,7 @@ class Context:
 
     def rank0_print(self, text: str) -> None:
         if self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            print(PREFIX + text, file=sys.stderr, flush=True)
 
 
 def all_gather_flat(out: torch.Tensor, mine: torch.Tensor) -> None:
@@ -141,7 +141,7 @@ def joined(device: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterat
             LOCAL_RANK="0",
             LOCAL_WORLD_SIZE="1",
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(_free_port()),
+            MASTER_PORT=str(free_port()),
         )
     rank, local_rank = int(environment["RANK"]), int(environment.get("LOCAL_RANK", "0"))
     num_local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
@@ -185,15 +185,25 @@ def run_rank(body: Callable[[], int]) -> int:
         _leave(2)
     except (RuntimeError, dist.DistError) as error:
         if not _is_lost_peer(error):
-            raise
+            _crash(rank, error)
         first = str(error).strip().splitlines()[0]
         cause = f"rank {rank}: lost contact with a peer ({first})"
         remedy = "see which rank failed first, above; then run again"
         _report(rank, "lost", cause, remedy, EXIT_LOST)
         print(f"error: {cause}\n{remedy}", file=sys.stderr, flush=True)
         _leave(EXIT_LOST)
+    except Exception as error:
+        _crash(rank, error)
     _report(rank, "done", "", "", code)
     return code
+
+
+def _crash(rank: int, error: Exception) -> NoReturn:
+    """Report an error that nobody foresaw, with its traceback, and leave."""
+    traceback.print_exception(error)
+    cause = f"rank {rank}: {type(error).__name__}: {error}"
+    _report(rank, "error", cause, "this is a bug: report it with the traceback (--debug)", 2)
+    _leave(2)
 
 
 def _is_lost_peer(error: BaseException) -> bool:
@@ -225,7 +235,7 @@ def _report(rank: int, status: str, cause: str, remedy: str, exit_code: int) -> 
         atomic_write(Path(folder) / f"rank{rank}.json", json.dumps(record))
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -253,9 +263,3 @@ def _pick_device(wanted: str, local_rank: int, num_local: int) -> torch.device:
             else "pass --device cpu, or run where CUDA sees a GPU",
         )
     return torch.device("cuda", local_rank)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,8 @@ class Options:
     """What to replay.
 
     tokens_per_rank: batch sizes; num_layers: layers of the trace, evenly spaced (0: all).
-    modes: "graph" and "eager"; graph is dropped, with a note, where it does not work.
+    modes: "graph" and "eager"; graph is dropped, with a note, where it does not work. Eager mode
+    is timed on the first `num_eager_batches` batches of a size alone.
     weight_sets: copies of a layer's weights used in turn; 0 chooses so many that they exceed four
     times the L2. memory_limit_bytes: pretend that a rank has no more. time_limit_s: stop in good
     order after that long. checks: verify numerics and conservation of each plan and size.
@@ -59,6 +60,7 @@ class Options:
     num_batches: int = 2
     num_layers: int = 8
     modes: tuple[str, ...] = ("graph", "eager")
+    num_eager_batches: int = 1
     dedup: Dedup = "gpu"
     policy: str | None = None
     phase: str = "auto"
@@ -128,6 +130,8 @@ def validate(
     require_memory(ctx, need, options.memory_limit_bytes, f"replaying {shape.name}")
     kernels = choose(ctx, shape, ffn=options.ffn, graphs="graph" in options.modes)
     modes = [m for m in options.modes if m == "eager" or kernels.graphs] or ["eager"]
+    if modes == ["eager"]:
+        options = replace(options, num_eager_batches=options.num_batches)
     max_home = max(int(np.bincount(b.home).max()) for b in batches)
     engine = Engine(ctx, shape, slots, max_home, kernels, num_sets=num_sets, seed=options.seed)
     record = _header(ctx, trace, shape, plans, layers, options, kernels, num_sets, notes)
@@ -145,6 +149,8 @@ def validate(
                 ctx.beat(f"checking {label}")
                 record["checks"].append(_check(engine, trace, unit, layers, kernels, options))
             for mode in modes:
+                if mode == "eager" and batch.index >= options.num_eager_batches:
+                    continue
                 ctx.beat(f"timing {label}, {mode}")
                 record["results"].append(_measure(engine, unit, mode, options))
             if ctx.is_cuda:
