@@ -71,9 +71,13 @@ def assemble(segments: Sequence[Segment], options: ImportOptions, source: dict[s
     the record) for ids out of range, an expert chosen twice, or records of different shapes, and
     MismatchError when layers or experts per token do not fit the model that was named.
     """
+    nothing = FormatError(
+        f"{', '.join(map(str, source.get('files', ['the files'])))}: no routed tokens",
+        "record some traffic and try again",
+    )
     segments = _limited([s for s in segments if len(s.expert_ids)], options)
     if not segments:
-        raise FormatError("the files hold no routed tokens", "record some traffic and try again")
+        raise nothing
     shape = segments[0].expert_ids.shape[1:]
     for part in segments:
         if part.expert_ids.shape[1:] != shape:
@@ -89,17 +93,17 @@ def assemble(segments: Sequence[Segment], options: ImportOptions, source: dict[s
             "name the model that was recorded",
         )
     dense = _dense_layers([s.expert_ids for s in segments])
-    layer_idx, layer_ids = select_layers(shape[0], dense, options)
+    layer_idx, layer_ids = select_layers(shape[0], dense, options, segments[0].where)
     kept = [_routed(part, layer_idx) for part in segments]
     dropped = sum(len(s.expert_ids) for s in segments) - sum(int(keep.sum()) for keep, _ in kept)
     if dropped:
         options.notify(f"dropped {dropped} tokens that no layer routed (all ids zero or -1)")
-    num_experts = _num_experts(max(int(ids.max(initial=0)) for _, ids in kept), options)
+    num_experts = _num_experts(segments, [ids for _, ids in kept], options)
     for part, (keep, ids) in zip(segments, kept, strict=True):
         _check(part.where, np.flatnonzero(keep), ids, num_experts, layer_ids)
     parts = [(s, keep, ids) for s, (keep, ids) in zip(segments, kept, strict=True) if len(ids) > 0]
     if not parts:
-        raise FormatError("the files hold no routed tokens", "record some traffic and try again")
+        raise nothing
     signed = any(int(ids.min()) < 0 for _, _, ids in parts)
     dtype = np.int16 if signed else np.uint8 if num_experts <= 256 else np.uint16
     names = [s.domain or options.domain for s, _, _ in parts]
@@ -168,9 +172,8 @@ def assemble_load(
     if options.max_tokens is not None:
         load = load[: options.max_tokens]
     if layer_ids is None:
-        layer_idx, layer_ids = select_layers(
-            load.shape[1], np.asarray(~load.any(axis=(0, 2))), options
-        )
+        dense = np.asarray(~load.any(axis=(0, 2)))
+        layer_idx, layer_ids = select_layers(load.shape[1], dense, options, where)
         load = load[:, layer_idx]
     num_experts = load.shape[2]
     if options.num_experts is not None and options.num_experts != num_experts:
@@ -215,7 +218,7 @@ def to_logical(
 
 
 def select_layers(
-    num_rows: int, dense: BoolArray, options: ImportOptions
+    num_rows: int, dense: BoolArray, options: ImportOptions, where: str
 ) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
     """Which of `num_rows` recorded layers are MoE layers, and their absolute numbers.
 
@@ -228,13 +231,13 @@ def select_layers(
         if num_rows == total or (total is None and num_rows > max(known)):
             return np.array(known, np.int64), known
         raise MismatchError(
-            f"the files record {num_rows} layers, but the model has {len(known)} MoE layers"
+            f"{where}: records {num_rows} layers, but the model has {len(known)} MoE layers"
             + (f" of {total}" if total is not None else ""),
             "name the model that was recorded with --model, or its MoE layers with --layer-ids",
         )
     layer_idx = np.flatnonzero(~dense)
     if len(layer_idx) == 0:
-        raise FormatError("no recorded layer routes to any expert", "record some traffic")
+        raise FormatError(f"{where}: no layer routes to any expert", "record some traffic")
     if len(layer_idx) < num_rows:
         options.notify(
             f"left out {num_rows - len(layer_idx)} of {num_rows} layers that hold only padding"
@@ -286,11 +289,16 @@ def _routed(part: Segment, layer_idx: npt.NDArray[np.int64]) -> tuple[BoolArray,
     return ~empty, ids[~empty]
 
 
-def _num_experts(largest: int, options: ImportOptions) -> int:
+def _num_experts(segments: list[Segment], kept: list[Array], options: ImportOptions) -> int:
     if options.num_experts is not None:
         return options.num_experts
-    if largest + 1 > MAX_EXPERTS:
-        raise FormatError(f"expert id {largest} is larger than any model has", DAMAGED)
+    largest = 0
+    for part, ids in zip(segments, kept, strict=True):
+        largest = max(largest, int(ids.max(initial=0)))
+        if largest >= MAX_EXPERTS:
+            raise FormatError(
+                f"{part.where}: expert id {largest} is larger than any model has", DAMAGED
+            )
     options.notify(
         f"took {largest + 1} experts, the largest id seen plus one; --num-experts or --model says"
         " how many there are"
@@ -343,9 +351,11 @@ def _gates(
                 DAMAGED,
             )
         gates = np.where(ids == -1, 0, gates[keep][:, layer_idx])
+        with np.errstate(over="ignore"):
+            gates = gates.astype(np.float16 if gates.dtype == np.float16 else np.float32)
         if not np.isfinite(gates).all():
             raise FormatError(f"{part.where}: weights are not all finite", DAMAGED)
-        out.append(gates.astype(np.float16 if gates.dtype == np.float16 else np.float32))
+        out.append(gates)
     return np.concatenate(out)
 
 

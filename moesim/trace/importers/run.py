@@ -44,7 +44,8 @@ def _without_warmup(trace: Trace | LoadTrace, options: ImportOptions) -> Trace |
     unit = "steps" if counts else "tokens"
     if warm.all():
         raise FormatError(
-            f"all {len(warm)} {unit} are routed alike, as in an engine's warm-up",
+            f"{', '.join(map(str, trace.meta.source.get('files', [])))}: all {len(warm)} {unit} are"
+            " routed alike, as in an engine's warm-up",
             "record real traffic, or keep them with --keep-warmup",
         )
     where = np.flatnonzero(warm)

@@ -65,7 +65,7 @@ def write_layer(folder, layer, **columns):
 
 
 def test_errors_name_file_and_column(capture, options):
-    folder, ids, scores = capture
+    folder, _, scores = capture
     good = pa.array(list(scores[:3, 0]), pa.list_(pa.float16()))
     cases = [
         ({"scores": good}, "has no column indices"),

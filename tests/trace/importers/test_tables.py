@@ -64,9 +64,7 @@ def test_jsonl_rows_and_nested_records(tmp_path, draw, options):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         "\n".join(
-            json.dumps(
-                {"request": "q", "position": t, "layer": n, "experts": ids[t, n].tolist()}
-            )
+            json.dumps({"request": "q", "position": t, "layer": n, "experts": ids[t, n].tolist()})
             for t in range(4)
             for n in range(3)
         )

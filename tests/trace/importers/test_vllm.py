@@ -200,7 +200,7 @@ def test_more_rows_than_tokens_is_refused(tmp_path, draw, options):
 def test_records_of_different_models_are_refused(tmp_path, draw, options):
     file = tmp_path / "r.jsonl"
     write_lines(file, [response(draw(3), 2, 2), response(draw(3, layers=4), 2, 2)])
-    with pytest.raises(FormatError, match="line 2.*4 layers x 2.*line 1.*3 layers"):
+    with pytest.raises(FormatError, match=r"line 2.*4 layers x 2.*line 1.*3 layers"):
         vllm.read([file], options())
 
 
