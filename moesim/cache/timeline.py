@@ -56,6 +56,7 @@ class StepTimes:
     gate_s: [L, M + 1] from the start of a layer to its gate, by tokens in the step; M is the
     largest step. gpu_s, cpu_s: [M + 1] one expert on GPU or CPU by its tokens. load_s: [L, E] one
     transfer of each expert into HBM from where it lives. tail_s: [M + 1] after the last layer.
+    cpu_start_s: once a layer that uses the CPU, for moving hidden states there and back.
     """
 
     gate_s: FloatArray
@@ -63,6 +64,7 @@ class StepTimes:
     cpu_s: FloatArray
     load_s: FloatArray
     tail_s: FloatArray
+    cpu_start_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,6 +221,7 @@ def run_timeline(
         times.cpu_s,
         times.load_s,
         times.tail_s,
+        times.cpu_start_s,
     )
     hits, staged, fetched, on_cpu, wasted = counts
     return Timeline(
@@ -268,12 +271,12 @@ def _admit(e, slots, forced, resident, held, num_held, mark, stamp, prio, last):
 
 
 @njit(cache=True)
-def _split(gate, link, busy, miss, count, gpu_s, cpu_s, load):  # type: ignore[no-untyped-def]
+def _split(gate, link, busy, miss, count, gpu_s, cpu_s, cpu_start, load):  # type: ignore[no-untyped-def]
     """How many of the misses, fewest tokens first, the CPU should take so that the layer ends
     soonest. `busy`: when the GPU is done with what it has."""
     best, best_end = 0, np.inf
     for j in range(len(miss) + 1):
-        cpu = gate
+        cpu = gate + cpu_start if j > 0 else gate
         for i in range(j):
             cpu += cpu_s[count[miss[i]]]
         arrive, gpu = max(link, gate), busy
@@ -317,6 +320,7 @@ def _run(  # type: ignore[no-untyped-def]
     cpu_s,
     load_s,
     tail_s,
+    cpu_start,
 ):
     num_steps, num_layers = len(tokens), len(slots)
     shape = (num_steps, num_layers)
@@ -431,9 +435,17 @@ def _run(  # type: ignore[no-untyped-def]
                 cpu_share = num_miss
             elif cpu_auto and num_miss > 0:
                 cpu_share = _split(
-                    gate, link, busy, miss[:num_miss], tokens_of, gpu_s, cpu_s, load_s[layer]
+                    gate,
+                    link,
+                    busy,
+                    miss[:num_miss],
+                    tokens_of,
+                    gpu_s,
+                    cpu_s,
+                    cpu_start,
+                    load_s[layer],
                 )
-            cpu_end = gate
+            cpu_end = gate + cpu_start if cpu_share > 0 else gate
             for a in range(cpu_share):
                 cpu_end += cpu_s[tokens_of[miss[a]]]
             for a in range(num_miss - 1, cpu_share - 1, -1):

@@ -1,0 +1,78 @@
+"""Predict with a small learned model, in the place of ExpertFlow's routing-path predictor.
+
+ExpertFlow (arXiv:2410.17954) trains a transformer on token ids to predict every layer's experts.
+Here it is one linear map a layer, fitted in closed form, that weighs what the other predictors
+look at: no torch, seconds to fit, the same bytes every time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moesim.cache.events import Stream
+from moesim.cache.predictors.base import (
+    IntArray,
+    Scores,
+    by_request,
+    check_depth,
+    multi_hot,
+    shares_before,
+    source_layer,
+)
+from moesim.cache.predictors.token_id import TokenId, token_ids
+from moesim.trace.batches import RequestIndex
+from moesim.trace.format import Trace
+
+RIDGE = 10.0
+MAX_FIT_TOKENS = 32_768
+
+
+class Learned:
+    """Ridge regression from [choices in the source layer, choices of the request's previous token
+    in this layer, shares of the request's earlier tokens in this layer, shares by token id where
+    the trace has ids, 1] to this layer's choices; the score is the fitted value."""
+
+    name = "learned"
+
+    def __init__(self, depth: int = 1) -> None:
+        self.depth = check_depth(depth)
+
+    def fit(self, trace: Trace, requests: RequestIndex) -> None:
+        self._by_id = TokenId(self.depth) if trace.token_ids is not None else None
+        if self._by_id is not None:
+            self._by_id.fit(trace, requests)
+        tokens = requests.token_idx
+        if len(tokens) > MAX_FIT_TOKENS:
+            kept = np.cumsum(np.diff(requests.indptr)) <= MAX_FIT_TOKENS
+            tokens = requests.select(kept).token_idx if kept.any() else tokens[:MAX_FIT_TOKENS]
+        self._weights: list[Scores] = [np.zeros((0, 0), np.float32)]
+        for layer in range(1, trace.num_layers):
+            target = multi_hot(np.asarray(trace.expert_ids[:, layer])[tokens], trace.num_experts)
+            x = self._features(trace, tokens, layer, own=target).astype(np.float64)
+            gram = x.T @ x
+            gram[np.diag_indices_from(gram)] += RIDGE
+            self._weights.append(np.linalg.solve(gram, x.T @ target).astype(np.float32))
+
+    def scores(self, trace: Trace, stream: Stream, layer_idx: int) -> Scores:
+        x = self._features(trace, stream.token_idx, layer_idx)
+        return np.asarray(x @ self._weights[layer_idx], np.float32)
+
+    def _features(
+        self, trace: Trace, tokens: IntArray, layer_idx: int, own: Scores | None = None
+    ) -> Scores:
+        num = trace.num_experts
+        order, first = by_request(trace, tokens)
+        hot = multi_hot(np.asarray(trace.expert_ids[:, layer_idx])[tokens[order]], num)
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        previous, share = (part[back] for part in shares_before(hot, first))
+        source = source_layer(layer_idx, self.depth)
+        parts = [
+            multi_hot(np.asarray(trace.expert_ids[:, source])[tokens], num),
+            previous,
+            share,
+            np.ones((len(tokens), 1), np.float32),
+        ]
+        if self._by_id is not None:
+            parts.append(self._by_id.token_scores(token_ids(trace)[tokens], layer_idx, own))
+        return np.concatenate(parts, axis=1)

@@ -1,0 +1,33 @@
+"""The predictors by name."""
+
+from __future__ import annotations
+
+from moesim.cache.predictors.base import Predictor
+from moesim.cache.predictors.history import History
+from moesim.cache.predictors.learned import Learned
+from moesim.cache.predictors.oracle import Oracle
+from moesim.cache.predictors.popularity import Popularity
+from moesim.cache.predictors.previous_layer import PreviousLayer
+from moesim.cache.predictors.token_id import TokenId
+from moesim.errors import UnknownNameError
+from moesim.trace.format import Trace
+
+PREDICTORS = {
+    cls.name: cls for cls in (Popularity, PreviousLayer, TokenId, History, Learned, Oracle)
+}
+
+
+def make_predictor(name: str, depth: int) -> Predictor:
+    """A predictor, not fitted yet. Raises UnknownNameError."""
+    if name not in PREDICTORS:
+        raise UnknownNameError("predictor", name, PREDICTORS)
+    return PREDICTORS[name](depth)
+
+
+def usable_predictors(trace: Trace) -> tuple[str, ...]:
+    """The predictors that a server could run and that this trace has the data for."""
+    return tuple(
+        name
+        for name in PREDICTORS
+        if name != "oracle" and (name != "token-id" or trace.token_ids is not None)
+    )
