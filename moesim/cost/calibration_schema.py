@@ -29,8 +29,8 @@ class _Strict(BaseModel):
 class FitReport(_Strict):
     """How well a fit answers for points it did not see.
 
-    `points` were used in all, `dropped` thrown out as spikes before; the relative errors
-    |predicted / measured - 1| are of the held-out points alone.
+    `points`: held-out points, to which the relative errors |predicted / measured - 1| refer;
+    `dropped`: spikes thrown out of the whole table beforehand.
     """
 
     regime: str = "all"

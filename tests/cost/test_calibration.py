@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -409,3 +411,29 @@ def test_hostile_names_cannot_forge_lines(name: str) -> None:
         with pytest.raises(MoesimError) as caught:
             call()
         assert caught.value.cause.isprintable()
+
+
+def test_the_documented_file_loads_and_the_documented_errors_are_the_files() -> None:
+    """docs/calibration.md: its example is a valid file, its table what the files state."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "calibration.md").read_text()
+    example = parse_calibration(text.split("```yaml\n")[1].split("```")[0])
+    assert example.collective("all_to_all", 8).time_us(114688) == pytest.approx(17.9)
+    assert example.collective("all_to_all", 8).local_gb_per_s is None
+    assert example.copy("h2d").time_us(1048576) == pytest.approx(35.6)
+    # The six rows are those of an H100: its experts must come out near the bundled fit.
+    mine = example.expert_ffn("bf16")
+    bundled = load_calibration("h100").expert_ffn("bf16", "torch_grouped_mm")
+    counts = [512] * 32
+    assert mine.layer_time_us(counts, 7168, 2048) == pytest.approx(
+        bundled.layer_time_us(counts, 7168, 2048), rel=0.2
+    )
+
+    folder = str(root / "verification" / "calibration")
+    sys.path.insert(0, folder)
+    try:
+        table = importlib.import_module("errors_table").table
+    finally:
+        sys.path.remove(folder)
+        sys.modules.pop("errors_table", None)
+    assert table(list((root / "topologies" / "calibration").glob("*.yaml"))) in text

@@ -28,12 +28,12 @@ def arguments(description: str) -> argparse.Namespace:
     return parsed
 
 
-def report(predicted: Any, measured: Any, *, points: int, **rest: Any) -> dict[str, Any]:
+def report(predicted: Any, measured: Any, **rest: Any) -> dict[str, Any]:
     """A `fit` entry from held-out predictions."""
     median, p90 = relative_errors(predicted, measured)
     return {
         **rest,
-        "points": points,
+        "points": len(measured),
         "median_error": round(median, 4),
         "p90_error": round(p90, 4),
     }

@@ -56,7 +56,6 @@ def reports(
         report(
             predicted[held],
             points.times_us[held],
-            points=int(held.sum()),
             regime=name,
             held_out="every other size",
         )

@@ -60,7 +60,6 @@ def regime_reports(points: ExpertPoints, model: ExpertGemmModel) -> list[dict[st
                 report(
                     predicted[held],
                     measured[held],
-                    points=int(held.sum()),
                     regime=f"{name}, {above + 1} to {up_to} tokens" if up_to < 2**40 else name,
                     held_out="power-law loads" if loads else "every other token count",
                 )

@@ -22,7 +22,6 @@ def main() -> None:
         fit = report(
             curve.time_us(points.num_bytes[test]),
             points.times_us[test],
-            points=len(points.times_us),
             dropped=points.dropped,
             held_out="every other size",
         )

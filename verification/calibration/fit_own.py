@@ -41,7 +41,6 @@ def fit_overheads(data: Path, calibration: Path) -> dict[str, Any]:
             report(
                 predicted[~train],
                 us[~train],
-                points=len(us),
                 regime="eager all-to-all on two GPUs, even and uneven",
                 held_out="every other size",
             )
@@ -80,7 +79,6 @@ def fit_copies(data: Path) -> list[dict[str, Any]]:
                     report(
                         time(np.log([floor, latency, rate]), size[~train]),
                         us[~train],
-                        points=len(us),
                         held_out="every other size",
                     )
                 ],
