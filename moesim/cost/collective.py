@@ -200,8 +200,15 @@ class CollectiveModel:
         if num_nodes == 1 or nodes[0] > 1 or len(nodes) > 1:
             near = min(nodes, key=lambda n: (abs(np.log2(n / num_nodes)), n))
             at_near = [c for c in named if c.num_nodes == near]
-            found = _at_group(at_near, kind, group_size)
-            return replace(found, num_nodes=num_nodes, group_measured=False)
+            found = _at_group(at_near, kind, max(1, group_size * near // num_nodes))
+            source = f"{found.source}; {num_nodes} nodes answered by {near}"
+            return replace(
+                found,
+                group_size=group_size,
+                num_nodes=num_nodes,
+                group_measured=False,
+                source=source,
+            )
         one_node = _at_group(named, kind, max(1, group_size // num_nodes))
         return _over_nic(one_node, group_size, num_nodes, nic_gb_per_s)
 
@@ -234,7 +241,13 @@ def _at_group(curves: list[CollectiveCurve], kind: str, group_size: int) -> Coll
     above = [n for n in by_size if n > group_size]
     if not below or not above:
         nearest = by_size[max(below) if below else min(above)]
-        return replace(nearest, kind=kind, group_size=group_size, group_measured=False)
+        return replace(
+            nearest,
+            kind=kind,
+            group_size=group_size,
+            group_measured=False,
+            source=f"{nearest.source}; {group_size} ranks answered by {nearest.group_size}",
+        )
     low, high = by_size[max(below)], by_size[min(above)]
     w = float(np.log2(group_size / low.group_size) / np.log2(high.group_size / low.group_size))
     nic = _Blend(low.nic, high.nic, w) if low.nic is not None and high.nic is not None else None

@@ -263,13 +263,11 @@ def build_step_model(
 
 
 def _calibration_of(gpu: GpuSpec, named: str | None, only_type: bool) -> Calibration:
-    """The calibration of one GPU type: the cluster's if it has one type, else by family name."""
-    if named is not None and only_type:
-        return load_calibration(named)
-    family = gpu.name.split("-")[0]
-    if family in calibration_names():
-        return load_calibration(family)
-    return datasheet_models(
+    """The calibration of one GPU type: the cluster's if it has one type, else by family name.
+
+    What it lacks, or all of it where there is none, comes from the GPU's datasheet figures.
+    """
+    datasheet = datasheet_models(
         GpuFigures(
             name=gpu.name,
             hbm_gb_per_s=gpu.hbm_gb_per_s,
@@ -279,13 +277,19 @@ def _calibration_of(gpu: GpuSpec, named: str | None, only_type: bool) -> Calibra
             kernel_launch_us=gpu.kernel_launch_us,
         )
     )
+    family = gpu.name.split("-")[0]
+    if named is not None and only_type:
+        return load_calibration(named).completed_by(datasheet)
+    if family in calibration_names():
+        return load_calibration(family).completed_by(datasheet)
+    return datasheet
 
 
 def _default_library(calibration: Calibration, num_nodes: int) -> AllToAll:
     kinds = calibration.collectives.kinds
     if num_nodes > 1 and KINDS_OF["deepep"][0] in kinds:
         return "deepep"
-    if KINDS_OF["nccl"][0] not in kinds and "all_to_all" not in kinds and "nvlink_dispatch" in kinds:
+    if KINDS_OF["nvlink"][0] in kinds:
         return "nvlink"
     return "nccl"
 
