@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from moesim.cost.calibration_schema import (
@@ -44,13 +45,9 @@ class CopyModel:
     source: str = ""
 
     def time_us(self, num_bytes: npt.ArrayLike) -> FloatArray:
-        import numpy as np
-
         return np.maximum(self.curve.time_us(num_bytes), self.floor_us)
 
     def evaluate(self, num_bytes: npt.ArrayLike) -> Evaluation:
-        import numpy as np
-
         inside = bool(np.all(np.asarray(num_bytes) <= self.bytes_range[1]))
         return Evaluation(self.time_us(num_bytes), self.basis, inside, self.source)
 

@@ -141,10 +141,6 @@ class _Blend:
     def latency_us(self) -> float:
         return float(self.first.latency_us ** (1 - self.w) * self.second.latency_us**self.w)
 
-    @property
-    def peak_gb_per_s(self) -> float:
-        return float(self.first.peak_gb_per_s ** (1 - self.w) * self.second.peak_gb_per_s**self.w)
-
     def time_us(self, num_bytes: npt.ArrayLike) -> FloatArray:
         first, second = self.first.time_us(num_bytes), self.second.time_us(num_bytes)
         return np.asarray(first ** (1 - self.w) * second**self.w, dtype=np.float64)

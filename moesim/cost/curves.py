@@ -61,11 +61,6 @@ class AffineMin:
         """Time at zero bytes."""
         return min(latency for latency, _ in self.segments)
 
-    @property
-    def peak_gb_per_s(self) -> float:
-        """Rate of the asymptote."""
-        return max(rate for _, rate in self.segments)
-
     def time_us(self, num_bytes: npt.ArrayLike) -> FloatArray:
         size = np.asarray(num_bytes, dtype=np.float64)
         latency, rate = np.asarray(self.segments, dtype=np.float64).T
@@ -96,11 +91,6 @@ class SizeTable:
     def latency_us(self) -> float:
         return float(self.times_us[0])
 
-    @property
-    def peak_gb_per_s(self) -> float:
-        rates = self.num_bytes / (self.times_us * BYTES_PER_US_AT_1_GB_PER_S)
-        return float(rates.max())
-
     def time_us(self, num_bytes: npt.ArrayLike) -> FloatArray:
         size = np.asarray(num_bytes, dtype=np.float64)
         clipped = np.clip(size, self.num_bytes[0], self.num_bytes[-1])
@@ -114,9 +104,6 @@ class SizeCurve(Protocol):
 
     @property
     def latency_us(self) -> float: ...
-
-    @property
-    def peak_gb_per_s(self) -> float: ...
 
     def time_us(self, num_bytes: npt.ArrayLike) -> FloatArray: ...
 

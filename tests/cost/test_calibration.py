@@ -161,6 +161,7 @@ def test_tables_interpolate_in_logs_and_flag_what_lies_outside() -> None:
     assert curve.evaluate(10).time_us == pytest.approx(10)
     assert curve.evaluate(16000).in_range
     assert curve.evaluate(16001).extrapolated
+    assert calibration.collectives.time_us("all_to_all", 2, 1, 2000) == curve.time_us(2000)
     assert calibration.collective("all_to_all", 2, eager=True).time_us(1000) == pytest.approx(17)
 
 
