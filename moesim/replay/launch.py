@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,9 +22,10 @@ from moesim.errors import InputError, MoesimError
 
 STATUS_DIR = "MOESIM_REPLAY_STATUS"
 PREFIX = "moesim: "
-GRACE_S = 10.0
+GRACE_S = 4.0
 POLL_S = 0.1
-KEPT_LINES = 40
+KEPT_LINES = 200
+_FIRST_FAILURE = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 
 
 class ReplayError(MoesimError):
@@ -130,6 +132,13 @@ def _verdict(
     if code == 0 and not any(r["status"] == "lost" for r in reports):
         return
     silent = sorted(set(range(num_ranks)) - {r["rank"] for r in reports})
+    first = next((found for line in tail if (found := _FIRST_FAILURE.search(line))), None)
+    if first is not None and int(first[2]) in silent:
+        raise ReplayError(
+            f"rank {first[2]} died without a report ({_ending(int(first[1]))})",
+            "see whether the system ended it (memory?); --debug shows all that the ranks print",
+            2,
+        )
     lost = [r for r in reports if r["status"] == "lost"]
     if silent and lost:
         ranks = ", ".join(map(str, silent))
@@ -142,11 +151,17 @@ def _verdict(
         raise ReplayError(lost[0]["cause"], lost[0]["remedy"], 2)
     last = next((line for line in reversed(tail) if line.strip()), "no output")
     raise ReplayError(
-        f"the ranks failed (exit status {code}); rank {', '.join(map(str, silent)) or '?'} died"
-        f" without a report; last line: {last.strip()[:200]}",
+        f"the ranks failed (exit status {code}); last line: {last.strip()[:200]}",
         "run again with --debug to see all that the ranks print",
         2,
     )
+
+
+def _ending(exit_code: int) -> str:
+    if exit_code < 0:
+        with contextlib.suppress(ValueError):
+            return f"ended by {signal.Signals(-exit_code).name}"
+    return f"exit status {exit_code}"
 
 
 def _relay(

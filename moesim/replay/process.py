@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -186,7 +187,7 @@ def run_rank(body: Callable[[], int]) -> int:
     except (RuntimeError, dist.DistError) as error:
         if not _is_lost_peer(error):
             _crash(rank, error)
-        first = str(error).strip().splitlines()[0]
+        first = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().splitlines()[0])[:160]
         cause = f"rank {rank}: lost contact with a peer ({first})"
         remedy = "see which rank failed first, above; then run again"
         _report(rank, "lost", cause, remedy, EXIT_LOST)

@@ -1,7 +1,7 @@
 """Expert-cache schedules: which copy is issued when, which step waits for it, and what it costs.
 
 A step is one token in one layer: step s is token s // L, layer s % L. An item is an expert of a
-layer: layer * E + expert. A schedule is all that the replay on hardware needs, so any planner can write one.
+layer: layer * E + expert. A schedule is all that the replay needs, so any planner can write one.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Schedule:
 
     @property
     def copies_per_token(self) -> IntArray:
-        """[T]: copies that each token's steps issue."""
-        return np.bincount(self.issue // self.num_layers, minlength=self.num_tokens)
+        """[T]: copies that each token's steps wait for."""
+        return np.bincount(self.need // self.num_layers, minlength=self.num_tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the schedule as `.npz`, whole or not at all."""
@@ -154,7 +154,7 @@ def lru_schedule(
             slots[step, k] = cache[expert]
             last_read[cache[expert]] = step
     copies.sort(key=lambda c: (c[0], c[1]))
-    issue, need, item, slot_of = np.array(copies, np.int64).reshape(-1, 4).T
+    issued, needed, items, into = np.array(copies, np.int64).reshape(-1, 4).T
     start = np.arange(num_layers * slots_per_layer)
     initial = start // slots_per_layer * num_experts + start % slots_per_layer
     label = f"lru, {slots_per_layer} of {num_experts} experts a layer, lookahead {lookahead}"
@@ -165,10 +165,10 @@ def lru_schedule(
         slots_per_layer,
         ids,
         slots,
-        issue,
-        need,
-        item,
-        slot_of,
+        issued,
+        needed,
+        items,
+        into,
         initial,
     )
 

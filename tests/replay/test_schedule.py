@@ -1,0 +1,112 @@
+"""Cache schedules: by hand, by invariant, and replayed on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesim.errors import FormatError, InputError
+from moesim.replay.schedule import load_schedule, lru_schedule, predict_tokens_us
+
+
+def test_lru_by_hand() -> None:
+    # One layer, 4 experts, top-1, 2 slots that start with experts 0 and 1. Choices 0 2 0 1 3:
+    # 0 hits (slot 0); 2 evicts 1 (slot 1); 0 hits; 1 evicts 2 (slot 1); 3 evicts 0 (slot 0).
+    schedule = lru_schedule(np.array([0, 2, 0, 1, 3])[:, None, None], 4, 2)
+    assert schedule.slots[:, 0].tolist() == [0, 1, 0, 1, 0]
+    assert schedule.item.tolist() == [2, 1, 3]
+    assert schedule.need.tolist() == schedule.issue.tolist() == [1, 3, 4]
+    assert schedule.copies_per_token.tolist() == [0, 1, 0, 1, 1]
+
+
+def test_predicted_times_by_hand() -> None:
+    schedule = lru_schedule(np.array([0, 2, 0, 1, 3])[:, None, None], 4, 2)
+    # Copy 10, compute 3: a hit takes 3, a miss waits 10 first.
+    assert predict_tokens_us(schedule, 10.0, 3.0).tolist() == [3, 13, 3, 13, 13]
+    # One step ahead: the copy for step 1 is issued when step 0 starts (slot 1 is unread before),
+    # so it ends at 10, step 1 at 13. Step 2 ends at 16; the copy for step 3 goes to slot 1, last
+    # read by step 1, issued at step 2 (13): there at 23, step 3 ends at 26. The copy for step 4
+    # goes to slot 0, read by step 2, issued at step 3 (16), behind the engine (23): 33, end 36.
+    ahead = lru_schedule(np.array([0, 2, 0, 1, 3])[:, None, None], 4, 2, lookahead=1)
+    assert ahead.issue.tolist() == [0, 2, 3]
+    assert predict_tokens_us(ahead, 10.0, 3.0).tolist() == [3, 10, 3, 10, 10]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    layers=st.integers(1, 3),
+    top_k=st.integers(1, 3),
+    lookahead=st.integers(0, 4),
+)
+def test_lru_schedules_hold(seed: int, layers: int, top_k: int, lookahead: int) -> None:
+    """Every schedule passes its own check; more slots never copy more (LRU has no anomaly), and
+    looking ahead changes when copies start, not how many there are."""
+    rng = np.random.default_rng(seed)
+    experts = np.argsort(rng.random((12, layers, 6)), axis=2)[:, :, :top_k]
+    counts = []
+    for slots in range(top_k, 7):
+        schedule = lru_schedule(experts, 6, slots, lookahead=lookahead)
+        counts.append(len(schedule.item))
+        assert len(lru_schedule(experts, 6, slots).item) == counts[-1]
+    assert counts[-1] == 0
+
+
+def test_round_trip_and_wrong_files(tmp_path) -> None:
+    schedule = lru_schedule(np.array([[[0, 1]], [[2, 3]], [[0, 3]]]), 4, 2)
+    schedule.save(tmp_path / "s.npz")
+    again = load_schedule(tmp_path / "s.npz")
+    for name in ("experts", "slots", "issue", "need", "item", "slot", "initial"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(schedule, name))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "s.npz").read_bytes()[:300])
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "other.npz", meta=np.array("{}"), experts=np.zeros(1))
+    np.savez(tmp_path / "pickle.npz", meta=np.array([{}], dtype=object))
+    for name in ("cut.npz", "text.npz", "other.npz", "pickle.npz"):
+        with pytest.raises(FormatError):
+            load_schedule(tmp_path / name)
+    with pytest.raises(InputError, match="no schedule at"):
+        load_schedule(tmp_path / "none.npz")
+
+
+def test_schedules_that_cheat_are_refused() -> None:
+    schedule = lru_schedule(np.array([0, 2, 0, 1, 3])[:, None, None], 4, 2)
+    with pytest.raises(FormatError, match="step 1 reads a slot without its expert"):
+        replace(
+            schedule,
+            item=schedule.item[1:],
+            issue=schedule.issue[1:],
+            need=schedule.need[1:],
+            slot=schedule.slot[1:],
+        )
+    with pytest.raises(FormatError, match="issued before needed"):
+        replace(schedule, need=schedule.need - 1)
+    with pytest.raises(FormatError, match="step 1 reads"):
+        replace(schedule, need=np.array([2, 3, 4]))
+    with pytest.raises(FormatError, match="slot goes outside"):
+        replace(schedule, slot=schedule.slot + 5)
+    with pytest.raises(InputError, match="1 experts a layer, top-k 2"):
+        lru_schedule(np.zeros((2, 1, 2), int), 4, 1)
+
+
+def test_offload_on_the_cpu(inputs, tmp_path) -> None:
+    """Outputs are right at every cache size, and fewer slots mean more copies."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from moesim.replay.offload import Options, offload
+    from moesim.replay.process import Context, Watchdog
+
+    alone = Context(0, 1, 0, torch.device("cpu"), 60.0, Watchdog(60.0, print))
+    options = Options(num_tokens=30, warm_tokens=4, num_layers=3, reps=2)
+    record = offload(alone, inputs.shape, str(inputs.trace), [], options, str(tmp_path / "o.json"))
+    assert len(record["results"]) == 6
+    assert max(r["relative_error"] for r in record["results"]) < 1e-5
+    copies = [r["copies_per_token"] for r in record["results"]]
+    assert copies[0] == copies[1] > copies[2] > copies[4] > 0
+    assert (tmp_path / "o.json").exists()
+    short = replace(inputs.shape, hidden_size=1 << 16, moe_intermediate_size=1 << 16)
+    with pytest.raises(InputError, match=r"needs .* GB"):
+        offload(alone, short, str(inputs.trace), [], options, None)
