@@ -78,7 +78,7 @@ def swap_value(
         a = load1[b] - out1[b] + in1[b]
         c = load2[b] - out2[b] + in2[b]
         total += max(others[b], max(a, c))
-    return total
+    return float(total)
 
 
 @njit(cache=True, nogil=True)
@@ -98,7 +98,7 @@ def swap_pass(
 
     Pairs of which neither GPU changed since they were last scanned are skipped.
     """
-    num_gpus, num_batches = load.shape
+    num_gpus = load.shape[0]
     empty = work.shape[1] - 1
     for g1 in range(num_gpus):
         for g2 in range(g1 + 1, num_gpus):

@@ -171,7 +171,7 @@ class StepModel:
         return StepCost(dispatch, self._compute_us(routed), combine, link_bytes)
 
     def _compute_us(self, routed: Routed) -> FloatArray:
-        batches, layers, slots = routed.slot_tokens.shape
+        batches, layers = routed.slot_tokens.shape[:2]
         tokens = routed.slot_tokens.reshape(batches, layers, self.num_gpus, -1)
         tables = self.expert_tables_us(int(tokens.max(initial=0)))
         out = np.empty((batches, layers, self.num_gpus))
@@ -225,9 +225,7 @@ def build_step_model(
     }
     first = of_type[min(types, key=lambda n: specs[n].nvlink_gb_per_s)]
     library = all_to_all or _default_library(first, cluster.num_nodes)
-    curves = [
-        _curve(first, kind, cluster, specs, eager=eager) for kind in KINDS_OF[library]
-    ]
+    curves = [_curve(first, kind, cluster, specs, eager=eager) for kind in KINDS_OF[library]]
     experts = tuple(_expert_model(of_type[n], expert_dtype or model.expert_dtype) for n in types)
     routes = cluster.routes()
     group = _link_groups(routes)

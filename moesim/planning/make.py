@@ -17,7 +17,15 @@ from moesim.cost.routing import Dedup
 from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
 from moesim.plan import Plan, ReplicaPolicy
-from moesim.planning.evaluate import Figure, Measured, Sample, difference, draw_sample, figures, measure
+from moesim.planning.evaluate import (
+    Figure,
+    Measured,
+    Sample,
+    difference,
+    draw_sample,
+    figures,
+    measure,
+)
 from moesim.planning.traffic import sample_traffic
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import OBJECTIVES, Objective, Problem, Progress, Solution
@@ -178,9 +186,7 @@ def make_plan(request: PlanRequest, *, progress: Progress | None = None) -> Plan
             "num_requests": sample.num_requests,
             "num_batches": sample.num_main,
             "basis": step.basis if step is not None else None,
-            "plans": {
-                c.name: {n: f.to_json() for n, f in c.figures.items()} for c in candidates
-            },
+            "plans": {c.name: {n: f.to_json() for n, f in c.figures.items()} for c in candidates},
         },
         provenance=_provenance(request, trace, step, seconds),
     )
@@ -264,9 +270,7 @@ def _one_domain(trace: Trace, domain: str | None) -> Trace:
     return trace.take(keep)
 
 
-def _workload(
-    request: PlanRequest, trace: Trace, defaults: dict[str, str]
-) -> tuple[Phase, int]:
+def _workload(request: PlanRequest, trace: Trace, defaults: dict[str, str]) -> tuple[Phase, int]:
     phase = request.phase
     if phase is None:
         phase = "prefill" if (np.asarray(trace.phases) == PREFILL).any() else "decode"
@@ -302,8 +306,8 @@ def _step_model(
     want = (model.num_moe_layers, model.num_experts, model.top_k)
     if have[1:] != want[1:] or have[0] > want[0]:
         raise MismatchError(
-            f"the trace has {have[0]} MoE layers, {have[1]} experts, top-{have[2]}; {model.name} has"
-            f" {want[0]}, {want[1]}, top-{want[2]}",
+            f"the trace has {have[0]} MoE layers, {have[1]} experts, top-{have[2]};"
+            f" {model.name} has {want[0]}, {want[1]}, top-{want[2]}",
             "name the model that the trace was captured from with --model",
         )
     if have[0] < want[0]:

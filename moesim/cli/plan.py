@@ -1,0 +1,247 @@
+"""`moesim plan`: the main job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moesim.errors import InputError
+
+if TYPE_CHECKING:
+    from moesim.planning.evaluate import Figure
+    from moesim.planning.make import PlanResult
+
+OBJECTIVE_FIGURE = {"balance": "imbalance", "traffic": "fan_out", "time": "step_us"}
+
+ROWS: tuple[tuple[str, str, str, float], ...] = (
+    ("balancedness", "balancedness, mean", "{:.3f}", 1.0),
+    ("balancedness_worst_layer", "balancedness, worst layer", "{:.3f}", 1.0),
+    ("imbalance", "imbalance (max/mean), mean", "{:.3f}", 1.0),
+    ("imbalance_p99", "imbalance, p99", "{:.2f}", 1.0),
+    ("fan_out", "GPUs a token", "{:.2f}", 1.0),
+    ("node_fan_out", "nodes a token", "{:.2f}", 1.0),
+    ("inter_node_bytes", "inter-node KB a token", "{:.1f}", 1e-3),
+    ("step_us", "MoE time a step, ms (predicted)", "{:.3f}", 1e-3),
+)
+"""Figure, label, format, factor."""
+
+
+def plan(
+    trace: Annotated[
+        str, typer.Option(help="Trace file, trace directory, or sample:NAME.", metavar="TRACE")
+    ],
+    gpus: Annotated[int, typer.Option(help="GPUs of one expert-parallel group.", min=1)],
+    cluster: Annotated[
+        str, typer.Option(help="Cluster name or YAML file; resized to --gpus.")
+    ] = "h100-sxm-ib",
+    model: Annotated[
+        str | None, typer.Option(help="Preset or config.json; default: the one the trace names.")
+    ] = None,
+    solver: Annotated[str, typer.Option(help="See moesim solver list.")] = "local_search",
+    objective: Annotated[
+        str | None, typer.Option(help="balance, traffic or time.", show_default="time")
+    ] = None,
+    redundant_experts: Annotated[
+        int, typer.Option(help="Slots beyond one for each expert, per layer.")
+    ] = 0,
+    slots: Annotated[
+        str | None, typer.Option(help="Slots a layer: one total, or one number for each GPU.")
+    ] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="prefill or decode.", show_default="what the trace has")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a step over all GPUs.", show_default="4096 or 256"),
+    ] = None,
+    domain: Annotated[str | None, typer.Option(help="Plan for one domain of the trace.")] = None,
+    replica_policy: Annotated[
+        str, typer.Option(help="How a replica is chosen: split, hash or nearest.")
+    ] = "split",
+    all_to_all: Annotated[
+        str | None,
+        typer.Option(help="nccl, deepep, deepep_ll or nvlink.", show_default="by cluster"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same plan.", min=0)] = 0,
+    time_limit: Annotated[float, typer.Option(help="Seconds for the solver.")] = 60.0,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Plan even if the weights do not fit.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Plan file to write.")] = Path("plan.json"),
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of the load before and after (PNG, SVG, PDF).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Place the experts of a model on GPUs from a routing trace.
+
+    Half of the trace's requests are used to find the placement; every figure printed comes from
+    the other half.
+
+    Example: moesim plan --trace sample:debian-moe --gpus 8 --plot load.png
+    """
+    from moesim.cli.progress import progress_bar
+    from moesim.cluster import load_cluster
+    from moesim.planning.make import PlanRequest, make_plan
+    from moesim.trace.format import load_token_trace
+
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
+    for target in (out, plot):
+        if target is not None and not target.resolve().parent.is_dir():
+            raise InputError(
+                f"cannot write {target}: there is no folder {target.parent}",
+                "name a file in a folder that exists",
+            )
+    loaded = load_token_trace(trace, "moesim plan")
+    request = PlanRequest(
+        trace=loaded,
+        cluster=load_cluster(cluster, num_gpus=gpus),
+        model=_model(model, loaded.meta.model),
+        objective=objective,  # type: ignore[arg-type]
+        solver=solver,
+        redundant_experts=redundant_experts,
+        slots=_slots(slots),
+        phase=_choice("phase", phase, ("prefill", "decode")),  # type: ignore[arg-type]
+        batch_tokens=batch_tokens,
+        domain=domain,
+        replica_policy=_choice(  # type: ignore[arg-type]
+            "replica policy", replica_policy, ("split", "hash", "nearest")
+        ),
+        all_to_all=all_to_all,
+        seed=seed,
+        time_limit_s=time_limit,
+        check_memory=not ignore_memory,
+    )
+    with progress_bar("searching layers") as progress:
+        result = make_plan(request, progress=progress)
+    result.plan.save(out)
+    if plot is not None:
+        from moesim.report.plan_plot import plot_load
+
+        plot_load(result, plot)
+    if as_json:
+        typer.echo(json.dumps(_as_json(result, out), indent=1))
+        return
+    _print(result, out, plot, cluster)
+
+
+def _model(name: str | None, from_trace: str) -> Any:
+    from moesim.errors import UnknownNameError
+    from moesim.model import load_model
+
+    if name is not None:
+        return load_model(name)
+    try:
+        return load_model(from_trace) if from_trace else None
+    except UnknownNameError:
+        return None
+
+
+def _choice(kind: str, value: str | None, known: tuple[str, ...]) -> str | None:
+    from moesim.errors import UnknownNameError
+
+    if value is not None and value not in known:
+        raise UnknownNameError(kind, value, known)
+    return value
+
+
+def _slots(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(int(x) for x in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < 0 or max(values) > 1 << 20:
+        raise InputError(
+            f"--slots {text} is not a list of slot counts",
+            "give a total, or one number a GPU: 8,8,4",
+        )
+    return values
+
+
+def _print(result: PlanResult, out: Path, plot: Path | None, cluster: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for notice in result.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    taken = dict(result.defaults)
+    if cluster == "h100-sxm-ib":
+        taken["cluster"] = "h100-sxm-ib"
+    if taken:
+        typer.echo("defaults taken: " + "; ".join(f"{k}: {v}" for k, v in taken.items()))
+    plan, sample = result.plan, result.sample
+    placement = plan.placement
+    typer.echo(
+        f"{plan.model}: {placement.num_layers} MoE layers, {placement.num_experts} experts in"
+        f" {placement.num_slots} slots on {placement.num_gpus} GPUs of {placement.num_nodes}"
+        f" node{'s' if placement.num_nodes > 1 else ''}; objective {plan.objective}"
+    )
+    typer.echo(
+        f"held-out: {sample.num_requests} requests that tuning never saw,"
+        f" {sample.num_main} batches; 95% bootstrap intervals over requests"
+    )
+    rows = [r for r in ROWS if r[0] in result.chosen.figures]
+    if placement.num_nodes == 1:
+        rows = [r for r in rows if r[0] not in ("node_fan_out", "inter_node_bytes")]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("held-out figure", no_wrap=True)
+    for candidate in result.candidates:
+        table.add_column(candidate.name, justify="right", no_wrap=True)
+    for name, label, form, factor in rows:
+        cells = [_cell(c.figures[name], form, factor) for c in result.candidates]
+        table.add_row(label, *cells)
+    Console(soft_wrap=True).print(table)
+    _print_verdict(result)
+    if result.step is not None:
+        typer.echo(
+            f"predicted times rest on {result.step.basis} figures: " + "; ".join(result.step.notes)
+        )
+    typer.echo(f"wrote {out}" + (f" and {plot}" if plot is not None else ""))
+
+
+def _print_verdict(result: PlanResult) -> None:
+    """One line: the objective's figure against EPLB's, paired."""
+    name = OBJECTIVE_FIGURE[result.plan.objective]
+    reference = next(c for c in result.candidates if c.name in ("eplb", "greedy"))
+    if reference is result.chosen or name not in result.improvement:
+        return
+    delta, base = result.improvement[name], reference.figures[name].value
+    low, high = 100 * delta.low / base, 100 * delta.high / base
+    what = {"imbalance": "imbalance", "fan_out": "GPUs a token", "step_us": "MoE time"}[name]
+    typer.echo(
+        f"{result.chosen.name} against {reference.name}: {what} {100 * delta.value / base:+.1f}%"
+        f" ({low:+.1f}% to {high:+.1f}%)"
+    )
+    if name == "imbalance":
+        excess = delta.value / (base - 1) if base > 1 else 0.0
+        typer.echo(f"excess imbalance (max/mean - 1): {100 * excess:+.1f}%")
+
+
+def _cell(figure: Figure, form: str, factor: float) -> str:
+    half = form.format((figure.high - figure.low) / 2 * factor)
+    text = form.format(figure.value * factor)
+    return text if float(half) == 0 else f"{text} ±{half}"
+
+
+def _as_json(result: PlanResult, out: Path) -> dict[str, Any]:
+    plan = result.plan
+    return {
+        "plan": str(out),
+        "model": plan.model,
+        "objective": plan.objective,
+        "solver": plan.solver,
+        "status": plan.status,
+        "defaults": result.defaults,
+        "notices": list(result.notices),
+        "evaluation": plan.evaluation,
+        "improvement": {n: f.to_json() for n, f in result.improvement.items()},
+        "basis": result.step.basis if result.step is not None else None,
+        "predictions": list(result.step.notes) if result.step is not None else [],
+    }

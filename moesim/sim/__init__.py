@@ -1,0 +1,1 @@
+"""The event simulation of steps on a cluster."""

@@ -1,0 +1,1 @@
+"""Integer programs for placement and caching, through PuLP."""
