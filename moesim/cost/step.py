@@ -20,6 +20,7 @@ from moesim.cost.datasheet import GpuFigures, datasheet_models
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.routing import Dedup, Routed
 from moesim.errors import MismatchError, UnknownNameError
+from moesim.trace.batches import Phase
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster, GpuSpec
@@ -196,6 +197,7 @@ def build_step_model(
     cluster: Cluster,
     model: ModelSpec,
     *,
+    phase: Phase = "prefill",
     all_to_all: AllToAll | None = None,
     dedup: Dedup | None = None,
     dispatch_dtype: str = "bf16",
@@ -206,13 +208,16 @@ def build_step_model(
 ) -> StepModel:
     """The step model of `model` on `cluster`.
 
-    all_to_all: default nccl within a node, deepep across nodes where it is calibrated.
+    all_to_all: default nccl within a node; across nodes deepep for prefill and deepep_ll for
+    decode, where they are calibrated; nvlink where its own kernels are.
     dedup: default as the library does it (C2): nccl gpu, deepep node, deepep_ll none.
     calibration: default the bundled one of each GPU type, datasheet figures where there is none.
     Ignored: routing metadata bytes (ids and weights), gate, permutation, shared experts,
     attention and dense layers; they do not depend on the placement.
     Raises UnknownNameError for a dtype or library that is not known.
     """
+    if all_to_all is not None and all_to_all not in KINDS_OF:
+        raise UnknownNameError("all-to-all library", all_to_all, KINDS_OF)
     for dtype in (dispatch_dtype, combine_dtype):
         if dtype not in BYTES_PER_ELEMENT:
             raise UnknownNameError("message dtype", dtype, BYTES_PER_ELEMENT)
@@ -224,7 +229,7 @@ def build_step_model(
         for name in types
     }
     first = of_type[min(types, key=lambda n: specs[n].nvlink_gb_per_s)]
-    library = all_to_all or _default_library(first, cluster.num_nodes)
+    library = all_to_all or _default_library(first, cluster.num_nodes, phase)
     curves = [_curve(first, kind, cluster, specs, eager=eager) for kind in KINDS_OF[library]]
     experts = tuple(_expert_model(of_type[n], expert_dtype or model.expert_dtype) for n in types)
     routes = cluster.routes()
@@ -283,13 +288,11 @@ def _calibration_of(gpu: GpuSpec, named: str | None, only_type: bool) -> Calibra
     return datasheet
 
 
-def _default_library(calibration: Calibration, num_nodes: int) -> AllToAll:
+def _default_library(calibration: Calibration, num_nodes: int, phase: Phase) -> AllToAll:
+    across: AllToAll = "deepep" if phase == "prefill" else "deepep_ll"
+    candidates: tuple[AllToAll, ...] = (across, "nvlink") if num_nodes > 1 else ("nvlink",)
     kinds = calibration.collectives.kinds
-    if num_nodes > 1 and KINDS_OF["deepep"][0] in kinds:
-        return "deepep"
-    if KINDS_OF["nvlink"][0] in kinds:
-        return "nvlink"
-    return "nccl"
+    return next((name for name in candidates if KINDS_OF[name][0] in kinds), "nccl")
 
 
 def _curve(
