@@ -25,7 +25,7 @@ PREFIX = "moesim: "
 GRACE_S = 4.0
 POLL_S = 0.1
 KEPT_LINES = 200
-_FIRST_FAILURE = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+_FAILURE = re.compile(r"rank\s*: (\d+) \(local_rank.*?exitcode\s*: (-?\d+)", re.DOTALL)
 
 
 class ReplayError(MoesimError):
@@ -132,13 +132,14 @@ def _verdict(
     if code == 0 and not any(r["status"] == "lost" for r in reports):
         return
     silent = sorted(set(range(num_ranks)) - {r["rank"] for r in reports})
-    first = next((found for line in tail if (found := _FIRST_FAILURE.search(line))), None)
-    if first is not None and int(first[2]) in silent:
-        raise ReplayError(
-            f"rank {first[2]} died without a report ({_ending(int(first[1]))})",
-            "see whether the system ended it (memory?); --debug shows all that the ranks print",
-            2,
-        )
+    failures = {int(f[1]): int(f[2]) for f in _FAILURE.finditer("".join(tail))}
+    for rank in silent:
+        if failures.get(rank, 0) not in (0, -signal.SIGTERM):
+            raise ReplayError(
+                f"rank {rank} died without a report ({_ending(failures[rank])})",
+                "see whether the system ended it (memory?); --debug shows all that the ranks print",
+                2,
+            )
     lost = [r for r in reports if r["status"] == "lost"]
     if silent and lost:
         ranks = ", ".join(map(str, silent))
