@@ -225,7 +225,7 @@ def build_step_model(
     types = list(dict.fromkeys(gpu.name for gpu in cluster.gpus))
     specs = {gpu.name: gpu for gpu in cluster.gpus}
     of_type = {
-        name: calibration or _calibration_of(specs[name], cluster.calibration, len(types) == 1)
+        name: calibration or calibration_of_gpu(specs[name], cluster.calibration, len(types) == 1)
         for name in types
     }
     first = of_type[min(types, key=lambda n: specs[n].nvlink_gb_per_s)]
@@ -265,7 +265,7 @@ def build_step_model(
     )
 
 
-def _calibration_of(gpu: GpuSpec, named: str | None, only_type: bool) -> Calibration:
+def calibration_of_gpu(gpu: GpuSpec, named: str | None, only_type: bool) -> Calibration:
     """The calibration of one GPU type: the cluster's if it has one type, else by family name.
 
     What it lacks, or all of it where there is none, comes from the GPU's datasheet figures.
