@@ -26,8 +26,8 @@ class Eplb:
 
     The hierarchical policy is used where the nodes divide the model's expert groups, the global
     policy otherwise. Where the published algorithm puts two replicas of an expert on one GPU,
-    they are separated afterwards, and the solution's notes say how many. Needs equal slots a GPU
-    (InputError otherwise).
+    they are separated afterwards (see `separate_replicas`), and the solution's notes say how many.
+    Needs equal slots a GPU (InputError otherwise).
     """
 
     name = "eplb"
@@ -43,7 +43,7 @@ class Eplb:
         )
         slots = table.reshape(problem.num_layers, problem.num_gpus, -1)
         moved = separate_replicas(slots, load)
-        notes = (f"{moved} replicas were moved off a GPU that held them twice",) if moved else ()
+        notes = (f"{moved} replicas left a GPU that held their expert twice",) if moved else ()
         return Solution(pack_table(problem, slots), "feasible", notes=notes)
 
 

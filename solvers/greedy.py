@@ -31,7 +31,7 @@ class Greedy:
             count = replica_counts(load[layer], problem.num_slots, problem.num_gpus)
             _place(load[layer], count, problem, table[layer])
         moved = separate_replicas(table, load)
-        notes = (f"{moved} replicas were moved off a GPU that held them twice",) if moved else ()
+        notes = (f"{moved} replicas left a GPU that held their expert twice",) if moved else ()
         return Solution(pack_table(problem, table), "feasible", notes=notes)
 
 
