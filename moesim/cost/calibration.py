@@ -35,7 +35,7 @@ MAX_FILE_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class CopyModel:
-    """Host-link (`h2d`, `d2h`, pinned memory) or local `permute` time by bytes."""
+    """Host-link (`h2d`, `d2h`, pinned memory) or local `permute` or `reduce` time by bytes."""
 
     direction: str
     curve: SizeCurve
@@ -60,6 +60,7 @@ class Calibration:
     default; `copies`: by direction; `dense`: GEMM and attention. `eager_collective_us`: host time
     that a collective adds where it is not replayed from a CUDA graph. `local_copy_gb_per_s`: rate
     at which an uneven all-to-all copies what stays on its rank, None where not measured.
+    `issue_us`: host time to enqueue one call of a kind (collective, ffn, permute, reduce).
     """
 
     name: str
@@ -70,6 +71,7 @@ class Calibration:
     eager_collective_us: float = 0.0
     local_copy_gb_per_s: float | None = None
     dense: DenseModel = field(default_factory=DenseModel)
+    issue_us: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def collective(
@@ -139,7 +141,10 @@ class Calibration:
         )
 
     def copy(self, direction: str) -> CopyModel:
-        """Host copy "h2d" or "d2h", or "permute". Raises UnknownNameError where not measured."""
+        """Host copy "h2d" or "d2h", or "permute" or "reduce" of rows.
+
+        Raises UnknownNameError where not measured.
+        """
         if direction not in self.copies:
             raise UnknownNameError("copy direction", direction, self.copies)
         return self.copies[direction]
@@ -206,6 +211,7 @@ def build_calibration(parsed: CalibrationFile) -> Calibration:
         eager_collective_us=parsed.overheads.eager_collective_us,
         local_copy_gb_per_s=parsed.overheads.local_copy_gb_per_s,
         dense=_dense(parsed),
+        issue_us={str(k): v for k, v in parsed.overheads.issue_us.items()},
         sources=parsed.sources,
     )
 

@@ -130,9 +130,13 @@ class ExpertEntry(_Entry):
 
 
 class CopyEntry(_Entry):
-    """Host link or local copy: `max(floor_us, latency_us + bytes / gb_per_s)`, or a table."""
+    """Host link or local copy: `max(floor_us, latency_us + bytes / gb_per_s)`, or a table.
 
-    direction: Literal["h2d", "d2h", "permute"]
+    `permute` gathers rows, `reduce` sums several rows into one with weights; their bytes are those
+    of every distinct row read and every row written.
+    """
+
+    direction: Literal["h2d", "d2h", "permute", "reduce"]
     num_gpus_at_once: PositiveInt = 1
     floor_us: NonNegative = 0.0
     latency_us: Positive | None = None
@@ -201,10 +205,13 @@ class OverheadEntry(_Entry):
 
     `eager_collective_us`: host time that a call adds where it is not replayed from a CUDA graph.
     `local_copy_gb_per_s`: rate at which an `all_to_all_v` copies the rows that stay on their rank.
+    `issue_us`: host time to enqueue one call of each kind, which is what an eager step takes where
+    the GPU waits for the host.
     """
 
     eager_collective_us: NonNegative = 0.0
     local_copy_gb_per_s: Positive | None = None
+    issue_us: dict[Literal["collective", "ffn", "permute", "reduce"], NonNegative] = {}
 
 
 class CalibrationFile(_Strict):

@@ -65,6 +65,7 @@ def _measure_shape(session: Session, shape: ExpertShape) -> None:
         most = session.options.max_tokens_per_rank * shape.top_k
     row_counts = [n for n in ROW_COUNTS if n <= most] or [ROW_COUNTS[0]]
     inputs = [_draw(ctx, (row_counts[-1], hidden), 1.0, dtype) for _ in range(2)]
+    eager_rows = [n for n in EAGER_ROWS if n in row_counts] or row_counts[:1]
     for rows in row_counts:
         for active, skew in _spreads(num_local, rows):
             counts = expert_counts(rows, active, num_local, skew)
@@ -90,10 +91,10 @@ def _measure_shape(session: Session, shape: ExpertShape) -> None:
                 "skew": skew,
                 "counts": counts.tolist(),
             }
-            plain = active == min(num_local, rows) and skew == 0.0 and rows in EAGER_ROWS
+            plain = active == min(num_local, rows) and skew == 0.0 and rows in eager_rows
             modes = recorder.modes if plain else recorder.modes[:1]
             recorder.time("ffn", row, body, per_round=2 * NUM_ROLLS, modes=modes)
-            if plain and rows == EAGER_ROWS[0]:
+            if plain and rows == eager_rows[0]:
                 recorder.value(
                     "launch",
                     {"what": "expert FFN, host time to enqueue", "shape": shape.name},
