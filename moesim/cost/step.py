@@ -18,7 +18,7 @@ from moesim.cost.collective import CollectiveCurve
 from moesim.cost.curves import Basis, weakest
 from moesim.cost.datasheet import GpuFigures, datasheet_models
 from moesim.cost.expert_gemm import ExpertGemmModel
-from moesim.cost.routing import Dedup, Routed
+from moesim.cost.routing import DEDUP_CODES, Dedup, Routed
 from moesim.errors import MismatchError, UnknownNameError
 from moesim.trace.batches import Phase
 
@@ -78,7 +78,7 @@ class StepModel:
     """What a step costs on one cluster for one model, whatever the placement.
 
     link_group: [links] int8, 0 NVLink, 1 NIC, 2 other (PCIe, leaf to spine), -1 never used by
-    messages. link_scale: [links], reference over own bandwidth of the link's group.
+    messages. link_scale: [links], the rate of the group's reference link over the link's own.
     gpu_type: [G], index into `experts`; speed: [G].
     basis: the weakest kind of figure the predictions rest on; `notes` say which part is which.
     """
@@ -100,6 +100,7 @@ class StepModel:
     link_scale: FloatArray
     other_gb_per_s: float
     basis: Basis
+    ffn_matrices: int = 3
     eager: bool = False
     notes: tuple[str, ...] = field(default=())
 
@@ -137,7 +138,9 @@ class StepModel:
         """[types, max_tokens + 1]: time of one expert by its tokens, launch excluded."""
         return np.stack(
             [
-                model.time_table_us(max_tokens, self.hidden_size, self.intermediate_size)
+                model.time_table_us(
+                    max_tokens, self.hidden_size, self.intermediate_size, self.ffn_matrices
+                )
                 for model in self.experts
             ]
         )
@@ -214,10 +217,12 @@ def build_step_model(
     calibration: default the bundled one of each GPU type, datasheet figures where there is none.
     Ignored: routing metadata bytes (ids and weights), gate, permutation, shared experts,
     attention and dense layers; they do not depend on the placement.
-    Raises UnknownNameError for a dtype or library that is not known.
+    Raises UnknownNameError for a dtype, library or deduplication that is not known.
     """
     if all_to_all is not None and all_to_all not in KINDS_OF:
         raise UnknownNameError("all-to-all library", all_to_all, KINDS_OF)
+    if dedup is not None and dedup not in DEDUP_CODES:
+        raise UnknownNameError("deduplication", dedup, DEDUP_CODES)
     for dtype in (dispatch_dtype, combine_dtype):
         if dtype not in BYTES_PER_ELEMENT:
             raise UnknownNameError("message dtype", dtype, BYTES_PER_ELEMENT)
@@ -228,13 +233,15 @@ def build_step_model(
         name: calibration or calibration_of_gpu(specs[name], cluster.calibration, len(types) == 1)
         for name in types
     }
-    first = of_type[min(types, key=lambda n: specs[n].nvlink_gb_per_s)]
+    slowest = min(types, key=lambda n: specs[n].nvlink_gb_per_s)
+    first = of_type[slowest]
     library = all_to_all or _default_library(first, cluster.num_nodes, phase)
     curves = [_curve(first, kind, cluster, specs, eager=eager) for kind in KINDS_OF[library]]
     experts = tuple(_expert_model(of_type[n], expert_dtype or model.expert_dtype) for n in types)
     routes = cluster.routes()
     group = _link_groups(routes)
-    scale, other = _link_scales(routes, group)
+    nvlink = specs[slowest].nvlink_gb_per_s or specs[slowest].pcie_gb_per_s
+    scale, other = _link_scales(routes, group, nvlink)
     basis: Basis = weakest(*(c.basis for c in curves), *(m.basis for m in experts))
     notes.append(f"collectives: {library}, {curves[0].basis} ({curves[0].source or first.name})")
     notes += [
@@ -260,6 +267,7 @@ def build_step_model(
         link_scale=scale,
         other_gb_per_s=other,
         basis=basis,
+        ffn_matrices=model.ffn_matrices,
         eager=eager,
         notes=tuple(notes),
     )
@@ -331,15 +339,21 @@ def _link_groups(routes: Any) -> npt.NDArray[np.int8]:
     return np.where(used, group, -1).astype(np.int8)
 
 
-def _link_scales(routes: Any, group: npt.NDArray[np.int8]) -> tuple[FloatArray, float]:
-    """Scale of each link to its group's fastest link, and the rate of that link of group OTHER."""
+def _link_scales(
+    routes: Any, group: npt.NDArray[np.int8], nvlink_gb_per_s: float
+) -> tuple[FloatArray, float]:
+    """[links]: rate of the group's reference link over the link's own; and OTHER's reference.
+
+    References are the links that the curves are of: NVLink of the calibrated GPU type and the
+    slowest NIC (see `_curve`); for group OTHER, which has no curve, its fastest link.
+    """
     scale = np.zeros(routes.num_links)
-    other = 0.0
-    for g in (NVLINK, NIC, OTHER):
+    reference = {NVLINK: nvlink_gb_per_s, NIC: 0.0, OTHER: 0.0}
+    for g in reference:
         picked = group == g
         if picked.any():
-            reference = float(routes.link_gb_per_s[picked].max())
-            scale[picked] = reference / routes.link_gb_per_s[picked]
-            if g == OTHER:
-                other = reference
-    return scale, other
+            own = routes.link_gb_per_s[picked]
+            if g != NVLINK:
+                reference[g] = float(own.min() if g == NIC else own.max())
+            scale[picked] = reference[g] / own
+    return scale, reference[OTHER]
