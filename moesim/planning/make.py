@@ -109,7 +109,7 @@ def make_plan(request: PlanRequest, *, progress: Progress | None = None) -> Plan
     notices: list[str] = []
     trace = _one_domain(trace, request.domain)
     phase, batch_tokens = _workload(request, trace, defaults)
-    step, objective = _step_model(request, defaults, notices)
+    step, objective = _step_model(request, phase, defaults, notices)
     capacity = slots_of(trace.num_experts, cluster.num_gpus, request)
     if request.check_memory and request.model is not None:
         check_memory(request.model, cluster, capacity)
@@ -286,7 +286,7 @@ def _workload(request: PlanRequest, trace: Trace, defaults: dict[str, str]) -> t
 
 
 def _step_model(
-    request: PlanRequest, defaults: dict[str, str], notices: list[str]
+    request: PlanRequest, phase: Phase, defaults: dict[str, str], notices: list[str]
 ) -> tuple[StepModel | None, Objective]:
     objective = request.objective
     if objective is not None and objective not in OBJECTIVES:
@@ -318,6 +318,7 @@ def _step_model(
     step = build_step_model(
         request.cluster,
         model,
+        phase=phase,
         all_to_all=request.all_to_all,  # type: ignore[arg-type]
         dedup=request.dedup,
     )

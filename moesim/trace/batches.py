@@ -115,10 +115,12 @@ def draw_batches(
     return Batches(np.concatenate(parts), indptr, phase, batch_tokens)
 
 
-def resample_requests(requests: RequestIndex, seed: int) -> RequestIndex:
-    """A bootstrap resample: as many requests, drawn with replacement (duplicates kept apart)."""
+def resample_requests(requests: RequestIndex, seed: int, fraction: float = 1.0) -> RequestIndex:
+    """A bootstrap resample: `fraction` of as many requests (at least 2), drawn with replacement,
+    duplicates kept apart."""
     rng = np.random.default_rng([seed, len(requests.ids)])
-    pick = rng.integers(0, len(requests.ids), len(requests.ids))
+    size = max(2, int(len(requests.ids) * fraction))
+    pick = rng.integers(0, len(requests.ids), size)
     lengths = np.diff(requests.indptr)[pick]
     tokens = [requests.token_idx[requests.indptr[i] : requests.indptr[i + 1]] for i in pick]
     return RequestIndex(
