@@ -77,8 +77,12 @@ class Rates:
 
     def nvme_s(self, num_bytes: npt.ArrayLike) -> FloatArray:
         """Seconds of one copy from NVMe through host memory, the two transfers overlapped."""
-        read = self.host.nvme_us * 1e-6 + np.asarray(num_bytes) / (self.host.nvme_gb_per_s * 1e9)
-        return np.maximum(read, self.transfer_s(num_bytes))
+        return np.maximum(self.read_s(num_bytes), self.transfer_s(num_bytes))
+
+    def read_s(self, num_bytes: npt.ArrayLike) -> FloatArray:
+        """Seconds of reading `num_bytes` from NVMe into host memory."""
+        rate = self.host.nvme_gb_per_s * 1e9
+        return self.host.nvme_us * 1e-6 + np.asarray(num_bytes, np.float64) / rate
 
     def cpu_s(self, tokens: npt.ArrayLike, num_bytes: float) -> FloatArray:
         """Seconds of one expert of `num_bytes` on the CPU, by its tokens: the larger of reading
@@ -125,9 +129,10 @@ def step_times(
     n = np.arange(max_tokens + 1, dtype=np.float64)
     shape = (model.num_moe_layers, model.num_experts)
     size = np.broadcast_to(np.asarray(expert_bytes, np.float64), shape)
-    load = rates.transfer_s(size)
+    load, host = rates.transfer_s(size), np.zeros(shape)
     if on_nvme is not None:
         load = np.where(on_nvme, rates.nvme_s(size), load)
+        host = np.where(on_nvme, rates.read_s(size), host)
     tables = rates.experts.expert_time_us(n, model.hidden_size, model.moe_intermediate_size)
     moved = rates.transfer_s(np.array(float(max_tokens * model.token_bytes())))
     return StepTimes(
@@ -135,6 +140,7 @@ def step_times(
         tables * 1e-6,
         rates.cpu_s(n, float(size.max())),
         np.ascontiguousarray(load),
+        host,
         _dense_s(rates, model.lm_head_params or model.embedding_params, n),
         float(2 * moved),
     )

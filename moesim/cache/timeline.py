@@ -56,6 +56,7 @@ class StepTimes:
     gate_s: [L, M + 1] from the start of a layer to its gate, by tokens in the step; M is the
     largest step. gpu_s, cpu_s: [M + 1] one expert on GPU or CPU by its tokens. load_s: [L, E] one
     transfer of each expert into HBM from where it lives. tail_s: [M + 1] after the last layer.
+    host_s: [L, E] before the CPU can begin with an expert: reading it from NVMe, 0 in DRAM.
     cpu_start_s: once a layer that uses the CPU, for moving hidden states there and back.
     """
 
@@ -63,6 +64,7 @@ class StepTimes:
     gpu_s: FloatArray
     cpu_s: FloatArray
     load_s: FloatArray
+    host_s: FloatArray
     tail_s: FloatArray
     cpu_start_s: float = 0.0
 
@@ -74,8 +76,8 @@ class Setup:
     slots: [L] slots that the policy manages. pinned: [L, E] experts with slots of their own.
     cpu: `auto` gives the CPU what it finishes before the link could; `none` never.
     cpu_layers: [L] layers whose experts always run on the CPU (llama.cpp's --n-cpu-moe).
-    depth: layers ahead that predictions are issued, 0 for no prefetch. frequency: [L, E] warm
-    start and prior, see simulate.expert_frequency.
+    depth: layers ahead that predictions are issued, 0 for no prefetch. width: prefetches of a layer
+    at most. frequency: [L, E] warm start and prior, see simulate.expert_frequency.
     """
 
     slots: IntArray
@@ -85,6 +87,7 @@ class Setup:
     policy: str = "lru"
     cpu: CpuMode = "none"
     depth: int = 0
+    width: int = 0
     warm: bool = True
     alpha: float = 0.5
     lookahead: int = 16
@@ -155,8 +158,9 @@ def run_timeline(
 ) -> Timeline:
     """Run `stream` through `setup`.
 
-    predicted: [S, L, W] experts that a predictor expects, best first, -1 where it expects fewer;
-    used when setup.depth is above 0. events: `all_events` of the stream, if already at hand.
+    predicted: [S, L, C] experts that a predictor expects, best first, -1 for none; the first
+    setup.width that are not in HBM are sent for. Used when setup.depth is above 0.
+    events: `all_events` of the stream, if already at hand.
     Raises MismatchError where the arrays are not of the trace's layers and experts.
     """
     shape = (trace.num_layers, trace.num_experts)
@@ -181,7 +185,7 @@ def run_timeline(
         flat = found.item + np.repeat(layer, np.diff(found.indptr)).astype(np.int32) * shape[1]
         next_use, first_use = kernels.next_uses(flat, shape[0] * shape[1])
     order, priority = _initial(setup, policy.code, first_use, shape)
-    if predicted is None or setup.depth == 0:
+    if predicted is None or setup.depth == 0 or setup.width == 0:
         predicted = np.zeros((stream.num_steps, shape[0], 0), np.int16)
     prior = setup.frequency
     if not prior.any():
@@ -204,6 +208,7 @@ def run_timeline(
         setup.cpu_layers,
         setup.cpu == "auto",
         setup.depth,
+        setup.width,
         setup.alpha,
         setup.lookahead,
         order,
@@ -220,6 +225,7 @@ def run_timeline(
         times.gpu_s,
         times.cpu_s,
         times.load_s,
+        times.host_s,
         times.tail_s,
         times.cpu_start_s,
     )
@@ -271,14 +277,14 @@ def _admit(e, slots, forced, resident, held, num_held, mark, stamp, prio, last):
 
 
 @njit(cache=True)
-def _split(gate, link, busy, miss, count, gpu_s, cpu_s, cpu_start, load):  # type: ignore[no-untyped-def]
+def _split(gate, link, busy, miss, count, gpu_s, cpu_s, host, cpu_start, load):  # type: ignore[no-untyped-def]
     """How many of the misses, fewest tokens first, the CPU should take so that the layer ends
     soonest. `busy`: when the GPU is done with what it has."""
     best, best_end = 0, np.inf
     for j in range(len(miss) + 1):
         cpu = gate + cpu_start if j > 0 else gate
         for i in range(j):
-            cpu += cpu_s[count[miss[i]]]
+            cpu += host[miss[i]] + cpu_s[count[miss[i]]]
         arrive, gpu = max(link, gate), busy
         for i in range(len(miss) - 1, j - 1, -1):
             arrive += load[miss[i]]
@@ -303,6 +309,7 @@ def _run(  # type: ignore[no-untyped-def]
     cpu_layers,
     cpu_auto,
     ahead,
+    send,
     alpha,
     lookahead,
     order,
@@ -319,6 +326,7 @@ def _run(  # type: ignore[no-untyped-def]
     gpu_s,
     cpu_s,
     load_s,
+    host_s,
     tail_s,
     cpu_start,
 ):
@@ -362,7 +370,7 @@ def _run(  # type: ignore[no-untyped-def]
             for i in range(indptr[n], indptr[n + 1]):
                 prio[n % num_layers, item[i]] += 1.0
     width = predicted.shape[2]
-    room = max(1, width * (ahead + 1))
+    room = max(1, send * (ahead + 1))
     wait_layer, wait_expert = np.empty(room, np.int64), np.empty(room, np.int64)
     issued = np.empty(room)
     head, tail = 0, 0
@@ -442,12 +450,13 @@ def _run(  # type: ignore[no-untyped-def]
                     tokens_of,
                     gpu_s,
                     cpu_s,
+                    host_s[layer],
                     cpu_start,
                     load_s[layer],
                 )
             cpu_end = gate + cpu_start if cpu_share > 0 else gate
             for a in range(cpu_share):
-                cpu_end += cpu_s[tokens_of[miss[a]]]
+                cpu_end += host_s[layer, miss[a]] + cpu_s[tokens_of[miss[a]]]
             for a in range(num_miss - 1, cpu_share - 1, -1):
                 e = miss[a]
                 link = max(link, gate) + load_s[layer, e]
@@ -464,15 +473,19 @@ def _run(  # type: ignore[no-untyped-def]
                     target == layer + ahead or (layer == 0 and target > 0)
                 ):
                     continue
+                sent = 0
                 for w in range(width):
                     e = predicted[s, target, w]
-                    if e < 0 or resident[target, e] or queued[target, e] or cpu_layers[target]:
+                    if sent == send or tail == room or cpu_layers[target]:
+                        break
+                    if e < 0 or resident[target, e] or queued[target, e]:
                         continue
-                    if arrival[target, e] < np.inf or tail == room:
+                    if arrival[target, e] < np.inf:
                         continue
                     wait_layer[tail], wait_expert[tail], issued[tail] = target, e, gate
                     queued[target, e] = True
                     tail += 1
+                    sent += 1
             # The policy learns of the event, then of what is now in HBM.
             if policy == ACTIVATION:
                 observe_requests(

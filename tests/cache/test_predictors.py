@@ -100,7 +100,7 @@ def test_learned_beats_popularity_where_there_is_something_to_learn(toys: Module
     for name in ("popularity", "learned"):
         predictor = make_predictor(name, 1)
         predictor.fit(trace, requests.select(requests.ids == 0))
-        found[name] = accuracy(predict(predictor, trace, stream, 1), trace, stream).recall[0]
+        found[name] = accuracy(predict(predictor, trace, stream, 1).expert, trace, stream).recall[0]
     assert found["learned"] == 1.0
     assert found["popularity"] < 0.3
 
@@ -111,9 +111,9 @@ def test_oracle_is_exact_and_accuracy_counts(toys: ModuleType) -> None:
     trace = toys.random_trace(0)
     stream = decode_stream(toys.all_requests(trace))
     oracle = make_predictor("oracle", 1)
-    exact = accuracy(predict(oracle, trace, stream, 2), trace, stream)
+    exact = accuracy(predict(oracle, trace, stream, 2).expert, trace, stream)
     assert (exact.precision[0], exact.recall[0], exact.wasted_per_token) == (1.0, 1.0, 0.0)
-    half = accuracy(predict(oracle, trace, stream, 1), trace, stream)
+    half = accuracy(predict(oracle, trace, stream, 1).expert, trace, stream)
     assert (half.precision[0], half.recall[0]) == (1.0, 0.5)
     one = toys.make_trace([np.array([[[0], [0]], [[0], [1]]])], 3)
     guess = np.array([[[-1, -1], [0, 2]], [[-1, -1], [2, 1]]], np.int16)
@@ -126,7 +126,7 @@ def test_batches_sum_their_tokens(toys: ModuleType) -> None:
     ids = [np.array([[[0], [1]]]), np.array([[[0], [2]]])]
     trace = toys.make_trace(ids, 3)
     stream = decode_stream(toys.all_requests(trace), 2)
-    predicted = predict(make_predictor("oracle", 1), trace, stream, 3)
+    predicted = predict(make_predictor("oracle", 1), trace, stream, 3).expert
     assert sorted(predicted[0, 1].tolist()) == [-1, 1, 2]
     assert predicted[0, 0].tolist() == [-1, -1, -1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -24,6 +25,7 @@ def times(layers: int, experts: int, load: float = 10.0, tokens: int = 8) -> Ste
         np.where(n > 0, 1.0, 0.0),
         4.0 * n,
         np.full((layers, experts), load),
+        np.zeros((layers, experts)),
         np.zeros(tokens + 1),
     )
 
@@ -68,7 +70,7 @@ def test_cpu_takes_what_it_finishes_first(toys: ModuleType) -> None:
     run = run_timeline(trace, stream, setup(1, 3, 2, cpu="auto"), fast)
     assert run.step_s.tolist() == [10.0]
     assert (run.on_cpu.sum(), run.fetched.sum()) == (2, 0)
-    slow = StepTimes(fast.gate_s, fast.gpu_s, 10 * fast.cpu_s, fast.load_s, fast.tail_s)
+    slow = replace(fast, cpu_s=10 * fast.cpu_s)
     run = run_timeline(trace, stream, setup(1, 3, 2, cpu="auto"), slow)
     assert run.step_s.tolist() == [23.0]
     assert (run.on_cpu.sum(), run.fetched.sum()) == (0, 2)
@@ -102,7 +104,7 @@ def test_prefetch_by_hand(toys: ModuleType) -> None:
     trace, stream = one_request(toys, [[[0], [1]]], 2)
     fast = times(2, 2, load=2.0)
     predicted = np.array([[[-1, -1], [1, 0]]], np.int16)
-    run = run_timeline(trace, stream, setup(2, 2, 0, depth=1), fast, predicted)
+    run = run_timeline(trace, stream, setup(2, 2, 0, depth=1, width=2), fast, predicted)
     assert run.step_s.tolist() == [8.0]
     assert run.staged.tolist() == [[0, 1]]
     assert run.wasted.tolist() == [[0, 1]]
@@ -117,7 +119,9 @@ def test_late_prefetch_is_waited_for_and_unstarted_ones_are_dropped(toys: Module
     waits until 12 and ends at 13: no byte is wasted."""
     trace, stream = one_request(toys, [[[0], [1]]], 2)
     predicted = np.array([[[-1, -1], [1, 0]]], np.int16)
-    run = run_timeline(trace, stream, setup(2, 2, 0, depth=1), times(2, 2, load=5.0), predicted)
+    run = run_timeline(
+        trace, stream, setup(2, 2, 0, depth=1, width=2), times(2, 2, load=5.0), predicted
+    )
     assert run.step_s.tolist() == [13.0]
     assert run.wasted.sum() == 0
     assert run.link_s == 10.0
@@ -131,7 +135,7 @@ def test_fetch_overtakes_queued_prefetches(toys: ModuleType) -> None:
     layer 2 runs from 32 to 42, its gate is at 35, it ends at 43."""
     trace, stream = one_request(toys, [[[0], [0], [1]]], 2)
     predicted = np.array([[[-1], [1], [1]]], np.int16)
-    run = run_timeline(trace, stream, setup(3, 2, 0, depth=2), times(3, 2), predicted)
+    run = run_timeline(trace, stream, setup(3, 2, 0, depth=2, width=1), times(3, 2), predicted)
     assert run.step_s.tolist() == [43.0]
     assert run.wasted.tolist() == [[0, 1, 0]]
     assert run.staged.tolist() == [[0, 0, 1]]
@@ -192,6 +196,7 @@ def test_conservation(
         8,
         slots,
         depth=depth,
+        width=2,
         cpu=cpu,
         policy=policy,
         frequency=expert_frequency(trace, requests),

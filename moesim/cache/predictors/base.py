@@ -53,6 +53,19 @@ class Accuracy:
     wasted_per_token: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Guess:
+    """expert: [S, L, W] int16 predicted experts, best first, -1 where fewer score above 0;
+    score: [S, L, W] their scores."""
+
+    expert: npt.NDArray[np.int16]
+    score: Scores
+
+    def above(self, least: float) -> npt.NDArray[np.int16]:
+        """`expert` with those of a score below `least` taken out."""
+        return np.where(self.score >= least, self.expert, np.int16(-1))
+
+
 def source_layer(layer_idx: int, depth: int) -> int:
     """The last layer whose choices are known when layer `layer_idx` is predicted."""
     return max(0, layer_idx - depth)
@@ -64,25 +77,24 @@ def check_depth(depth: int) -> int:
     return depth
 
 
-def predict(
-    predictor: Predictor, trace: Trace, stream: Stream, width: int
-) -> npt.NDArray[np.int16]:
-    """[S, L, W] the `width` experts with the highest summed score over each step's tokens, best
-    first, -1 where fewer score above 0; layer 0 is all -1."""
+def predict(predictor: Predictor, trace: Trace, stream: Stream, width: int) -> Guess:
+    """The `width` likeliest experts of every layer for every step, scores summed over its tokens;
+    layer 0 is left empty."""
     width = min(width, trace.num_experts)
-    out = np.full((stream.num_steps, trace.num_layers, width), -1, np.int16)
+    shape = (stream.num_steps, trace.num_layers, width)
+    expert, value = np.full(shape, -1, np.int16), np.zeros(shape, np.float32)
     for layer in range(1, trace.num_layers):
         score = predictor.scores(trace, stream, layer)
         if stream.num_tokens > stream.num_steps:
             score = np.add.reduceat(score, stream.indptr[:-1], axis=0)
         best = np.argsort(-score, axis=1, kind="stable")[:, :width]
-        known = np.take_along_axis(score, best, axis=1) > 0
-        out[:, layer] = np.where(known, best, -1)
-    return out
+        value[:, layer] = np.take_along_axis(score, best, axis=1)
+        expert[:, layer] = np.where(value[:, layer] > 0, best, -1)
+    return Guess(expert, value)
 
 
 def accuracy(predicted: npt.NDArray[np.int16], trace: Trace, stream: Stream) -> Accuracy:
-    """Precision, recall and waste of `predict`'s output."""
+    """Precision, recall and waste of predicted experts [S, L, W] (Guess.expert or Guess.above)."""
     num_layers, num_experts = trace.num_layers, trace.num_experts
     precision, recall = np.full(num_layers - 1, np.nan), np.full(num_layers - 1, np.nan)
     wasted = 0
