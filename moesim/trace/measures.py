@@ -81,7 +81,7 @@ class Affinity:
     normalised: FloatArray
 
 
-def affinity(between: Counts, num_tokens: int, top_k: int) -> Affinity:
+def affinity(between: Counts, num_tokens: float, top_k: int) -> Affinity:
     """Mutual information between a choice in layer l and a choice in layer l+1 of one token.
 
     between: [L-1, E, E] joint counts over all K x K pairs of each token. The estimate is that of

@@ -144,7 +144,7 @@ class TraceWriter:
         for file in self._files.values():
             file.close()
         self._files = {}
-        self._stack.__exit__(_Discarded, _Discarded(), None)
+        self._stack.__exit__(_DiscardError, _DiscardError(), None)
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -194,7 +194,7 @@ class TraceWriter:
         )
 
 
-class _Discarded(Exception):
+class _DiscardError(Exception):
     """Tells the temporary directory that what it holds is not wanted."""
 
 
@@ -219,7 +219,7 @@ def _packed(target: Path, meta: TraceMeta) -> Iterator[Path]:
                         archive.open(_member(file.stem), "w", force_zip64=True) as out,
                     ):
                         shutil.copyfileobj(source, out, _COPY_BYTES)
-    except _Discarded:
+    except _DiscardError:
         pass
     except OSError as error:
         raise InputError(
