@@ -29,6 +29,9 @@ ROWS: tuple[tuple[str, str, str, float], ...] = (
 )
 """Figure, label, format, factor."""
 
+MAX_BATCH_TOKENS = 1 << 20
+MAX_TIME_LIMIT_S = 1e6
+
 
 def plan(
     trace: Annotated[
@@ -36,8 +39,11 @@ def plan(
     ],
     gpus: Annotated[int, typer.Option(help="GPUs of one expert-parallel group.", min=1)],
     cluster: Annotated[
-        str, typer.Option(help="Cluster name or YAML file; resized to --gpus.")
-    ] = "h100-sxm-ib",
+        str | None,
+        typer.Option(
+            help="Cluster name or YAML file; resized to --gpus.", show_default="h100-sxm-ib"
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Preset or config.json; default: the one the trace names.")
     ] = None,
@@ -56,7 +62,12 @@ def plan(
     ] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens of a step over all GPUs.", show_default="4096 or 256"),
+        typer.Option(
+            help="Tokens of a step over all GPUs.",
+            show_default="4096 or 256",
+            min=1,
+            max=MAX_BATCH_TOKENS,
+        ),
     ] = None,
     domain: Annotated[str | None, typer.Option(help="Plan for one domain of the trace.")] = None,
     replica_policy: Annotated[
@@ -86,21 +97,23 @@ def plan(
     """
     from moesim.cli.progress import progress_bar
     from moesim.cluster import load_cluster
-    from moesim.planning.make import PlanRequest, make_plan
+    from moesim.cost.step import KINDS_OF
+    from moesim.planning.make import DEFAULT_CLUSTER, PlanRequest, make_plan
     from moesim.trace.format import load_token_trace
 
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
     for target in (out, plot):
-        if target is not None and not target.resolve().parent.is_dir():
-            raise InputError(
-                f"cannot write {target}: there is no folder {target.parent}",
-                "name a file in a folder that exists",
-            )
+        if target is not None:
+            _check_target(target)
+    if not 0 <= time_limit <= MAX_TIME_LIMIT_S:
+        raise InputError(
+            f"--time-limit {time_limit} is not a number of seconds", "give seconds, such as 60"
+        )
     loaded = load_token_trace(trace, "moesim plan")
     request = PlanRequest(
         trace=loaded,
-        cluster=load_cluster(cluster, num_gpus=gpus),
+        cluster=load_cluster(cluster or DEFAULT_CLUSTER, num_gpus=gpus),
         model=_model(model, loaded.meta.model),
         objective=objective,  # type: ignore[arg-type]
         solver=solver,
@@ -112,13 +125,15 @@ def plan(
         replica_policy=_choice(  # type: ignore[arg-type]
             "replica policy", replica_policy, ("split", "hash", "nearest")
         ),
-        all_to_all=all_to_all,
+        all_to_all=_choice("all-to-all library", all_to_all, tuple(KINDS_OF)),
         seed=seed,
         time_limit_s=time_limit,
         check_memory=not ignore_memory,
     )
     with progress_bar("searching layers") as progress:
         result = make_plan(request, progress=progress)
+    if cluster is None:
+        result.defaults["cluster"] = DEFAULT_CLUSTER
     result.plan.save(out)
     if plot is not None:
         from moesim.report.plan_plot import plot_load
@@ -127,19 +142,32 @@ def plan(
     if as_json:
         typer.echo(json.dumps(_as_json(result, out), indent=1))
         return
-    _print(result, out, plot, cluster)
+    _print(result, out, plot)
+
+
+def _check_target(path: Path) -> None:
+    """Refuse before the search what could not be written after it."""
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a directory", "name a file")
+    if not path.resolve().parent.is_dir():
+        raise InputError(
+            f"cannot write {path}: there is no folder {path.parent}",
+            "name a file in a folder that exists",
+        )
 
 
 def _model(name: str | None, from_trace: str) -> Any:
+    """The model asked for, or the preset that the trace names; a trace cannot name a file."""
     from moesim.errors import UnknownNameError
-    from moesim.model import load_model
+    from moesim.model import load_model, preset_aliases
 
     if name is not None:
         return load_model(name)
     try:
-        return load_model(from_trace) if from_trace else None
+        preset_aliases(from_trace)
     except UnknownNameError:
         return None
+    return load_model(from_trace)
 
 
 def _choice(kind: str, value: str | None, known: tuple[str, ...]) -> str | None:
@@ -165,23 +193,21 @@ def _slots(text: str | None) -> tuple[int, ...] | None:
     return values
 
 
-def _print(result: PlanResult, out: Path, plot: Path | None, cluster: str) -> None:
+def _print(result: PlanResult, out: Path, plot: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
     for notice in result.notices:
         print(f"note: {notice}", file=sys.stderr)
-    taken = dict(result.defaults)
-    if cluster == "h100-sxm-ib":
-        taken["cluster"] = "h100-sxm-ib"
-    if taken:
-        typer.echo("defaults taken: " + "; ".join(f"{k}: {v}" for k, v in taken.items()))
+    if result.defaults:
+        taken = "; ".join(f"{name}: {value}" for name, value in result.defaults.items())
+        typer.echo(f"defaults taken: {taken}")
     plan, sample = result.plan, result.sample
     placement = plan.placement
     typer.echo(
-        f"{plan.model}: {placement.num_layers} MoE layers, {placement.num_experts} experts in"
-        f" {placement.num_slots} slots on {placement.num_gpus} GPUs of {placement.num_nodes}"
-        f" node{'s' if placement.num_nodes > 1 else ''}; objective {plan.objective}"
+        f"{_plain(plan.model)}: {placement.num_layers} MoE layers, {placement.num_experts} experts"
+        f" in {placement.num_slots} slots on {_count(placement.num_gpus, 'GPU')} of"
+        f" {_count(placement.num_nodes, 'node')}; objective {plan.objective}"
     )
     typer.echo(
         f"held-out: {sample.num_requests} requests that tuning never saw,"
@@ -222,6 +248,15 @@ def _print_verdict(result: PlanResult) -> None:
     if name == "imbalance":
         excess = delta.value / (base - 1) if base > 1 else 0.0
         typer.echo(f"excess imbalance (max/mean - 1): {100 * excess:+.1f}%")
+
+
+def _plain(name: str) -> str:
+    """A name out of a file, on one line and without control characters."""
+    return "".join(ch for ch in " ".join(name.split()) if ch.isprintable())[:80] or "unnamed model"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _cell(figure: Figure, form: str, factor: float) -> str:

@@ -41,6 +41,8 @@ DEFAULT_CLUSTER = "h100-sxm-ib"
 DEFAULT_BATCH_TOKENS: dict[str, int] = {"prefill": 4096, "decode": 256}
 DEFAULT_TIME_LIMIT_S = 60.0
 HBM_USABLE = 0.95
+MIN_FILL = 0.8
+"""Share of the asked batch below which a notice says that requests are too few."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,6 +149,11 @@ def make_plan(request: PlanRequest, *, progress: Progress | None = None) -> Plan
     seconds["solving"] = time.monotonic() - clock
     clock = time.monotonic()
     sample = draw_sample(trace, held_out, phase, batch_tokens, request.seed)
+    filled = float(np.diff(sample.batches.indptr[: sample.num_main + 1]).mean())
+    if filled < MIN_FILL * batch_tokens:
+        notices.append(
+            f"the held-out requests fill batches of {filled:.0f} tokens only, {batch_tokens} asked"
+        )
     candidates = []
     for name, solution in solved.items():
         measured = measure(
@@ -228,7 +235,7 @@ def slots_of(num_experts: int, num_gpus: int, request: PlanRequest) -> npt.NDArr
     if total % num_gpus:
         more = request.redundant_experts + num_gpus - total % num_gpus
         if total < num_gpus:
-            raise InfeasibleError(
+            raise InputError(
                 f"{num_gpus} GPUs for {total} experts a layer: some would hold none",
                 f"use at most {total} GPUs, or --redundant-experts {more}",
             )
