@@ -172,9 +172,10 @@ class StepModel:
         dispatch = self.collective_us(self.dispatch, self.group_max(out) * self.dispatch_bytes)
         combine = self.collective_us(self.combine, self.group_max(back) * self.combine_bytes)
         link_bytes = out * self.dispatch_bytes + back * self.combine_bytes
-        return StepCost(dispatch, self._compute_us(routed), combine, link_bytes)
+        return StepCost(dispatch, self.compute_us(routed), combine, link_bytes)
 
-    def _compute_us(self, routed: Routed) -> FloatArray:
+    def compute_us(self, routed: Routed) -> FloatArray:
+        """[B, L, G]: the routed experts of every GPU, launch included; 0 where it has no token."""
         batches, layers = routed.slot_tokens.shape[:2]
         tokens = routed.slot_tokens.reshape(batches, layers, self.num_gpus, -1)
         tables = self.expert_tables_us(int(tokens.max(initial=0)))
