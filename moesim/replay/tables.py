@@ -77,7 +77,7 @@ def calibration_data(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
         "gpu": str(environment["device"]),
         "description": f"Measured by moesim calibrate: {described}",
         "sources": {SOURCE: f"moesim calibrate, {described}"},
-        "overheads": _overheads(tables),
+        "overheads": _overheads(tables) if environment.get("backend") == "nccl" else {},
         "collectives": entries,
         "expert_ffn": experts,
         "copies": copies,

@@ -1,0 +1,106 @@
+"""`moesim calibrate`: measure this machine, write the calibration that clusters name."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Calibration YAML to write.")],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Preset or config.json whose experts to measure; repeat."),
+    ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(help="Processes, one a GPU.", min=1, show_default="all GPUs, or 2"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    section: Annotated[
+        list[str] | None, typer.Option(help="Only this part, e.g. ffn; repeat.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Largest batch, tokens a rank.", min=1)] = 8192,
+    max_bytes: Annotated[int, typer.Option(help="Largest message or copy.", min=1)] = 512 << 20,
+    time_limit: Annotated[float, typer.Option(help="Stop in good order after (s).")] = 240.0,
+    timeout: Annotated[float, typer.Option(help="Seconds without progress.")] = 120.0,
+    budget: Annotated[float, typer.Option(help="Seconds of timing a case.")] = 0.06,
+    raw: Annotated[
+        Path | None, typer.Option(help="Also keep what the ranks wrote, as JSON.")
+    ] = None,
+    from_raw: Annotated[
+        Path | None, typer.Option(help="Measure nothing: convert such a JSON.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the calibration.")] = "host",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Measure links, expert kernels, row moves and host copies of this machine.
+
+    Starts one process a GPU with torchrun (NCCL; gloo without GPUs). Inside a container that has
+    torch alone, run `torchrun -m moesim.replay calibrate --out raw.json` there and convert the
+    result here with --from-raw.
+
+    Example: moesim calibrate --out host.yaml --model mixtral-8x7b
+    """
+    from moesim.cost.calibration import load_calibration
+    from moesim.replay.tables import load_raw, write_calibration
+
+    if from_raw is not None:
+        record = load_raw(from_raw)
+    else:
+        arguments = ["--device", device, "--max-tokens", str(max_tokens)]
+        arguments += ["--max-bytes", str(max_bytes), "--time-limit", str(time_limit)]
+        arguments += ["--timeout", str(timeout), "--budget", str(budget)]
+        arguments += [part for s in section or [] for part in ("--section", s)]
+        record = _measure(arguments, model or [], ranks, device, raw)
+    write_calibration(record, out, name)
+    made = load_calibration(out)
+    if as_json:
+        typer.echo(json.dumps(_summary(record, out), indent=1))
+        return
+    typer.echo(f"{out}: {made.gpu}")
+    for line in _lines(record):
+        typer.echo(line)
+
+
+def _measure(
+    arguments: list[str], models: list[str], ranks: int | None, device: str, raw: Path | None
+) -> dict[str, Any]:
+    from moesim.cli.replay_common import (
+        count_gpus,
+        require_torch,
+        say,
+        shape_arguments,
+        shape_of,
+    )
+    from moesim.replay.launch import launch
+    from moesim.replay.tables import load_raw
+
+    require_torch()
+    shapes = shape_arguments([shape_of(m) for m in models])
+    num_ranks = ranks or (0 if device == "cpu" else count_gpus()) or 2
+    with tempfile.TemporaryDirectory() as folder:
+        written = raw or Path(folder) / "raw.json"
+        launch(["calibrate", *arguments, *shapes, "--out", str(written)], num_ranks, notify=say)
+        return load_raw(written)
+
+
+def _summary(record: dict[str, Any], out: Path) -> dict[str, Any]:
+    return {
+        "calibration": str(out),
+        "environment": record["environment"],
+        "kernels": record["kernels"],
+        "notes": record["notes"],
+        "num_rows": {name: len(rows) for name, rows in record["tables"].items()},
+    }
+
+
+def _lines(record: dict[str, Any]) -> list[str]:
+    kernels = record["kernels"]
+    out = [f"kernels: {kernels['ffn']}, {kernels['reduce']}, CUDA graphs: {kernels['graphs']}"]
+    out += [f"{name}: {len(rows)} measurements" for name, rows in record["tables"].items()]
+    return out + [f"note: {note}" for note in record["notes"]]

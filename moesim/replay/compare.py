@@ -1,0 +1,275 @@
+"""Predicted beside measured: errors by component, order of the plans, speed-ups, and a verdict.
+
+Above the cost model, so never imported by the part that runs in an engine's container.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.errors import FormatError, InputError, MismatchError
+from moesim.replay.predict import PHASES, Predictor
+
+FORMAT = "moesim-measured"
+BASELINE = "linear"
+MIN_ORDERED = 3
+FloatArray = npt.NDArray[np.float64]
+Key = tuple[int, str, str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What a validation must meet: errors are |predicted / measured - 1| of layer times."""
+
+    median_error: float = 0.10
+    p90_error: float = 0.20
+    spearman: float = 0.95
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """Layer times of one plan, batch and mode: [L] medians over repetitions, in microseconds.
+
+    `measured_phases`, `predicted_phases`: [L, 5]; of ranks that wait in a collective the last one's
+    time counts, of other phases the slowest rank's.
+    """
+
+    plan: str
+    tokens_per_rank: int
+    mode: str
+    batch: int
+    measured_us: FloatArray
+    predicted_us: FloatArray
+    measured_phases: FloatArray
+    predicted_phases: FloatArray
+    noise: float
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All plans of one batch size and mode.
+
+    `spearman` is over the plans that measurably differ (`num_distinct` of them, each further from
+    the one before than the noise), None below three; `spearman_all` over all plans. `noise`:
+    relative difference between repeated measurements of a plan (half the spread of repetitions
+    where the run was not repeated). `speedup`: plan -> (measured, predicted) time of the linear
+    plan over this one's.
+    """
+
+    tokens_per_rank: int
+    mode: str
+    num_plans: int
+    num_distinct: int
+    median_error: float
+    p90_error: float
+    phase_errors: dict[str, float]
+    noise: float
+    spread: float
+    spearman: float | None
+    spearman_all: float | None
+    speedup: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """Everything that was compared for one model, and whether it is within tolerance."""
+
+    model: str
+    cases: list[Case]
+    groups: list[Group]
+    tolerance: Tolerance
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def errors(self) -> FloatArray:
+        """|predicted / measured - 1| of every layer of every case."""
+        return np.concatenate([np.abs(c.predicted_us / c.measured_us - 1.0) for c in self.cases])
+
+    def failures(self) -> list[str]:
+        """What is out of tolerance, in words; empty when all is well."""
+        out = []
+        median, p90 = (float(np.percentile(self.errors, q)) for q in (50, 90))
+        if not median <= self.tolerance.median_error:
+            out.append(f"median error {median:.1%} above {self.tolerance.median_error:.0%}")
+        if not p90 <= self.tolerance.p90_error:
+            out.append(f"p90 error {p90:.1%} above {self.tolerance.p90_error:.0%}")
+        out += [
+            f"order of plans at {g.tokens_per_rank} tokens a rank, {g.mode}: Spearman"
+            f" {g.spearman:.2f} below {self.tolerance.spearman:g}"
+            for g in self.groups
+            if g.spearman is not None and not g.spearman >= self.tolerance.spearman
+        ]
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: verdict, groups, and layer times of every case."""
+        failures = self.failures()
+        return {
+            "model": self.model,
+            "within_tolerance": not failures,
+            "failures": failures,
+            "tolerance": asdict(self.tolerance),
+            "median_error": float(np.median(self.errors)),
+            "p90_error": float(np.percentile(self.errors, 90)),
+            "groups": [asdict(g) for g in self.groups],
+            "cases": [
+                {
+                    "plan": c.plan,
+                    "tokens_per_rank": c.tokens_per_rank,
+                    "mode": c.mode,
+                    "batch": c.batch,
+                    "measured_us": c.measured_us.round(2).tolist(),
+                    "predicted_us": c.predicted_us.round(2).tolist(),
+                }
+                for c in self.cases
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def load_measured(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a record of `moesim.replay validate`. Raises InputError or FormatError."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", _REMEDY) from None
+    except (ValueError, RecursionError):
+        raise FormatError(f"{path}: not JSON", _REMEDY) from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT or raw.get("version") != 1:
+        raise FormatError(f'{path}: format is not "{FORMAT}", version 1', _REMEDY)
+    if not raw.get("results"):
+        raise FormatError(f"{path}: holds no results", "see its notes for the reason")
+    if list(raw.get("phases", [])) != list(PHASES):
+        raise FormatError(f"{path}: phases are not {', '.join(PHASES)}", _REMEDY)
+    return raw
+
+
+def compare(
+    record: Mapping[str, Any],
+    predictor: Predictor,
+    tolerance: Tolerance | None = None,
+    repeat: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """Compare a measured record with the cost model.
+
+    repeat: a second record of the same run, which gives the noise. Raises MismatchError when it is
+    of another model.
+    """
+    if repeat is not None and repeat["model"] != record["model"]:
+        raise MismatchError("the repeated run is of another model", "give runs of one command")
+    again = {_key(r): r for r in repeat["results"]} if repeat is not None else {}
+    cases = [_case(r, predictor, again.get(_key(r))) for r in record["results"]]
+    found: dict[tuple[int, str], list[Case]] = {}
+    for case in cases:
+        found.setdefault((case.tokens_per_rank, case.mode), []).append(case)
+    groups = [_group(*key, some) for key, some in sorted(found.items())]
+    name = str(record["model"]["name"])
+    return Comparison(name, cases, groups, tolerance or Tolerance(), tuple(record["notes"]))
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Rank correlation, ties sharing their mean rank; None where one side is constant."""
+    x, y = _ranks(np.asarray(a)), _ranks(np.asarray(b))
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((x**2).sum() * (y**2).sum()))
+    return float((x * y).sum() / scale) if scale > 0 else None
+
+
+def distinct(values: Sequence[float], noise: float) -> list[int]:
+    """Indices, in ascending order of value, of values each more than `noise` (relative) above the
+    one kept before."""
+    kept: list[int] = []
+    for i in np.argsort(values, kind="stable").tolist():
+        if not kept or values[i] > values[kept[-1]] * (1.0 + noise):
+            kept.append(i)
+    return kept
+
+
+def _key(result: Mapping[str, Any]) -> Key:
+    return (result["tokens_per_rank"], result["mode"], result["plan"], result["batch"])
+
+
+def _case(result: Mapping[str, Any], predictor: Predictor, again: Mapping[str, Any] | None) -> Case:
+    phases = np.asarray(result["phase_us"], np.float64)
+    predicted = predictor.predict(result, result["mode"])
+    measured = np.asarray(result["layer_us"]["median"], np.float64)
+    if again is not None:
+        other = float(np.sum(again["layer_us"]["median"]))
+        noise = abs(other / measured.sum() - 1.0)
+    else:
+        step = result["step_us"]
+        noise = float((step["p90"][0] - step["p10"][0]) / 2 / step["median"][0])
+    return Case(
+        plan=result["plan"],
+        tokens_per_rank=result["tokens_per_rank"],
+        mode=result["mode"],
+        batch=result["batch"],
+        measured_us=measured,
+        predicted_us=predicted.layer_us,
+        measured_phases=_of_ranks(phases),
+        predicted_phases=_of_ranks(predicted.phase_us),
+        noise=noise,
+    )
+
+
+def _of_ranks(phases: FloatArray) -> FloatArray:
+    """[L, 5] from [L, G, 5]: the slowest rank, and in collectives the one that waits least."""
+    waits = np.array([p in ("dispatch", "combine") for p in PHASES])
+    return np.where(waits, phases.min(axis=1), phases.max(axis=1))
+
+
+def _group(tokens: int, mode: str, cases: list[Case]) -> Group:
+    plans = list(dict.fromkeys(c.plan for c in cases))
+    measured = [_mean(c.measured_us for c in cases if c.plan == p) for p in plans]
+    predicted = [_mean(c.predicted_us for c in cases if c.plan == p) for p in plans]
+    errors = np.concatenate([np.abs(c.predicted_us / c.measured_us - 1.0) for c in cases])
+    phase_errors = {}
+    for i, name in enumerate(PHASES):
+        ours = np.concatenate([c.predicted_phases[:, i] for c in cases])
+        real = np.concatenate([c.measured_phases[:, i] for c in cases])
+        there = real > 0
+        phase_errors[name] = float(np.median(np.abs(ours[there] / real[there] - 1.0)))
+    noise = float(np.median([c.noise for c in cases]))
+    kept = distinct(measured, noise)
+    ordered = None
+    if len(kept) >= MIN_ORDERED:
+        ordered = spearman([measured[i] for i in kept], [predicted[i] for i in kept])
+    base = plans.index(BASELINE) if BASELINE in plans else 0
+    return Group(
+        tokens_per_rank=tokens,
+        mode=mode,
+        num_plans=len(plans),
+        num_distinct=len(kept),
+        median_error=float(np.median(errors)),
+        p90_error=float(np.percentile(errors, 90)),
+        phase_errors=phase_errors,
+        noise=noise,
+        spread=(max(measured) - min(measured)) / min(measured),
+        spearman=ordered,
+        spearman_all=spearman(measured, predicted) if len(plans) >= MIN_ORDERED else None,
+        speedup={
+            p: (measured[base] / m, predicted[base] / q)
+            for p, m, q in zip(plans, measured, predicted, strict=True)
+        },
+    )
+
+
+def _mean(times: Iterable[FloatArray]) -> float:
+    return float(np.mean([t.mean() for t in times]))
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> FloatArray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((last - counts + last - 1) / 2.0)[inverse]
+
+
+_REMEDY = "give the JSON that moesim validate or moesim.replay validate wrote"

@@ -1,0 +1,177 @@
+"""Predictions by phase, error figures and verdicts, worked by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moesim.cluster import load_cluster
+from moesim.cost.calibration import parse_calibration
+from moesim.errors import FormatError, InputError, MismatchError, UnknownNameError
+from moesim.replay.compare import Tolerance, compare, distinct, load_measured, spearman
+from moesim.replay.predict import build_predictor
+from moesim.replay.shape import ExpertShape
+from moesim.replay.tables import calibration_data, load_raw
+
+# Row of 1000 x 2 = 2000 bytes; collective 5 us + bytes / (2 GB/s); gather 1 us + bytes / 4 GB/s;
+# row sums 2 us + bytes / 8 GB/s; experts 10 us + 0.5 us an active expert (weights 6e5 bytes at
+# 1200 GB/s = 0.5 us; 6 * 1000 * 100 flops a row at 1e9 TFLOP/s are nothing; sharpness 64: a max).
+CALIBRATION = """
+format: moesim-calibration
+version: 1
+name: toy
+gpu: toy
+overheads: {issue_us: {collective: 20, ffn: 60, permute: 8, reduce: 12}}
+collectives:
+- {kind: all_to_all_v, group_size: 2, nvlink: [[5, 2]]}
+expert_ffn:
+- {dtype: bf16, kernel: toy, weight_bytes_per_param: 2, launch_us: 10, weight_gb_per_s: 1200,
+   tflops: 1.0e+9, sharpness: 64}
+copies:
+- {direction: permute, latency_us: 1, gb_per_s: 4}
+- {direction: reduce, latency_us: 2, gb_per_s: 8}
+"""
+SHAPE = ExpertShape("toy", 1000, 100, 4, 2)
+# 6 tokens a rank. Rank 0 holds slots 0, 1, keeps 4 rows and sends 2; rank 1 keeps 5 and sends 3.
+RESULT = {
+    "plan": "linear",
+    "tokens_per_rank": 6,
+    "mode": "graph",
+    "batch": 0,
+    "slot_rows": [[8, 4, 12, 0]],
+    "messages": [[[4, 2], [3, 5]]],
+}
+
+
+def predictor():
+    cluster = load_cluster("h100-sxm-ib", num_gpus=2)
+    return build_predictor(SHAPE, parse_calibration(CALIBRATION), cluster, "gpu")
+
+
+def test_graph_phases_by_hand() -> None:
+    got = predictor().predict(RESULT, "graph")
+    # Gathered rows: rank 0 packs 6 (24,000 bytes read and written: 6 us + 1), rank 1 packs 8 (9).
+    # Dispatch: the busiest direction carries 3 rows, 6000 bytes: 5 + 3 us; combine the same.
+    # Compute of rank 0: 7 received + 12 GEMM rows gathered, 38,000 bytes: 1 + 9.5; experts
+    # 10 + 2 x 0.5; sums of the same rows: 2 + 4.75; own 4 rows copied, 16,000 bytes: 1 + 4. = 33.25
+    # Rank 1: the same 7 and 12 rows: 10.5; experts 10 + 0.5; 6.75; own 5: 1 + 5 = 6. = 33.75
+    # Unpermute of rank 0: 6 returned + 6 tokens, 24,000 bytes: 2 + 3; rank 1: 8 + 6: 2 + 3.5.
+    want = [[7, 8, 33.25, 8, 5], [9, 8, 33.75, 8, 5.5]]
+    np.testing.assert_allclose(got.phase_us[0], want, rtol=1e-6)
+    np.testing.assert_allclose(got.layer_us, [9 + 8 + 33.75 + 8 + 5.5], rtol=1e-6)
+
+
+def test_eager_waits_for_the_host() -> None:
+    got = predictor().predict({**RESULT, "mode": "eager"}, "eager")
+    # Enqueued at 8 (gather), 28 (collective), 36 (gather), 96 (ffn), 108 (sums), 116 (copy),
+    # 136 (collective), 148 (sums). Rank 1: gather 8-17, dispatch 28-36, gather 36-46.5, experts
+    # 96-106.5, sums 108-114.75, copy 116-122, combine 136-144, sums 148-153.5.
+    np.testing.assert_allclose(got.phase_us[0, 1], [17, 19, 86, 22, 9.5], rtol=1e-6)
+    np.testing.assert_allclose(got.layer_us, [153.5], rtol=1e-6)
+
+
+def test_an_entry_for_the_shape_is_preferred() -> None:
+    extra = (
+        "- {dtype: bf16, kernel: toy 1000x100, weight_bytes_per_param: 2, launch_us: 30,"
+        " weight_gb_per_s: 1200, tflops: 1.0e+9, sharpness: 64}\ncopies:"
+    )
+    calibration = parse_calibration(CALIBRATION.replace("copies:", extra))
+    cluster = load_cluster("h100-sxm-ib", num_gpus=2)
+    own = build_predictor(SHAPE, calibration, cluster, "gpu").predict(RESULT, "graph")
+    np.testing.assert_allclose(own.phase_us[0, :, 2], [53.25, 53.75], rtol=1e-6)
+
+
+def test_missing_tables_are_named() -> None:
+    cluster = load_cluster("h100-sxm-ib", num_gpus=2)
+    text = CALIBRATION.split("- {direction: reduce")[0]
+    with pytest.raises(UnknownNameError, match="reduce"):
+        build_predictor(SHAPE, parse_calibration(text), cluster, "gpu")
+    with pytest.raises(UnknownNameError, match="fp32"):
+        build_predictor(
+            replace(SHAPE, dtype="fp32"), parse_calibration(CALIBRATION), cluster, "gpu"
+        )
+
+
+def test_spearman_and_distinct() -> None:
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    # Ranks 0 1 2 3 against 0 2 1 3: 1 - 6 * 2 / (4 * 15) = 0.8.
+    assert spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+    # A tie shares rank 1.5: covariance 4.5, variances 5 and 4.5.
+    assert spearman([1, 2, 3, 4], [1, 2, 2, 4]) == pytest.approx(4.5 / np.sqrt(5 * 4.5))
+    assert spearman([1, 1, 1], [1, 2, 3]) is None
+    assert distinct([100, 101, 110, 104, 111], 0.03) == [0, 3, 2]
+
+
+def record(factors: dict[str, float]) -> dict:
+    """Measured = predicted x factor, spread over the phases as predicted."""
+    results = []
+    for i, (plan, factor) in enumerate(factors.items()):
+        result = {**RESULT, "plan": plan, "slot_rows": [[8 + i, 4, 12 + i, 0]]}
+        guess = predictor().predict(result, "graph")
+        layer = (guess.layer_us * factor).tolist()
+        step = {"median": layer, "p10": [0.99 * layer[0]], "p90": [1.01 * layer[0]]}
+        phases = (guess.phase_us * factor).tolist()
+        results.append({**result, "phase_us": phases, "layer_us": step, "step_us": step})
+    return {
+        "format": "moesim-measured",
+        "version": 1,
+        "model": SHAPE.to_json(),
+        "phases": ["permute", "dispatch", "compute", "combine", "unpermute"],
+        "notes": [],
+        "results": results,
+    }
+
+
+def test_verdicts() -> None:
+    good = compare(record({"linear": 1.0, "a": 1.02, "b": 1.05, "c": 1.08}), predictor())
+    assert good.failures() == []
+    group = good.groups[0]
+    assert (group.num_plans, group.noise) == (4, pytest.approx(0.01))
+    assert group.spearman == pytest.approx(1)
+    assert group.phase_errors["compute"] == pytest.approx(1 - 1 / 1.035, abs=0.005)
+    assert group.speedup["linear"] == (1.0, 1.0)
+    slow = compare(record({"linear": 1.0, "a": 1.5, "b": 1.3}), predictor())
+    assert [line.split()[0] for line in slow.failures()] == ["median", "p90", "order"]
+    assert (
+        compare(record({"linear": 1.3, "a": 1.3}), predictor(), Tolerance(0.5, 0.5)).failures()
+        == []
+    )
+
+
+def test_noise_from_a_repeated_run() -> None:
+    first, second = record({"linear": 1.0, "a": 1.1}), record({"linear": 1.04, "a": 1.1 * 1.04})
+    assert compare(first, predictor(), repeat=second).groups[0].noise == pytest.approx(0.04)
+    with pytest.raises(MismatchError, match="another model"):
+        compare(first, predictor(), repeat={**second, "model": {}})
+
+
+def test_plot(tmp_path) -> None:
+    from moesim.report.validate_plot import plot_validation
+
+    found = compare(record({"linear": 1.0, "a": 1.1}), predictor())
+    plot_validation([found], tmp_path / "v.png")
+    assert (tmp_path / "v.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(InputError, match="nothing to plot"):
+        plot_validation([replace(found, cases=[])], tmp_path / "w.png")
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "moesim-plan"}'])
+def test_wrong_records(tmp_path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    for load in (load_measured, load_raw):
+        with pytest.raises(FormatError, match=r"x\.json"):
+            load(path)
+        with pytest.raises(InputError, match="cannot read"):
+            load(tmp_path / "none.json")
+
+
+def test_empty_record_holds_nothing_to_calibrate() -> None:
+    raw = {"environment": {"num_ranks": 2, "device": "x", "torch": "2", "date": ""}, "tables": {}}
+    with pytest.raises(FormatError, match="no measured table"):
+        calibration_data(raw, "x")

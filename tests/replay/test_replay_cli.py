@@ -1,0 +1,68 @@
+"""`moesim calibrate` and `moesim validate` as a user runs them, on two CPU ranks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed (pip install 'moesim[torch]')")
+
+from moesim.cli.main import run
+
+
+def test_calibrate_then_validate(inputs, tmp_path, capsys) -> None:
+    shape = json.dumps(inputs.shape.to_json())
+    host = tmp_path / "host.yaml"
+    command = ["calibrate", "--out", str(host), "--model", shape, "--device", "cpu", "--json"]
+    command += ["--max-tokens", "64", "--max-bytes", "65536", "--budget", "0.005"]
+    assert run([*command, "--timeout", "60"]) == 0
+    rows = json.loads(capsys.readouterr().out)["num_rows"]
+    assert {"launch", "all_to_all_v", "permute", "ffn", "collectives", "single_expert"} <= set(rows)
+
+    from moesim.cost.calibration import load_calibration
+
+    made = load_calibration(host)
+    assert ("fp32", "torch loop") in made.experts
+    assert "all_to_all_v" in made.collectives.kinds
+    assert made.copy("reduce").time_us(1e5) > 0
+
+    out = tmp_path / "measured.json"
+    command = ["validate", "--trace", str(inputs.trace), "--model", shape, "--device", "cpu"]
+    for name in ("linear", "round_robin"):
+        command += ["--plan", str(inputs.plans[name])]
+    command += ["--tokens", "16", "--batches", "1", "--out", str(out), "--json"]
+    wide = ["--max-median-error", "1e9", "--max-p90-error", "1e9", "--min-spearman", "-1"]
+    code = run([*command, "--calibration", str(host), *wide, "--timeout", "60"])
+    printed = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert printed["within_tolerance"]
+    assert {c["plan"] for c in printed["cases"]} == {"linear", "round_robin"}
+
+    again = ["validate", "--measured", str(out), "--calibration", str(host)]
+    assert run([*again, "--max-median-error", "0"]) == 1
+    assert "out of tolerance" in capsys.readouterr().out
+    assert run(["validate", "--measured", str(out)]) == 0
+    assert "us a layer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (["--plan", "four"], "plan four is for 4 GPUs"),
+        (["--model", "olmoe"], "the trace has 8 experts a layer"),
+        (["--plot", "v.txt"], "cannot plot to v.txt"),
+        (["--measured", "nowhere.json"], "cannot read nowhere.json"),
+    ],
+)
+def test_wrong_input(inputs, capsys, change, cause) -> None:
+    plans = ["--plan", str(inputs.plans["linear"])]
+    if change[0] == "--plan":
+        plans, change = [*plans, "--plan", str(inputs.plans["four"])], []
+    shape = json.dumps(inputs.shape.to_json())
+    command = ["validate", *plans, "--trace", str(inputs.trace)]
+    command += change if "--model" in change else ["--model", shape, *change]
+    assert run(command) == 2
+    err = capsys.readouterr().err
+    assert cause in err
+    assert "remedy: " in err
