@@ -56,11 +56,12 @@ def encode(plan: Plan, options: ExportOptions) -> bytes:
 def launch(plan: Plan, path: Path) -> list[str]:
     """Replicas are chosen by `--ep-dispatch-algorithm`: the policy of the plan, or the nearest to
     it (`static`: same GPU, same node, else fixed; `dynamic`: at random; `lp`)."""
-    gpus = plan.placement.num_gpus
+    gpus, nodes = plan.placement.num_gpus, plan.placement.num_nodes
+    several = f" --nnodes {nodes} --node-rank RANK --dist-init-addr HOST:PORT" if nodes > 1 else ""
     return [
-        f"python -m sglang.launch_server --model-path {shlex.quote(model_name(plan))} --tp {gpus}"
-        f" --ep-size {gpus} --nnodes {plan.placement.num_nodes} --moe-a2a-backend deepep"
-        f" --init-expert-location {shlex.quote(str(path))}"
+        f"python -m sglang.launch_server --model-path {shlex.quote(model_name(plan))}"
+        f" --tensor-parallel-size {gpus} --expert-parallel-size {gpus}{several}"
+        f" --moe-a2a-backend deepep --init-expert-location {shlex.quote(str(path))}"
         f" --ep-num-redundant-experts {num_redundant(plan)}"
         f" --ep-dispatch-algorithm {DISPATCH[plan.replica_policy]}"
     ]

@@ -49,7 +49,7 @@ def test_sglang_has_rows_for_dense_layers_and_one_key(tmp_path):
     assert found["--init-expert-location"] == str(tmp_path / "a b.json")
     assert found["--model-path"] == "my model"
     assert found["--ep-num-redundant-experts"] == "1"
-    assert found["--ep-size"] == "2"
+    assert found["--expert-parallel-size"] == "2"
     assert found["--ep-dispatch-algorithm"] == "static"
 
 
