@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Collection, Sequence
 from importlib import import_module
 from typing import Annotated, NoReturn
@@ -82,7 +83,8 @@ def main() -> None:
 
 
 def run(args: Sequence[str], *, debug: bool = False) -> int:
-    """Run one command line and return its exit code; errors become two lines on stderr."""
+    """Run one command line and return its exit code; errors become two lines on stderr, after
+    their traceback with `debug`."""
     called = [a for a in args if a in COMMANDS][:1]
     try:
         code = build_app(called)(list(args), standalone_mode=False, prog_name="moesim")
@@ -94,7 +96,7 @@ def run(args: Sequence[str], *, debug: bool = False) -> int:
         return 130
     except MoesimError as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"error: {error.cause}", file=sys.stderr)
         if error.remedy:
             print(f"remedy: {error.remedy}", file=sys.stderr)
@@ -107,7 +109,7 @@ def run(args: Sequence[str], *, debug: bool = False) -> int:
             error.show()  # type: ignore[attr-defined]
             return 0 if type(error).__name__ == "NoArgsIsHelpError" else 2
         if debug:
-            raise
+            traceback.print_exc()
         text = " ".join(str(error).split())[:300]
         print(f"error: internal: {type(error).__name__}: {text}", file=sys.stderr)
         print("remedy: run again with --debug and report what it shows", file=sys.stderr)
