@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 ROW_COUNTS = (8, 32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 98304)
 SKEWS = (0.0, 0.6, 1.2)
-SKEW_MARGIN = 1.5
+SKEW_MARGIN = 1.9
 NUM_ROLLS = 8
+LAST_STEP = 1.2
 EAGER_ROWS = (256, 4096)
-PERMUTE_ROWS = (32, 128, 512, 2048, 8192, 32768, 98304)
+PERMUTE_ROWS = (32, 128, 512, 2048, 8192, 32768, 131072)
 FAN_INS = (1, 2, 8)
 IntArray = npt.NDArray[np.int64]
 
@@ -64,6 +65,8 @@ def _measure_shape(session: Session, shape: ExpertShape) -> None:
     if ctx.num_ranks == 1:
         most = session.options.max_tokens_per_rank * shape.top_k
     row_counts = [n for n in ROW_COUNTS if n <= most] or [ROW_COUNTS[0]]
+    if most > row_counts[-1] * LAST_STEP:
+        row_counts.append(int(most))
     inputs = [_draw(ctx, (row_counts[-1], hidden), 1.0, dtype) for _ in range(2)]
     eager_rows = [n for n in EAGER_ROWS if n in row_counts] or row_counts[:1]
     for rows in row_counts:

@@ -5,6 +5,7 @@
 #
 # DIR given to --in is what prepare.py wrote. Sections: environment, smoke, calibrate, one a model
 # (mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b, gpt-oss-20b, deepseek-v2-lite), offload, summary.
+# OUT in the environment is the default of --out, PYTHON and DEVICE choose the interpreter and cpu.
 # A section that would start after S seconds is skipped and said so. NVLink multicast stays off.
 set -u
 in=.carry/hardware out=${OUT:-/tmp/moesim-hardware} gpus=2 only="" stop=540
