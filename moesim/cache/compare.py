@@ -13,12 +13,9 @@ from moesim.cache.planner import (
     Planned,
     Request,
     Workload,
-    candidates,
     make_setup,
     with_hbm,
 )
-from moesim.cache.predictors.base import predict
-from moesim.cache.predictors.registry import make_predictor
 from moesim.cache.rates import Rates
 from moesim.cache.simulate import CacheSettings, model_choices, run_policy
 from moesim.cache.slots import allocate_slots
@@ -187,12 +184,7 @@ def sweep_hbm(
     full = fixed + memory.num_experts * memory.slot_bytes / 1e9
     low = fixed + rates.model.top_k * memory.slot_bytes / 1e9
     sizes = np.unique(np.append(np.linspace(low * 1.001, full * 1.001, num_points), request.hbm_gb))
-    guess = None
-    if plan.prefetch is not None:
-        predictor = make_predictor(plan.prefetch.predictor, plan.prefetch.depth)
-        predictor.fit(work.trace, work.fit)
-        named = predict(predictor, work.trace, work.held_out, candidates(work))
-        guess = named.above(plan.prefetch.min_score)
+    guess = work.guess(work.held_out, plan.prefetch) if plan.prefetch else None
     staging = plan.prefetch.depth * plan.prefetch.width if plan.prefetch else 0
     speed: dict[str, list[float]] = {}
     slots = []

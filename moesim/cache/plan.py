@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -143,7 +144,9 @@ class CachePlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a cache plan file, whole or not at all."""
-        atomic_write(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        rows = re.sub(r"\[\s+(-?\d[-\d,\s]*?)\s+\]", lambda m: _one_line(m[1]), text)
+        atomic_write(path, rows + "\n")
 
 
 def load_cache_plan(path: str | os.PathLike[str]) -> CachePlan:
@@ -208,6 +211,10 @@ def parse_cache_plan(raw: Any) -> CachePlan:
         predicted=raw.get("predicted") or {},
         provenance=raw.get("provenance") or {},
     )
+
+
+def _one_line(numbers: str) -> str:
+    return "[" + ", ".join(x.strip() for x in numbers.split(",")) + "]"
 
 
 _REMEDY = "make it again with moesim cache; docs/offloading.md describes the format"

@@ -17,7 +17,7 @@ from moesim.cache.events import Events, Stream, decode_stream
 from moesim.cache.memory import MemoryBudget, check_host, memory_budget
 from moesim.cache.plan import CachePlan, Prefetch
 from moesim.cache.policies import ONLINE, get_policy
-from moesim.cache.predictors.base import predict
+from moesim.cache.predictors.base import Predictor, predict
 from moesim.cache.predictors.registry import make_predictor, usable_predictors
 from moesim.cache.rates import Rates, expert_bytes_of_bits, step_times
 from moesim.cache.simulate import CacheSettings, expert_frequency
@@ -72,6 +72,22 @@ class Workload:
     select_events: Events
     held_out_events: Events
     notes: tuple[str, ...] = field(default=())
+    fitted: dict[tuple[str, int], Predictor] = field(default_factory=dict)
+
+    def predictor(self, name: str, depth: int) -> Predictor:
+        """The predictor fitted on the fit requests, once."""
+        key = (name, depth)
+        if key not in self.fitted:
+            made = make_predictor(name, depth)
+            made.fit(self.trace, self.fit)
+            self.fitted[key] = made
+        return self.fitted[key]
+
+    def guess(self, stream: Stream, prefetch: Prefetch) -> npt.NDArray[np.int16]:
+        """What `prefetch` expects on a stream, for `run_timeline`."""
+        predictor = self.predictor(prefetch.predictor, prefetch.depth)
+        named = predict(predictor, self.trace, stream, candidates(self))
+        return named.above(prefetch.min_score)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -271,9 +287,7 @@ def _choose(
             if depth >= trace.num_layers:
                 continue
             progress(f"prefetch by {name}, {depth} ahead")
-            predictor = make_predictor(name, depth)
-            predictor.fit(trace, work.fit)
-            guess = predict(predictor, trace, work.select, candidates(work))
+            guess = predict(work.predictor(name, depth), trace, work.select, candidates(work))
             for least in MIN_SCORES:
                 experts = guess.above(least)
                 for width in widths:
@@ -306,12 +320,7 @@ def _choose(
 
 def evaluate(work: Workload, plan: CachePlan, times: StepTimes) -> Timeline:
     """The plan's run on the held-out requests; its predictor is fitted on the fit requests."""
-    guess = None
-    if plan.prefetch is not None:
-        predictor = make_predictor(plan.prefetch.predictor, plan.prefetch.depth)
-        predictor.fit(work.trace, work.fit)
-        named = predict(predictor, work.trace, work.held_out, candidates(work))
-        guess = named.above(plan.prefetch.min_score)
+    guess = work.guess(work.held_out, plan.prefetch) if plan.prefetch else None
     setup = setup_of_plan(plan, work.frequency)
     return run_timeline(work.trace, work.held_out, setup, times, guess, work.held_out_events)
 

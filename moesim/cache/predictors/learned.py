@@ -24,7 +24,7 @@ from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
 
 RIDGE = 10.0
-MAX_FIT_TOKENS = 32_768
+MAX_FIT_TOKENS = 16_384
 
 
 class Learned:

@@ -7,6 +7,7 @@ expert e of layer l follows expert e' of layer l - depth for the same token.
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
 from moesim.cache.events import Stream, layer_ids
 from moesim.cache.predictors.base import Scores, check_depth, multi_hot, source_layer
@@ -34,13 +35,25 @@ class PreviousLayer:
         tokens = requests.token_idx
         for layer in range(1, trace.num_layers):
             source = source_layer(layer, self.depth)
-            before = multi_hot(np.asarray(trace.expert_ids[:, source])[tokens], num)
-            after = multi_hot(np.asarray(trace.expert_ids[:, layer])[tokens], num)
-            pairs = before.T.astype(np.float64) @ after
-            seen = before.sum(axis=0, dtype=np.float64)[:, None]
+            before = np.asarray(trace.expert_ids[:, source])[tokens].astype(np.int64)
+            after = np.asarray(trace.expert_ids[:, layer])[tokens].astype(np.int64)
+            pairs = _count_pairs(before, after, num)
+            seen = np.bincount(before[before >= 0], minlength=num)[:, None]
             self._given[layer] = (pairs + PSEUDO_TOKENS * share[layer]) / (seen + PSEUDO_TOKENS)
 
     def scores(self, trace: Trace, stream: Stream, layer_idx: int) -> Scores:
         source = source_layer(layer_idx, self.depth)
         hot = multi_hot(layer_ids(trace, stream, source), trace.num_experts)
         return np.asarray(hot @ self._given[layer_idx] / trace.top_k, np.float32)
+
+
+@njit(cache=True)
+def _count_pairs(before, after, num_experts):  # type: ignore[no-untyped-def]
+    """[E, E]: tokens that chose e' before and e after."""
+    pairs = np.zeros((num_experts, num_experts))
+    for t in range(len(before)):
+        for a in before[t]:
+            for b in after[t]:
+                if a >= 0 and b >= 0:
+                    pairs[a, b] += 1.0
+    return pairs

@@ -1,0 +1,239 @@
+"""`moesim cache`: what stays in GPU memory when not all experts fit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moesim.errors import InputError
+
+if TYPE_CHECKING:
+    from moesim.cache.compare import Result
+    from moesim.cache.job import CacheJob
+
+DEFAULT_GPU = "l40s"
+
+
+def cache(
+    trace: Annotated[
+        str, typer.Option(help="Trace file, trace directory, or sample:NAME.", metavar="TRACE")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Preset or config.json; default: the one the trace names.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="GPU type; moesim topology list names them.")] = (
+        DEFAULT_GPU
+    ),
+    hbm: Annotated[
+        float | None,
+        typer.Option(help="GB of GPU memory for the model.", show_default="the GPU's"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Requests decoded at once.", min=1)] = 1,
+    context: Annotated[int, typer.Option(help="Tokens of context a request.", min=0)] = 2048,
+    policy: Annotated[
+        str, typer.Option(help="static, lru, lfu, lfru, score, activation; auto tries all.")
+    ] = "auto",
+    prefetch: Annotated[
+        str,
+        typer.Option(
+            help="none, popularity, previous-layer, token-id, history, learned, oracle; auto tries"
+            " those that a server could run."
+        ),
+    ] = "auto",
+    cpu: Annotated[
+        str, typer.Option(help="Let the CPU compute missing experts: on, off; auto tries both.")
+    ] = "auto",
+    expert_dtype: Annotated[
+        str | None, typer.Option(help="Store experts as this type, such as int4 or fp8.")
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Mixed precision: average bits an expert, from widths 1, 2 and 3."),
+    ] = None,
+    bit_errors: Annotated[
+        Path | None,
+        typer.Option(help=".npy of quantisation errors [layers, experts, 3]; default: 4^-bits."),
+    ] = None,
+    dram: Annotated[float | None, typer.Option(help="GB of host memory for experts.")] = None,
+    dram_gb_per_s: Annotated[
+        float | None, typer.Option(help="Rate at which the CPU reads experts.")
+    ] = None,
+    cpu_tflops: Annotated[float | None, typer.Option(help="CPU rate on an expert.")] = None,
+    nvme_gb_per_s: Annotated[
+        float | None, typer.Option(help="Read rate of NVMe, for experts beyond --dram.")
+    ] = None,
+    ilp: Annotated[
+        bool, typer.Option("--ilp", help="Solve the slots by integer program, with its bound.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Decode steps simulated in each set.", min=16)] = 1024,
+    seed: Annotated[int, typer.Option(help="Same seed, same plan.", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Cache plan file to write.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Tokens per second against HBM (PNG, SVG, PDF).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Plan expert offloading: slots a layer, pinned experts, policy, prefetch, CPU.
+
+    A quarter of the trace's requests gives frequencies and fits predictors, a quarter chooses, and
+    every figure printed comes from the other half.
+
+    Example: moesim cache --trace sample:debian-moe --hbm 1.3 --plot cache.png
+    """
+    from moesim.cache.job import CacheOptions, run_cache
+    from moesim.trace.format import load_token_trace
+
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
+    for target in (out, plot):
+        if target is not None and not target.resolve().parent.is_dir():
+            raise InputError(
+                f"cannot write {target}: there is no folder {target.parent}",
+                "name a file in a folder that exists",
+            )
+    host = {
+        "dram_gb": dram,
+        "dram_gb_per_s": dram_gb_per_s,
+        "cpu_tflops": cpu_tflops,
+        "nvme_gb_per_s": nvme_gb_per_s,
+    }
+    options = CacheOptions(
+        model=model,
+        gpu=gpu,
+        hbm_gb=hbm,
+        batch_size=batch,
+        context_tokens=context,
+        policy=policy,
+        prefetch=prefetch,
+        cpu=cpu,
+        expert_dtype=expert_dtype,
+        average_bits=bits,
+        bit_errors=bit_errors,
+        host={name: value for name, value in host.items() if value is not None},
+        max_steps=steps,
+        seed=seed,
+        sweep=plot is not None,
+    )
+    job = run_cache(load_token_trace(trace, "moesim cache"), options, _say)
+    exact = _solve(job) if ilp else None
+    if out is not None:
+        job.plan.save(out)
+    if plot is not None and job.sweep is not None:
+        from moesim.report.cache_plot import plot_speed_by_memory
+
+        title = f"{job.plan.model}, {job.plan.gpu}, batch {batch}, {context} tokens of context"
+        plot_speed_by_memory(job.sweep, job.request.hbm_gb, title, plot)
+    if as_json:
+        data = job.to_dict()
+        if exact is not None:
+            data["ilp"] = exact
+        typer.echo(json.dumps(data, indent=1))
+        return
+    _print(job, exact)
+    for target, what in ((out, "plan"), (plot, "plot")):
+        if target is not None:
+            typer.echo(f"{what} written to {target}")
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text} ...", end="", file=sys.stderr, flush=True)
+        if not text:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _solve(job: CacheJob) -> dict[str, Any]:
+    """The integer program for the slots beside what the plan's own method found."""
+    from moesim.cache.slots import allocate_slots
+    from moesim.solvers.ilp.cache import solve_slots
+
+    _say("integer program")
+    slots = job.planned.memory.num_slots
+    found = solve_slots(job.planned.curves.cost, slots)
+    _, own = allocate_slots(job.planned.curves.cost, slots)
+    _say("")
+    return {
+        "objective": "seconds of misses a token, on the requests that chose the plan",
+        "status": found.status,
+        "dynamic_programming": own,
+        "integer_program": found.objective,
+        "bound": found.bound,
+    }
+
+
+def _print(job: CacheJob, exact: dict[str, Any] | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    _say("")
+    for note in job.notes:
+        print(f"note: {note}", file=sys.stderr)
+    plan, memory = job.plan, job.planned.memory
+    typer.echo(
+        f"{plan.model} on {plan.gpu}: {job.request.hbm_gb:g} GB hold {memory.num_slots} of"
+        f" {memory.num_experts} experts of {memory.slot_bytes / 1e6:.1f} MB beside"
+        f" {memory.dense_bytes / 1e9:.2f} GB of dense weights, {memory.kv_bytes / 1e9:.2f} GB of KV"
+        f" cache and {memory.workspace_bytes / 1e9:.1f} GB of workspace"
+    )
+    if memory.everything_fits:
+        typer.echo("everything fits: all experts stay in HBM, no cache is needed")
+    else:
+        pinned = [len(row) for row in plan.pinned]
+        prefetch = plan.prefetch
+        typer.echo(
+            f"policy {plan.policy}; {sum(plan.slots)} slots, {min(plan.slots)} to"
+            f" {max(plan.slots)} a layer; {sum(pinned)} experts pinned;"
+            f" CPU {'computes misses' if plan.cpu == 'auto' else 'unused'}; prefetch "
+            + (
+                "none"
+                if prefetch is None
+                else f"{prefetch.predictor}, {prefetch.depth} layers ahead, at most"
+                f" {prefetch.width} a layer of score {prefetch.min_score:g} or more"
+            )
+        )
+        if plan.nvme:
+            typer.echo(f"{sum(map(len, plan.nvme))} experts live on NVMe, the rest in DRAM")
+        if job.bits is not None:
+            typer.echo(job.bits)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("held-out requests", no_wrap=True)
+    for title in ("tokens/s", "hits", "prefetched", "on CPU", "MB/token"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in job.results:
+        table.add_row(*_cells(row))
+    table.add_row(
+        "offline bound (any policy)",
+        f"{job.bound_tokens_per_s:.1f}",
+        f"{job.bound_hit_rate:.1%}",
+        "",
+        "",
+        "",
+    )
+    console = Console()
+    if console.width < 90:
+        console = Console(width=90)
+    console.print(table)
+    if exact is not None:
+        typer.echo(
+            f"slots: {exact['dynamic_programming'] * 1e3:.4f} ms of misses a token by dynamic"
+            f" programming, {exact['integer_program'] * 1e3:.4f} by integer program"
+            f" ({exact['status']}), bound {exact['bound'] * 1e3:.4f}"
+        )
+    typer.echo(f"weakest figure behind this: {job.basis}")
+    for line in job.rate_notes:
+        typer.echo(f"  {line}")
+
+
+def _cells(row: Result) -> tuple[str, ...]:
+    return (
+        row.name,
+        f"{row.tokens_per_s:.1f}",
+        f"{row.hit_rate:.1%}",
+        f"{row.prefetch_hit_rate:.1%}",
+        f"{row.cpu_share:.1%}",
+        f"{row.bytes_per_token / 1e6:.1f}",
+    )
