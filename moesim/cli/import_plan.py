@@ -75,7 +75,8 @@ def import_plan(
         }
         typer.echo(json.dumps(summary, indent=2))
         return
+    nodes = "1 node" if placement.num_nodes == 1 else f"{placement.num_nodes} nodes"
     typer.echo(
         f"wrote {out}: {placement.num_layers} MoE layers, {placement.num_experts} experts in"
-        f" {placement.num_slots} slots on {placement.num_gpus} GPUs of {placement.num_nodes} nodes"
+        f" {placement.num_slots} slots on {placement.num_gpus} GPUs of {nodes}"
     )

@@ -58,7 +58,7 @@ def launch(plan: Plan, path: Path) -> list[str]:
         "enable_attention_dp: true",
         "moe_config:",
         "  backend: WIDEEP",
-        f"  load_balancer: {path}",
+        f"  load_balancer: {json.dumps(str(path))}",
         "EOF",
         f"trtllm-serve {shlex.quote(model_name(plan))} --tp_size {gpus} --ep_size {gpus}"
         " --extra_llm_api_options extra_llm_api_options.yaml",
