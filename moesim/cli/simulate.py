@@ -1,0 +1,120 @@
+"""`moesim simulate`: replay a trace through a plan on a cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesim.errors import InputError
+
+
+def simulate(
+    trace: Annotated[
+        str, typer.Option(help="Trace file, trace directory, or sample:NAME.", metavar="TRACE")
+    ],
+    plan: Annotated[
+        Path | None, typer.Option(help="Plan file; without one, the linear placement.")
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Cluster name or YAML file.", show_default="the plan's, or h100-sxm-ib"),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs.", show_default="the plan's", min=1)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Preset or config.json; default: the one the trace names.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Solvers to simulate beside, as linear,eplb.")
+    ] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="prefill or decode.", show_default="the plan's or trace's")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a step over all GPUs.", show_default="the plan's"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps to simulate.")] = 16,
+    fidelity: Annotated[
+        str, typer.Option(help="event: SimPy simulation; analytic: the closed form.")
+    ] = "event",
+    all_to_all: Annotated[
+        str | None,
+        typer.Option(
+            help="nccl, deepep, deepep_ll, nvlink, two-level or bi-level.",
+            show_default="by cluster and phase",
+        ),
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="Order of launch: see docs/simulator.md.")
+    ] = "sequential",
+    replica_policy: Annotated[
+        str | None,
+        typer.Option(help="split, hash or nearest.", show_default="the plan's"),
+    ] = None,
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(help="Context of every decode token.", show_default="its trace position"),
+    ] = None,
+    moe_only: Annotated[
+        bool, typer.Option("--moe-only", help="Leave out attention, gate and dense layers.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.", min=0)] = 0,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Chrome/Perfetto trace of the first steps to write.")
+    ] = None,
+    timeline_steps: Annotated[int, typer.Option(help="Steps in the timeline.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Replay held-out requests of a trace through a plan: time per step, where it goes, load of
+    GPUs and links.
+
+    Examples:
+      moesim simulate --trace sample:debian-moe --plan plan.json --compare linear,eplb
+      moesim simulate --trace sample:debian-moe --gpus 16 --timeline step.json
+    """
+    from moesim.cli.progress import progress_bar
+    from moesim.cli.simulate_input import choice, load_inputs, writable
+    from moesim.cli.simulate_print import print_report, report_json
+    from moesim.files import atomic_write
+    from moesim.planning.simulation import FIDELITIES, SimRequest
+    from moesim.planning.simulation import simulate as run
+
+    writable(timeline)
+    loaded = load_inputs(trace, plan, cluster, gpus, model)
+    request = SimRequest(
+        trace=loaded.trace,
+        cluster=loaded.cluster,
+        model=loaded.model,
+        plan=loaded.plan,
+        compare=tuple(n for n in (compare or "").split(",") if n),
+        phase=choice("phase", phase, ("prefill", "decode")),  # type: ignore[arg-type]
+        batch_tokens=batch_tokens,
+        num_steps=steps,
+        all_to_all=all_to_all,
+        schedule=schedule,
+        fidelity=choice("fidelity", fidelity, FIDELITIES),  # type: ignore[arg-type]
+        replica_policy=choice(  # type: ignore[arg-type]
+            "replica policy", replica_policy, ("split", "hash", "nearest")
+        ),
+        context_tokens=context_tokens,
+        home_ranks=not moe_only,
+        seed=seed,
+        timeline_steps=timeline_steps if timeline is not None else 0,
+    )
+    with progress_bar("simulating steps") as progress:
+        report = run(request, progress=progress)
+    if timeline is not None:
+        if report.timeline is None:
+            raise InputError("no timeline was made", "use --fidelity event")
+        atomic_write(timeline, report.timeline.to_json())
+        typer.echo(f"wrote {timeline} (open it at ui.perfetto.dev)", err=True)
+    report.defaults.update(loaded.defaults)
+    if as_json:
+        typer.echo(json.dumps(report_json(request, report), indent=1, allow_nan=False))
+        return
+    print_report(request, report)

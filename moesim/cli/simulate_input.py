@@ -1,0 +1,79 @@
+"""What `moesim simulate` reads, and the defaults it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moesim.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from moesim.cluster import Cluster
+    from moesim.modelspec import ModelSpec
+    from moesim.plan import Plan
+    from moesim.trace.format import Trace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """Loaded inputs and the defaults taken on the way."""
+
+    trace: Trace
+    plan: Plan | None
+    cluster: Cluster
+    model: ModelSpec
+    defaults: dict[str, str] = field(default_factory=dict)
+
+
+def load_inputs(
+    trace: str, plan: Path | None, cluster: str | None, gpus: int | None, model: str | None
+) -> Inputs:
+    """Read all files. The cluster defaults to the plan's by name, the GPUs to the plan's number."""
+    from moesim.cluster import DEFAULT_CLUSTER, cluster_names, load_cluster
+    from moesim.model import load_model
+    from moesim.plan import load_plan
+    from moesim.trace.format import load_token_trace
+
+    defaults: dict[str, str] = {}
+    loaded = load_token_trace(trace, "moesim simulate")
+    made = load_plan(plan) if plan is not None else None
+    if cluster is None:
+        planned = str(made.provenance.get("cluster", "")) if made is not None else ""
+        cluster = planned if planned in cluster_names() else DEFAULT_CLUSTER
+        defaults["cluster"] = cluster
+    if gpus is None and made is not None:
+        gpus = made.placement.num_gpus
+    name = model or (str(made.model) if made is not None and made.model else loaded.meta.model)
+    if not name:
+        raise InputError(
+            "the trace names no model, so its sizes are not known",
+            "name one with --model (a preset or a Hugging Face config.json)",
+        )
+    try:
+        spec = load_model(name)
+    except UnknownNameError:
+        if model is not None:
+            raise
+        raise InputError(
+            f"the trace is of {name!r}, whose sizes are not known",
+            "name a preset or a Hugging Face config.json with --model",
+        ) from None
+    return Inputs(loaded, made, load_cluster(cluster, num_gpus=gpus), spec, defaults)
+
+
+def choice(kind: str, value: str | None, known: tuple[str, ...]) -> str | None:
+    """`value` if it is known or None. Raises UnknownNameError."""
+    if value is not None and value not in known:
+        raise UnknownNameError(kind, value, known)
+    return value
+
+
+def writable(*targets: Path | None) -> None:
+    """Raise InputError before any work for an output whose folder does not exist."""
+    for target in targets:
+        if target is not None and not target.resolve().parent.is_dir():
+            raise InputError(
+                f"cannot write {target}: there is no folder {target.parent}",
+                "name a file in a folder that exists",
+            )

@@ -1,0 +1,133 @@
+"""Tables and JSON of `moesim simulate`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moesim.planning.simulation import SimReport, SimRequest
+    from moesim.sim.result import SimResult
+
+PARTS = (
+    "attention", "gate", "shared", "dense", "dispatch", "compute", "combine", "other", "waiting",
+)  # fmt: skip
+LABELS = {"compute": "routed experts", "other": "moving weights", "shared": "shared experts"}
+MAX_BARS = 16
+BAR = 20
+
+
+def report_json(request: SimRequest, report: SimReport) -> dict[str, Any]:
+    """What `--json` prints."""
+    links = report.models.links
+    first = next(iter(report.results.values()))
+    base = float(first.step_us.mean())
+    plans = {}
+    for name, result in report.results.items():
+        plans[name] = result.to_json(links)
+        plans[name]["relative_step"] = float(result.step_us.mean()) / base
+    return {
+        "model": request.model.name,
+        "cluster": request.cluster.name,
+        "num_gpus": request.cluster.num_gpus,
+        "num_nodes": request.cluster.num_nodes,
+        "phase": report.phase,
+        "batch_tokens": report.batch_tokens,
+        "num_requests": report.num_requests,
+        "held_out": True,
+        "seed": request.seed,
+        "basis": report.basis,
+        "predictions": list(report.notes),
+        "defaults": report.defaults,
+        "notices": list(report.notices),
+        **report.details,
+        "plans": plans,
+    }
+
+
+def print_report(request: SimRequest, report: SimReport) -> None:
+    """Tables on standard output, notices on standard error."""
+    from rich.console import Console
+
+    for notice in report.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    if report.defaults:
+        taken = "; ".join(f"{k}: {v}" for k, v in report.defaults.items())
+        typer.echo(f"defaults taken: {taken}")
+    cluster = request.cluster
+    first = next(iter(report.results.values()))
+    typer.echo(
+        f"{request.model.name} on {cluster.num_gpus} GPUs of {cluster.num_nodes}"
+        f" node{'s' if cluster.num_nodes > 1 else ''} of {cluster.name}: {len(first.step_us)}"
+        f" {report.phase} steps of {first.tokens.mean():.0f} tokens from {report.num_requests}"
+        f" held-out requests; {first.fidelity}, {first.schedule}, {first.exchange}"
+    )
+    console = Console(soft_wrap=True)
+    _print_steps(console, report)
+    _print_gpus(console, first)
+    _print_links(console, report, first)
+    typer.echo(f"times rest on {report.basis} figures: " + "; ".join(report.notes))
+
+
+def _print_steps(console: Console, report: SimReport) -> None:
+    from rich.table import Table
+
+    results = report.results
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("microseconds a step", no_wrap=True)
+    for name in results:
+        table.add_column(name, justify="right", no_wrap=True)
+    base = float(next(iter(results.values())).step_us.mean())
+    data = {name: r.to_json(report.models.links) for name, r in results.items()}
+    for key, label in (("mean", "step, mean"), ("p50", "step, p50"), ("p99", "step, p99")):
+        table.add_row(label, *(f"{d['step_us'][key]:,.1f}" for d in data.values()))
+    for part in PARTS:
+        values = [d["breakdown_us"].get(part, 0.0) for d in data.values()]
+        if max(values) > 0:
+            label = f"  {LABELS.get(part, part)}"
+            table.add_row(label, *(f"{value:,.1f}" for value in values))
+    if any(d["overlapped_us"] > 0 for d in data.values()):
+        row = (f"{d['overlapped_us']:,.1f}" for d in data.values())
+        table.add_row("  (communication hidden)", *row)
+    if len(results) > 1:
+        table.add_row(
+            "relative to the first", *(f"{d['step_us']['mean'] / base:.3f}" for d in data.values())
+        )
+    table.add_row("balancedness", *(f"{d['balancedness']:.3f}" for d in data.values()))
+    table.add_row("tokens/s", *(f"{d['tokens_per_s']:,.0f}" for d in data.values()))
+    for name in next(iter(data.values()))["bytes_by_link_class"]:
+        row = (f"{d['bytes_by_link_class'].get(name, 0.0) / 1e6:,.2f}" for d in data.values())
+        table.add_row(f"MB a step over {name}", *row)
+    console.print(table)
+
+
+def _print_gpus(console: Console, result: SimResult) -> None:
+    busy = result.gpu_busy.mean(axis=0)
+    if len(busy) > MAX_BARS:
+        console.print(
+            f"GPU busy: mean {busy.mean():.1%}, least {busy.min():.1%} (GPU {int(busy.argmin())}),"
+            f" most {busy.max():.1%} (GPU {int(busy.argmax())})"
+        )
+        return
+    console.print("GPU busy with kernels")
+    for gpu, share in enumerate(busy.tolist()):
+        console.print(f"  GPU {gpu:<3} {share:6.1%} {'#' * round(share * BAR)}", highlight=False)
+
+
+def _print_links(console: Console, report: SimReport, result: SimResult) -> None:
+    from rich.table import Table
+
+    rows = result.busiest_links(report.models.links)
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("busiest links", no_wrap=True)
+    for title in ("class", "busy", "GB/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["link"], row["class"], f"{row['busy']:.1%}", f"{row['gb_per_s']:.1f}")
+    console.print(table)

@@ -1,0 +1,288 @@
+"""From a trace, a plan and a cluster to simulated steps of the plan and of its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from moesim.cost.curves import weakest
+from moesim.errors import InputError, MismatchError
+from moesim.plan import Placement, Plan, ReplicaPolicy
+from moesim.planning.baselines import capacity_of, place_by_counts
+from moesim.planning.make import DEFAULT_BATCH_TOKENS
+from moesim.planning.tuning import tuning_counts
+from moesim.sim.analytic import run_analytic
+from moesim.sim.collectives.registry import build_exchange
+from moesim.sim.event import run_event
+from moesim.sim.home import HomeModel
+from moesim.sim.prepare import Models
+from moesim.sim.result import SimResult
+from moesim.sim.schedules.registry import get_schedule
+from moesim.sim.timeline import Timeline
+from moesim.trace.batches import (
+    Batches,
+    Phase,
+    RequestIndex,
+    draw_batches,
+    index_requests,
+    split_requests,
+)
+from moesim.trace.format import DECODE, PREFILL, Trace
+
+if TYPE_CHECKING:
+    from moesim.cluster import Cluster
+    from moesim.modelspec import ModelSpec
+
+Fidelity = Literal["analytic", "event"]
+FIDELITIES: tuple[Fidelity, ...] = ("analytic", "event")
+DEFAULT_STEPS = 16
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SimRequest:
+    """What to simulate; None means the stated default.
+
+    plan: None for the linear placement. compare: solvers whose placements are simulated beside,
+    with as many slots. home_ranks: whether attention, gate and dense layers count.
+    """
+
+    trace: Trace
+    cluster: Cluster
+    model: ModelSpec
+    plan: Plan | None = None
+    compare: tuple[str, ...] = ()
+    phase: Phase | None = None
+    batch_tokens: int | None = None
+    num_steps: int = DEFAULT_STEPS
+    all_to_all: str | None = None
+    schedule: str = "sequential"
+    fidelity: Fidelity = "event"
+    replica_policy: ReplicaPolicy | None = None
+    context_tokens: int | None = None
+    home_ranks: bool = True
+    seed: int = 0
+    timeline_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SimReport:
+    """Results by placement, the plan (or linear) first; defaults and notices as in `PlanResult`."""
+
+    results: dict[str, SimResult]
+    models: Models
+    phase: Phase
+    batch_tokens: int
+    num_requests: int
+    defaults: dict[str, str]
+    notices: tuple[str, ...]
+    basis: str
+    notes: tuple[str, ...]
+    timeline: Timeline | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimReport:
+    """Simulate steps of held-out requests through the plan and through what it is compared with.
+
+    Raises MismatchError where trace, plan, model and cluster do not belong together,
+    UnknownNameError for names and InputError for numbers that cannot be used.
+    """
+    trace, model = request.trace, request.model
+    defaults: dict[str, str] = {}
+    notices: list[str] = []
+    check_model(trace, model, notices)
+    phase, batch_tokens = _workload(request, defaults)
+    models, notes = _models(request, phase, defaults)
+    placements, held_out = _placements(request, phase, batch_tokens, defaults, notices)
+    batches = _batches(request, held_out, phase, batch_tokens, notices)
+    timeline = None
+    if request.timeline_steps:
+        if request.fidelity == "analytic":
+            raise InputError("a timeline of the analytic cost", "use --fidelity event")
+        timeline = Timeline(models.links, models.num_gpus, request.timeline_steps)
+    results: dict[str, SimResult] = {}
+    total = len(placements) * len(batches)
+    for i, (name, placement) in enumerate(placements.items()):
+        tick = _shifted(progress, i * len(batches), total)
+        if request.fidelity == "analytic":
+            results[name] = run_analytic(models, trace, batches, placement, progress=tick)
+            continue
+        results[name] = run_event(
+            models,
+            get_schedule(request.schedule),
+            trace,
+            batches,
+            placement,
+            timeline=timeline if i == 0 else None,
+            progress=tick,
+        )
+    home = [models.home.basis] if models.home is not None else []
+    return SimReport(
+        results,
+        models,
+        phase,
+        batch_tokens,
+        len(held_out.ids),
+        defaults,
+        tuple(notices),
+        weakest(models.step.basis, *home),
+        notes,
+        timeline,
+    )
+
+
+def check_model(trace: Trace, model: ModelSpec, notices: list[str]) -> None:
+    """Raise MismatchError unless the trace can be of `model`; note layers it does not cover."""
+    meta = trace.meta
+    have = (meta.num_layers, meta.num_experts, meta.top_k)
+    want = (model.num_moe_layers, model.num_experts, model.top_k)
+    if have[1:] != want[1:] or have[0] > want[0]:
+        raise MismatchError(
+            f"the trace has {have[0]} MoE layers, {have[1]} experts, top-{have[2]}; {model.name}"
+            f" has {want[0]}, {want[1]}, top-{want[2]}",
+            "name the model that the trace was captured from with --model",
+        )
+    if have[0] < want[0]:
+        notices.append(
+            f"the trace covers {have[0]} of {model.name}'s {want[0]} MoE layers: a step is those"
+        )
+
+
+def check_plan(plan: Plan, trace: Trace, cluster: Cluster) -> None:
+    """Raise MismatchError unless `plan` fits the trace and the cluster."""
+    placement = plan.placement
+    have = (trace.num_layers, trace.num_experts)
+    want = (placement.num_layers, placement.num_experts)
+    names = (plan.model, trace.meta.model)
+    if have != want or (all(names) and names[0] != names[1]):
+        raise MismatchError(
+            f"the plan is for {names[0] or 'a model'} ({want[0]} MoE layers, {want[1]} experts),"
+            f" the trace is of {names[1] or 'a model'} ({have[0]} layers, {have[1]} experts)",
+            "use a trace and a plan of the same model",
+        )
+    size = (placement.num_gpus, placement.num_nodes)
+    if size != (cluster.num_gpus, cluster.num_nodes):
+        raise MismatchError(
+            f"the plan is for {size[0]} GPUs in {size[1]} nodes, {cluster.name} has"
+            f" {cluster.num_gpus} in {cluster.num_nodes}",
+            "use --gpus and --cluster as the plan was made for, or make a new plan",
+        )
+
+
+def _workload(request: SimRequest, defaults: dict[str, str]) -> tuple[Phase, int]:
+    made_for = request.plan.evaluation if request.plan is not None else {}
+    phases = np.asarray(request.trace.phases)
+    phase = request.phase
+    if phase is None:
+        phase = made_for.get("phase")
+        if phase not in ("prefill", "decode"):
+            phase = "prefill" if (phases == PREFILL).any() else "decode"
+        share = float((phases == DECODE).mean())
+        defaults["phase"] = f"{phase} ({share:.0%} of the trace's tokens are decode)"
+    batch_tokens = request.batch_tokens
+    if batch_tokens is None:
+        planned = made_for.get("batch_tokens") if made_for.get("phase") == phase else None
+        batch_tokens = planned if isinstance(planned, int) else DEFAULT_BATCH_TOKENS[phase]
+        defaults["batch tokens"] = f"{batch_tokens} over all GPUs"
+    if not 1 <= batch_tokens <= 1 << 24:
+        raise InputError(f"--batch-tokens {batch_tokens}", "give the tokens of one step")
+    if not 1 <= request.num_steps <= 1 << 20:
+        raise InputError(f"--steps {request.num_steps}", "give at least 1")
+    if request.context_tokens is not None and not 1 <= request.context_tokens <= 1 << 30:
+        raise InputError(f"--context-tokens {request.context_tokens}", "give at least 1")
+    if request.fidelity == "analytic" and request.schedule != "sequential":
+        raise InputError(
+            f"schedule {request.schedule} has no closed form here", "use --fidelity event"
+        )
+    return phase, batch_tokens
+
+
+def _models(
+    request: SimRequest, phase: Phase, defaults: dict[str, str]
+) -> tuple[Models, tuple[str, ...]]:
+    cluster, model = request.cluster, request.model
+    step, links, exchange = build_exchange(request.all_to_all, cluster, model, phase=phase)
+    notes = list(step.notes)
+    home = None
+    if request.home_ranks:
+        home = HomeModel(cluster, model, request.trace.meta.layer_ids)
+        notes.append(f"attention, gate and dense layers: {home.basis}")
+    policy = request.replica_policy
+    if policy is None:
+        policy = request.plan.replica_policy if request.plan is not None else "split"
+    models = Models(cluster, step, links, exchange, home, policy, request.context_tokens)
+    if request.all_to_all is None:
+        defaults["all-to-all"] = f"{models.exchange_name}, messages deduplicated per {step.dedup}"
+    return models, tuple(notes)
+
+
+def _placements(
+    request: SimRequest,
+    phase: Phase,
+    batch_tokens: int,
+    defaults: dict[str, str],
+    notices: list[str],
+) -> tuple[dict[str, Placement], RequestIndex]:
+    trace, cluster = request.trace, request.cluster
+    index, notice = index_requests(trace, phase)
+    if notice:
+        notices.append(notice)
+    tune, held_out = split_requests(index)
+    names = list(request.compare)
+    out: dict[str, Placement] = {}
+    if request.plan is not None:
+        check_plan(request.plan, trace, cluster)
+        made_from = request.plan.provenance.get("trace")
+        if made_from is not None and made_from != trace.content_hash():
+            notices.append("the plan was made from another trace than this one")
+        out["plan"] = request.plan.placement
+        capacity = capacity_of(request.plan.placement)
+    else:
+        per_gpu, over = divmod(trace.num_experts, cluster.num_gpus)
+        if not per_gpu:
+            raise InputError(
+                f"{trace.num_experts} experts on {cluster.num_gpus} GPUs: some would hold none",
+                f"use at most {trace.num_experts} GPUs, or a plan with redundant experts",
+            )
+        capacity = np.full(cluster.num_gpus, per_gpu, np.int64)
+        capacity[:over] += 1
+        names = ["linear", *(n for n in names if n != "linear")]
+        defaults["placement"] = "linear (no --plan)"
+    if names:
+        counts = tuning_counts(trace, tune, phase, batch_tokens, request.seed)
+        for name in dict.fromkeys(names):
+            out[name] = place_by_counts(
+                name,
+                counts,
+                capacity,
+                cluster,
+                num_groups=request.model.n_group,
+                seed=request.seed,
+            )
+    return out, held_out
+
+
+def _batches(
+    request: SimRequest,
+    held_out: RequestIndex,
+    phase: Phase,
+    batch_tokens: int,
+    notices: list[str],
+) -> Batches:
+    batches = draw_batches(held_out, phase, batch_tokens, request.num_steps, request.seed + 1)
+    filled = float(np.diff(batches.indptr).mean())
+    if filled < 0.9 * batch_tokens:
+        notices.append(
+            f"the held-out requests fill steps of {filled:.0f} tokens only, {batch_tokens} asked"
+        )
+    return replace(batches, batch_tokens=batch_tokens)
+
+
+def _shifted(progress: Progress | None, done: int, total: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda now, _: progress(done + now, total)

@@ -1,0 +1,121 @@
+"""The closed form of the sequential schedule, batch by batch (C5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.cost.routing import home_ranks
+from moesim.metrics import balancedness
+from moesim.plan import Placement
+from moesim.sim.engine import CATEGORIES, COMPUTE_CATEGORIES
+from moesim.sim.prepare import Models, Prepared, prepare
+from moesim.sim.result import SimResult
+from moesim.trace.batches import Batches
+from moesim.trace.format import Trace
+
+FloatArray = npt.NDArray[np.float64]
+MAX_CELLS = 20_000_000
+Progress = Callable[[int, int], None]
+
+
+def run_analytic(
+    models: Models,
+    trace: Trace,
+    batches: Batches,
+    placement: Placement,
+    *,
+    progress: Progress | None = None,
+) -> SimResult:
+    """Cost every batch of `batches` in closed form; the event simulation of the sequential
+    schedule gives the same figures when nothing else happens (INV-8)."""
+    gpus, layers = models.num_gpus, trace.num_layers
+    each = max(1, MAX_CELLS // (layers * max(gpus * gpus, models.links.num_links)))
+    parts: list[SimResult] = []
+    for start in range(0, len(batches), each):
+        stop = min(start + each, len(batches))
+        span = slice(int(batches.indptr[start]), int(batches.indptr[stop]))
+        some = Batches(
+            batches.token_idx[span],
+            batches.indptr[start : stop + 1] - batches.indptr[start],
+            batches.phase,
+            batches.batch_tokens,
+        )
+        home = home_ranks(trace, some, gpus)
+        parts.append(closed_form(models, prepare(models, trace, some, placement, home)))
+        if progress is not None:
+            progress(stop, len(batches))
+    return joined(parts)
+
+
+def closed_form(models: Models, ready: Prepared) -> SimResult:
+    """The figures of every batch of `ready`."""
+    home = ready.home
+    experts = ready.expert_us
+    num_layers, gpus = experts.shape[1:]
+    before = home.attention_us + (home.gate_us + home.shared_us)[:, None, :]
+    before[:, 0] += home.dense_us
+    dispatch = sum((s.us for s in ready.dispatch), np.zeros(experts.shape[:2])).sum(axis=1)
+    combine = sum((s.us for s in ready.combine), np.zeros(experts.shape[:2])).sum(axis=1)
+    step = before.max(axis=2).sum(axis=1) + experts.max(axis=2).sum(axis=1) + dispatch + combine
+    of_gpu = {
+        "attention": home.attention_us.sum(axis=1),
+        "gate": home.gate_us * num_layers,
+        "shared": home.shared_us * num_layers,
+        "dense": home.dense_us,
+        "compute": experts.sum(axis=1),
+    }
+    kernels = sum((of_gpu[name] for name in COMPUTE_CATEGORIES), np.zeros((len(step), gpus)))
+    parts = np.zeros((len(step), len(CATEGORIES)))
+    for i, name in enumerate(CATEGORIES):
+        if name in of_gpu:
+            parts[:, i] = of_gpu[name].mean(axis=1)
+    parts[:, CATEGORIES.index("dispatch")] = dispatch
+    parts[:, CATEGORIES.index("combine")] = combine
+    link_bytes = np.zeros(models.links.num_links)
+    busy = np.zeros(models.links.num_links)
+    for stage in (*ready.dispatch, *ready.combine):
+        carried = stage.link_bytes.sum(axis=(0, 1))
+        link_bytes += carried
+        busy += carried * stage.us_per_byte
+    return SimResult(
+        fidelity="analytic",
+        schedule="sequential",
+        exchange=models.exchange_name,
+        step_us=step,
+        parts_us=parts,
+        waiting_us=np.maximum(step - parts.sum(axis=1), 0.0),
+        overlapped_us=np.zeros(len(step)),
+        gpu_busy=kernels / np.maximum(step, 1e-300)[:, None],
+        link_bytes=link_bytes,
+        link_busy_us=busy,
+        tokens=ready.routed.num_tokens,
+        balancedness=balancedness(ready.routed.gpu_tokens(gpus), models.step.speed).mean(axis=1),
+        elapsed_us=float(step.sum()),
+    )
+
+
+def joined(parts: list[SimResult]) -> SimResult:
+    """Results of consecutive steps as one."""
+    if len(parts) == 1:
+        return parts[0]
+    per_step = (
+        "step_us", "parts_us", "waiting_us", "overlapped_us", "gpu_busy", "tokens", "balancedness",
+    )  # fmt: skip
+    stacked: dict[str, Any] = {
+        name: np.concatenate([getattr(p, name) for p in parts]) for name in per_step
+    }
+    first = parts[0]
+    return SimResult(
+        fidelity=first.fidelity,
+        schedule=first.schedule,
+        exchange=first.exchange,
+        link_bytes=sum((p.link_bytes for p in parts), np.zeros_like(first.link_bytes)),
+        link_busy_us=sum((p.link_busy_us for p in parts), np.zeros_like(first.link_busy_us)),
+        elapsed_us=sum(p.elapsed_us for p in parts),
+        num_events=sum(p.num_events for p in parts),
+        **stacked,
+    )

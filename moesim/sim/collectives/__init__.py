@@ -1,0 +1,1 @@
+"""Ways to send tokens to their experts and back, one file each."""

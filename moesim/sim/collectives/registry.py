@@ -1,0 +1,60 @@
+"""Exchanges by the name that `--all-to-all` takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moesim.cost.step import KINDS_OF, StepModel, build_step_model, calibration_of_gpu
+from moesim.errors import InputError, UnknownNameError
+from moesim.sim.collectives.base import Exchange
+from moesim.sim.collectives.bi_level import BiLevel
+from moesim.sim.collectives.flat import Flat
+from moesim.sim.collectives.two_level import TwoLevel
+from moesim.sim.links import LinkTable, link_table
+
+if TYPE_CHECKING:
+    from moesim.cluster import Cluster
+    from moesim.modelspec import ModelSpec
+
+HIERARCHICAL: dict[str, type[TwoLevel] | type[BiLevel]] = {
+    "two-level": TwoLevel,
+    "bi-level": BiLevel,
+}
+NAMES = (*KINDS_OF, *HIERARCHICAL)
+
+
+def build_exchange(
+    name: str | None, cluster: Cluster, model: ModelSpec, **options: Any
+) -> tuple[StepModel, LinkTable, Exchange]:
+    """The step model, the links and the exchange called `name`; None takes the step model's own
+    default. `options` go to `build_step_model`.
+
+    Raises UnknownNameError for another name, InputError for a hierarchical exchange on one node.
+    """
+    if name is not None and name not in NAMES:
+        raise UnknownNameError("all-to-all", name, NAMES)
+    if name is None or name in KINDS_OF:
+        step = build_step_model(cluster, model, all_to_all=name, **options)  # type: ignore[arg-type]
+        links = link_table(cluster, step)
+        return step, links, Flat(step, links)
+    if cluster.num_nodes < 2:
+        raise InputError(
+            f"{name} all-to-all on one node of {cluster.num_gpus} GPUs",
+            "it has a stage between nodes: use more GPUs, or --all-to-all nccl",
+        )
+    kind = HIERARCHICAL[name]
+    step = build_step_model(cluster, model, all_to_all="nccl", dedup=kind.dedup, **options)
+    links = link_table(cluster, step)
+    slowest = min(cluster.gpus, key=lambda gpu: gpu.nvlink_gb_per_s)
+    same = len({gpu.name for gpu in cluster.gpus}) == 1
+    calibration = calibration_of_gpu(slowest, cluster.calibration, same)
+    nics = links.line_gb_per_s[[c == "nic" for c in links.classes]]
+    per_node = cluster.gpus_per_node
+    intra = calibration.collective("all_to_all_v", per_node, 1)
+    inter = calibration.collective(
+        "all_to_all_v",
+        cluster.num_nodes,
+        cluster.num_nodes,
+        nic_gb_per_s=float(nics.min()) if len(nics) else None,
+    )
+    return step, links, kind(step, links, intra, inter, cluster.num_nodes)

@@ -1,0 +1,153 @@
+"""What a token's home rank computes: attention, gate, shared experts, dense layers, output head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.cost.curves import Basis, weakest
+from moesim.cost.dense import DenseModel
+from moesim.cost.step import calibration_of_gpu
+
+if TYPE_CHECKING:
+    from moesim.cluster import Cluster
+    from moesim.modelspec import ModelSpec
+    from moesim.trace.batches import Batches
+    from moesim.trace.format import Trace
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """What every rank has of a batch.
+
+    tokens:  [B, G] tokens. count, length: [B, G], so many sequences of that length (context of a
+    decode step, prompt tokens of prefill) stand for the rank's sequences. heads: [B, G] rows that
+    go through the output head.
+    """
+
+    tokens: FloatArray
+    count: FloatArray
+    length: FloatArray
+    heads: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HomeTimes:
+    """Microseconds of each rank's own work: attention_us [B, L, G] by MoE layer, gate_us and
+    shared_us [B, G] in each MoE layer, dense_us [B, G] once a step (dense layers, output head)."""
+
+    attention_us: FloatArray
+    gate_us: FloatArray
+    shared_us: FloatArray
+    dense_us: FloatArray
+
+
+def rank_rows(
+    trace: Trace,
+    batches: Batches,
+    home: npt.NDArray[np.int32],
+    num_gpus: int,
+    context_tokens: int | None = None,
+) -> Rows:
+    """Sequences of every rank.
+
+    decode: one sequence a token; its context is its position in the trace plus one, or
+    `context_tokens`. prefill: the tokens of one request on one rank are a prompt of their own
+    (what they would attend to elsewhere is left out); prompts of unequal lengths are replaced by
+    equal ones with the same number of tokens and of query-key pairs.
+    """
+    lengths = np.diff(batches.indptr)
+    cell = np.repeat(np.arange(len(batches)), lengths) * num_gpus + home
+    shape = (len(batches), num_gpus)
+    cells = len(batches) * num_gpus
+    tokens = np.bincount(cell, minlength=cells).astype(np.float64)
+    if batches.phase == "decode":
+        context = np.asarray(trace.positions, np.int64)[batches.token_idx] + 1.0
+        if context_tokens is not None:
+            context[:] = context_tokens
+        total = np.bincount(cell, weights=context, minlength=cells)
+        mean = np.divide(total, tokens, out=np.zeros(cells), where=tokens > 0)
+        whole = tokens.reshape(shape)
+        return Rows(whole, whole, mean.reshape(shape), whole)
+    request = np.asarray(trace.request_ids, np.int64)[batches.token_idx]
+    prompts, size = np.unique(np.stack([cell, request]), axis=1, return_counts=True)
+    of_cell = prompts[0]
+    pairs = np.bincount(of_cell, weights=size.astype(np.float64) ** 2, minlength=cells)
+    length = np.divide(pairs, tokens, out=np.zeros(cells), where=tokens > 0)
+    count = np.divide(tokens, length, out=np.zeros(cells), where=length > 0)
+    heads = np.bincount(of_cell, minlength=cells).astype(np.float64)
+    return Rows(
+        tokens.reshape(shape), count.reshape(shape), length.reshape(shape), heads.reshape(shape)
+    )
+
+
+class HomeModel:
+    """Times of the home ranks of one model on one cluster, from the calibrations of its GPUs.
+
+    Assumes attention data-parallel (each rank computes its own tokens whole). Ignored: norms,
+    rotary embedding, sampling, the router's top-k, copies between kernels.
+    """
+
+    def __init__(self, cluster: Cluster, model: ModelSpec, layer_ids: tuple[int, ...]) -> None:
+        self.model = model
+        self.layer_ids = layer_ids
+        self.speed = np.asarray(cluster.speed_factor, np.float64)
+        types = list(dict.fromkeys(gpu.name for gpu in cluster.gpus))
+        spec = {gpu.name: gpu for gpu in cluster.gpus}
+        self.types: list[DenseModel] = [
+            calibration_of_gpu(spec[name], cluster.calibration, len(types) == 1).dense
+            for name in types
+        ]
+        self.type_of_gpu = np.array([types.index(gpu.name) for gpu in cluster.gpus])
+        self.basis: Basis = weakest(*(dense.basis for dense in self.types))
+
+    def times(self, rows: Rows, phase: str) -> HomeTimes:
+        """Times for `rows`, [B, ...]."""
+        batches, gpus = rows.tokens.shape
+        model, spec = self.model, self.model.attention
+        full, windowed = np.zeros((2, batches, gpus))
+        linear, gate, shared, dense_ffn, head = np.zeros((5, batches, gpus))
+        hidden, dtype = model.hidden_size, model.dense_dtype
+        for kind, dense in enumerate(self.types):
+            at = np.flatnonzero(self.type_of_gpu == kind)
+            tokens, count, length = rows.tokens[:, at], rows.count[:, at], rows.length[:, at]
+            layer = dense.decode_us if phase == "decode" else dense.prefill_us
+            full[:, at] = layer(count, length, spec, hidden, dense_dtype=dtype)
+            if spec.window_tokens:
+                windowed[:, at] = layer(
+                    count, length, spec, hidden, dense_dtype=dtype, window=spec.window_tokens
+                )
+            if spec.linear_layer_ids:
+                width = max(1, spec.linear_layer_params // hidden)
+                linear[:, at] = dense.gemm_us(tokens, width, hidden, dtype)
+            gate[:, at] = dense.gemm_us(tokens, model.num_experts, hidden)
+            shared[:, at] = self._ffn_us(dense, tokens, model.shared_intermediate_size)
+            dense_ffn[:, at] = self._ffn_us(dense, tokens, model.dense_intermediate_size)
+            head[:, at] = dense.gemm_us(rows.heads[:, at], model.vocab_size, hidden)
+
+        def attention(layer_id: int) -> FloatArray:
+            if layer_id in spec.linear_layer_ids:
+                return linear
+            return windowed if layer_id in spec.window_layer_ids else full
+
+        per_layer = np.stack([attention(i) for i in self.layer_ids], axis=1)
+        dense_layers = set(range(model.num_hidden_layers)) - set(model.moe_layer_ids)
+        once = head + sum((attention(i) + dense_ffn for i in sorted(dense_layers)), 0.0)
+        return HomeTimes(
+            per_layer / self.speed, gate / self.speed, shared / self.speed, once / self.speed
+        )
+
+    def _ffn_us(self, dense: DenseModel, tokens: FloatArray, width: int) -> FloatArray:
+        """A gated feed-forward part of `width`: one GEMM up (gate and up together), one down."""
+        model = self.model
+        if not width:
+            return np.zeros_like(tokens)
+        up = dense.gemm_us(
+            tokens, (model.ffn_matrices - 1) * width, model.hidden_size, model.dense_dtype
+        )
+        return up + dense.gemm_us(tokens, model.hidden_size, width, model.dense_dtype)

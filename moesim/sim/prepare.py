@@ -1,0 +1,158 @@
+"""From tokens and a placement to the numbers of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.cost.routing import Routed, home_ranks, route
+from moesim.cost.step import StepModel
+from moesim.plan import Placement, ReplicaPolicy
+from moesim.sim.collectives.base import Exchange, Stage
+from moesim.sim.home import HomeModel, HomeTimes, rank_rows
+from moesim.sim.links import LinkTable
+from moesim.sim.work import Chunk, HomeWork, StepWork
+from moesim.trace.batches import Batches
+
+if TYPE_CHECKING:
+    from moesim.cluster import Cluster
+    from moesim.trace.format import Trace
+
+FloatArray = npt.NDArray[np.float64]
+Homes = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Models:
+    """What does not change from step to step: hardware, cost models and the exchange.
+
+    home: None leaves out what a token's home rank computes, so that a step is its MoE part alone.
+    """
+
+    cluster: Cluster
+    step: StepModel
+    links: LinkTable
+    exchange: Exchange
+    home: HomeModel | None
+    policy: ReplicaPolicy = "split"
+    context_tokens: int | None = None
+
+    @property
+    def num_gpus(self) -> int:
+        return self.step.num_gpus
+
+    @property
+    def exchange_name(self) -> str:
+        """What `--all-to-all` calls the exchange."""
+        return self.step.all_to_all if self.exchange.name == "flat" else self.exchange.name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A set of batches, routed and timed; every array has the batches on axis 0."""
+
+    routed: Routed
+    expert_us: FloatArray
+    dispatch: list[Stage]
+    combine: list[Stage]
+    home: HomeTimes
+
+    def chunk(self, batch: int) -> Chunk:
+        """Batch `batch` as a chunk of a step."""
+        return Chunk(
+            batch,
+            self.expert_us[batch],
+            self.dispatch,
+            self.combine,
+            HomeWork.of(self.home, batch),
+        )
+
+
+def prepare(
+    models: Models,
+    trace: Trace,
+    batches: Batches,
+    placement: Placement,
+    home: Homes | None = None,
+) -> Prepared:
+    """Route `batches` through `placement` and time all their parts.
+
+    home: [tokens] home rank of each token of `batches`; default `home_ranks`.
+    """
+    if home is None:
+        home = home_ranks(trace, batches, models.num_gpus)
+    routed = route(
+        trace, batches, placement, policy=models.policy, dedup=models.exchange.dedup, home=home
+    )
+    return timed(models, trace, batches, home, routed)
+
+
+def timed(models: Models, trace: Trace, batches: Batches, home: Homes, routed: Routed) -> Prepared:
+    """`prepare` for batches that are routed already."""
+    return Prepared(
+        routed,
+        models.step.compute_us(routed),
+        list(models.exchange.dispatch(routed)),
+        list(models.exchange.combine(routed)),
+        home_times(models, trace, batches, home),
+    )
+
+
+def home_times(models: Models, trace: Trace, batches: Batches, home: Homes) -> HomeTimes:
+    """What the home ranks compute, zero without a home model."""
+    if models.home is None:
+        flat = np.zeros((len(batches), models.num_gpus))
+        layers = np.zeros((len(batches), trace.num_layers, models.num_gpus))
+        return HomeTimes(layers, flat, flat, flat)
+    rows = rank_rows(trace, batches, home, models.num_gpus, models.context_tokens)
+    return models.home.times(rows, batches.phase)
+
+
+def one_batch(batches: Batches, b: int) -> Batches:
+    """Batch `b` alone."""
+    tokens = batches[b]
+    return Batches(
+        tokens, np.array([0, len(tokens)], np.int64), batches.phase, batches.batch_tokens
+    )
+
+
+def split_batch(batch: Batches, home: Homes, num_chunks: int) -> tuple[Batches, Homes]:
+    """One batch cut into `num_chunks`, each an equal share of every rank's tokens (the first
+    chunks take what does not divide), with the homes in the new order."""
+    tokens = batch[0]
+    order = np.argsort(home, kind="stable")
+    ranked = home[order]
+    first = np.searchsorted(ranked, ranked)
+    count = np.searchsorted(ranked, ranked, side="right") - first
+    chunk = (np.arange(len(tokens)) - first) * num_chunks // np.maximum(count, 1)
+    within = np.argsort(chunk, kind="stable")
+    sizes = np.bincount(chunk, minlength=num_chunks)
+    indptr = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+    picked = order[within]
+    return Batches(tokens[picked], indptr, batch.phase, batch.batch_tokens), home[picked]
+
+
+def step_work(
+    models: Models,
+    trace: Trace,
+    batch: Batches,
+    placement: Placement,
+    num_chunks: int,
+    home: Homes | None = None,
+) -> tuple[StepWork, Routed]:
+    """One step (`batch` holds one batch) cut into `num_chunks`, and the routing of its chunks."""
+    if home is None:
+        home = home_ranks(trace, batch, models.num_gpus)
+    if num_chunks == 1:
+        ready = prepare(models, trace, batch, placement, home)
+        whole = HomeWork.of(ready.home, 0)
+    else:
+        cut, cut_home = split_batch(batch, home, num_chunks)
+        ready = prepare(models, trace, cut, placement, cut_home)
+        whole = HomeWork.of(home_times(models, trace, batch, home), 0)
+    chunks = tuple(ready.chunk(i) for i in range(num_chunks))
+    work = StepWork(trace.num_layers, models.num_gpus, len(batch.token_idx), whole, chunks)
+    return work, ready.routed

@@ -1,0 +1,1 @@
+"""Orders in which a step's kernels and collectives are launched, one file each."""

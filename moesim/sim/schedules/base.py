@@ -1,0 +1,85 @@
+"""What a schedule is, and the pieces that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from moesim.sim.collectives.base import Stage
+from moesim.sim.engine import COMM, Program, Task
+from moesim.sim.work import HomeWork, StepWork
+
+
+class Schedule(Protocol):
+    """An order of launch. `num_chunks`: shares that the step's tokens are cut into."""
+
+    name: str
+    num_chunks: int
+
+    def build(self, program: Program, work: StepWork) -> None:
+        """Add the tasks of one step to `program`."""
+        ...
+
+
+def exchange(
+    program: Program,
+    stages: Sequence[Stage],
+    batch: int,
+    layer: int,
+    category: str,
+    after: Iterable[Task],
+    *,
+    note: str = "",
+    intra_stream: str = COMM,
+) -> list[Task]:
+    """The collectives of one dispatch or combine, in order; returns the last one.
+
+    Stages within a node go on `intra_stream`.
+    """
+    last = list(after)
+    for stage in stages:
+        stream = intra_stream if stage.within_node else COMM
+        flow = stage.flow(batch, layer, category, note)
+        last = [program.collective(flow, layer=layer, after=last, stream=stream)]
+    return last
+
+
+def attention_and_gate(
+    program: Program, home: HomeWork, layer: int, after: Iterable[Task], note: str = ""
+) -> list[Task]:
+    """Attention, then the gate, on every GPU that has tokens; returns the last task of each."""
+    after = list(after)
+    name = f"layer {layer} "
+    attention = program.kernels(
+        "attention",
+        home.attention_us[layer].tolist(),
+        layer=layer,
+        after=after,
+        name=f"{name}attention{note}",
+    )
+    gate = program.kernels(
+        "gate", home.gate_us[layer].tolist(), layer=layer, after=after, name=f"{name}gate{note}"
+    )
+    return _joined(after, attention, gate)
+
+
+def shared_experts(
+    program: Program, home: HomeWork, layer: int, after: Iterable[Task], note: str = ""
+) -> list[Task]:
+    """Shared experts on every GPU that has tokens."""
+    return program.kernels(
+        "shared",
+        home.shared_us[layer].tolist(),
+        layer=layer,
+        after=after,
+        name=f"layer {layer} shared{note}",
+    )
+
+
+def _joined(before: list[Task], *groups: list[Task]) -> list[Task]:
+    """The last task of every GPU, or `before` where no GPU had one."""
+    last: dict[int, Task] = {}
+    for group in groups:
+        for task in group:
+            last[task.gpu] = task
+    return list(last.values()) or before

@@ -1,0 +1,116 @@
+"""Chrome trace events, for Perfetto (ui.perfetto.dev) and chrome://tracing.
+
+The format is the JSON of the "Trace Event Format" (Google, 2016): complete events (`ph` X) with
+`ts` and `dur` in microseconds, metadata events (`ph` M) that name processes and threads. One
+process a GPU with a thread a stream, one process for the links with a thread a link.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from moesim.sim.engine import ALL_GPUS, COMM, COMPUTE, INTRA, StepRun
+from moesim.sim.links import LinkTable
+from moesim.sim.network import LinkUse, Network
+
+LINK_PROCESS = 1_000_000
+_STREAMS = {COMPUTE: 0, COMM: 1, INTRA: 2}
+_MIN_SHARE = 1e-6
+
+
+class Timeline:
+    """The first `num_steps` steps of a run as trace events."""
+
+    def __init__(self, links: LinkTable, num_gpus: int, num_steps: int = 1) -> None:
+        self.links = links
+        self.num_gpus = num_gpus
+        self.num_steps = num_steps
+        self.events: list[dict[str, Any]] = []
+        self._streams: set[tuple[int, str]] = set()
+        self._used_links: set[int] = set()
+        self._num_seen = 0
+
+    def add(self, run: StepRun, step: int, network: Network) -> None:
+        """Add a finished step, and what the links carried since the last one."""
+        history, network.history = network.history, []
+        if self._num_seen >= self.num_steps:
+            network.record = False
+            return
+        self._num_seen += 1
+        for task in run.program.tasks:
+            gpus = range(self.num_gpus) if task.gpu == ALL_GPUS else (task.gpu,)
+            for gpu in gpus:
+                self._streams.add((gpu, task.stream))
+                self.events.append(
+                    _slice(
+                        task.name,
+                        task.category,
+                        task.start_us,
+                        task.end_us,
+                        gpu,
+                        _STREAMS[task.stream],
+                        {"step": step, "layer": task.layer},
+                    )
+                )
+        self._add_links(history, run.end_us)
+
+    def mark(self, name: str, at_us: float) -> None:
+        """An instant that concerns all GPUs: a failure, a new plan."""
+        self.events.append(
+            {"name": name, "ph": "i", "s": "g", "ts": at_us, "pid": LINK_PROCESS, "tid": 0}
+        )
+
+    def to_json(self) -> str:
+        """The whole file. The same run gives the same bytes."""
+        head = [_meta("process_name", gpu, 0, f"GPU {gpu}") for gpu in range(self.num_gpus)]
+        head += [_meta("thread_name", g, _STREAMS[s], s) for g, s in sorted(self._streams)]
+        head.append(_meta("process_name", LINK_PROCESS, 0, "links"))
+        head += [
+            _meta("thread_name", LINK_PROCESS, i, self.links.names[i])
+            for i in sorted(self._used_links)
+        ]
+        body = {"traceEvents": [*head, *self.events], "displayTimeUnit": "ns"}
+        return json.dumps(body, separators=(",", ":"), allow_nan=False)
+
+    def _add_links(self, history: list[LinkUse], end_us: float) -> None:
+        """Spans of equal use of each link; neighbouring spans of equal use are one."""
+        if not history:
+            return
+        starts = np.array([h.start_us for h in history])
+        ends = np.append(starts[1:], end_us)
+        used = np.array([h.used for h in history])
+        for link in np.flatnonzero(used.max(axis=0) > _MIN_SHARE).tolist():
+            self._used_links.add(link)
+            share = np.round(used[:, link], 6)
+            first = np.flatnonzero(np.append(True, share[1:] != share[:-1]))
+            last = np.append(first[1:], len(share)) - 1
+            for a, b in zip(first.tolist(), last.tolist(), strict=True):
+                if share[a] > _MIN_SHARE and ends[b] > starts[a]:
+                    self.events.append(
+                        _slice(
+                            f"{share[a]:.0%}", "link", starts[a], ends[b], LINK_PROCESS, link,
+                            {"share": float(share[a])},
+                        )
+                    )  # fmt: skip
+
+
+def _slice(
+    name: str, category: str, start: float, end: float, pid: int, tid: int, args: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "cat": category,
+        "ph": "X",
+        "ts": float(start),
+        "dur": float(end - start),
+        "pid": pid,
+        "tid": tid,
+        "args": args,
+    }
+
+
+def _meta(name: str, pid: int, tid: int, value: str) -> dict[str, Any]:
+    return {"name": name, "ph": "M", "pid": pid, "tid": tid, "args": {"name": value}}

@@ -1,0 +1,54 @@
+"""One step as numbers: what every rank computes and every collective carries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.sim.collectives.base import Stage
+from moesim.sim.home import HomeTimes
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HomeWork:
+    """`HomeTimes` of one step or chunk: attention_us, gate_us, shared_us [L, G]; dense_us [G]."""
+
+    attention_us: FloatArray
+    gate_us: FloatArray
+    shared_us: FloatArray
+    dense_us: FloatArray
+
+    @staticmethod
+    def of(times: HomeTimes, batch: int) -> HomeWork:
+        attention = times.attention_us[batch]
+        gate = np.broadcast_to(times.gate_us[batch], attention.shape)
+        shared = np.broadcast_to(times.shared_us[batch], attention.shape)
+        return HomeWork(attention, gate, shared, times.dense_us[batch])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """The routed part of a share of a step's tokens: expert_us [L, G]; dispatch and combine are
+    stages of which this chunk is batch `batch`; `home` is what its own tokens cost at home."""
+
+    batch: int
+    expert_us: FloatArray
+    dispatch: Sequence[Stage]
+    combine: Sequence[Stage]
+    home: HomeWork
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepWork:
+    """One step: `home` for all tokens together, `chunks` for each share of them (usually one)."""
+
+    num_layers: int
+    num_gpus: int
+    num_tokens: int
+    home: HomeWork
+    chunks: tuple[Chunk, ...]
