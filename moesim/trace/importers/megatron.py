@@ -34,8 +34,13 @@ TITLE = "Megatron-Core RouterReplay lists (.pt) and router_trace_rank*.jsonl"
 
 
 def detect(path: Path) -> bool:
-    """A `.pt` file of tensors in lists, or JSONL records with `top_indices`."""
+    """A `.pt` file of tensors in lists, or JSONL records with `top_indices`.
+
+    Files named as SGLang's recorder names them are not opened: they can be large.
+    """
     if path.suffix == ".pt":
+        if path.name.startswith("expert_distribution_recorder_"):
+            return False
         try:
             content = load_pt(path)
         except (InputError, FormatError):
