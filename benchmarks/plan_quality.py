@@ -82,8 +82,8 @@ def write_report(rows: list[dict], out: Path) -> None:
         "",
         "Held-out figures of the linear placement, EPLB and the local search, from requests that",
         "tuning never saw, on H100 nodes (`h100-sxm-ib`), no redundant experts. `±` is half of a",
-        "95 % bootstrap interval over requests. Excess imbalance is mean over batches and layers of",
-        "max/mean GPU load, minus 1. Regenerate with:",
+        "95 % bootstrap interval over requests. Excess imbalance is the mean over batches and",
+        "layers of max/mean GPU load, minus 1. Regenerate with:",
         "",
         "    python benchmarks/plan_quality.py --data ../shared/data --out reports/plan-quality",
         "",
@@ -118,7 +118,9 @@ def _section(objective: str, rows: list[dict]) -> list[str]:
         key = (row["trace"], int(row["gpus"]), row["phase"])
         cases.setdefault(key, {})[row["plan"]] = row
     excess: dict[str, list[float]] = {"eplb": [], "local_search": []}
-    for (trace, gpus, phase), plans in sorted(cases.items(), key=lambda kv: (kv[0][2] != "prefill", kv[0])):
+    for (trace, gpus, phase), plans in sorted(
+        cases.items(), key=lambda kv: (kv[0][2] != "prefill", kv[0])
+    ):
         linear, eplb, ours = (plans[p] for p in ("linear", "eplb", "local_search"))
         base = float(eplb[figure]) - shift
         relative = [100 * float(ours[k]) / base for k in ("delta", "delta_low", "delta_high")]
@@ -133,8 +135,8 @@ def _section(objective: str, rows: list[dict]) -> list[str]:
         nodes = ", ".join(f"{float(r['node_fan_out']):.2f}" for r in (eplb, ours))
         lines.append(
             f"| {trace} | {gpus} | {phase} | {cell(linear)} | {cell(eplb)} | {cell(ours)} |"
-            f" {relative[0]:+.1f}% | {relative[1]:+.1f}% to {relative[2]:+.1f}% | {tail} | {nodes} |"
-            f" {ours['seconds']} |"
+            f" {relative[0]:+.1f}% | {relative[1]:+.1f}% to {relative[2]:+.1f}% | {tail} |"
+            f" {nodes} | {ours['seconds']} |"
         )
     lines.append("")
     if figure == "imbalance" and excess["eplb"]:
