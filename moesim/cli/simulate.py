@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,34 @@ def simulate(
     moe_only: Annotated[
         bool, typer.Option("--moe-only", help="Leave out attention, gate and dense layers.")
     ] = False,
+    slow: Annotated[
+        list[str] | None,
+        typer.Option(help="Slow GPU, as 3=0.5, or 3=0.5@10-20 from 10 to 20 ms. May repeat."),
+    ] = None,
+    speed_spread: Annotated[
+        float, typer.Option(help="Log-normal sigma of GPU speeds, drawn for each GPU.")
+    ] = 0.0,
+    speed_period: Annotated[
+        float | None,
+        typer.Option(help="Draw the speeds anew every so many ms.", show_default="never"),
+    ] = None,
+    capacity_factor: Annotated[
+        float | None,
+        typer.Option(help="Drop choices beyond ceil(factor k T / E) of an expert."),
+    ] = None,
+    drop: Annotated[
+        str | None,
+        typer.Option(
+            help="Choices that stay: score, random, first or last.",
+            show_default="score with gate weights, else first",
+        ),
+    ] = None,
+    capacity_scope: Annotated[
+        str, typer.Option(help="Tokens that the capacity counts: step or gpu.")
+    ] = "step",
+    expanded_drop: Annotated[
+        bool, typer.Option("--expanded-drop", help="Try experts of the token's own GPU first.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.", min=0)] = 0,
     timeline: Annotated[
         Path | None, typer.Option(help="Chrome/Perfetto trace of the first steps to write.")
@@ -78,11 +107,12 @@ def simulate(
       moesim simulate --trace sample:debian-moe --gpus 16 --timeline step.json
     """
     from moesim.cli.progress import progress_bar
-    from moesim.cli.simulate_input import choice, load_inputs, writable
+    from moesim.cli.simulate_input import choice, drop_policy, load_inputs, writable
     from moesim.cli.simulate_print import print_report, report_json
     from moesim.files import atomic_write
     from moesim.planning.simulation import FIDELITIES, SimRequest
     from moesim.planning.simulation import simulate as run
+    from moesim.sim.stragglers import parse_slow
 
     writable(timeline)
     loaded = load_inputs(trace, plan, cluster, gpus, model)
@@ -105,6 +135,10 @@ def simulate(
         home_ranks=not moe_only,
         seed=seed,
         timeline_steps=timeline_steps if timeline is not None else 0,
+        slow=tuple(parse_slow(text, loaded.cluster.num_gpus) for text in slow or ()),
+        speed_sigma=speed_spread,
+        speed_period_us=math.inf if speed_period is None else speed_period * 1e3,
+        drop=drop_policy(loaded.trace, capacity_factor, drop, capacity_scope, expanded_drop, seed),
     )
     with progress_bar("simulating steps") as progress:
         report = run(request, progress=progress)

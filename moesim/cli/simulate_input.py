@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moesim.cluster import Cluster
     from moesim.modelspec import ModelSpec
     from moesim.plan import Plan
+    from moesim.sim.capacity import DropPolicy
     from moesim.trace.format import Trace
 
 
@@ -60,6 +61,23 @@ def load_inputs(
             "name a preset or a Hugging Face config.json with --model",
         ) from None
     return Inputs(loaded, made, load_cluster(cluster, num_gpus=gpus), spec, defaults)
+
+
+def drop_policy(
+    trace: Trace, factor: float | None, keep: str | None, scope: str, expand: bool, seed: int
+) -> DropPolicy | None:
+    """The capacity of experts that was asked for. Raises InputError for options without one."""
+    from moesim.sim.capacity import DropPolicy
+
+    if factor is None:
+        if keep is not None or expand or scope != "step":
+            raise InputError(
+                "how to drop was given, but no capacity", "add --capacity-factor, as 1.5"
+            )
+        return None
+    if keep is None:
+        keep = "score" if trace.gate_weights is not None else "first"
+    return DropPolicy(factor, keep, scope, expand, seed)  # type: ignore[arg-type]
 
 
 def choice(kind: str, value: str | None, known: tuple[str, ...]) -> str | None:

@@ -98,6 +98,12 @@ def _print_steps(console: Console, report: SimReport) -> None:
             "relative to the first", *(f"{d['step_us']['mean'] / base:.3f}" for d in data.values())
         )
     table.add_row("balancedness", *(f"{d['balancedness']:.3f}" for d in data.values()))
+    drops = [d["drops"] for d in data.values() if "drops" in d]
+    if drops:
+        table.add_row("choices dropped", *(f"{d['dropped_share']:.2%}" for d in drops))
+        if any(d["substituted"] for d in drops):
+            row = (f"{d['substituted'] / d['choices']:.2%}" for d in drops)
+            table.add_row("choices substituted", *row)
     table.add_row("tokens/s", *(f"{d['tokens_per_s']:,.0f}" for d in data.values()))
     for name in next(iter(data.values()))["bytes_by_link_class"]:
         row = (f"{d['bytes_by_link_class'].get(name, 0.0) / 1e6:,.2f}" for d in data.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,12 +16,14 @@ from moesim.planning.baselines import capacity_of, place_by_counts
 from moesim.planning.make import DEFAULT_BATCH_TOKENS
 from moesim.planning.tuning import tuning_counts
 from moesim.sim.analytic import run_analytic
+from moesim.sim.capacity import DropPolicy
 from moesim.sim.collectives.registry import build_exchange
 from moesim.sim.event import run_event
 from moesim.sim.home import HomeModel
 from moesim.sim.prepare import Models
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.registry import get_schedule
+from moesim.sim.stragglers import GpuSpeeds, SlowWindow
 from moesim.sim.timeline import Timeline
 from moesim.trace.batches import (
     Batches,
@@ -66,6 +69,10 @@ class SimRequest:
     home_ranks: bool = True
     seed: int = 0
     timeline_steps: int = 0
+    slow: tuple[SlowWindow, ...] = ()
+    speed_sigma: float = 0.0
+    speed_period_us: float = math.inf
+    drop: DropPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,6 +111,11 @@ def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimRep
         if request.fidelity == "analytic":
             raise InputError("a timeline of the analytic cost", "use --fidelity event")
         timeline = Timeline(models.links, models.num_gpus, request.timeline_steps)
+    speeds = GpuSpeeds(
+        models.num_gpus, request.slow, request.speed_sigma, request.speed_period_us, request.seed
+    )
+    if request.fidelity == "analytic" and not speeds.nominal:
+        raise InputError("GPUs that change speed have no closed form", "use --fidelity event")
     results: dict[str, SimResult] = {}
     total = len(placements) * len(batches)
     for i, (name, placement) in enumerate(placements.items()):
@@ -117,6 +129,7 @@ def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimRep
             trace,
             batches,
             placement,
+            speed=None if speeds.nominal else speeds,
             timeline=timeline if i == 0 else None,
             progress=tick,
         )
@@ -214,7 +227,9 @@ def _models(
     policy = request.replica_policy
     if policy is None:
         policy = request.plan.replica_policy if request.plan is not None else "split"
-    models = Models(cluster, step, links, exchange, home, policy, request.context_tokens)
+    models = Models(
+        cluster, step, links, exchange, home, policy, request.context_tokens, request.drop
+    )
     if request.all_to_all is None:
         defaults["all-to-all"] = f"{models.exchange_name}, messages deduplicated per {step.dedup}"
     return models, tuple(notes)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from moesim.cost.routing import home_ranks
 from moesim.metrics import balancedness
 from moesim.plan import Placement
+from moesim.sim.capacity import Drops
 from moesim.sim.engine import CATEGORIES, COMPUTE_CATEGORIES
-from moesim.sim.prepare import Models, Prepared, prepare
+from moesim.sim.prepare import Models, Prepared, limited, prepare
 from moesim.sim.result import SimResult
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
@@ -35,6 +36,7 @@ def run_analytic(
     gpus, layers = models.num_gpus, trace.num_layers
     each = max(1, MAX_CELLS // (layers * max(gpus * gpus, models.links.num_links)))
     parts: list[SimResult] = []
+    drops = Drops()
     for start in range(0, len(batches), each):
         stop = min(start + each, len(batches))
         span = slice(int(batches.indptr[start]), int(batches.indptr[stop]))
@@ -45,10 +47,15 @@ def run_analytic(
             batches.batch_tokens,
         )
         home = home_ranks(trace, some, gpus)
-        parts.append(closed_form(models, prepare(models, trace, some, placement, home)))
+        part_trace, some, dropped = limited(models, trace, some, home, placement)
+        drops = drops + dropped
+        parts.append(closed_form(models, prepare(models, part_trace, some, placement, home)))
         if progress is not None:
             progress(stop, len(batches))
-    return joined(parts)
+    result = joined(parts)
+    if models.drop is not None:
+        result.extra["drops"] = drops.to_json()
+    return result
 
 
 def closed_form(models: Models, ready: Prepared) -> SimResult:

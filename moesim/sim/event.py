@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cost.routing import Routed
 from moesim.metrics import balancedness
 from moesim.plan import Placement
 from moesim.sim.breakdown import breakdown
+from moesim.sim.capacity import Drops
 from moesim.sim.engine import Engine, Program, SpeedModel, StepRun
-from moesim.sim.prepare import Models, one_batch, step_work
+from moesim.sim.prepare import Models, Step, one_batch, step_work
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.base import Schedule
 from moesim.sim.timeline import Timeline
@@ -39,10 +39,13 @@ class Tally:
     gpu_busy: list[FloatArray] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     balancedness: list[float] = field(default_factory=list)
-    num_events: int = 0
+    drops: Drops = field(default_factory=Drops)
+    last: npt.NDArray[np.int64] | None = None
+    token_waiting_us: list[float] = field(default_factory=list)
 
-    def add(self, run: StepRun, work: StepWork, routed: Routed) -> None:
-        """Count a finished step; `routed` holds its chunks as batches."""
+    def add(self, run: StepRun, step: Step) -> None:
+        """Count a finished step."""
+        work, routed = step.work, step.routed
         split = breakdown(run)
         self.step_us.append(run.us)
         self.parts_us.append(split.us.mean(axis=0))
@@ -52,10 +55,40 @@ class Tally:
         self.tokens.append(work.num_tokens)
         load = routed.gpu_tokens(self.models.num_gpus).sum(axis=0)
         self.balancedness.append(float(balancedness(load, self.models.step.speed).mean()))
+        self.drops = self.drops + step.drops
+        self._stragglers(run, work)
+
+    def _stragglers(self, run: StepRun, work: StepWork) -> None:
+        """Who finished its experts last, and how much of the waiting the tokens alone explain."""
+        latest: dict[int, tuple[float, int]] = {}
+        for task in run.program.tasks:
+            if task.category == "compute":
+                latest[task.layer] = max(latest.get(task.layer, (-1.0, 0)), (task.end_us, task.gpu))
+        if self.last is None:
+            self.last = np.zeros(work.num_gpus, np.int64)
+        for _, gpu in latest.values():
+            self.last[gpu] += 1
+        wait = 0.0
+        for chunk in work.chunks:
+            slowest = chunk.expert_us.max(axis=1, keepdims=True)
+            wait += float((slowest - chunk.expert_us).mean(axis=1).sum())
+        self.token_waiting_us.append(wait)
+
+    def straggler_figures(self) -> dict[str, Any]:
+        """Share of layers that each GPU was the last of, and mean waiting that uneven tokens cause
+        at nominal speed, microseconds a step."""
+        last = self.last if self.last is not None else np.zeros(self.models.num_gpus)
+        return {
+            "last_share": (last / max(1, int(last.sum()))).tolist(),
+            "token_waiting_us": float(np.mean(self.token_waiting_us)),
+        }
 
     def result(self, engine: Engine, extra: dict[str, Any] | None = None) -> SimResult:
         """All steps so far, with what the network carried up to now."""
         network = engine.network
+        extra = {"stragglers": self.straggler_figures(), **(extra or {})}
+        if self.models.drop is not None:
+            extra["drops"] = self.drops.to_json()
         return SimResult(
             fidelity="event",
             schedule=self.schedule,
@@ -71,7 +104,7 @@ class Tally:
             balancedness=np.array(self.balancedness),
             elapsed_us=engine.now_us,
             num_events=engine.num_events + network.num_solved,
-            extra=extra or {},
+            extra=extra,
         )
 
 
@@ -95,9 +128,9 @@ def run_event(
     tally = Tally(models, schedule.name)
     for b in range(len(batches)):
         batch = one_batch(batches, b)
-        work, routed = step_work(models, trace, batch, placement, schedule.num_chunks)
-        run = run_step(engine, schedule, work)
-        tally.add(run, work, routed)
+        step = step_work(models, trace, batch, placement, schedule.num_chunks)
+        run = run_step(engine, schedule, step.work)
+        tally.add(run, step)
         if timeline is not None:
             timeline.add(run, b, engine.network)
         if progress is not None:

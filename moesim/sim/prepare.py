@@ -11,6 +11,7 @@ import numpy.typing as npt
 from moesim.cost.routing import Routed, home_ranks, route
 from moesim.cost.step import StepModel
 from moesim.plan import Placement, ReplicaPolicy
+from moesim.sim.capacity import DropPolicy, Drops, apply_capacity
 from moesim.sim.collectives.base import Exchange, Stage
 from moesim.sim.home import HomeModel, HomeTimes, rank_rows
 from moesim.sim.links import LinkTable
@@ -30,6 +31,7 @@ class Models:
     """What does not change from step to step: hardware, cost models and the exchange.
 
     home: None leaves out what a token's home rank computes, so that a step is its MoE part alone.
+    drop: capacity that experts have, None for no limit.
     """
 
     cluster: Cluster
@@ -39,6 +41,7 @@ class Models:
     home: HomeModel | None
     policy: ReplicaPolicy = "split"
     context_tokens: int | None = None
+    drop: DropPolicy | None = None
 
     @property
     def num_gpus(self) -> int:
@@ -135,6 +138,24 @@ def split_batch(batch: Batches, home: Homes, num_chunks: int) -> tuple[Batches, 
     return Batches(tokens[picked], indptr, batch.phase, batch.batch_tokens), home[picked]
 
 
+def limited(
+    models: Models, trace: Trace, batches: Batches, home: Homes, placement: Placement
+) -> tuple[Trace, Batches, Drops]:
+    """Trace and batches without the choices that `models.drop` drops; as they are without one."""
+    if models.drop is None:
+        return trace, batches, Drops()
+    return apply_capacity(models.drop, trace, batches, home, placement)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One step ready to run: its work, the routing of its chunks (as batches), what was dropped."""
+
+    work: StepWork
+    routed: Routed
+    drops: Drops
+
+
 def step_work(
     models: Models,
     trace: Trace,
@@ -142,10 +163,11 @@ def step_work(
     placement: Placement,
     num_chunks: int,
     home: Homes | None = None,
-) -> tuple[StepWork, Routed]:
-    """One step (`batch` holds one batch) cut into `num_chunks`, and the routing of its chunks."""
+) -> Step:
+    """One step (`batch` holds one batch) cut into `num_chunks`."""
     if home is None:
         home = home_ranks(trace, batch, models.num_gpus)
+    trace, batch, drops = limited(models, trace, batch, home, placement)
     if num_chunks == 1:
         ready = prepare(models, trace, batch, placement, home)
         whole = HomeWork.of(ready.home, 0)
@@ -155,4 +177,4 @@ def step_work(
         whole = HomeWork.of(home_times(models, trace, batch, home), 0)
     chunks = tuple(ready.chunk(i) for i in range(num_chunks))
     work = StepWork(trace.num_layers, models.num_gpus, len(batch.token_idx), whole, chunks)
-    return work, ready.routed
+    return Step(work, ready.routed, drops)

@@ -1,0 +1,207 @@
+"""Expert capacity: dropping choices that overloaded experts cannot take.
+
+Capacity-aware inference (He et al., 2025, arXiv:2503.05066, section 4): an expert takes at most
+C = ceil(gamma k T / E) of the T tokens' choices in a layer; those beyond are dropped, by gating
+score, at random, or by order. Expanded drop lets an overflowing token use experts of its own GPU
+that have room instead.
+
+Of the paper's expanded drop one thing cannot be had from a trace: the scores of experts that a
+token did not choose. A substitute is therefore the local expert with most room, and only for a
+choice that overflowed; the paper ranks all local experts of all tokens by score.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from moesim.errors import InputError, MismatchError, UnknownNameError
+from moesim.plan import EMPTY, Placement
+from moesim.trace.batches import Batches
+from moesim.trace.format import Trace
+
+Array = npt.NDArray[Any]
+Keep = Literal["score", "random", "first", "last"]
+Scope = Literal["step", "gpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class DropPolicy:
+    """Capacity factor gamma, and which choices of an overfull expert stay.
+
+    keep: `score` the highest gate weights, `first` or `last` in batch order, `random` any. scope:
+    the tokens that C counts, all of a `step` or each home GPU's by themselves (as the paper does
+    to save a round of communication). expand: expanded drop.
+    Raises UnknownNameError or InputError for values that cannot be used.
+    """
+
+    gamma: float
+    keep: Keep = "score"
+    scope: Scope = "step"
+    expand: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.gamma) and self.gamma > 0):
+            raise InputError(f"capacity factor {self.gamma}", "give a factor above 0, as 1.5")
+        if self.keep not in get_args(Keep):
+            raise UnknownNameError("way to drop", self.keep, get_args(Keep))
+        if self.scope not in get_args(Scope):
+            raise UnknownNameError("scope of the capacity", self.scope, get_args(Scope))
+
+
+@dataclass(frozen=True, slots=True)
+class Drops:
+    """Counts over all batches and layers: choices the tokens made, of which some were dropped and
+    some went to a substitute; tokens (token-layer pairs) that lost every choice."""
+
+    choices: int = 0
+    dropped: int = 0
+    substituted: int = 0
+    emptied: int = 0
+
+    def __add__(self, other: Drops) -> Drops:
+        return Drops(
+            self.choices + other.choices,
+            self.dropped + other.dropped,
+            self.substituted + other.substituted,
+            self.emptied + other.emptied,
+        )
+
+    def to_json(self) -> dict[str, float]:
+        share = self.dropped / self.choices if self.choices else 0.0
+        return {
+            "choices": self.choices,
+            "dropped": self.dropped,
+            "dropped_share": share,
+            "substituted": self.substituted,
+            "token_layers_left_empty": self.emptied,
+        }
+
+
+def capacity(policy: DropPolicy, num_tokens: int, top_k: int, num_experts: int) -> int:
+    """C = ceil(gamma k T / E)."""
+    return math.ceil(policy.gamma * top_k * num_tokens / num_experts - 1e-9)
+
+
+def apply_capacity(
+    policy: DropPolicy,
+    trace: Trace,
+    batches: Batches,
+    home: npt.NDArray[np.int32],
+    placement: Placement,
+) -> tuple[Trace, Batches, Drops]:
+    """The same batches with overflowing choices replaced by -1 (or a substitute).
+
+    The trace that is returned holds the batches' tokens one after the other, so that a token in two
+    batches can lose different choices. Raises MismatchError where `keep` is score and the trace has
+    no gate weights.
+    """
+    if policy.keep == "score" and trace.gate_weights is None:
+        raise MismatchError(
+            "the trace has no gate weights to drop by score",
+            "drop by random, first or last, or capture gate weights",
+        )
+    ids = np.asarray(trace.expert_ids)[batches.token_idx].astype(np.int16)
+    total = Drops()
+    for b in range(len(batches)):
+        span = slice(int(batches.indptr[b]), int(batches.indptr[b + 1]))
+        tokens = batches.token_idx[span]
+        gates = None
+        if trace.gate_weights is not None:
+            gates = np.asarray(trace.gate_weights)[tokens]
+        mark = int(tokens[0]) if len(tokens) else 0
+        rng = np.random.default_rng([policy.seed, 0xD0, mark, len(tokens)])
+        total = total + _drop_batch(policy, ids[span], gates, home[span], placement, trace, rng)
+    picked = trace.take(batches.token_idx)
+    moved = Batches(
+        np.arange(len(batches.token_idx)), batches.indptr, batches.phase, batches.batch_tokens
+    )
+    return replace(picked, expert_ids=ids), moved, total
+
+
+def _drop_batch(
+    policy: DropPolicy,
+    ids: Array,
+    gates: Array | None,
+    home: Array,
+    placement: Placement,
+    trace: Trace,
+    rng: np.random.Generator,
+) -> Drops:
+    """Drop within one batch, writing into `ids` [T, L, K]."""
+    num_tokens, num_layers, top_k = ids.shape
+    num_experts = trace.num_experts
+    group = home.astype(np.int64) if policy.scope == "gpu" else np.zeros(num_tokens, np.int64)
+    size = np.bincount(group)
+    limit = np.array([capacity(policy, int(n), top_k, num_experts) for n in size], np.int64)
+    position = np.repeat(np.arange(num_tokens), top_k)
+    total = Drops()
+    for layer in range(num_layers):
+        chosen = ids[:, layer].ravel().astype(np.int64)
+        valid = np.flatnonzero(chosen >= 0)
+        cell = group[position[valid]] * num_experts + chosen[valid]
+        rank_key: npt.NDArray[Any]
+        if policy.keep == "score" and gates is not None:
+            rank_key = -gates[:, layer].ravel()[valid].astype(np.float64)
+        elif policy.keep == "random":
+            rank_key = rng.random(len(valid))
+        else:
+            sign = 1.0 if policy.keep == "first" else -1.0
+            rank_key = sign * position[valid]
+        order = np.lexsort((rank_key, cell))
+        ordered = cell[order]
+        rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+        over = valid[order[rank >= limit[ordered // num_experts]]]
+        substituted = 0
+        kept = ids[:, layer].copy()
+        kept.reshape(-1)[over] = -1
+        if policy.expand and len(over):
+            held = placement.physical_to_logical[layer].reshape(placement.num_gpus, -1)
+            room = limit[:, None] - _count(kept, group, len(size), num_experts)
+            substituted = _substitute(
+                ids[:, layer].copy(), kept, np.sort(over), home, group, held, room
+            )
+        emptied = int(((kept < 0).all(axis=1) & (ids[:, layer] >= 0).any(axis=1)).sum())
+        ids[:, layer] = kept
+        total = total + Drops(len(valid), len(over) - substituted, substituted, emptied)
+    return total
+
+
+def _count(ids: Array, group: Array, num_groups: int, num_experts: int) -> Array:
+    """[groups, E] choices of each expert."""
+    cell = (group[:, None] * num_experts + ids)[ids >= 0]
+    return np.bincount(cell, minlength=num_groups * num_experts).reshape(num_groups, -1)
+
+
+@njit(cache=True, nogil=True)
+def _substitute(
+    original: Array, kept: Array, over: Array, home: Array, group: Array, held: Array, room: Array
+) -> int:
+    """Give each overflowing choice, in batch order, the expert with most room among those of the
+    token's home GPU that it did not choose; returns how many got one. `room` [groups, E]."""
+    top_k = kept.shape[1]
+    count = 0
+    for flat in over:
+        token, k = flat // top_k, flat % top_k
+        best, most = EMPTY, 0
+        for slot in range(held.shape[1]):
+            expert = held[home[token], slot]
+            if expert == EMPTY or room[group[token], expert] <= most:
+                continue
+            taken = False
+            for j in range(top_k):
+                if original[token, j] == expert or kept[token, j] == expert:
+                    taken = True
+            if not taken:
+                best, most = expert, room[group[token], expert]
+        if best != EMPTY:
+            kept[token, k] = best
+            room[group[token], best] -= 1
+            count += 1
+    return count
