@@ -136,7 +136,7 @@ def assemble(segments: Sequence[Segment], options: ImportOptions, source: dict[s
             layer_ids=layer_ids,
             domains=domains,
             license=options.license,
-            source=source,
+            source={"kind": "imported", **source},
         ),
     )
 
@@ -189,7 +189,7 @@ def assemble_load(
             top_k=top_k or require_top_k(options, "counts do not say it"),
             layer_ids=layer_ids,
             license=options.license,
-            source=source,
+            source={"kind": "imported", **source},
         ),
     )
 

@@ -28,9 +28,11 @@ def load_pt(path: Path) -> Any:
             f"{path}: reading .pt files needs torch", "install it: pip install 'moesim[torch]'"
         ) from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         unsafe = "weights" in reason.lower() or "global" in reason.lower()

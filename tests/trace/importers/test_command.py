@@ -37,7 +37,7 @@ def test_import_writes_a_trace(tmp_path, draw):
     np.testing.assert_array_equal(trace.expert_ids, ids[:, 1:])
     assert trace.meta.domains == ("code",)
     assert trace.meta.license == "CC0-1.0"
-    assert trace.meta.source == {"format": "vllm", "files": ["r.npy"]}
+    assert trace.meta.source == {"kind": "imported", "format": "vllm", "files": ["r.npy"]}
     again = json.loads(run(file, "--out", out, "--num-experts", 8, "--json").stdout)
     assert again["num_tokens"] == 40
     assert again["layer_ids"] == [1, 2, 3]
