@@ -6,6 +6,7 @@ Only numpy is imported, so that the replay can read plans inside a serving engin
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,10 @@ class Placement:
             raise FormatError(
                 f"{self.num_gpus} GPUs do not divide over {self.num_nodes} nodes",
                 "every node holds the same number of GPUs",
+            )
+        if not 1 <= self.num_experts <= self.num_slots:
+            raise FormatError(
+                f"{self.num_experts} experts do not fit {self.num_slots} slots", _REMEDY
             )
         if table.min() < EMPTY or table.max() >= self.num_experts:
             raise FormatError(
@@ -192,13 +197,15 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     try:
         if file.stat().st_size > MAX_PLAN_BYTES:
             raise FormatError(f"{file}: larger than {MAX_PLAN_BYTES} bytes", _REMEDY)
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(
+            file.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite
+        )
     except OSError as error:
         raise InputError(
             f"cannot read plan {file}: {error.strerror}", "give the file that moesim plan wrote"
         ) from None
     except (ValueError, RecursionError):
-        raise FormatError(f"{file}: not JSON", _REMEDY) from None
+        raise FormatError(f"{file}: not JSON of finite numbers", _REMEDY) from None
     try:
         return parse_plan(raw)
     except FormatError as error:
@@ -221,8 +228,12 @@ def parse_plan(raw: Any) -> Plan:
     table = _table(body.get("physical_to_logical"), sizes["num_slots"])
     num_experts = _count(raw, "num_experts") if "num_experts" in raw else int(table.max()) + 1
     layers = raw.get("layer_ids")
-    if not isinstance(layers, list) or any(type(x) is not int or x < 0 for x in layers):
-        raise FormatError("layer_ids must be a list of layer numbers", _REMEDY)
+    if (
+        not isinstance(layers, list)
+        or any(type(x) is not int or x < 0 for x in layers)
+        or len(set(layers)) != len(layers)
+    ):
+        raise FormatError("layer_ids must be a list of distinct layer numbers", _REMEDY)
     for name, allowed in (("replica_policy", ReplicaPolicy), ("status", Status)):
         if name in raw and raw[name] not in get_args(allowed):
             raise FormatError(f"{name} must be one of {', '.join(get_args(allowed))}", _REMEDY)
@@ -249,6 +260,15 @@ def parse_plan(raw: Any) -> Plan:
 
 
 _REMEDY = "make the plan again with moesim plan, or see docs/plan-format.md"
+
+
+def _finite(text: str) -> float:
+    """A number of the file; ValueError for NaN, Infinity and what overflows to it, which JSON does
+    not have and `to_json` would refuse to write."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def _count(raw: dict[str, Any], name: str) -> int:

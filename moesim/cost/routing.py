@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from moesim.errors import InputError, MismatchError
+from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.plan import Placement, ReplicaPolicy
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
@@ -80,16 +80,27 @@ def route(
     hash:    a hash of (token, expert) picks the replica.
     nearest: the home GPU if it holds the expert, else `split` over the replicas of the home node,
              else over all.
-    Choices of -1 are skipped. `home` defaults to `home_ranks`. Raises MismatchError when trace
-    and placement differ in layers or experts.
+    Choices of -1 are skipped; ids are trusted, since `load_trace` has checked them. `home` defaults
+    to `home_ranks`. Raises MismatchError when trace and placement differ in layers or experts,
+    InputError for a policy that cannot be routed or a home that is no GPU, UnknownNameError for an
+    unknown `dedup`.
     """
     check_match(trace, placement)
     if policy not in POLICY_CODES:
         raise InputError(
             f"replica policy {policy!r} cannot be routed here", "use split, hash or nearest"
         )
+    if dedup not in DEDUP_CODES:
+        raise UnknownNameError("deduplication", dedup, DEDUP_CODES)
     if home is None:
         home = home_ranks(trace, batches, placement.num_gpus)
+    elif home.shape != batches.token_idx.shape or (
+        home.size and not 0 <= home.min() <= home.max() < placement.num_gpus
+    ):
+        raise InputError(
+            f"home ranks must name one of {placement.num_gpus} GPUs for every token of every batch",
+            "leave them out, or take them from home_ranks",
+        )
     num_batches, num_layers, num_gpus = len(batches), trace.num_layers, placement.num_gpus
     slot_tokens = np.zeros((num_batches, num_layers, placement.num_slots), np.int32)
     messages = np.zeros((num_batches, num_layers, num_gpus, num_gpus), np.int32)
