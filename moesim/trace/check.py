@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.trace.counts import IntArray, Progress, chunk_tokens
-from moesim.trace.format import DECODE, PREFILL, LoadTrace, Trace, iter_chunks
+from moesim.trace.format import DECODE, PREFILL, LoadTrace, Trace, drop_pages, iter_chunks
 from moesim.trace.importers.warmup import MIN_RUN, warmup_steps, warmup_tokens
 
 Severity = Literal["error", "warning"]
@@ -154,6 +154,7 @@ class _RoutingPass:
             self.num_without += int((ids < 0).all(axis=(1, 2)).sum())
             if trace.gate_weights is not None:
                 self._weigh(ids, np.asarray(trace.gate_weights[part], np.float32))
+            drop_pages(trace.expert_ids, trace.gate_weights)
             if progress is not None:
                 progress(part.stop, trace.num_tokens)
         return self._layer_findings() + self._gate_findings()

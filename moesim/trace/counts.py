@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.trace.format import Trace, iter_chunks
+from moesim.trace.format import Trace, drop_pages, iter_chunks
 
 IntArray = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
@@ -122,6 +122,7 @@ def count_trace(trace: Trace, progress: Progress | None = None) -> TraceCounts:
         num_follows += int(follows.sum())
         num_prefill += int((np.asarray(trace.phases[part]) == 0).sum())
         lengths.add(requests[part.start - first :])
+        drop_pages(*trace.arrays().values())
         if progress is not None:
             progress(part.stop, num_tokens)
     request_ids, request_lengths = lengths.result()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import lzma
 import math
+import mmap
 import os
 import zipfile
 import zlib
@@ -280,12 +281,26 @@ def iter_chunks(num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[s
         yield slice(start, min(start + chunk_tokens, num_tokens))
 
 
+def drop_pages(*arrays: Array | None) -> None:
+    """Give back the memory of memory-mapped arrays, which are read anew when needed.
+
+    A pass over a memory map would otherwise leave all of it resident.
+    """
+    for array in arrays:
+        base: Any = array
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            base.madvise(mmap.MADV_DONTNEED)
+
+
 _REMEDY = "check how the trace was written; docs/trace-format.md describes the format"
 
 
 def _chunks(array: Array) -> Iterator[Array]:
     for part in iter_chunks(array.shape[0]):
         yield array[part]
+        drop_pages(array)
 
 
 def _resolve(source: str | os.PathLike[str]) -> Path:
@@ -460,6 +475,7 @@ def _check_ids(trace: Trace) -> None:
                     )
         if trace.gate_weights is not None and not np.isfinite(trace.gate_weights[part]).all():
             raise FormatError(f"{trace.path}: gate_weights are not all finite", _REMEDY)
+        drop_pages(trace.expert_ids, trace.gate_weights)
     for name in ("request_ids", "positions"):
         array = getattr(trace, name)
         if array.size and array.min() < 0:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.trace.batches import Phase
 from moesim.trace.counts import IntArray, Progress, chunk_tokens
-from moesim.trace.format import DECODE, PREFILL, Trace, TraceMeta, iter_chunks
+from moesim.trace.format import DECODE, PREFILL, Trace, TraceMeta, drop_pages, iter_chunks
 from moesim.trace.writer import TraceWriter
 
 Array = npt.NDArray[Any]
@@ -115,6 +115,7 @@ def write_slice(
             rows = part.start + np.flatnonzero(keep[part])
             if len(rows):
                 out.append(**_part(trace, rows, layers))
+            drop_pages(*trace.arrays().values())
             if progress is not None:
                 progress(part.stop, trace.num_tokens)
         return out.num_tokens
@@ -185,6 +186,7 @@ def _renumbered(
                     values = values.astype(np.int64) + first_step
                 rows[name] = values
             yield rows
+            drop_pages(*trace.arrays().values())
         first_request += len(ids)
         if trace.step_ids is not None and trace.num_tokens:
             first_step += int(trace.step_ids.max()) + 1

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from moesim.errors import InputError
 from moesim.trace.batches import Phase, draw_batches, index_requests
 from moesim.trace.counts import IntArray, Progress, TraceCounts, count_trace
-from moesim.trace.format import LoadTrace, Trace, TraceMeta
+from moesim.trace.format import LoadTrace, Trace, TraceMeta, drop_pages
 from moesim.trace.measures import (
     Affinity,
     CoActivation,
@@ -183,6 +183,7 @@ def batch_imbalance(
     ratios = np.empty((num_batches, trace.num_layers))
     for b in range(num_batches):
         load = np.add.reduceat(token_load(trace, batches[b]), starts, axis=1)
+        drop_pages(trace.expert_ids)
         ratios[b] = load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-300)
     return BatchImbalance(
         num_gpus=num_gpus,

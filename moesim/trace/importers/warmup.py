@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from moesim.trace.format import LoadTrace, Trace
+from moesim.trace.format import LoadTrace, Trace, drop_pages
 
 MIN_RUN = 32
 
@@ -29,6 +29,7 @@ def warmup_tokens(trace: Trace, min_run: int = MIN_RUN) -> npt.NDArray[np.bool_]
         part = slice(start, min(start + (1 << 16), len(same)))
         block = np.asarray(ids[part.start : part.stop + 1])
         same[part] = (block[1:] == block[:-1]).all(axis=(1, 2))
+        drop_pages(ids)
     edges = np.flatnonzero(np.diff(np.concatenate(([False], same, [False])).astype(np.int8)))
     for first, last in edges.reshape(-1, 2):
         if last - first + 1 >= min_run:
