@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MoesimError(Exception):
@@ -16,9 +17,13 @@ class MoesimError(Exception):
     exit_code = 2
 
     def __init__(self, cause: str, remedy: str = "") -> None:
-        super().__init__(cause if not remedy else f"{cause}\n{remedy}")
         self.cause = _one_line(cause)
         self.remedy = _one_line(remedy)
+        super().__init__(f"{self.cause}\n{self.remedy}" if self.remedy else self.cause)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive the way back from a worker process, whatever the constructor takes."""
+        return _restore, (type(self), self.args, self.__dict__)
 
 
 class InputError(MoesimError):
@@ -53,6 +58,12 @@ class UnknownNameError(InputError):
         )
         self.name = name
         self.nearest = near[0] if near else None
+
+
+def _restore(kind: type[MoesimError], args: tuple[Any, ...], state: dict[str, Any]) -> MoesimError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def _one_line(text: str) -> str:
