@@ -1,9 +1,9 @@
-"""Measure what offloading rests on: host link, DRAM reads, and experts on the CPU.
+"""Measure what offloading rests on: the host link, and experts on the CPU.
 
 Needs torch; a GPU only for the host link. Prints JSON: `h2d_us` [bytes, us] copies from pinned
-memory; `dram_read_gb_per_s` of a plain reduction; `cpu_expert_us` [shape, dtype, tokens, us] one
-SwiGLU expert, a different one each time so that caches do not help; and the two figures that
-`moesim cache` takes, --dram-gb-per-s from one token and --cpu-tflops from many. Usage:
+memory; `cpu_expert_us` [shape, dtype, tokens, us] one SwiGLU expert, a different one each time so
+that caches do not help; and, fitted to them, the figures that `moesim cache` takes as --cpu-us,
+--dram-gb-per-s and --cpu-tflops. Usage:
 
     python benchmarks/host_rates.py [--threads N] [--seconds 60]
 """
@@ -18,6 +18,7 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 SHAPES = {
@@ -58,11 +59,6 @@ def host_link() -> list[list[float]]:
     return rows
 
 
-def dram_read() -> float:
-    block = torch.ones(1 << 29, dtype=torch.int32)
-    return block.nbytes / median_us(block.sum, 5) / 1e3
-
-
 def cpu_experts(seconds: float) -> list[list[object]]:
     rows: list[list[object]] = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -94,17 +90,23 @@ def cpu_experts(seconds: float) -> list[list[object]]:
 
 
 def figures(rows: list[list[object]]) -> dict[str, dict[str, float]]:
-    """Effective rates by dtype: bytes over time at one token, flops over time at the most."""
+    """What HostSpec takes, by dtype: at one token an expert costs `cpu_us` plus its bytes at
+    `dram_gb_per_s` (least squares of relative errors over the shapes); `cpu_tflops` is the median
+    over the shapes at the most tokens, the fixed cost taken off."""
     out: dict[str, dict[str, float]] = {}
     for dtype, width in (("bfloat16", 2), ("float32", 4)):
-        picked = {(r[0], r[2]): float(r[3]) for r in rows if r[1] == dtype}  # type: ignore[arg-type]
+        us = {(r[0], r[2]): float(r[3]) for r in rows if r[1] == dtype}  # type: ignore[arg-type]
         params = {name: 3 * h * i for name, (h, i) in SHAPES.items()}
+        size = np.array([params[name] * width for name in SHAPES], float)
+        time_us = np.array([us[(name, 1)] for name in SHAPES])
+        terms = np.stack([np.ones(len(size)), size], axis=1) / time_us[:, None]
+        fixed, per_byte = np.linalg.lstsq(terms, np.ones(len(size)), rcond=None)[0]
+        most = TOKENS[-1]
         out[dtype] = {
-            "dram_gb_per_s": statistics.median(
-                params[n] * width / picked[(n, 1)] / 1e3 for n in SHAPES
-            ),
+            "cpu_us": fixed,
+            "dram_gb_per_s": 1e-3 / per_byte,
             "cpu_tflops": statistics.median(
-                2 * params[n] * TOKENS[-1] / picked[(n, TOKENS[-1])] / 1e6 for n in SHAPES
+                2 * params[n] * most / (us[(n, most)] - fixed) / 1e6 for n in SHAPES
             ),
         }
     return out
@@ -125,7 +127,6 @@ def main() -> None:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "torch": torch.__version__,
             "h2d_us": host_link(),
-            "dram_read_gb_per_s": dram_read(),
             "cpu_expert_us": rows,
             "figures": figures(rows),
         }

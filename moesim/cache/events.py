@@ -153,9 +153,10 @@ def split_accesses(ids: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], I
     Absent choices (-1) are dropped; the order is that of the tokens and, within a token, of its
     choices.
     """
-    token, k = np.nonzero(ids != NO_EXPERT)
-    flat = ids[token, k][:, None]
-    return flat, np.arange(len(flat) + 1, dtype=np.int64), token.astype(np.int64)
+    chosen = ids != NO_EXPERT
+    flat = ids[chosen][:, None]
+    token = np.repeat(np.arange(len(ids)), chosen.sum(axis=1))
+    return flat, np.arange(len(flat) + 1, dtype=np.int64), token
 
 
 def without(ids: npt.NDArray[np.int32], items: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:

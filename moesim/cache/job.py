@@ -51,7 +51,7 @@ class CacheOptions:
     expert_dtype: str | None = None
     average_bits: float | None = None
     bit_errors: Path | None = None
-    host: dict[str, float] = field(default_factory=dict)
+    host: dict[str, Any] = field(default_factory=dict)
     max_steps: int = 1024
     seed: int = 0
     sweep: bool = False
@@ -118,7 +118,9 @@ def run_cache(
     host = HostSpec()
     if options.host:
         changed = ", ".join(sorted(options.host))
-        host = replace(host, **options.host, source=f"{host.source}; given: {changed}")  # type: ignore[arg-type]
+        host = replace(
+            host, **options.host, kind="assumed", source=f"given: {changed}; {host.source}"
+        )
     rates = build_rates(model, gpu, host)
     hbm = gpu.hbm_gb if options.hbm_gb is None else options.hbm_gb
     request = Request(
@@ -185,7 +187,7 @@ def run_cache(
         bound,
         sweep,
         (*notes, *work.notes),
-        rates.notes,
+        rates.notes if planned.plan.nvme else rates.notes[:3] + rates.notes[4:],
         rates.basis,
         bits_line,
     )

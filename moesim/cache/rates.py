@@ -32,26 +32,29 @@ KERNELS_BEFORE_GATE = 6
 class HostSpec:
     """The host beside one GPU, or the share of it that one GPU may use.
 
-    dram_gb_per_s: rate at which the CPU reads expert weights. cpu_tflops: rate of a SwiGLU expert
-    on many tokens. nvme_gb_per_s: sequential reads. `kind` and `source` say where the figures
-    come from; a NVMe of 0 GB is none.
+    cpu_us, dram_gb_per_s: an expert of few tokens costs the first plus its bytes at the second;
+    cpu_tflops: rate of an expert on many tokens. nvme_gb_per_s: sequential reads. `kind` and
+    `source` say where the CPU's figures come from; those of NVMe are always assumed. A NVMe of 0
+    GB is none. The defaults are those of torch's bf16 matrix products: an engine with CPU kernels
+    of its own comes closer to the DRAM's rate (110 GB/s there, in float32).
     """
 
-    name: str = "assumed host"
+    name: str = "16 Xeon vCPUs with AMX"
     dram_gb: float = 256.0
-    dram_gb_per_s: float = 100.0
-    cpu_tflops: float = 1.5
+    dram_gb_per_s: float = 54.5
+    cpu_us: float = 210.0
+    cpu_tflops: float = 2.46
     nvme_gb: float = 1000.0
     nvme_gb_per_s: float = 6.0
     nvme_us: float = 80.0
-    kind: Basis = "assumed"
-    source: str = "8 channels of DDR4-3200 read at half their rate, one NVMe 4.0 x4"
+    kind: Basis = "measured"
+    source: str = "16 Xeon vCPUs, torch 2.11, bf16: reports/offloading/host_rates_h200.json"
 
     def __post_init__(self) -> None:
         for name in ("dram_gb_per_s", "cpu_tflops", "nvme_gb_per_s"):
             if not getattr(self, name) > 0:
                 raise InputError(f"host {name} must be positive", "give a rate above 0")
-        for name in ("dram_gb", "nvme_gb", "nvme_us"):
+        for name in ("dram_gb", "nvme_gb", "nvme_us", "cpu_us"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"host {name} must not be negative", "give 0 or more")
 
@@ -85,13 +88,13 @@ class Rates:
         return self.host.nvme_us * 1e-6 + np.asarray(num_bytes, np.float64) / rate
 
     def cpu_s(self, tokens: npt.ArrayLike, num_bytes: float) -> FloatArray:
-        """Seconds of one expert of `num_bytes` on the CPU, by its tokens: the larger of reading
-        the weights and the arithmetic. Fiddler (arXiv:2402.07033, section 3.3) fits the same two
-        regimes, constant and linear in the tokens."""
+        """Seconds of one expert of `num_bytes` on the CPU, by its tokens: a fixed cost plus the
+        larger of reading the weights and the arithmetic. Fiddler (arXiv:2402.07033, section 3.3)
+        has the same two regimes, constant and linear in the tokens."""
         n = np.asarray(tokens, np.float64)
         read = num_bytes / (self.host.dram_gb_per_s * 1e9)
         work = n * self.model.expert_flops_per_token / (self.host.cpu_tflops * 1e12)
-        return np.where(n > 0, np.maximum(read, work), 0.0)
+        return np.where(n > 0, self.host.cpu_us * 1e-6 + np.maximum(read, work), 0.0)
 
 
 def build_rates(
@@ -106,6 +109,7 @@ def build_rates(
         f"experts on the GPU: {experts.basis} ({experts.source or experts.kernel})",
         f"host link: {copy.basis} ({copy.source or found.name})",
         f"CPU and DRAM: {host.kind} ({host.source})",
+        f"NVMe: assumed ({host.nvme_gb_per_s:g} GB/s)",
         f"attention and dense layers: assumed ({HBM_EFFICIENCY:.0%} of HBM,"
         f" {TFLOPS_EFFICIENCY:.0%} of peak arithmetic)",
     )

@@ -60,9 +60,14 @@ def cache(
     ] = None,
     dram: Annotated[float | None, typer.Option(help="GB of host memory for experts.")] = None,
     dram_gb_per_s: Annotated[
-        float | None, typer.Option(help="Rate at which the CPU reads experts.")
+        float | None, typer.Option(help="Rate at which the CPU reads an expert's weights.")
     ] = None,
-    cpu_tflops: Annotated[float | None, typer.Option(help="CPU rate on an expert.")] = None,
+    cpu_us: Annotated[
+        float | None, typer.Option(help="Fixed time of one expert on the CPU, microseconds.")
+    ] = None,
+    cpu_tflops: Annotated[
+        float | None, typer.Option(help="CPU rate on an expert of many tokens.")
+    ] = None,
     nvme_gb_per_s: Annotated[
         float | None, typer.Option(help="Read rate of NVMe, for experts beyond --dram.")
     ] = None,
@@ -98,6 +103,7 @@ def cache(
     host = {
         "dram_gb": dram,
         "dram_gb_per_s": dram_gb_per_s,
+        "cpu_us": cpu_us,
         "cpu_tflops": cpu_tflops,
         "nvme_gb_per_s": nvme_gb_per_s,
     }

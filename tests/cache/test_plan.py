@@ -76,15 +76,15 @@ def test_memory_by_hand() -> None:
 
 def test_rates_by_hand() -> None:
     """L40S without calibration: 85% of 64/2 GB/s of PCIe 4.0 for the copy; the CPU reads 100.7 MB
-    at 100 GB/s; NVMe at 6 GB/s bounds the transfer from it."""
+    at 100 GB/s after 50 us; NVMe at 6 GB/s bounds the transfer from it."""
     model, gpu = toy_model(), load_gpu("l40s")
-    rates = build_rates(model, gpu, HostSpec())
+    rates = build_rates(model, gpu, HostSpec(dram_gb_per_s=100, cpu_us=50, cpu_tflops=1.5))
     assert rates.basis == "assumed"
     num_bytes = model.expert_bytes()
     link = num_bytes / (gpu.pcie_gb_per_s * 0.85 * 1e9)
     assert float(rates.transfer_s(num_bytes)) == pytest.approx(link, rel=0.02)
     assert rates.cpu_s(np.array([0, 1, 1000]), num_bytes) == pytest.approx(
-        [0, num_bytes / 100e9, 1000 * 2 * num_bytes / 2 / 1.5e12]
+        [0, 50e-6 + num_bytes / 100e9, 50e-6 + 1000 * 2 * num_bytes / 2 / 1.5e12]
     )
     assert float(rates.nvme_s(num_bytes)) == pytest.approx(80e-6 + num_bytes / 6e9)
     times = step_times(rates, 4, 100, num_bytes)
