@@ -1,0 +1,1 @@
+"""Calibration tables: what GPUs and links were measured to take."""
