@@ -1,0 +1,21 @@
+"""Hands every test the builders of small traces, placements and clusters."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def build() -> ModuleType:
+    """The module `builders.py` beside this file."""
+    path = Path(__file__).with_name("builders.py")
+    spec = importlib.util.spec_from_file_location("builders", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,57 @@
+"""Metrics by hand and against their definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from moesim.metrics import balancedness, imbalance, percentile
+
+loads = arrays(
+    np.int64, st.tuples(st.integers(1, 4), st.integers(1, 6)), elements=st.integers(0, 99)
+)
+
+
+def test_by_hand() -> None:
+    # GPUs with 6, 3, 3, 0 tokens: mean 3, max 6.
+    assert imbalance(np.array([6, 3, 3, 0])) == pytest.approx(2.0)
+    assert balancedness(np.array([6, 3, 3, 0])) == pytest.approx(0.5)
+    # A GPU of twice the speed should take twice the load: 4 : 2 at speeds 2 : 1 is perfect.
+    assert imbalance(np.array([4, 2]), np.array([2.0, 1.0])) == pytest.approx(1.0)
+    # 3 : 3 at speeds 2 : 1 takes 3 on the slow one where 2 would do: 1.5.
+    assert imbalance(np.array([3, 3]), np.array([2.0, 1.0])) == pytest.approx(1.5)
+
+
+def test_no_load_is_balanced() -> None:
+    values = imbalance(np.array([[0, 0], [0, 4]]))
+    assert values.tolist() == [1.0, 2.0]
+    assert balancedness(np.zeros((2, 3, 4))).tolist() == [[1.0] * 3] * 2
+
+
+@given(loads)
+def test_bounds_and_inverse(load: np.ndarray) -> None:
+    """Imbalance is within 1 and the number of GPUs, and a common speed changes nothing."""
+    values = imbalance(load)
+    gpus = load.shape[1]
+    assert values.shape == load.shape[:1]
+    assert (values >= 1 - 1e-12).all()
+    assert (values <= gpus + 1e-9).all()
+    assert balancedness(load) == pytest.approx(1 / values)
+    assert imbalance(load, np.full(gpus, 0.5)) == pytest.approx(values)
+
+
+@given(loads, st.randoms(use_true_random=False))
+def test_relabelling_gpus_changes_nothing(load: np.ndarray, random: object) -> None:
+    """INV-5."""
+    order = np.random.default_rng(random.getrandbits(32)).permutation(load.shape[1])  # type: ignore[attr-defined]
+    speed = np.linspace(0.5, 2, load.shape[1])
+    assert imbalance(load[:, order], speed[order]) == pytest.approx(imbalance(load, speed))
+
+
+def test_percentile_is_linear() -> None:
+    # 0 .. 100 in any shape: the q-th percentile is q.
+    assert percentile(np.arange(101).reshape(1, -1), 99) == 99.0
+    assert percentile(np.array([1, 2]), 50) == 1.5
