@@ -3,8 +3,9 @@
 The local search (objective balance) is run on the same number of tuning batches drawn in several
 ways, and judged by the excess imbalance (mean over batches and layers of max/mean GPU load, minus
 1) on requests that it never saw. `tuning` judges inside the tuning half alone, split again with
-three seeds: this is what the method was chosen by. `held-out` judges on the held-out half.
-Prints the table of docs/evaluation.md. Usage, about 15 minutes on two cores:
+three seeds: what a choice may rest on. `held-out` judges on the held-out half. Prints the table of
+docs/evaluation.md; ratios are geometric means over layers and splits, with 95 % intervals in the
+summary that take these as independent. Usage, about 20 minutes on two cores:
 
     python benchmarks/tuning_resamples.py --data ../shared/data
 """
@@ -33,6 +34,7 @@ FRACTIONS = {"plain": None, "resamples of all": 1.0, "resamples of half": 0.5}
 """Requests in a resample as a share of the tuning requests; plain draws without resampling."""
 CHUNK_BATCHES = 100
 NUM_JUDGING_BATCHES = 300
+Values = dict[str, npt.NDArray[np.float64]]
 
 
 def some_layers(trace: Trace, num_layers: int) -> Trace:
@@ -55,11 +57,13 @@ def drawn_counts(
     return np.concatenate(parts)
 
 
-def excess(counts: npt.NDArray[np.float32], table: npt.NDArray[np.int32], num_gpus: int) -> float:
-    """Excess imbalance of a placement without replicas, table [L, E], on counts [B, L, E]."""
+def excess(
+    counts: npt.NDArray[np.float32], table: npt.NDArray[np.int32], num_gpus: int
+) -> npt.NDArray[np.float64]:
+    """[L]: excess imbalance of a placement without replicas, table [L, E], on counts [B, L, E]."""
     placed = np.take_along_axis(counts, table[None].astype(np.int64), axis=2)
     load = placed.reshape(*counts.shape[:2], num_gpus, -1).sum(axis=3)
-    return float(imbalance(load).mean() - 1)
+    return imbalance(load).mean(axis=0) - 1
 
 
 def splits(requests: RequestIndex, judge: str) -> Iterator[tuple[RequestIndex, RequestIndex]]:
@@ -71,10 +75,10 @@ def splits(requests: RequestIndex, judge: str) -> Iterator[tuple[RequestIndex, R
         yield split_requests(tune, seed)
 
 
-def run_case(trace: Trace, judge: str, gpus: int, phase: Phase, tokens: int) -> dict[str, float]:
-    """Excess imbalance of EPLB and of the search by way of drawing, averaged over the splits."""
+def run_case(trace: Trace, judge: str, gpus: int, phase: Phase, tokens: int) -> Values:
+    """Excess imbalance of EPLB and of the search by way of drawing, for every split and layer."""
     index, _ = index_requests(trace, phase)
-    values: dict[str, list[float]] = {"eplb": [], **{name: [] for name in FRACTIONS}}
+    values: dict[str, list[npt.NDArray[np.float64]]] = {n: [] for n in ("EPLB", *FRACTIONS)}
     for seed, (tune, other) in enumerate(splits(index, judge)):
         judged = drawn_counts(trace, other, phase, tokens, NUM_JUDGING_BATCHES, 7 + seed)
         for name, fraction in FRACTIONS.items():
@@ -87,36 +91,58 @@ def run_case(trace: Trace, judge: str, gpus: int, phase: Phase, tokens: int) -> 
                 counts = drawn_counts(trace, tune, phase, tokens, num_batches, seed)
             capacity = np.full(gpus, trace.num_experts // gpus)
             problem = Problem(counts, capacity, 1, "balance", seed=seed, time_limit_s=1e6)
-            solved = {name: "local_search"} | ({"eplb": "eplb"} if fraction == 1.0 else {})
+            solved = {name: "local_search"} | ({"EPLB": "eplb"} if fraction == 1.0 else {})
             for row, solver in solved.items():
                 placement = get_solver(solver).solve(problem).placement
                 values[row].append(excess(judged, placement.physical_to_logical, gpus))
-    return {name: float(np.mean(v)) for name, v in values.items()}
+    return {name: np.concatenate(v) for name, v in values.items()}
+
+
+def ratios(values: Values) -> dict[str, tuple[float, float]]:
+    """By way of drawing, against plain: geometric mean of the ratios, and half of its interval."""
+    out = {}
+    for name in list(FRACTIONS)[1:]:
+        logs = np.log(values[name] / values["plain"])
+        middle = float(np.exp(logs.mean()))
+        out[name] = middle, middle * float(1.96 * logs.std(ddof=1) / np.sqrt(len(logs)))
+    return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--layers", type=int, default=4, help="layers of each trace, evenly spread")
+    parser.add_argument("--layers", type=int, default=8, help="layers of each trace, evenly spread")
     args = parser.parse_args()
-    names = list(FRACTIONS)
-    print("| judged on | trace | GPUs | phase | EPLB | " + " | ".join(names) + " | half/plain |")
-    print("|---|---|---|---|---" + "|---" * len(names) + "|---|")
+    ways = list(FRACTIONS)
+    head = [
+        "judged on",
+        "trace",
+        "GPUs",
+        "phase",
+        "EPLB",
+        *ways,
+        *(f"{w} / plain" for w in ways[1:]),
+    ]
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for judge in ("tuning", "held-out"):
-        totals = []
+        cases: list[Values] = []
         for name in TRACES:
             trace = some_layers(load_token_trace(args.data / f"{name}.npz", "this"), args.layers)
             for gpus in GPUS:
                 for phase, tokens in WORKLOADS:
-                    row = run_case(trace, judge, gpus, phase, tokens)
-                    totals.append([row["eplb"], *(row[n] for n in names)])
-                    print_row(f"{judge} | {name} | {gpus} | {phase}", totals[-1])
-        print_row(f"{judge} | **mean** | | ", list(np.mean(totals, axis=0)))
+                    cases.append(run_case(trace, judge, gpus, phase, tokens))
+                    print_row([judge, name, str(gpus), phase], cases[-1])
+        together = {n: np.concatenate([c[n] for c in cases]) for n in cases[0]}
+        print_row([judge, "all", "", ""], together, interval=True)
 
 
-def print_row(head: str, values: list[float]) -> None:
-    cells = " | ".join(f"{v:.4f}" for v in values)
-    print(f"| {head} | {cells} | {values[-1] / values[1]:.2f} |", flush=True)
+def print_row(head: list[str], values: Values, *, interval: bool = False) -> None:
+    cells = [f"{v.mean():.4f}" for v in values.values()]
+    cells += [
+        f"{middle:.3f} ±{half:.3f}" if interval else f"{middle:.2f}"
+        for middle, half in ratios(values).values()
+    ]
+    print("| " + " | ".join([*head, *cells]) + " |", flush=True)
 
 
 if __name__ == "__main__":

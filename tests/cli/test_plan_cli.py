@@ -158,9 +158,15 @@ def test_two_nodes_bring_node_figures(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_slots_and_redundant_experts(trace: Path) -> None:
-    """8 experts + 4 redundant on 4 GPUs are 3 slots a GPU; --slots 3,5 leaves GPU 0 two empty."""
-    assert plan(trace, "--solver", "greedy", "--redundant-experts", "4", gpus=4) == 0
-    assert load_plan("plan.json").placement.slots_per_gpu == 3
+    """8 experts + 4 redundant on 4 GPUs are 3 slots a GPU; --slots 3,5 leaves GPU 0 two empty.
+    INV-2 in the written file: every expert in every layer, none twice on a GPU."""
+    assert plan(trace, "--redundant-experts", "4", gpus=4) == 0
+    placement = load_plan("plan.json").placement
+    assert placement.slots_per_gpu == 3
+    assert placement.replica_count.sum(axis=1).tolist() == [12, 12]
+    for layer in json.loads(Path("plan.json").read_text())["placement"]["physical_to_logical"]:
+        assert set(layer) == set(range(8))
+        assert all(len(set(layer[3 * gpu : 3 * gpu + 3])) == 3 for gpu in range(4))
     assert plan(trace, "--solver", "greedy", "--slots", "3,5") == 0
     table = load_plan("plan.json").placement.physical_to_logical
     assert (table[:, 3:5] == -1).all()
