@@ -244,7 +244,7 @@ JSON_VALUES = st.recursive(
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_fuzzed_plans_parse_or_say_why(data: st.DataObject) -> None:
     """One to three fields replaced by anything: either FormatError, or a plan that can be saved."""
     raw = json.loads(plan(cache={"slots": [1]}).to_json())
