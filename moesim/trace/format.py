@@ -10,15 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import math
-import mmap
 import os
 import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -26,12 +23,16 @@ import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.files import atomic_directory, atomic_path, atomic_write
+from moesim.trace.npyio import MAX_MEMBER_BYTES, map_npy, memory_bytes
+from moesim.trace.npyio import REMEDY as _REMEDY
+from moesim.trace.npyio import Array as Array
+from moesim.trace.npyio import drop_pages as drop_pages
+from moesim.trace.npyio import read_npy as read_npy
 
 FORMAT = "moesim-trace"
 VERSION = 1
 PREFILL, DECODE = 0, 1
 MAX_EXPERTS = 32_767
-MAX_MEMBER_BYTES = 1 << 38
 CHUNK_TOKENS = 65_536
 
 TOKEN_DTYPES: dict[str, str] = {
@@ -46,8 +47,6 @@ TOKEN_DTYPES: dict[str, str] = {
 REQUIRED_ARRAYS = ("request_ids", "positions", "phases")
 ID_DTYPES = ("uint8", "uint16", "int16")
 GATE_DTYPES = ("float16", "float32")
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,22 +280,6 @@ def iter_chunks(num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[s
         yield slice(start, min(start + chunk_tokens, num_tokens))
 
 
-def drop_pages(*arrays: Array | None) -> None:
-    """Give back the memory of memory-mapped arrays, which are read anew when needed.
-
-    A pass over a memory map would otherwise leave all of it resident.
-    """
-    for array in arrays:
-        base: Any = array
-        while isinstance(base, np.ndarray):
-            base = base.base
-        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            base.madvise(mmap.MADV_DONTNEED)
-
-
-_REMEDY = "check how the trace was written; docs/trace-format.md describes the format"
-
-
 def _chunks(array: Array) -> Iterator[Array]:
     for part in iter_chunks(array.shape[0]):
         yield array[part]
@@ -315,9 +298,13 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
             raise UnknownNameError("sample trace", name, sample_names())
         return Path(str(files("moesim.traces").joinpath(f"{name}.npz")))
     path = Path(text)
-    if not path.exists():
+    try:
+        found = path.exists()
+    except OSError:  # a name that is too long
+        found = False
+    if not found:
         raise InputError(
-            f"no trace at {text}", "give an .npz file, a trace directory, or sample:NAME"
+            f"no trace at {text:.300}", "give an .npz file, a trace directory, or sample:NAME"
         )
     return path
 
@@ -331,7 +318,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
                 name = info.filename.removesuffix(".npy")
                 if name not in known:
                     continue
-                if info.file_size > MAX_MEMBER_BYTES:
+                if info.file_size > min(MAX_MEMBER_BYTES, memory_bytes()):
                     raise FormatError(
                         f"{path}: array {name} claims {info.file_size} bytes",
                         "use the directory form for traces larger than memory",
@@ -348,30 +335,6 @@ def _read_npz(path: Path) -> dict[str, Any]:
     return raw
 
 
-def read_npy(member: Any, num_bytes: int, where: str) -> Array:
-    """Read one .npy stream after checking its header against the bytes that are really there."""
-    try:
-        version = np.lib.format.read_magic(member)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(member)
-    except (ValueError, OSError, EOFError, SyntaxError, TokenError, RecursionError) as error:
-        raise FormatError(f"{where}: bad header ({error})", _REMEDY) from None
-    if dtype.hasobject:
-        raise FormatError(f"{where}: holds pickled objects, which are never loaded", _REMEDY)
-    if dtype.itemsize == 0:
-        raise FormatError(f"{where}: has type {dtype}", _REMEDY)
-    size = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or size > num_bytes:
-        raise FormatError(f"{where}: shorter than its shape {shape} demands", _REMEDY)
-    data = member.read(size)
-    if len(data) != size:
-        raise FormatError(f"{where}: truncated", _REMEDY)
-    flat = np.frombuffer(data, dtype=dtype)
-    return flat.reshape(shape, order="F" if fortran else "C")
-
-
 def _read_directory(path: Path) -> dict[str, Any]:
     meta = path / "meta.json"
     if not meta.is_file():
@@ -382,16 +345,8 @@ def _read_directory(path: Path) -> dict[str, Any]:
         raise FormatError(f"{meta}: not readable text ({error})", _REMEDY) from None
     for name in ("expert_ids", "gate_weights", "expert_load", *TOKEN_DTYPES):
         file = path / f"{name}.npy"
-        if not file.exists():
-            continue
-        try:
-            raw[name] = (
-                np.load(file, mmap_mode="r", allow_pickle=False)
-                if file.stat().st_size > 128
-                else np.load(file, allow_pickle=False)
-            )
-        except (ValueError, OSError, EOFError) as error:
-            raise FormatError(f"{file}: not a readable .npy file ({error})", _REMEDY) from None
+        if file.exists():
+            raw[name] = map_npy(file)
     return raw
 
 
