@@ -92,6 +92,43 @@ def simulate(
     expanded_drop: Annotated[
         bool, typer.Option("--expanded-drop", help="Try experts of the token's own GPU first.")
     ] = False,
+    drift: Annotated[
+        bool, typer.Option("--drift", help="Go through the trace's domains one after the other.")
+    ] = False,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="gpu:3@50-200, node:1@50 or link:NAME=0.5@50-200; down or slower from 50 ms to"
+            " 200 ms. May repeat."
+        ),
+    ] = None,
+    mtbf: Annotated[
+        float | None,
+        typer.Option(help="Mean ms between failures of one GPU.", show_default="no failures"),
+    ] = None,
+    repair: Annotated[
+        float | None, typer.Option(help="Mean ms until it is back.", show_default="never")
+    ] = None,
+    on_loss: Annotated[
+        str, typer.Option(help="Experts with no replica left: reload, replan, wait or fail.")
+    ] = "reload",
+    detect: Annotated[float, typer.Option(help="Ms until a failure is noticed.")] = 100.0,
+    restart: Annotated[float, typer.Option(help="Ms to form the group again.")] = 1000.0,
+    rebalance_every: Annotated[
+        int | None, typer.Option(help="Place anew every so many steps.", show_default="never")
+    ] = None,
+    rebalance_window: Annotated[
+        int, typer.Option(help="Steps whose loads a new placement goes by.")
+    ] = 100,
+    rebalance_async: Annotated[
+        bool, typer.Option("--rebalance-async", help="Plan and move weights beside the steps.")
+    ] = False,
+    rebalance_plan: Annotated[float, typer.Option(help="Ms to compute a placement.")] = 10.0,
+    rebalance_above: Annotated[
+        float | None,
+        typer.Option(help="Leave alone what is balanced at least so well.", show_default="never"),
+    ] = None,
+    rebalance_solver: Annotated[str, typer.Option(help="Method of the new placements.")] = "eplb",
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.", min=0)] = 0,
     timeline: Annotated[
         Path | None, typer.Option(help="Chrome/Perfetto trace of the first steps to write.")
@@ -107,7 +144,14 @@ def simulate(
       moesim simulate --trace sample:debian-moe --gpus 16 --timeline step.json
     """
     from moesim.cli.progress import progress_bar
-    from moesim.cli.simulate_input import choice, drop_policy, load_inputs, writable
+    from moesim.cli.simulate_input import (
+        choice,
+        drop_policy,
+        fault_spec,
+        load_inputs,
+        rebalance_policy,
+        writable,
+    )
     from moesim.cli.simulate_print import print_report, report_json
     from moesim.files import atomic_write
     from moesim.planning.simulation import FIDELITIES, SimRequest
@@ -134,6 +178,18 @@ def simulate(
         context_tokens=context_tokens,
         home_ranks=not moe_only,
         seed=seed,
+        drift=drift,
+        faults=fault_spec(
+            loaded.cluster, loaded.model, fault or [], mtbf, repair, on_loss, detect, restart
+        ),
+        rebalance=rebalance_policy(
+            rebalance_every,
+            rebalance_window,
+            rebalance_async,
+            rebalance_plan,
+            rebalance_above,
+        ),
+        rebalance_solver=rebalance_solver,
         timeline_steps=timeline_steps if timeline is not None else 0,
         slow=tuple(parse_slow(text, loaded.cluster.num_gpus) for text in slow or ()),
         speed_sigma=speed_spread,

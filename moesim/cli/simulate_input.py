@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     from moesim.cluster import Cluster
     from moesim.modelspec import ModelSpec
     from moesim.plan import Plan
+    from moesim.planning.simulation import FaultSpec
     from moesim.sim.capacity import DropPolicy
+    from moesim.sim.rebalance import Rebalance
     from moesim.trace.format import Trace
 
 
@@ -78,6 +81,59 @@ def drop_policy(
     if keep is None:
         keep = "score" if trace.gate_weights is not None else "first"
     return DropPolicy(factor, keep, scope, expand, seed)  # type: ignore[arg-type]
+
+
+def fault_spec(
+    cluster: Cluster,
+    model: ModelSpec,
+    faults: list[str],
+    mtbf_ms: float | None,
+    repair_ms: float | None,
+    on_loss: str,
+    detect_ms: float,
+    restart_ms: float,
+) -> FaultSpec:
+    """The faults that were asked for. A GPU has as many spare slots a layer as its memory has room
+    for experts beyond one copy of everything else. Raises InputError."""
+    from moesim.planning.make import HBM_USABLE
+    from moesim.planning.simulation import FaultSpec
+    from moesim.sim.faults import Recovery, parse_fault
+
+    if repair_ms is not None and mtbf_ms is None:
+        raise InputError("--repair without --mtbf", "give the mean time between failures as well")
+    least = min(gpu.hbm_gb for gpu in cluster.gpus) * 1e9 * HBM_USABLE
+    experts = (least - model.non_expert_bytes()) / (model.expert_bytes() * model.num_moe_layers)
+    own = -(-model.num_experts // cluster.num_gpus)
+    return FaultSpec(
+        tuple(parse_fault(text, cluster) for text in faults),
+        math.inf if mtbf_ms is None else mtbf_ms * 1e3,
+        math.inf if repair_ms is None else repair_ms * 1e3,
+        Recovery(
+            on_loss=on_loss,  # type: ignore[arg-type]
+            detect_us=detect_ms * 1e3,
+            restart_us=restart_ms * 1e3,
+            spare_slots=max(0, int(experts) - own),
+        ),
+    )
+
+
+def rebalance_policy(
+    every: int | None, window: int, asynchronous: bool, plan_ms: float, above: float | None
+) -> Rebalance | None:
+    """The placing anew that was asked for. Raises InputError for options without an interval."""
+    from moesim.sim.rebalance import Rebalance
+
+    if every is None:
+        if asynchronous or above is not None:
+            raise InputError("how to rebalance was given, but not when", "add --rebalance-every")
+        return None
+    return Rebalance(
+        every,
+        window,
+        asynchronous,
+        plan_us=plan_ms * 1e3,
+        threshold=math.inf if above is None else above,
+    )
 
 
 def choice(kind: str, value: str | None, known: tuple[str, ...]) -> str | None:

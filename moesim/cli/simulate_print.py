@@ -70,6 +70,8 @@ def print_report(request: SimRequest, report: SimReport) -> None:
     _print_steps(console, report)
     _print_gpus(console, first)
     _print_links(console, report, first)
+    _print_faults(console, report.results)
+    _print_rebalance(console, report.results)
     typer.echo(f"times rest on {report.basis} figures: " + "; ".join(report.notes))
 
 
@@ -122,6 +124,37 @@ def _print_gpus(console: Console, result: SimResult) -> None:
     console.print("GPU busy with kernels")
     for gpu, share in enumerate(busy.tolist()):
         console.print(f"  GPU {gpu:<3} {share:6.1%} {'#' * round(share * BAR)}", highlight=False)
+
+
+def _print_faults(console: Console, results: dict[str, SimResult]) -> None:
+    for name, result in results.items():
+        faults = result.extra.get("faults")
+        if faults is None:
+            continue
+        console.print(
+            f"{name}: available {faults['availability']:.1%} of the time,"
+            f" {faults['steps_retried']} steps run again,"
+            f" {faults['bytes_from_gpus'] / 1e6:,.0f} MB moved between GPUs and"
+            f" {faults['bytes_from_host'] / 1e6:,.0f} MB from hosts"
+        )
+        for outage in faults["outages"]:
+            recover = outage["time_to_recover_us"]
+            end = "not recovered" if recover is None else f"recovered in {recover / 1e3:,.1f} ms"
+            console.print(
+                f"  {outage['fault']} at {outage['at_us'] / 1e3:,.1f} ms:"
+                f" {outage['lost_experts']} experts with no replica, {end}"
+            )
+
+
+def _print_rebalance(console: Console, results: dict[str, SimResult]) -> None:
+    for name, result in results.items():
+        anew = result.extra.get("rebalance")
+        if anew is not None:
+            console.print(
+                f"{name}: {anew['num_plans']} new placements ({anew['mode']}),"
+                f" {anew['bytes_from_gpus'] / 1e6:,.0f} MB moved, serving stopped"
+                f" {anew['stall_share']:.1%} of the time"
+            )
 
 
 def _print_links(console: Console, report: SimReport, result: SimResult) -> None:

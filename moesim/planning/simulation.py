@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from moesim.cost.curves import weakest
 from moesim.errors import InputError, MismatchError
@@ -19,8 +20,12 @@ from moesim.sim.analytic import run_analytic
 from moesim.sim.capacity import DropPolicy
 from moesim.sim.collectives.registry import build_exchange
 from moesim.sim.event import run_event
+from moesim.sim.fault_run import FaultRun
+from moesim.sim.faults import Fault, FaultClock, Recovery
 from moesim.sim.home import HomeModel
+from moesim.sim.migrate import Mover, build_mover
 from moesim.sim.prepare import Models
+from moesim.sim.rebalance import Rebalance, RebalanceRun
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.registry import get_schedule
 from moesim.sim.stragglers import GpuSpeeds, SlowWindow
@@ -45,12 +50,28 @@ DEFAULT_STEPS = 16
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True, slots=True)
+class FaultSpec:
+    """Faults of GPUs and nodes, of links, and at a rate, and what is done about them."""
+
+    faults: tuple[Fault, ...] = ()
+    mtbf_us: float = math.inf
+    repair_us: float = math.inf
+    recovery: Recovery = field(default_factory=Recovery)
+
+    @property
+    def none(self) -> bool:
+        return not self.faults and math.isinf(self.mtbf_us)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SimRequest:
     """What to simulate; None means the stated default.
 
     plan: None for the linear placement. compare: solvers whose placements are simulated beside,
-    with as many slots. home_ranks: whether attention, gate and dense layers count.
+    with as many slots. home_ranks: whether attention, gate and dense layers count. drift: steps
+    take the trace's domains one after the other. slow, speed_*: see GpuSpeeds. rebalance: the first
+    placement is simulated once more, placing anew with `rebalance_solver` on the way.
     """
 
     trace: Trace
@@ -73,6 +94,10 @@ class SimRequest:
     speed_sigma: float = 0.0
     speed_period_us: float = math.inf
     drop: DropPolicy | None = None
+    drift: bool = False
+    faults: FaultSpec = field(default_factory=FaultSpec)
+    rebalance: Rebalance | None = None
+    rebalance_solver: str = "eplb"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,35 +129,20 @@ def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimRep
     check_model(trace, model, notices)
     phase, batch_tokens = _workload(request, defaults)
     models, notes = _models(request, phase, defaults)
-    placements, held_out = _placements(request, phase, batch_tokens, defaults, notices)
+    placements, counts, held_out = _placements(request, phase, batch_tokens, defaults, notices)
     batches = _batches(request, held_out, phase, batch_tokens, notices)
     timeline = None
     if request.timeline_steps:
-        if request.fidelity == "analytic":
-            raise InputError("a timeline of the analytic cost", "use --fidelity event")
         timeline = Timeline(models.links, models.num_gpus, request.timeline_steps)
-    speeds = GpuSpeeds(
-        models.num_gpus, request.slow, request.speed_sigma, request.speed_period_us, request.seed
-    )
-    if request.fidelity == "analytic" and not speeds.nominal:
-        raise InputError("GPUs that change speed have no closed form", "use --fidelity event")
+    runner = _Runner(request, models, batches, counts)
+    jobs = [(name, placement, False) for name, placement in placements.items()]
+    if request.rebalance is not None:
+        first = next(iter(placements))
+        jobs.insert(1, (f"{first}, rebalanced", placements[first], True))
     results: dict[str, SimResult] = {}
-    total = len(placements) * len(batches)
-    for i, (name, placement) in enumerate(placements.items()):
-        tick = _shifted(progress, i * len(batches), total)
-        if request.fidelity == "analytic":
-            results[name] = run_analytic(models, trace, batches, placement, progress=tick)
-            continue
-        results[name] = run_event(
-            models,
-            get_schedule(request.schedule),
-            trace,
-            batches,
-            placement,
-            speed=None if speeds.nominal else speeds,
-            timeline=timeline if i == 0 else None,
-            progress=tick,
-        )
+    for i, (name, placement, anew) in enumerate(jobs):
+        tick = _shifted(progress, i * len(batches), len(jobs) * len(batches))
+        results[name] = runner.run(placement, anew, timeline if i == 0 else None, tick)
     home = [models.home.basis] if models.home is not None else []
     return SimReport(
         results,
@@ -146,6 +156,98 @@ def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimRep
         notes,
         timeline,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Runner:
+    """One request's way to simulate a placement. counts: [B, L, E] of tuning requests."""
+
+    request: SimRequest
+    models: Models
+    batches: Batches
+    counts: npt.NDArray[np.float32]
+
+    def run(
+        self,
+        placement: Placement,
+        anew: bool,
+        timeline: Timeline | None,
+        progress: Progress | None,
+    ) -> SimResult:
+        request, models, trace = self.request, self.models, self.request.trace
+        if request.fidelity == "analytic":
+            return run_analytic(models, trace, self.batches, placement, progress=progress)
+        schedule = get_schedule(request.schedule)
+        speeds = GpuSpeeds(
+            models.num_gpus,
+            request.slow,
+            request.speed_sigma,
+            request.speed_period_us,
+            request.seed,
+        )
+        speed = None if speeds.nominal else speeds
+        if anew and request.rebalance is not None:
+            return RebalanceRun(
+                models,
+                schedule,
+                trace,
+                placement,
+                request.rebalance,
+                lambda counts: self._place(
+                    request.rebalance_solver, counts, capacity_of(placement)
+                ),
+                self._mover(),
+                speed,
+                timeline,
+            ).run(self.batches, progress)
+        spec = request.faults
+        if not spec.none:
+            return FaultRun(
+                models,
+                schedule,
+                trace,
+                placement,
+                FaultClock(
+                    [f for f in spec.faults if f.gpus],
+                    num_gpus=models.num_gpus,
+                    mtbf_us=spec.mtbf_us,
+                    repair_us=spec.repair_us,
+                    seed=request.seed,
+                ),
+                spec.recovery,
+                self._mover(),
+                [f for f in spec.faults if f.links],
+                lambda capacity: self._place("greedy", self.counts, capacity),
+                speed,
+                timeline,
+            ).run(self.batches, progress)
+        return run_event(
+            models,
+            schedule,
+            trace,
+            self.batches,
+            placement,
+            speed=speed,
+            timeline=timeline,
+            progress=progress,
+        )
+
+    def _mover(self) -> Mover:
+        request = self.request
+        return build_mover(request.cluster, self.models.links, float(request.model.expert_bytes()))
+
+    def _place(
+        self, solver: str, counts: npt.NDArray[Any], capacity: npt.NDArray[np.int64]
+    ) -> Placement:
+        request = self.request
+        return place_by_counts(
+            solver,
+            counts,
+            capacity,
+            request.cluster,
+            num_groups=request.model.n_group,
+            seed=request.seed,
+        )
 
 
 def check_model(trace: Trace, model: ModelSpec, notices: list[str]) -> None:
@@ -207,11 +309,25 @@ def _workload(request: SimRequest, defaults: dict[str, str]) -> tuple[Phase, int
         raise InputError(f"--steps {request.num_steps}", "give at least 1")
     if request.context_tokens is not None and not 1 <= request.context_tokens <= 1 << 30:
         raise InputError(f"--context-tokens {request.context_tokens}", "give at least 1")
-    if request.fidelity == "analytic" and request.schedule != "sequential":
-        raise InputError(
-            f"schedule {request.schedule} has no closed form here", "use --fidelity event"
-        )
+    if request.fidelity == "analytic":
+        _check_closed_form(request)
+    if request.rebalance is not None and not request.faults.none:
+        raise InputError("rebalancing together with faults", "simulate one of the two at a time")
     return phase, batch_tokens
+
+
+def _check_closed_form(request: SimRequest) -> None:
+    """Raise InputError for what only the event simulation can do."""
+    asked = {
+        f"schedule {request.schedule}": request.schedule != "sequential",
+        "a timeline": request.timeline_steps > 0,
+        "GPUs that change speed": bool(request.slow) or request.speed_sigma > 0,
+        "faults": not request.faults.none,
+        "rebalancing": request.rebalance is not None,
+    }
+    for name, wanted in asked.items():
+        if wanted:
+            raise InputError(f"{name}: the analytic cost has no such thing", "use --fidelity event")
 
 
 def _models(
@@ -241,7 +357,7 @@ def _placements(
     batch_tokens: int,
     defaults: dict[str, str],
     notices: list[str],
-) -> tuple[dict[str, Placement], RequestIndex]:
+) -> tuple[dict[str, Placement], npt.NDArray[np.float32], RequestIndex]:
     trace, cluster = request.trace, request.cluster
     index, notice = index_requests(trace, phase)
     if notice:
@@ -267,7 +383,8 @@ def _placements(
         capacity[:over] += 1
         names = ["linear", *(n for n in names if n != "linear")]
         defaults["placement"] = "linear (no --plan)"
-    if names:
+    counts = np.zeros((0, trace.num_layers, trace.num_experts), np.float32)
+    if names or request.faults.recovery.on_loss == "replan":
         counts = tuning_counts(trace, tune, phase, batch_tokens, request.seed)
         for name in dict.fromkeys(names):
             out[name] = place_by_counts(
@@ -278,7 +395,7 @@ def _placements(
                 num_groups=request.model.n_group,
                 seed=request.seed,
             )
-    return out, held_out
+    return out, counts, held_out
 
 
 def _batches(
@@ -288,13 +405,41 @@ def _batches(
     batch_tokens: int,
     notices: list[str],
 ) -> Batches:
-    batches = draw_batches(held_out, phase, batch_tokens, request.num_steps, request.seed + 1)
+    seed = request.seed + 1
+    if request.drift:
+        batches = _by_domain(request, held_out, phase, batch_tokens, seed)
+    else:
+        batches = draw_batches(held_out, phase, batch_tokens, request.num_steps, seed)
     filled = float(np.diff(batches.indptr).mean())
     if filled < 0.9 * batch_tokens:
         notices.append(
             f"the held-out requests fill steps of {filled:.0f} tokens only, {batch_tokens} asked"
         )
     return replace(batches, batch_tokens=batch_tokens)
+
+
+def _by_domain(
+    request: SimRequest, held_out: RequestIndex, phase: Phase, batch_tokens: int, seed: int
+) -> Batches:
+    """Steps from one domain after the other, in the order of the trace's meta, equally many."""
+    trace = request.trace
+    if trace.domain_ids is None:
+        raise MismatchError("the trace has no domains to drift through", "leave out --drift")
+    domain = np.asarray(trace.domain_ids)[held_out.token_idx[held_out.indptr[:-1]]]
+    present = np.unique(domain)
+    cuts = np.linspace(0, request.num_steps, len(present) + 1).astype(int)
+    parts = [
+        draw_batches(held_out.select(domain == d), phase, batch_tokens, int(count), seed)
+        for d, count in zip(present, np.diff(cuts), strict=True)
+        if count
+    ]
+    lengths = np.concatenate([np.diff(p.indptr) for p in parts])
+    return Batches(
+        np.concatenate([p.token_idx for p in parts]),
+        np.concatenate(([0], np.cumsum(lengths))),
+        phase,
+        batch_tokens,
+    )
 
 
 def _shifted(progress: Progress | None, done: int, total: int) -> Progress | None:

@@ -151,6 +151,7 @@ class Engine:
         self.num_events = 0
         self._left = 0
         self._done: simpy.Event | None = None
+        self._sent: list[simpy.Event] = []
 
     @property
     def now_us(self) -> float:
@@ -166,6 +167,7 @@ class Engine:
         start = self.now_us
         self._left = len(program.tasks)
         self._done = done = self.env.event()
+        self._sent = []
         if not program.tasks:
             return StepRun(program, start, start, True)
         for task in program.tasks:
@@ -210,6 +212,7 @@ class Engine:
         self.num_events += 1
         if task.flow is not None:
             event = self.network.send(task.flow)
+            self._sent.append(event)
         else:
             end = self.speed.end_us(task.gpu, now, task.work_us)
             event = self.env.timeout(end - now)
@@ -229,5 +232,5 @@ class Engine:
                 self._start(follower)
 
     def _abort(self) -> None:
-        self.network.cancel_all()
+        self.network.cancel(self._sent)
         self._done = None

@@ -12,7 +12,7 @@ kind of traffic has its own efficiency (SimGrid's bandwidth factor, by kind inst
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ class Network:
         self.record = record
         self.history: list[LinkUse] = []
         self._active: list[_Active] = []
-        self._entering: dict[simpy.Event, None] = {}
+        self._entering: dict[simpy.Event, simpy.Event] = {}
         self._last_us = 0.0
         self._dirty = False
         self._version = 0
@@ -104,10 +104,10 @@ class Network:
         done = self.env.event()
         if flow.latency_us > 0:
             wait = self.env.timeout(flow.latency_us)
-            self._entering[wait] = None
+            self._entering[wait] = done
 
             def arrive(event: simpy.Event) -> None:
-                if self._entering.pop(event, self) is None:
+                if self._entering.pop(event, None) is not None:
                     self._enter(flow, done)
 
             on_event(wait, arrive)
@@ -121,13 +121,16 @@ class Network:
         self.room[np.asarray(link_idx)] = share
         self._changed()
 
-    def cancel_all(self) -> None:
-        """Drop every flow; its event never fires, what it had carried is counted."""
+    def cancel(self, sent: Iterable[simpy.Event]) -> None:
+        """Drop flows by the events that `send` gave; these never fire, and what the flows had
+        carried is counted."""
+        dropped = set(sent)
         self._advance()
         for active in self._active:
-            self._count(active.flow, 1.0 - active.left / active.size)
-        self._active.clear()
-        self._entering.clear()
+            if active.done in dropped:
+                self._count(active.flow, 1.0 - active.left / active.size)
+        self._active = [a for a in self._active if a.done not in dropped]
+        self._entering = {w: d for w, d in self._entering.items() if d not in dropped}
         self._changed()
 
     def _enter(self, flow: Flow, done: simpy.Event) -> None:

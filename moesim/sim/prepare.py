@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,10 +88,16 @@ def prepare(
     """
     if home is None:
         home = home_ranks(trace, batches, models.num_gpus)
-    routed = route(
+    return timed(models, trace, batches, home, routed_by(models, trace, batches, placement, home))
+
+
+def routed_by(
+    models: Models, trace: Trace, batches: Batches, placement: Placement, home: Homes
+) -> Routed:
+    """`batches` through `placement`, messages counted as the exchange sends them."""
+    return route(
         trace, batches, placement, policy=models.policy, dedup=models.exchange.dedup, home=home
     )
-    return timed(models, trace, batches, home, routed)
 
 
 def timed(models: Models, trace: Trace, batches: Batches, home: Homes, routed: Routed) -> Prepared:
@@ -168,12 +175,29 @@ def step_work(
     if home is None:
         home = home_ranks(trace, batch, models.num_gpus)
     trace, batch, drops = limited(models, trace, batch, home, placement)
+
+    def routing(some: Batches, homes: Homes) -> Routed:
+        return routed_by(models, trace, some, placement, homes)
+
+    return timed_step(models, trace, batch, home, num_chunks, routing, drops)
+
+
+def timed_step(
+    models: Models,
+    trace: Trace,
+    batch: Batches,
+    home: Homes,
+    num_chunks: int,
+    routing: Callable[[Batches, Homes], Routed],
+    drops: Drops,
+) -> Step:
+    """`step_work` with a routing of its own, for tokens that capacity has been applied to."""
     if num_chunks == 1:
-        ready = prepare(models, trace, batch, placement, home)
+        ready = timed(models, trace, batch, home, routing(batch, home))
         whole = HomeWork.of(ready.home, 0)
     else:
         cut, cut_home = split_batch(batch, home, num_chunks)
-        ready = prepare(models, trace, cut, placement, cut_home)
+        ready = timed(models, trace, cut, cut_home, routing(cut, cut_home))
         whole = HomeWork.of(home_times(models, trace, batch, home), 0)
     chunks = tuple(ready.chunk(i) for i in range(num_chunks))
     work = StepWork(trace.num_layers, models.num_gpus, len(batch.token_idx), whole, chunks)

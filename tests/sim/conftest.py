@@ -87,3 +87,8 @@ def trace_of() -> Callable[..., Trace]:
 @pytest.fixture(scope="session")
 def batches(trace: Trace) -> Batches:
     return decode_batches(trace)
+
+
+@pytest.fixture(scope="session")
+def batches_of() -> Callable[..., Batches]:
+    return lambda trace, count, size=256: decode_batches(trace, size, count)

@@ -116,10 +116,10 @@ def test_nothing_to_send_takes_the_latency_only() -> None:
 def test_cancelled_flows_count_what_they_carried() -> None:
     env = simpy.Environment()
     network = Network(env, 1)
-    network.send(flow({0: 1000}))
-    network.send(flow({0: 100}, latency=50))
+    first = network.send(flow({0: 1000}))
+    second = network.send(flow({0: 100}, latency=50))
     env.run(until=3)
-    network.cancel_all()
+    network.cancel([first, second])
     env.run(until=200)
     assert network.bytes[0] == pytest.approx(300)
     assert network.num_active == 0

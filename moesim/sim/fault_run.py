@@ -1,0 +1,342 @@
+"""Steps while GPUs, nodes and links fail and come back.
+
+A step that a GPU fails in is lost whole and run again with the same tokens once serving goes on, so
+that every token is served exactly once (INV-1). Tokens whose home rank is down go to the others in
+turn; what their caches held is taken as recovered by other means (not modelled). Faults that happen
+while a recovery is under way are looked at when it is over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.cost.routing import Routed, home_ranks
+from moesim.errors import InfeasibleError, InputError
+from moesim.plan import Placement
+from moesim.sim.engine import Engine, SpeedModel, StepRun
+from moesim.sim.event import Progress, Tally, run_step
+from moesim.sim.faults import Fault, FaultClock, Recovery, reloaded, without_gpus
+from moesim.sim.migrate import Mover, holdings, plan_moves
+from moesim.sim.network import on_event
+from moesim.sim.prepare import Models, Step, limited, one_batch, routed_by, timed_step
+from moesim.sim.result import SimResult
+from moesim.sim.schedules.base import Schedule
+from moesim.sim.timeline import Timeline
+from moesim.trace.batches import Batches
+from moesim.trace.format import Trace
+
+Table = npt.NDArray[np.int32]
+Planner = Callable[[npt.NDArray[np.int64]], Placement]
+"""From slots of each GPU [G] (0 for one that is down) to a placement."""
+
+
+@dataclass(slots=True)
+class Outage:
+    """One fault as it went: `recovered_us` is the end of the first step after it."""
+
+    name: str
+    at_us: float
+    lost_experts: int = 0
+    bytes_from_gpus: float = 0.0
+    bytes_from_host: float = 0.0
+    wasted_us: float = 0.0
+    recovered_us: float = math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        done = math.isfinite(self.recovered_us)
+        return {
+            "fault": self.name,
+            "at_us": self.at_us,
+            "lost_experts": self.lost_experts,
+            "bytes_from_gpus": self.bytes_from_gpus,
+            "bytes_from_host": self.bytes_from_host,
+            "wasted_us": self.wasted_us,
+            "time_to_recover_us": self.recovered_us - self.at_us if done else None,
+        }
+
+
+@dataclass(slots=True, eq=False)
+class FaultRun:
+    """All state of a run with faults; `run` goes through the batches."""
+
+    models: Models
+    schedule: Schedule
+    trace: Trace
+    placement: Placement
+    clock: FaultClock
+    recovery: Recovery
+    mover: Mover
+    link_faults: Sequence[Fault] = ()
+    planner: Planner | None = None
+    speed: SpeedModel | None = None
+    timeline: Timeline | None = None
+    outages: list[Outage] = field(default_factory=list)
+    down: dict[int, float] = field(default_factory=dict)
+    rejoining: dict[int, bool] = field(default_factory=dict)
+    retried: int = 0
+    moved_bytes: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
+    engine: Engine = field(init=False)
+    tally: Tally = field(init=False)
+    base: Table = field(init=False)
+    current: Placement = field(init=False)
+    held: list[list[set[int]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.recovery.on_loss == "replan" and self.planner is None:
+            raise InputError("a new plan is wanted, but there is no planner", "give a planner")
+
+    def run(self, batches: Batches, progress: Progress | None = None) -> SimResult:
+        """Serve every batch once. Raises InfeasibleError where an expert is nowhere and the
+        recovery does not allow for it, or a link that is down for good holds a step up."""
+        self.engine = engine = Engine(
+            self.models.links.num_links, speed=self.speed, record_links=self.timeline is not None
+        )
+        self.tally = Tally(self.models, self.schedule.name)
+        self.base = self._table(self.placement)
+        self.current, self.held = self.placement, holdings(self.base)
+        for fault in self.link_faults:
+            self._change_links(fault)
+        served_us = 0.0
+        for b in range(len(batches)):
+            while True:
+                self._catch_up()
+                step = self._prepare(one_batch(batches, b))
+                run = self._attempt(step)
+                if run is None:
+                    self.retried += 1
+                    continue
+                break
+            served_us += run.us
+            self.tally.add(run, step)
+            for outage in self.outages:
+                if math.isnan(outage.recovered_us):
+                    outage.recovered_us = run.end_us
+            if self.timeline is not None:
+                self.timeline.add(run, b, engine.network)
+            if progress is not None:
+                progress(b + 1, len(batches))
+        extra = {
+            "faults": {
+                "availability": served_us / max(engine.now_us, 1e-300),
+                "steps_retried": self.retried,
+                "bytes_from_gpus": float(self.moved_bytes[0]),
+                "bytes_from_host": float(self.moved_bytes[1]),
+                "outages": [outage.to_json() for outage in self.outages],
+            }
+        }
+        return self.tally.result(engine, extra)
+
+    def _attempt(self, step: Step) -> StepRun | None:
+        """Run one step; None if a GPU failed in it."""
+        try:
+            run = run_step(self.engine, self.schedule, step.work, self.clock.next_us)
+        except RuntimeError as error:
+            raise InfeasibleError(
+                f"a step cannot end: {error}",
+                "let the link come back (FROM-TO), or give it some rate (=0.1)",
+            ) from None
+        if run.finished:
+            return run
+        self._apply(self.clock.pop(), wasted_us=run.us)
+        return None
+
+    def _catch_up(self) -> None:
+        """Apply faults that are due and let GPUs rejoin that are back and loaded."""
+        while self.clock.next_us <= self.engine.now_us:
+            self._apply(self.clock.pop())
+        now = self.engine.now_us
+        for gpu in sorted(g for g, until in self.down.items() if until <= now):
+            if gpu not in self.rejoining:
+                self._load_returned(gpu)
+        ready = sorted(g for g, loaded in self.rejoining.items() if loaded)
+        if ready:
+            for gpu in ready:
+                del self.down[gpu], self.rejoining[gpu]
+                for layer in range(len(self.held)):
+                    self.held[layer][gpu] = set(holdings(self.base[layer : layer + 1])[0][gpu])
+            self._mark(f"GPU {', '.join(map(str, ready))} back")
+            self.engine.wait(self.recovery.restart_us)
+            self._place(Outage("rejoin", now))
+
+    def _apply(self, fault: Fault, wasted_us: float = 0.0) -> None:
+        """GPUs go down: notice, place what they held, form the group again."""
+        hit = [g for g in fault.gpus if g not in self.down]
+        for gpu in fault.gpus:
+            self.down[gpu] = max(fault.until_us, self.down.get(gpu, 0.0))
+            self.rejoining.pop(gpu, None)
+            for layer in self.held:
+                layer[gpu] = set()
+        if not hit:
+            return
+        outage = Outage(fault.name, fault.at_us, wasted_us=wasted_us)
+        self.outages.append(outage)
+        self._mark(f"{fault.name} fails")
+        self.engine.wait(self.recovery.detect_us)
+        self._place(outage)
+        self.engine.wait(self.recovery.restart_us)
+
+    def _change_links(self, fault: Fault) -> None:
+        """Let links lose and regain their rate when it is time, steps or none."""
+        network, env = self.engine.network, self.engine.env
+
+        def change(room: float) -> Callable[[Any], None]:
+            def now(_: Any) -> None:
+                network.set_room(fault.links, room)
+                self._mark(f"{fault.name} at {room:.0%}")
+
+            return now
+
+        on_event(env.timeout(fault.at_us), change(fault.room))
+        if math.isfinite(fault.until_us):
+            on_event(env.timeout(fault.until_us), change(1.0))
+
+    def _place(self, outage: Outage) -> None:
+        """A placement on the GPUs that are up, and the weights it needs moved there."""
+        dead = sorted(self.down)
+        if len(dead) == self.models.num_gpus:
+            self._wait_for(dead, outage)
+            return
+        left, lost = without_gpus(self.base, dead)
+        outage.lost_experts = len(lost)
+        wanted = self._wanted(left, lost, dead)
+        if wanted is None:
+            self._wait_for(dead, outage)
+            return
+        node = np.asarray(self.models.cluster.node_of_gpu)
+        moves = plan_moves(self.held, wanted, node)
+        if moves:
+            from_gpus, from_host = self.mover.bytes(moves)
+            outage.bytes_from_gpus += from_gpus
+            outage.bytes_from_host += from_host
+            self.moved_bytes += (from_gpus, from_host)
+            self.engine.transfer(self.mover.flows(moves))
+        self.held = holdings(wanted)
+        self.current = Placement(
+            np.ascontiguousarray(wanted.reshape(wanted.shape[0], -1)),
+            self.placement.num_gpus,
+            self.placement.num_nodes,
+            self.placement.num_experts,
+        )
+
+    def _wanted(self, left: Table, lost: list[tuple[int, int]], dead: list[int]) -> Table | None:
+        """Slots [L, G, S] to serve from; None to wait for the GPUs that are down."""
+        policy = self.recovery
+        if not dead or (not lost and policy.on_loss != "replan"):
+            return left
+        layer, expert = lost[0] if lost else (0, 0)
+        cause = (
+            f"expert {expert} of layer {layer} is on no GPU that is up"
+            f" ({len(lost)} such experts; down: {', '.join(map(str, dead))})"
+        )
+        if policy.on_loss == "fail":
+            raise InfeasibleError(
+                cause, "plan with more redundant experts, or use --on-loss reload, replan or wait"
+            )
+        if policy.on_loss == "wait":
+            if not math.isfinite(max(self.down.values())):
+                raise InfeasibleError(cause, "it never comes back: use --on-loss reload or replan")
+            return None
+        limit = self.base.shape[2] + policy.spare_slots
+        if self.planner is not None and policy.on_loss == "replan":
+            self.engine.wait(policy.plan_us)
+            return self._replanned(self.planner, dead, limit)
+        table = reloaded(left, lost, dead, limit)
+        if table is None:
+            raise InfeasibleError(
+                f"{cause}, and no GPU has room for it",
+                "give more spare slots or redundant experts, or use --on-loss wait",
+            )
+        return table
+
+    def _replanned(self, planner: Planner, dead: list[int], limit: int) -> Table:
+        """The planner's placement on as many slots as there are, more where experts need them."""
+        gpus, experts = self.models.num_gpus, self.placement.num_experts
+        up = gpus - len(dead)
+        each = max(self.base.shape[2], -(-experts // up))
+        if each > limit:
+            raise InfeasibleError(
+                f"{experts} experts need {each} slots on each of {up} GPUs, {limit} fit",
+                "give more spare slots, or use --on-loss wait",
+            )
+        capacity = np.full(gpus, each, np.int64)
+        capacity[dead] = 0
+        return self._table(planner(capacity))
+
+    def _wait_for(self, dead: list[int], outage: Outage) -> None:
+        """Let time pass until all GPUs are back and loaded."""
+        until = max(self.down.values())
+        if not math.isfinite(until):
+            raise InfeasibleError(
+                f"all GPUs are down and one never comes back ({len(dead)} down)",
+                "let the faults end (FROM-TO)",
+            )
+        self.engine.wait(until - self.engine.now_us)
+        for gpu in dead:
+            self.down.pop(gpu, None)
+            self.rejoining.pop(gpu, None)
+        self._place(outage)
+
+    def _load_returned(self, gpu: int) -> None:
+        """Load the experts of a GPU that is back from its host, beside the running steps."""
+        self.rejoining[gpu] = False
+        nothing: list[list[set[int]]] = [[set() for _ in layer] for layer in self.held]
+        wanted = np.full_like(self.base, -1)
+        wanted[:, gpu] = self.base[:, gpu]
+        moves = plan_moves(nothing, wanted, np.asarray(self.models.cluster.node_of_gpu))
+        self.moved_bytes += self.mover.bytes(moves)
+        events = [self.engine.network.send(flow) for flow in self.mover.flows(moves)]
+        loaded = self.engine.env.all_of(events)
+
+        def done(_: Any) -> None:
+            if gpu in self.rejoining:
+                self.rejoining[gpu] = True
+
+        on_event(loaded, done)
+
+    def _prepare(self, batch: Batches) -> Step:
+        models, dead = self.models, sorted(self.down)
+        home = home_ranks(self.trace, batch, models.num_gpus)
+        if dead:
+            up = np.array([g for g in range(models.num_gpus) if g not in self.down], np.int32)
+            moved = np.flatnonzero(np.isin(home, dead))
+            home = home.copy()
+            home[moved] = up[np.arange(len(moved)) % len(up)]
+        trace, batch, drops = limited(models, self.trace, batch, home, self.current)
+
+        def routing(some: Batches, homes: npt.NDArray[np.int32]) -> Routed:
+            routed = routed_by(models, trace, some, self.current, homes)
+            bypass(routed, dead, np.asarray(models.cluster.node_of_gpu))
+            return routed
+
+        return timed_step(models, trace, batch, home, self.schedule.num_chunks, routing, drops)
+
+    def _table(self, placement: Placement) -> Table:
+        return placement.physical_to_logical.reshape(
+            placement.num_layers, placement.num_gpus, -1
+        ).copy()
+
+    def _mark(self, name: str) -> None:
+        if self.timeline is not None:
+            self.timeline.mark(name, self.engine.now_us)
+
+
+def bypass(routed: Routed, dead: list[int], node_of_gpu: npt.NDArray[np.int64]) -> None:
+    """Give messages that would be relayed by a GPU that is down to the next one up in its node,
+    in place. A GPU that is down holds no expert and no token, so relaying is all it could do."""
+    for gpu in dead:
+        mates = [g for g in np.flatnonzero(node_of_gpu == node_of_gpu[gpu]) if g not in dead]
+        if not mates:
+            continue
+        stand_in = min(mates, key=lambda g: (g - gpu) % len(node_of_gpu))
+        messages = routed.messages
+        messages[:, :, stand_in, :] += messages[:, :, gpu, :]
+        messages[:, :, :, stand_in] += messages[:, :, :, gpu]
+        messages[:, :, gpu, :] = 0
+        messages[:, :, :, gpu] = 0
+        messages[:, :, stand_in, stand_in] = 0

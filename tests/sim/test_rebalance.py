@@ -1,0 +1,151 @@
+"""Placing anew on the way: what moves, what it costs, when it helps and when it hurts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from moesim.errors import InputError, MismatchError
+from moesim.plan import Placement
+from moesim.planning.baselines import capacity_of, place_by_counts
+from moesim.sim.event import run_event
+from moesim.sim.migrate import build_mover
+from moesim.sim.rebalance import Rebalance, RebalanceRun
+from moesim.sim.schedules.sequential import Sequential
+
+
+def rebalanced(models, trace, batches, placement, policy, planner=None, expert_bytes=1e6):
+    def eplb(counts):
+        return place_by_counts("eplb", counts, capacity_of(placement), models.cluster)
+
+    run = RebalanceRun(
+        models,
+        Sequential(),
+        trace,
+        placement,
+        policy,
+        planner or eplb,
+        build_mover(models.cluster, models.links, expert_bytes),
+    )
+    return run.run(batches), run
+
+
+@pytest.fixture
+def setting(trace, models_of, linear_of, batches_of):
+    models = models_of(8)
+    return models, trace, batches_of(trace, 8), linear_of(models)
+
+
+def test_no_plan_is_a_plain_run(setting) -> None:
+    models, trace, batches, placement = setting
+    plain = run_event(models, Sequential(), trace, batches, placement)
+    result, _ = rebalanced(models, trace, batches, placement, Rebalance(100))
+    np.testing.assert_allclose(result.step_us, plain.step_us, rtol=1e-12)
+    assert result.extra["rebalance"]["num_plans"] == 0
+
+
+def test_same_placement_moves_nothing(setting) -> None:
+    """A plan equal to the present one costs its computing time alone: 2 x 500 us."""
+    models, trace, batches, placement = setting
+    policy = Rebalance(3, plan_us=500.0)
+    result, _ = rebalanced(models, trace, batches, placement, policy, lambda _: placement)
+    figures = result.extra["rebalance"]
+    assert figures["num_plans"] == 2
+    assert figures["bytes_from_gpus"] == figures["bytes_from_host"] == 0
+    assert figures["stall_us"] == pytest.approx(1000)
+    assert result.elapsed_us == pytest.approx(result.step_us.sum() + 1000)
+
+
+def test_swapping_two_gpus_by_hand(setting) -> None:
+    """Layer 1 of GPUs 0 and 1 swapped: 8 experts of 1 MB each way on different links, at the
+    fitted 285.1 GB/s of two GPUs: 8e6 / 285.1e3 = 28.06 us, after the route's latency of
+    2 + 2 x 0.4 us and 100 us of host work. All other layers stay, and cost nothing."""
+    models, trace, batches, placement = setting
+    table = placement.physical_to_logical.reshape(3, 8, 8).copy()
+    table[1, [0, 1]] = table[1, [1, 0]]
+    swapped = Placement(table.reshape(3, -1), 8, 1, 64)
+    policy = Rebalance(4, plan_us=0.0, layer_us=100.0)
+    result, run = rebalanced(models, trace, batches, placement, policy, lambda _: swapped)
+    figures = result.extra["rebalance"]
+    assert figures["bytes_from_gpus"] == 16e6
+    assert figures["stall_us"] == pytest.approx(100 + 2.8 + 8e6 / 285.1e3, rel=1e-3)
+    np.testing.assert_array_equal(run.slots, table)
+    after = run_event(models, Sequential(), trace, batches, swapped)
+    before = run_event(models, Sequential(), trace, batches, placement)
+    np.testing.assert_allclose(result.step_us[:4], before.step_us[:4], rtol=1e-12)
+    np.testing.assert_allclose(result.step_us[4:], after.step_us[4:], rtol=1e-12)
+
+
+def test_async_does_not_stop_serving(setting, batches_of) -> None:
+    """The same bytes move and nothing stops, but steps large enough to need the links' whole rate
+    are slower while weights move beside them."""
+    models, trace, _, placement = setting
+    batches = batches_of(trace, 8, 1024)
+    table = np.roll(placement.physical_to_logical.reshape(3, 8, 8), 1, axis=1)
+    rolled = Placement(np.ascontiguousarray(table.reshape(3, -1)), 8, 1, 64)
+    policy = Rebalance(4, plan_us=10.0, layer_us=0.0)
+    other = Rebalance(4, plan_us=10.0, layer_us=0.0, asynchronous=True)
+    sync, _ = rebalanced(models, trace, batches, placement, policy, lambda _: rolled, 2e6)
+    beside, _ = rebalanced(models, trace, batches, placement, other, lambda _: rolled, 2e6)
+    moved = [r.extra["rebalance"]["bytes_from_gpus"] for r in (sync, beside)]
+    assert moved[0] == moved[1] == 3 * 64 * 2e6
+    assert beside.extra["rebalance"]["stall_us"] == 0
+    assert sync.extra["rebalance"]["stall_us"] > 100
+    assert beside.elapsed_us == pytest.approx(beside.step_us.sum())
+    plain = run_event(models, Sequential(), trace, batches, placement)
+    assert beside.step_us[4] > plain.step_us[4]
+    assert beside.elapsed_us < sync.elapsed_us
+
+
+def test_better_balance_can_be_three_times_slower(setting) -> None:
+    """What vLLM's pull request 50647 is cited for (3.2 times slower at better balance): a new plan
+    every other step of a small model costs far more than balance can win back."""
+    models, trace, batches, placement = setting
+    plain = run_event(models, Sequential(), trace, batches, placement)
+    policy = Rebalance(2, window_steps=2, plan_us=100.0, layer_us=100.0)
+    result, _ = rebalanced(models, trace, batches, placement, policy, expert_bytes=2e6)
+    assert result.balancedness.mean() > plain.balancedness.mean() * 1.05
+    slower = result.elapsed_us / plain.elapsed_us
+    assert slower > 1.2
+    eager = Rebalance(1, window_steps=2, plan_us=500.0, layer_us=200.0)
+    worst, _ = rebalanced(models, trace, batches, placement, eager, expert_bytes=2e6)
+    assert worst.elapsed_us / plain.elapsed_us > 3
+    assert worst.balancedness.mean() > plain.balancedness.mean()
+
+
+def test_free_rebalancing_pays(setting) -> None:
+    """With nothing to pay but the bytes of tiny experts, better balance is faster steps."""
+    models, trace, batches, placement = setting
+    plain = run_event(models, Sequential(), trace, batches, placement)
+    policy = Rebalance(1, window_steps=8, plan_us=0.0, layer_us=0.0)
+    result, _ = rebalanced(models, trace, batches, placement, policy, expert_bytes=1.0)
+    assert result.balancedness[4:].mean() > plain.balancedness[4:].mean()
+    assert result.waiting_us[4:].mean() < plain.waiting_us[4:].mean()
+
+
+def test_threshold_leaves_balanced_gpus_alone(setting) -> None:
+    models, trace, batches, placement = setting
+    result, _ = rebalanced(models, trace, batches, placement, Rebalance(2, threshold=0.0))
+    assert result.extra["rebalance"]["num_plans"] == 0
+    assert result.extra["rebalance"]["num_skipped"] == 3
+
+
+def test_other_slots_are_refused(setting) -> None:
+    models, trace, batches, placement = setting
+    wide = np.repeat(placement.physical_to_logical.reshape(3, 8, 8), 1, axis=2)
+    wide = np.concatenate([wide, np.roll(wide, 1, axis=1)], axis=2).reshape(3, -1)
+    bigger = Placement(np.ascontiguousarray(wide), 8, 1, 64)
+    with pytest.raises(MismatchError, match="slots"):
+        rebalanced(models, trace, batches, placement, Rebalance(2), lambda _: bigger)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"every_steps": 0}, {"every_steps": 1, "window_steps": 0}, {"every_steps": 1, "plan_us": -1},
+     {"every_steps": 1, "layer_us": math.nan}, {"every_steps": 1, "threshold": math.nan}],
+)  # fmt: skip
+def test_refused_policies(values) -> None:
+    with pytest.raises(InputError):
+        Rebalance(**values)
