@@ -89,7 +89,7 @@ def split_requests(index: RequestIndex, seed: int = 0) -> tuple[RequestIndex, Re
             f"the trace has {len(index.ids)} request(s); tuning and evaluation need one each",
             "use a trace with at least two requests",
         )
-    score = _splitmix64(index.ids.astype(np.uint64) + np.uint64(seed) * np.uint64(0x51_7CC1))
+    score = _splitmix64(index.ids.astype(np.uint64) + np.uint64(seed * 0x51_7CC1 % 2**64))
     held_out = score < np.uint64(int(HELD_OUT_FRACTION * 2**64))
     if held_out.all() or not held_out.any():
         held_out = np.arange(len(index.ids)) % 2 == 1
@@ -108,6 +108,8 @@ def draw_batches(
     """
     if batch_tokens < 1 or num_batches < 1:
         raise InputError("batch size and number of batches must be at least 1", "raise them")
+    if seed < 0:
+        raise InputError(f"seed {seed} is negative", "give a seed of 0 or more")
     rng = np.random.default_rng([seed, num_batches, batch_tokens, phase == "decode"])
     draw = _prefill_batch if phase == "prefill" else _decode_batch
     parts = [draw(requests, batch_tokens, rng) for _ in range(num_batches)]
