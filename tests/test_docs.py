@@ -187,6 +187,22 @@ def test_examples_in_help_texts_parse() -> None:
     assert tried >= 5
 
 
+def test_the_demo_block_is_what_plan_prints() -> None:
+    """Structure only: the lines and rows of `moesim plan` in their order, of the demo's command."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    demo = re.findall(r"^\t\S*(moesim plan .*)$", makefile, re.MULTILINE)
+    assert len(demo) == 1
+    check_parses(demo[0])
+    block = fences(ROOT / "README.md", "text")[0].splitlines()
+    starts = ["defaults taken: ", "debian-moe: ", "held-out: ", "held-out figure "]
+    one_node = [r for r in ROWS if r[0] not in ("node_fan_out", "inter_node_bytes")]
+    starts += [f"{label} " for _, label, _, _ in one_node]
+    starts += ["local_search against eplb: ", "predicted times rest on ", "wrote "]
+    assert [line[: len(start)] for line, start in zip(block, starts, strict=True)] == starts
+    out, plot = re.findall(r"--(?:out|plot) (\S+)", demo[0])
+    assert block[-1] == f"wrote {out} and {plot}"
+
+
 def test_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
