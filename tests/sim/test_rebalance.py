@@ -78,25 +78,26 @@ def test_swapping_two_gpus_by_hand(setting) -> None:
     np.testing.assert_allclose(result.step_us[4:], after.step_us[4:], rtol=1e-12)
 
 
-def test_async_does_not_stop_serving(setting, batches_of) -> None:
-    """The same bytes move and nothing stops, but steps large enough to need the links' whole rate
-    are slower while weights move beside them."""
-    models, trace, _, placement = setting
-    batches = batches_of(trace, 8, 1024)
-    table = np.roll(placement.physical_to_logical.reshape(3, 8, 8), 1, axis=1)
-    rolled = Placement(np.ascontiguousarray(table.reshape(3, -1)), 8, 1, 64)
-    policy = Rebalance(4, plan_us=10.0, layer_us=0.0)
-    other = Rebalance(4, plan_us=10.0, layer_us=0.0, asynchronous=True)
-    sync, _ = rebalanced(models, trace, batches, placement, policy, lambda _: rolled, 2e6)
-    beside, _ = rebalanced(models, trace, batches, placement, other, lambda _: rolled, 2e6)
-    moved = [r.extra["rebalance"]["bytes_from_gpus"] for r in (sync, beside)]
-    assert moved[0] == moved[1] == 3 * 64 * 2e6
-    assert beside.extra["rebalance"]["stall_us"] == 0
-    assert sync.extra["rebalance"]["stall_us"] > 100
-    assert beside.elapsed_us == pytest.approx(beside.step_us.sum())
+def test_async_does_not_stop_serving(trace, batches_of, models_of, linear_of) -> None:
+    """The same bytes move and nothing stops, but where dispatch and combine need all of a link
+    (PCIe), steps are slower while weights move beside them."""
+    models = models_of(4, cluster="l40s-pcie")
+    batches, placement = batches_of(trace, 8, 1024), linear_of(models)
+    table = np.roll(placement.physical_to_logical.reshape(3, 4, 16), 1, axis=1)
+    rolled = Placement(np.ascontiguousarray(table.reshape(3, -1)), 4, 1, 64)
+    results = {}
+    for beside in (False, True):
+        policy = Rebalance(4, plan_us=10.0, layer_us=0.0, asynchronous=beside)
+        results[beside], _ = rebalanced(
+            models, trace, batches, placement, policy, lambda _: rolled, 1e6
+        )
+        figures = results[beside].extra["rebalance"]
+        assert figures["bytes_from_gpus"] == 3 * 64 * 1e6
+        assert (figures["stall_us"] == 0) == beside
     plain = run_event(models, Sequential(), trace, batches, placement)
-    assert beside.step_us[4] > plain.step_us[4]
-    assert beside.elapsed_us < sync.elapsed_us
+    assert results[True].elapsed_us == pytest.approx(results[True].step_us.sum())
+    assert results[True].step_us[4] > plain.step_us[4] * 1.1
+    assert results[False].step_us[3] == pytest.approx(plain.step_us[3])
 
 
 def test_better_balance_can_be_three_times_slower(setting) -> None:
