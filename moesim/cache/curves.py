@@ -15,6 +15,9 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 PIN_STEPS = 8
 """Pinned counts are tried in steps of E / PIN_STEPS."""
+PIN_GAIN = 0.005
+"""More experts are pinned only where that saves this share of the layer's cost: a smaller gain on
+these requests is as likely to be a loss on others."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +47,7 @@ def layer_curves(
     cost of one miss of each expert. `pinning` tries pinned experts beside the policy's slots.
     """
     num_layers, num = frequency.shape
-    cost = np.full((num_layers, num + 1), np.inf)
+    cost = np.full((num_layers, num + 1), np.finfo(float).max)
     misses, pins = np.zeros((num_layers, num + 1)), np.zeros((num_layers, num + 1), np.int64)
     per_expert = np.zeros((num_layers, num + 1, num))
     step = max(1, num // PIN_STEPS)
@@ -57,7 +60,7 @@ def layer_curves(
             table = miss_table(run)[: num + 1 - pinned] / stream.num_tokens
             value = table @ miss_cost[layer]
             at = np.arange(pinned, num + 1)
-            better = value < cost[layer, at] - 1e-12
+            better = value < cost[layer, at] * (1 - PIN_GAIN)
             at, table, value = at[better], table[better], value[better]
             cost[layer, at], pins[layer, at] = value, pinned
             misses[layer, at], per_expert[layer, at] = table.sum(axis=1), table

@@ -52,7 +52,7 @@ class CacheOptions:
     average_bits: float | None = None
     bit_errors: Path | None = None
     host: dict[str, Any] = field(default_factory=dict)
-    max_steps: int = 1024
+    max_steps: int = 4096
     seed: int = 0
     sweep: bool = False
 

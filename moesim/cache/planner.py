@@ -45,7 +45,8 @@ class Request:
 
     hbm_gb: memory of the GPU. batch_size, context_tokens: of decoding. policy, prefetch, cpu:
     a name (`none` for no prefetch) or `auto`. bits: [L, E] bits of each expert, None for the
-    model's type. max_steps: decode steps simulated in each of the three sets.
+    model's type. max_steps: decode steps simulated, of the select and of the held-out requests;
+    CPU and prefetch are compared on a quarter of the former.
     """
 
     hbm_gb: float
@@ -55,21 +56,23 @@ class Request:
     prefetch: str = "auto"
     cpu: str = "auto"
     bits: npt.NDArray[np.int64] | None = None
-    max_steps: int = 1024
+    max_steps: int = 4096
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
-    """A trace made ready: streams of the select and held-out requests, frequencies of the fit
-    requests, and what the user should know (`notes`)."""
+    """A trace made ready: streams of the select requests, of a quarter of their steps (`trial`) and
+    of the held-out requests, frequencies of the fit requests, and what the user should know
+    (`notes`)."""
 
     trace: Trace
     fit: RequestIndex
     select: Stream
+    trial: Stream
     held_out: Stream
     frequency: FloatArray
-    select_events: Events
+    trial_events: Events
     held_out_events: Events
     notes: tuple[str, ...] = field(default=())
     fitted: dict[tuple[str, int], Predictor] = field(default_factory=dict)
@@ -121,17 +124,18 @@ def make_workload(trace: Trace, request: Request) -> Workload:
             f"the trace has {len(held.ids)} held-out requests, fewer than the batch of"
             f" {request.batch_size}: the steps simulated have at most {len(held.ids)} tokens"
         )
-    picked, kept = (
-        decode_stream(_limit(part, request), request.batch_size, request.seed)
-        for part in (select, held)
+    picked, trial, kept = (
+        decode_stream(_limit(part, request, share), request.batch_size, request.seed)
+        for part, share in ((select, 1), (select, 4), (held, 1))
     )
     return Workload(
         trace,
         fit,
         picked,
+        trial,
         kept,
         expert_frequency(trace, fit),
-        all_events(trace, picked),
+        all_events(trace, trial),
         all_events(trace, kept),
         tuple(notes),
     )
@@ -246,7 +250,7 @@ def experts_per_event(events: Events) -> int:
 
 def candidates(work: Workload) -> int:
     """How many experts a predictor names for a layer."""
-    return min(work.trace.num_experts, CANDIDATES * experts_per_event(work.select_events))
+    return min(work.trace.num_experts, CANDIDATES * experts_per_event(work.trial_events))
 
 
 def _choose(
@@ -269,7 +273,7 @@ def _choose(
         slots, _ = allocate_slots(curves.cost, memory.num_slots - staging)
         pins = np.take_along_axis(curves.pins, slots[:, None], axis=1)[:, 0]
         setup = make_setup(work, policy, slots, pins, cpu, prefetch)
-        run = run_timeline(trace, work.select, setup, times, guess, work.select_events)
+        run = run_timeline(trace, work.trial, setup, times, guess, work.trial_events)
         name = f"{policy}, cpu {_CPU_NAMES[cpu]}, prefetch {label(prefetch)}"
         tried.append((name, run.tokens_per_s, setup, prefetch))
         return run.tokens_per_s
@@ -280,14 +284,14 @@ def _choose(
     cpu = max(bare, key=lambda mode: bare[mode])
     best = max(tried, key=lambda t: t[1])
     names = usable_predictors(trace) if request.prefetch == "auto" else (request.prefetch,)
-    needed = experts_per_event(work.select_events)
+    needed = experts_per_event(work.trial_events)
     widths = sorted({max(1, needed // 4), max(1, needed // 2), needed})
     for name in names if request.prefetch != "none" else ():
         for depth in DEPTHS:
             if depth >= trace.num_layers:
                 continue
             progress(f"prefetch by {name}, {depth} ahead")
-            guess = predict(work.predictor(name, depth), trace, work.select, candidates(work))
+            guess = predict(work.predictor(name, depth), trace, work.trial, candidates(work))
             for least in MIN_SCORES:
                 experts = guess.above(least)
                 for width in widths:
@@ -359,10 +363,10 @@ def _miss_cost(request: Request, times: StepTimes) -> FloatArray:
     return np.asarray(1.0 / (1.0 / load + 1.0 / cpu))
 
 
-def _limit(requests: RequestIndex, request: Request) -> RequestIndex:
-    """As many requests, in seeded random order, as `max_steps` steps of the batch need; a request
-    that goes beyond is cut."""
-    want = request.max_steps * request.batch_size
+def _limit(requests: RequestIndex, request: Request, share: int) -> RequestIndex:
+    """As many requests, in seeded random order, as `max_steps` / `share` steps of the batch need;
+    a request that goes beyond is cut."""
+    want = max(1, request.max_steps // share) * request.batch_size
     length = np.diff(requests.indptr)
     order = np.random.default_rng([request.seed, 7]).permutation(len(length))
     before = np.cumsum(length[order]) - length[order]

@@ -74,7 +74,7 @@ def cache(
     ilp: Annotated[
         bool, typer.Option("--ilp", help="Solve the slots by integer program, with its bound.")
     ] = False,
-    steps: Annotated[int, typer.Option(help="Decode steps simulated in each set.", min=16)] = 1024,
+    steps: Annotated[int, typer.Option(help="Decode steps simulated in each set.", min=16)] = 4096,
     seed: Annotated[int, typer.Option(help="Same seed, same plan.", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Cache plan file to write.")] = None,
     plot: Annotated[
