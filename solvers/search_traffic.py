@@ -143,7 +143,10 @@ def move_replica(
 
 @njit(cache=True, nogil=True)
 def message_us(net: Net, flow: Flow) -> float:
-    """Mean over sampled batches: time of dispatch and combine, or summed link time."""
+    """Mean over sampled batches: time of dispatch and combine, or summed link time.
+
+    Slow links can count for more messages than the table has; it is then continued in line.
+    """
     num_batches = flow.out.shape[0]
     if net.use_time == 0:
         return flow.total[0] / num_batches
@@ -159,7 +162,11 @@ def message_us(net: Net, flow: Flow) -> float:
                 if g >= 0:
                     most[g] = max(most[g], load[b, link] * net.scale[link])
             for g in range(3):
-                worst = max(worst, net.time_us[way, g, min(last, int(most[g] + 0.5))])
+                count = int(most[g] + 0.5)
+                us = net.time_us[way, g, min(last, count)]
+                if count > last:
+                    us += (count - last) * (us - net.time_us[way, g, last - 1])
+                worst = max(worst, us)
             total += worst
     return total / num_batches
 
@@ -205,7 +212,15 @@ def replica_at(gpus: Array, count: Array, expert: int, gpu: int) -> int:
 
 @njit(cache=True, nogil=True)
 def swap_messages(
-    tokens: Tokens, net: Net, flow: Flow, gpus: Array, count: Array, e1: int, g1: int, e2: int, g2: int
+    tokens: Tokens,
+    net: Net,
+    flow: Flow,
+    gpus: Array,
+    count: Array,
+    e1: int,
+    g1: int,
+    e2: int,
+    g2: int,
 ) -> None:
     """Exchange the replica of e1 on g1 with that of e2 on g2 (either may be the empty slot)."""
     num_experts = len(count)
@@ -326,9 +341,7 @@ def pair_pass(
                     best, best_i = exact, i
             if best_i >= 0:
                 s1, s2 = pick[best_i]
-                swap_messages(
-                    tokens, net, flow, gpus, count, slots[g1, s1], g1, slots[g2, s2], g2
-                )
+                swap_messages(tokens, net, flow, gpus, count, slots[g1, s1], g1, slots[g2, s2], g2)
                 apply_swap(work, load, slots, unit, holds, g1, s1, g2, s2)
                 clock += 1
                 changed[g1] = clock

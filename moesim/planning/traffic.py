@@ -32,7 +32,8 @@ def sample_traffic(
     num_batches = max(MIN_BATCHES, budget // batch_tokens)
     batches = draw_batches(requests, phase, batch_tokens, num_batches, seed + 17)
     lengths = np.diff(batches.indptr)
-    most = int(lengths.max()) * min(trace.top_k, step.num_gpus)
+    copies = trace.top_k if step.dedup == "none" else min(trace.top_k, step.num_gpus)
+    most = int(lengths.max()) * copies
     time_us = step.message_tables_us(most)
     keep = binding_links(step, time_us)
     indptr, links = _restrict(step.route_indptr, step.route_links, keep)
