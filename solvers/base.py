@@ -59,8 +59,8 @@ class Problem:
     num_groups: expert groups of group-limited routing (EPLB's hierarchical policy), 1 if none.
     traffic:  needed by the objectives traffic and time.
 
-    Raises InfeasibleError when experts do not fit the slots, InputError when what an objective
-    needs is missing.
+    Raises InfeasibleError when experts do not fit the slots, InputError when sizes do not go
+    together, counts are not finite or what an objective needs is missing.
     """
 
     counts: npt.NDArray[np.float32]
@@ -84,6 +84,21 @@ class Problem:
         if self.counts.ndim != 3 or min(self.counts.shape) < 1:
             raise InputError(
                 f"tuning counts have shape {self.counts.shape}", "give [batches, layers, experts]"
+            )
+        if not ((self.counts >= 0) & np.isfinite(self.counts)).all():
+            raise InputError("tuning counts hold NaN, infinities or negatives", "count tokens")
+        if len(self.speed) != gpus or len(self.gpu_type) != gpus or not (self.speed > 0).all():
+            raise InputError(
+                f"{gpus} GPUs need as many positive speeds and types, not {len(self.speed)} and"
+                f" {len(self.gpu_type)}",
+                "give one of each for every GPU",
+            )
+        if gpus and int(self.capacity.min()) < 0:
+            raise InputError("a GPU has a negative number of slots", "give 0 or more")
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise InputError(
+                f"{self.num_experts} experts do not divide into {self.num_groups} groups",
+                "expert groups have equal sizes; 1 if there are none",
             )
         if self.num_nodes < 1 or gpus % self.num_nodes:
             raise InputError(

@@ -53,9 +53,23 @@ def rebalance_experts(
     """Physical-to-logical map [L, num_replicas] for `weight` [L, E], the load of each expert.
 
     As `eplb.rebalance_experts` of the published code, whose other two results follow from this
-    one. `num_replicas` must be a multiple of `num_gpus`. Loads are rounded to float32, as there.
+    one. Loads are rounded to float32, as there. Raises InputError unless `num_groups` divides E,
+    `num_nodes` divides `num_gpus`, and `num_replicas` is a multiple of `num_gpus` and at least E.
     """
     load = np.asarray(weight, np.float32).astype(np.float64)
+    experts = load.shape[1]
+    if (
+        min(num_groups, num_nodes, num_gpus) < 1
+        or experts % num_groups
+        or num_gpus % num_nodes
+        or num_replicas % num_gpus
+        or num_replicas < experts
+    ):
+        raise InputError(
+            f"{num_replicas} replicas of {experts} experts in {num_groups} groups do not go on"
+            f" {num_gpus} GPUs of {num_nodes} nodes",
+            "choose sizes that divide, and at least one replica an expert",
+        )
     if num_groups % num_nodes:
         num_groups, num_nodes = 1, 1
     table = np.empty((load.shape[0], num_replicas), np.int32)
