@@ -23,6 +23,7 @@ from moesim.plan import Placement, parse_plan
 from moesim.planning.evaluate import STATISTICS
 from moesim.solvers.base import Problem
 from moesim.solvers.registry import SOLVERS
+from moesim.trace.format import TOKEN_DTYPES, load_token_trace
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -264,6 +265,20 @@ def test_the_example_plan_is_valid() -> None:
     raw["placement"]["physical_to_logical"][0][0] = 3
     with pytest.raises(FormatError, match="holds expert"):
         parse_plan({**raw, "num_gpus": 1, "num_nodes": 1})
+
+
+def test_the_trace_of_the_guide_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/trace-format.md: what its numpy block writes is a trace; its tables have every array."""
+    page = ROOT / "docs" / "trace-format.md"
+    monkeypatch.chdir(tmp_path)
+    exec(fences(page, "python")[0], {})
+    trace = load_token_trace("trace.npz", "this test")
+    assert (trace.num_tokens, trace.num_layers, trace.top_k, trace.num_experts) == (640, 3, 2, 16)
+    assert trace.meta.layer_ids == (1, 2, 3)
+    for name in ("expert_ids", "gate_weights", "expert_load", *TOKEN_DTYPES):
+        assert f"`{name}`" in text_of(page), name
+    for name in json.loads(trace.meta.to_json()):
+        assert f"`{name}`" in text_of(page), name
 
 
 # Names
