@@ -51,8 +51,22 @@ def simulate(
         ),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="Order of launch: see docs/simulator.md.")
+        str,
+        typer.Option(
+            help="sequential, shared-overlap, pipelined, co-scheduled, two-batch or"
+            " context-coherent."
+        ),
     ] = "sequential",
+    chunks: Annotated[
+        int | None,
+        typer.Option(
+            help="Chunks of a layer, for pipelined and co-scheduled.",
+            show_default="the best of 1, 2, 4, 8",
+        ),
+    ] = None,
+    reduce: Annotated[
+        float, typer.Option(help="Share of the hidden size that is exchanged (BigMac: 0.25).")
+    ] = 1.0,
     replica_policy: Annotated[
         str | None,
         typer.Option(help="split, hash or nearest.", show_default="the plan's"),
@@ -171,6 +185,8 @@ def simulate(
         num_steps=steps,
         all_to_all=all_to_all,
         schedule=schedule,
+        num_chunks=chunks,
+        reduce=reduce,
         fidelity=choice("fidelity", fidelity, FIDELITIES),  # type: ignore[arg-type]
         replica_policy=choice(  # type: ignore[arg-type]
             "replica policy", replica_policy, ("split", "hash", "nearest")

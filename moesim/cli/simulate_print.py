@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PARTS = (
     "attention", "gate", "shared", "dense", "dispatch", "compute", "combine", "other", "waiting",
 )  # fmt: skip
-LABELS = {"compute": "routed experts", "other": "moving weights", "shared": "shared experts"}
+LABELS = {"compute": "routed experts", "other": "other transfers", "shared": "shared experts"}
 MAX_BARS = 16
 BAR = 20
 

@@ -24,10 +24,11 @@ from moesim.sim.fault_run import FaultRun
 from moesim.sim.faults import Fault, FaultClock, Recovery
 from moesim.sim.home import HomeModel
 from moesim.sim.migrate import Mover, build_mover
-from moesim.sim.prepare import Models
+from moesim.sim.prepare import Models, one_batch
 from moesim.sim.rebalance import Rebalance, RebalanceRun
 from moesim.sim.result import SimResult
-from moesim.sim.schedules.registry import get_schedule
+from moesim.sim.schedules.base import Schedule
+from moesim.sim.schedules.registry import CHUNKED, check_exchange, get_schedule
 from moesim.sim.stragglers import GpuSpeeds, SlowWindow
 from moesim.sim.timeline import Timeline
 from moesim.trace.batches import (
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 Fidelity = Literal["analytic", "event"]
 FIDELITIES: tuple[Fidelity, ...] = ("analytic", "event")
 DEFAULT_STEPS = 16
+DEGREES = (1, 2, 4, 8)
+"""Numbers of chunks that are tried where none is asked for."""
 Progress = Callable[[int, int], None]
 
 
@@ -70,7 +73,8 @@ class SimRequest:
 
     plan: None for the linear placement. compare: solvers whose placements are simulated beside,
     with as many slots. home_ranks: whether attention, gate and dense layers count. drift: steps
-    take the trace's domains one after the other. slow, speed_*: see GpuSpeeds. rebalance: the first
+    take the trace's domains one after the other. num_chunks: None tries DEGREES. reduce: share of
+    the hidden size that is exchanged (BigMac). slow, speed_*: see GpuSpeeds. rebalance: the first
     placement is simulated once more, placing anew with `rebalance_solver` on the way.
     """
 
@@ -84,6 +88,8 @@ class SimRequest:
     num_steps: int = DEFAULT_STEPS
     all_to_all: str | None = None
     schedule: str = "sequential"
+    num_chunks: int | None = None
+    reduce: float = 1.0
     fidelity: Fidelity = "event"
     replica_policy: ReplicaPolicy | None = None
     context_tokens: int | None = None
@@ -134,11 +140,14 @@ def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimRep
     timeline = None
     if request.timeline_steps:
         timeline = Timeline(models.links, models.num_gpus, request.timeline_steps)
-    runner = _Runner(request, models, batches, counts)
+    details: dict[str, Any] = {}
+    first = next(iter(placements.values()))
+    schedule = _schedule(request, models, batches, first, defaults, details)
+    runner = _Runner(request, models, batches, counts, schedule)
     jobs = [(name, placement, False) for name, placement in placements.items()]
     if request.rebalance is not None:
-        first = next(iter(placements))
-        jobs.insert(1, (f"{first}, rebalanced", placements[first], True))
+        name = next(iter(placements))
+        jobs.insert(1, (f"{name}, rebalanced", first, True))
     results: dict[str, SimResult] = {}
     for i, (name, placement, anew) in enumerate(jobs):
         tick = _shifted(progress, i * len(batches), len(jobs) * len(batches))
@@ -155,6 +164,7 @@ def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimRep
         weakest(models.step.basis, *home),
         notes,
         timeline,
+        details,
     )
 
 
@@ -166,6 +176,7 @@ class _Runner:
     models: Models
     batches: Batches
     counts: npt.NDArray[np.float32]
+    schedule: Schedule
 
     def run(
         self,
@@ -177,7 +188,7 @@ class _Runner:
         request, models, trace = self.request, self.models, self.request.trace
         if request.fidelity == "analytic":
             return run_analytic(models, trace, self.batches, placement, progress=progress)
-        schedule = get_schedule(request.schedule)
+        schedule = self.schedule
         speeds = GpuSpeeds(
             models.num_gpus,
             request.slow,
@@ -248,6 +259,38 @@ class _Runner:
             num_groups=request.model.n_group,
             seed=request.seed,
         )
+
+
+def _schedule(
+    request: SimRequest,
+    models: Models,
+    batches: Batches,
+    placement: Placement,
+    defaults: dict[str, str],
+    details: dict[str, Any],
+) -> Schedule:
+    """The schedule asked for; where it cuts steps into chunks, with the number of them that makes
+    the first step of `placement` shortest, unless one was asked for."""
+    name = request.schedule
+    if request.num_chunks is not None and name not in CHUNKED:
+        raise InputError(f"--chunks with schedule {name}", f"use it with {' or '.join(CHUNKED)}")
+    schedule = get_schedule(name, request.num_chunks or 1)
+    check_exchange(schedule, models.exchange)
+    if request.num_chunks is not None or name not in CHUNKED:
+        return schedule
+    tried = {
+        degree: float(
+            run_event(
+                models, get_schedule(name, degree), request.trace, one_batch(batches, 0), placement
+            ).step_us[0]
+        )
+        for degree in DEGREES
+    }
+    best = min(tried, key=lambda degree: (tried[degree], degree))
+    details["chunks"] = {"best": best, "step_us": {str(d): us for d, us in tried.items()}}
+    shown = ", ".join(f"{d}: {us:,.0f} us" for d, us in tried.items())
+    defaults["chunks"] = f"{best} (first step by number of chunks: {shown})"
+    return get_schedule(name, best)
 
 
 def check_model(trace: Trace, model: ModelSpec, notices: list[str]) -> None:
@@ -334,11 +377,14 @@ def _models(
     request: SimRequest, phase: Phase, defaults: dict[str, str]
 ) -> tuple[Models, tuple[str, ...]]:
     cluster, model = request.cluster, request.model
-    step, links, exchange = build_exchange(request.all_to_all, cluster, model, phase=phase)
+    step, links, exchange = build_exchange(
+        request.all_to_all, cluster, model, reduce=request.reduce, phase=phase
+    )
     notes = list(step.notes)
     home = None
     if request.home_ranks:
-        home = HomeModel(cluster, model, request.trace.meta.layer_ids)
+        layers = request.trace.meta.layer_ids
+        home = HomeModel(cluster, model, layers, reduce=request.reduce)
         notes.append(f"attention, gate and dense layers: {home.basis}")
     policy = request.replica_policy
     if policy is None:

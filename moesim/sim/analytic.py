@@ -63,16 +63,18 @@ def closed_form(models: Models, ready: Prepared) -> SimResult:
     home = ready.home
     experts = ready.expert_us
     num_layers, gpus = experts.shape[1:]
-    before = home.attention_us + (home.gate_us + home.shared_us)[:, None, :]
+    before = home.attention_us + (home.gate_us + home.shared_us + home.descend_us)[:, None, :]
     before[:, 0] += home.dense_us
+    before[:, 1:] += home.ascend_us[:, None, :]
     dispatch = sum((s.us for s in ready.dispatch), np.zeros(experts.shape[:2])).sum(axis=1)
     combine = sum((s.us for s in ready.combine), np.zeros(experts.shape[:2])).sum(axis=1)
     step = before.max(axis=2).sum(axis=1) + experts.max(axis=2).sum(axis=1) + dispatch + combine
+    step += home.ascend_us.max(axis=1)
     of_gpu = {
         "attention": home.attention_us.sum(axis=1),
         "gate": home.gate_us * num_layers,
         "shared": home.shared_us * num_layers,
-        "dense": home.dense_us,
+        "dense": home.dense_us + num_layers * (home.descend_us + home.ascend_us),
         "compute": experts.sum(axis=1),
     }
     kernels = sum((of_gpu[name] for name in COMPUTE_CATEGORIES), np.zeros((len(step), gpus)))

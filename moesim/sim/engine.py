@@ -21,8 +21,9 @@ import simpy
 
 from moesim.sim.network import Flow, Network, on_event
 
-COMPUTE, COMM, INTRA = "compute", "comm", "comm-intra"
-"""Streams of a GPU: kernels, collectives, and collectives within the node (co-scheduling)."""
+COMPUTE, COMM = "compute", "comm"
+INTRA_OUT, INTRA_BACK = "comm-intra-dispatch", "comm-intra-combine"
+"""Streams of a GPU: kernels, collectives, and (co-scheduling) collectives within the node."""
 
 COMPUTE_CATEGORIES = ("attention", "gate", "shared", "dense", "compute")
 COMM_CATEGORIES = ("dispatch", "combine", "other")

@@ -128,7 +128,7 @@ def run_event(
     tally = Tally(models, schedule.name)
     for b in range(len(batches)):
         batch = one_batch(batches, b)
-        step = step_work(models, trace, batch, placement, schedule.num_chunks)
+        step = step_work(models, trace, batch, placement, schedule)
         run = run_step(engine, schedule, step.work)
         tally.add(run, step)
         if timeline is not None:

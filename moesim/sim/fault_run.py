@@ -90,6 +90,10 @@ class FaultRun:
     def __post_init__(self) -> None:
         if self.recovery.on_loss == "replan" and self.planner is None:
             raise InputError("a new plan is wanted, but there is no planner", "give a planner")
+        if self.schedule.coherent:
+            raise InputError(
+                f"faults with the {self.schedule.name} schedule", "use --schedule sequential"
+            )
 
     def run(self, batches: Batches, progress: Progress | None = None) -> SimResult:
         """Serve every batch once. Raises InfeasibleError where an expert is nowhere and the

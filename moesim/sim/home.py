@@ -39,12 +39,16 @@ class Rows:
 @dataclass(frozen=True, slots=True, eq=False)
 class HomeTimes:
     """Microseconds of each rank's own work: attention_us [B, L, G] by MoE layer, gate_us and
-    shared_us [B, G] in each MoE layer, dense_us [B, G] once a step (dense layers, output head)."""
+    shared_us [B, G] in each MoE layer, dense_us [B, G] once a step (dense layers, output head).
+    descend_us, ascend_us: [B, G] in each MoE layer, projections around an exchange of reduced
+    dimension, zero without one."""
 
     attention_us: FloatArray
     gate_us: FloatArray
     shared_us: FloatArray
     dense_us: FloatArray
+    descend_us: FloatArray
+    ascend_us: FloatArray
 
 
 def rank_rows(
@@ -89,11 +93,22 @@ def rank_rows(
 class HomeModel:
     """Times of the home ranks of one model on one cluster, from the calibrations of its GPUs.
 
+    reduce: share of the hidden size that is exchanged; below 1 a projection down before the
+    dispatch and one up after the combine are added (BigMac, arXiv:2502.16927: descend, communicate,
+    communicate, ascend; experts keep their weights and operations).
     Assumes attention data-parallel (each rank computes its own tokens whole). Ignored: norms,
     rotary embedding, sampling, the router's top-k, copies between kernels.
     """
 
-    def __init__(self, cluster: Cluster, model: ModelSpec, layer_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        model: ModelSpec,
+        layer_ids: tuple[int, ...],
+        *,
+        reduce: float = 1.0,
+    ) -> None:
+        self.reduce = reduce
         self.model = model
         self.layer_ids = layer_ids
         self.speed = np.asarray(cluster.speed_factor, np.float64)
@@ -111,7 +126,7 @@ class HomeModel:
         batches, gpus = rows.tokens.shape
         model, spec = self.model, self.model.attention
         full, windowed = np.zeros((2, batches, gpus))
-        linear, gate, shared, dense_ffn, head = np.zeros((5, batches, gpus))
+        linear, gate, shared, dense_ffn, head, down, up = np.zeros((7, batches, gpus))
         hidden, dtype = model.hidden_size, model.dense_dtype
         for kind, dense in enumerate(self.types):
             at = np.flatnonzero(self.type_of_gpu == kind)
@@ -129,6 +144,10 @@ class HomeModel:
             shared[:, at] = self._ffn_us(dense, tokens, model.shared_intermediate_size)
             dense_ffn[:, at] = self._ffn_us(dense, tokens, model.dense_intermediate_size)
             head[:, at] = dense.gemm_us(rows.heads[:, at], model.vocab_size, hidden)
+            if self.reduce < 1.0:
+                narrow = max(1, round(hidden * self.reduce))
+                down[:, at] = dense.gemm_us(tokens, narrow, hidden, dtype)
+                up[:, at] = dense.gemm_us(tokens, hidden, narrow, dtype)
 
         def attention(layer_id: int) -> FloatArray:
             if layer_id in spec.linear_layer_ids:
@@ -138,9 +157,8 @@ class HomeModel:
         per_layer = np.stack([attention(i) for i in self.layer_ids], axis=1)
         dense_layers = set(range(model.num_hidden_layers)) - set(model.moe_layer_ids)
         once = head + sum((attention(i) + dense_ffn for i in sorted(dense_layers)), 0.0)
-        return HomeTimes(
-            per_layer / self.speed, gate / self.speed, shared / self.speed, once / self.speed
-        )
+        parts = (per_layer, gate, shared, once, down, up)
+        return HomeTimes(*(part / self.speed for part in parts))
 
     def _ffn_us(self, dense: DenseModel, tokens: FloatArray, width: int) -> FloatArray:
         """A gated feed-forward part of `width`: one GEMM up (gate and up together), one down."""

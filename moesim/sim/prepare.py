@@ -13,9 +13,11 @@ from moesim.cost.routing import Routed, home_ranks, route
 from moesim.cost.step import StepModel
 from moesim.plan import Placement, ReplicaPolicy
 from moesim.sim.capacity import DropPolicy, Drops, apply_capacity
+from moesim.sim.coherent import coherent_work
 from moesim.sim.collectives.base import Exchange, Stage
 from moesim.sim.home import HomeModel, HomeTimes, rank_rows
 from moesim.sim.links import LinkTable
+from moesim.sim.schedules.base import Schedule
 from moesim.sim.work import Chunk, HomeWork, StepWork
 from moesim.trace.batches import Batches
 
@@ -116,7 +118,7 @@ def home_times(models: Models, trace: Trace, batches: Batches, home: Homes) -> H
     if models.home is None:
         flat = np.zeros((len(batches), models.num_gpus))
         layers = np.zeros((len(batches), trace.num_layers, models.num_gpus))
-        return HomeTimes(layers, flat, flat, flat)
+        return HomeTimes(layers, flat, flat, flat, flat, flat)
     rows = rank_rows(trace, batches, home, models.num_gpus, models.context_tokens)
     return models.home.times(rows, batches.phase)
 
@@ -168,18 +170,21 @@ def step_work(
     trace: Trace,
     batch: Batches,
     placement: Placement,
-    num_chunks: int,
+    schedule: Schedule,
     home: Homes | None = None,
 ) -> Step:
-    """One step (`batch` holds one batch) cut into `num_chunks`."""
+    """One step (`batch` holds one batch) as `schedule` cuts it."""
     if home is None:
         home = home_ranks(trace, batch, models.num_gpus)
     trace, batch, drops = limited(models, trace, batch, home, placement)
+    if schedule.coherent:
+        work, routed = coherent_work(models, trace, batch, placement, home)
+        return Step(work, routed, drops)
 
     def routing(some: Batches, homes: Homes) -> Routed:
         return routed_by(models, trace, some, placement, homes)
 
-    return timed_step(models, trace, batch, home, num_chunks, routing, drops)
+    return timed_step(models, trace, batch, home, schedule.num_chunks, routing, drops)
 
 
 def timed_step(

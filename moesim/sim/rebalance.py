@@ -105,9 +105,7 @@ class RebalanceRun:
         for b in range(len(batches)):
             batch = one_batch(batches, b)
             self._change_over()
-            step = step_work(
-                self.models, self.trace, batch, self._current(), self.schedule.num_chunks
-            )
+            step = step_work(self.models, self.trace, batch, self._current(), self.schedule)
             run = run_step(engine, self.schedule, step.work)
             self.tally.add(run, step)
             self._stall(self.policy.record_us)

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from moesim.sim.engine import ALL_GPUS, COMM, COMPUTE, INTRA, StepRun
+from moesim.sim.engine import ALL_GPUS, COMM, COMPUTE, INTRA_BACK, INTRA_OUT, StepRun
 from moesim.sim.links import LinkTable
 from moesim.sim.network import LinkUse, Network
 
 LINK_PROCESS = 1_000_000
-_STREAMS = {COMPUTE: 0, COMM: 1, INTRA: 2}
+_STREAMS = {COMPUTE: 0, COMM: 1, INTRA_OUT: 2, INTRA_BACK: 3}
 _MIN_SHARE = 1e-6
 
 

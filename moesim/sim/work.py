@@ -10,25 +10,37 @@ import numpy.typing as npt
 
 from moesim.sim.collectives.base import Stage
 from moesim.sim.home import HomeTimes
+from moesim.sim.network import Flow
 
 FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HomeWork:
-    """`HomeTimes` of one step or chunk: attention_us, gate_us, shared_us [L, G]; dense_us [G]."""
+    """`HomeTimes` of one step or chunk: dense_us is [G], all others are [L, G]."""
 
     attention_us: FloatArray
     gate_us: FloatArray
     shared_us: FloatArray
     dense_us: FloatArray
+    descend_us: FloatArray
+    ascend_us: FloatArray
 
     @staticmethod
     def of(times: HomeTimes, batch: int) -> HomeWork:
         attention = times.attention_us[batch]
-        gate = np.broadcast_to(times.gate_us[batch], attention.shape)
-        shared = np.broadcast_to(times.shared_us[batch], attention.shape)
-        return HomeWork(attention, gate, shared, times.dense_us[batch])
+
+        def every_layer(values: FloatArray) -> FloatArray:
+            return np.broadcast_to(values[batch], attention.shape)
+
+        return HomeWork(
+            attention,
+            every_layer(times.gate_us),
+            every_layer(times.shared_us),
+            times.dense_us[batch],
+            every_layer(times.descend_us),
+            every_layer(times.ascend_us),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,10 +57,12 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepWork:
-    """One step: `home` for all tokens together, `chunks` for each share of them (usually one)."""
+    """One step: `home` for all tokens together, `chunks` for each share of them (usually one);
+    `gather` ends a step of the context-coherent schedule."""
 
     num_layers: int
     num_gpus: int
     num_tokens: int
     home: HomeWork
     chunks: tuple[Chunk, ...]
+    gather: Flow | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moesim.cost.step import KINDS_OF, StepModel, build_step_model, calibration_of_gpu
@@ -24,17 +25,26 @@ NAMES = (*KINDS_OF, *HIERARCHICAL)
 
 
 def build_exchange(
-    name: str | None, cluster: Cluster, model: ModelSpec, **options: Any
+    name: str | None,
+    cluster: Cluster,
+    model: ModelSpec,
+    *,
+    reduce: float = 1.0,
+    **options: Any,
 ) -> tuple[StepModel, LinkTable, Exchange]:
     """The step model, the links and the exchange called `name`; None takes the step model's own
-    default. `options` go to `build_step_model`.
+    default. reduce: share of the hidden size that messages carry. `options` go to
+    `build_step_model`.
 
     Raises UnknownNameError for another name, InputError for a hierarchical exchange on one node.
     """
     if name is not None and name not in NAMES:
         raise UnknownNameError("all-to-all", name, NAMES)
+    if not 0 < reduce <= 1:
+        raise InputError(f"messages reduced to {reduce} of the hidden size", "give above 0 to 1")
     if name is None or name in KINDS_OF:
         step = build_step_model(cluster, model, all_to_all=name, **options)  # type: ignore[arg-type]
+        step = _reduced(step, reduce)
         links = link_table(cluster, step)
         return step, links, Flat(step, links)
     if cluster.num_nodes < 2:
@@ -44,6 +54,7 @@ def build_exchange(
         )
     kind = HIERARCHICAL[name]
     step = build_step_model(cluster, model, all_to_all="nccl", dedup=kind.dedup, **options)
+    step = _reduced(step, reduce)
     links = link_table(cluster, step)
     slowest = min(cluster.gpus, key=lambda gpu: gpu.nvlink_gb_per_s)
     same = len({gpu.name for gpu in cluster.gpus}) == 1
@@ -58,3 +69,11 @@ def build_exchange(
         nic_gb_per_s=float(nics.min()) if len(nics) else None,
     )
     return step, links, kind(step, links, intra, inter, cluster.num_nodes)
+
+
+def _reduced(step: StepModel, share: float) -> StepModel:
+    return replace(
+        step,
+        dispatch_bytes=step.dispatch_bytes * share,
+        combine_bytes=step.combine_bytes * share,
+    )

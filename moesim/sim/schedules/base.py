@@ -11,10 +11,17 @@ from moesim.sim.work import HomeWork, StepWork
 
 
 class Schedule(Protocol):
-    """An order of launch. `num_chunks`: shares that the step's tokens are cut into."""
+    """An order of launch. `num_chunks`: shares that the step's tokens are cut into. `coherent`:
+    tokens stay where their last expert was."""
 
-    name: str
-    num_chunks: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_chunks(self) -> int: ...
+
+    @property
+    def coherent(self) -> bool: ...
 
     def build(self, program: Program, work: StepWork) -> None:
         """Add the tasks of one step to `program`."""
@@ -47,20 +54,24 @@ def exchange(
 def attention_and_gate(
     program: Program, home: HomeWork, layer: int, after: Iterable[Task], note: str = ""
 ) -> list[Task]:
-    """Attention, then the gate, on every GPU that has tokens; returns the last task of each."""
+    """Attention, then the gate, on every GPU that has tokens; returns the last task of each.
+
+    With reduced dimensions, first the ascent of the layer before, and last the descent.
+    """
     after = list(after)
     name = f"layer {layer} "
-    attention = program.kernels(
-        "attention",
-        home.attention_us[layer].tolist(),
-        layer=layer,
-        after=after,
-        name=f"{name}attention{note}",
-    )
-    gate = program.kernels(
-        "gate", home.gate_us[layer].tolist(), layer=layer, after=after, name=f"{name}gate{note}"
-    )
-    return _joined(after, attention, gate)
+    up = home.ascend_us[layer - 1].tolist() if layer else []
+    parts = [
+        ("dense", up, "ascend"),
+        ("attention", home.attention_us[layer].tolist(), "attention"),
+        ("gate", home.gate_us[layer].tolist(), "gate"),
+        ("dense", home.descend_us[layer].tolist(), "descend"),
+    ]
+    groups = [
+        program.kernels(category, work, layer=layer, after=after, name=f"{name}{label}{note}")
+        for category, work, label in parts
+    ]
+    return _joined(after, *groups)
 
 
 def shared_experts(
@@ -73,6 +84,14 @@ def shared_experts(
         layer=layer,
         after=after,
         name=f"layer {layer} shared{note}",
+    )
+
+
+def finish(program: Program, home: HomeWork, after: Iterable[Task]) -> None:
+    """What follows the last combine: the ascent of the last layer, with reduced dimensions."""
+    last = len(home.ascend_us) - 1
+    program.kernels(
+        "dense", home.ascend_us[last].tolist(), layer=last, after=after, name="last ascend"
     )
 
 

@@ -7,13 +7,14 @@ combine. With nothing else on the network this is the closed form of the cost mo
 from __future__ import annotations
 
 from moesim.sim.engine import Program, Task
-from moesim.sim.schedules.base import attention_and_gate, exchange, shared_experts
+from moesim.sim.schedules.base import attention_and_gate, exchange, finish, shared_experts
 from moesim.sim.work import StepWork
 
 
 class Sequential:
     name = "sequential"
     num_chunks = 1
+    coherent = False
 
     def build(self, program: Program, work: StepWork) -> None:
         home, chunk = work.home, work.chunks[0]
@@ -27,3 +28,4 @@ class Sequential:
                 "compute", chunk.expert_us[layer].tolist(), layer=layer, after=sent
             )
             done = exchange(program, chunk.combine, chunk.batch, layer, "combine", computed or sent)
+        finish(program, home, done)
