@@ -30,6 +30,7 @@ def plot_speed_by_memory(
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(figsize=(7.5, 4.6), constrained_layout=True)
     for name, speed in sweep.speed.items():
@@ -47,7 +48,7 @@ def plot_speed_by_memory(
         )
     axes.axvline(hbm_gb, color="#999999", linewidth=0.8, linestyle=":")
     axes.annotate(
-        f"{hbm_gb:g} GB",
+        f"{hbm_gb:.3g} GB",
         (hbm_gb, 0.02),
         xycoords=("data", "axes fraction"),
         xytext=(4, 0),
@@ -56,6 +57,9 @@ def plot_speed_by_memory(
         color="#666666",
     )
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("HBM given to the model [GB]")
     axes.set_ylabel("tokens per second")
     axes.set_title(title, fontsize=10, loc="left")
