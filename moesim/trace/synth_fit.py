@@ -21,7 +21,7 @@ from moesim.trace.synth import request_seeds, run_model
 from moesim.trace.synth_spec import MAX_CELLS, MAX_REQUEST_TOKENS, Array, FloatArray, SynthSpec
 
 FIT_TOKENS = 65_536
-RUN_TOKENS = 24_576
+RUN_TOKENS = 12_288
 MIXTURE_TOKENS = 16_384
 NUM_TYPES = 128
 NUM_ROUNDS = 32
@@ -238,7 +238,8 @@ def calibrate(
         width = np.minimum(np.sqrt(1 + (types**2 + spread**2) / 6), 6.0)[:, None]
         base += max(0.6 * step, 0.2) * width * overall
         if len(base) > 1:
-            own = np.log((expected + 20 * want) / (pool.load + 20 * want))
+            prior = 20 * want + 0.5
+            own = np.log((expected + prior) / (pool.load + prior))
             base += (
                 0.4 * step * width * np.where(pool.tokens[:, None, None] > 0, own - overall, 0.0)
             )
