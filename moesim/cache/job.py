@@ -23,11 +23,13 @@ from moesim.cache.planner import (
     Planned,
     Request,
     check_model,
+    expert_sizes,
     make_workload,
+    miss_cost,
     plan_cache,
 )
 from moesim.cache.policies import POLICIES
-from moesim.cache.rates import HostSpec, build_rates
+from moesim.cache.rates import FloatArray, HostSpec, Rates, build_rates, step_times
 from moesim.cluster.load import load_gpu
 from moesim.errors import FormatError, InputError
 from moesim.model import ModelSpec, load_model
@@ -59,7 +61,8 @@ class CacheOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CacheJob:
-    """The plan and everything said about it; `notes` are for the user's eyes."""
+    """The plan and everything said about it; `notes` are for the user's eyes. `loss`: [L, E, 3]
+    loss of each bit-width where experts have mixed precision, `average_bits` their budget."""
 
     request: Request
     plan: CachePlan
@@ -71,6 +74,9 @@ class CacheJob:
     rate_notes: tuple[str, ...]
     basis: str
     bits: str | None
+    rates: Rates
+    loss: FloatArray | None
+    average_bits: float
 
     @property
     def bound_tokens_per_s(self) -> float:
@@ -79,6 +85,15 @@ class CacheJob:
     @property
     def bound_hit_rate(self) -> float:
         return self.bound.hit_rate(self.planned.memory.num_slots)
+
+    def tier_costs(self) -> tuple[FloatArray, FloatArray]:
+        """[L, E] seconds of one miss of each expert if it lives in DRAM, and if on NVMe."""
+        shape = (len(self.plan.layer_ids), self.plan.num_experts)
+        size = expert_sizes(self.rates.model, self.request)
+        near, far = (
+            step_times(self.rates, 1, 0, size, np.full(shape, on_nvme)) for on_nvme in (False, True)
+        )
+        return miss_cost(self.request, near), miss_cost(self.request, far)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data: the plan, the figures beside it, the sweep where one was made."""
@@ -142,7 +157,7 @@ def run_cache(
         notes.append(f"{hbm:g} GB are more than the {gpu.hbm_gb:g} GB of one {gpu.name}")
     progress("requests and steps")
     work = make_workload(trace, request)
-    bits_line = None
+    bits_line, loss = None, None
     if options.average_bits is not None:
         worth = significance(trace, work.fit)
         loss = loss_table(worth, _errors(options.bit_errors, worth.shape))
@@ -190,6 +205,9 @@ def run_cache(
         rates.notes if planned.plan.nvme else rates.notes[:3] + rates.notes[4:],
         rates.basis,
         bits_line,
+        rates,
+        loss,
+        options.average_bits or 0.0,
     )
 
 

@@ -164,11 +164,9 @@ def plan_cache(
     check_model(trace, model)
     _check_names(trace, request)
     shape = (trace.num_layers, trace.num_experts)
-    sizes = np.full(shape, float(model.expert_bytes()))
-    if request.bits is not None:
-        if request.bits.shape != shape:
-            raise InputError(f"bits have shape {request.bits.shape}, wanted {shape}", "check them")
-        sizes = expert_bytes_of_bits(model, request.bits)
+    if request.bits is not None and request.bits.shape != shape:
+        raise InputError(f"bits have shape {request.bits.shape}, wanted {shape}", "check them")
+    sizes = expert_sizes(model, request)
     slot_bytes = float(sizes.max())
     memory = memory_budget(
         model, request.hbm_gb, request.batch_size, request.context_tokens, slot_bytes
@@ -187,7 +185,7 @@ def plan_cache(
         progress(f"miss curves of {name}")
         settings = CacheSettings(name, warm=True)
         curves[name] = layer_curves(
-            trace, work.select, settings, work.frequency, _miss_cost(request, times)
+            trace, work.select, settings, work.frequency, miss_cost(request, times)
         )
     totals = {n: allocate_slots(c.cost, memory.num_slots)[1] for n, c in curves.items()}
     policy = min(totals, key=lambda n: (totals[n], names.index(n)))
@@ -203,9 +201,16 @@ def plan_cache(
             work.select,
             CacheSettings(policy, warm=True),
             work.frequency,
-            _miss_cost(request, times),
+            miss_cost(request, times),
         )
     return _choose(work, rates, request, memory, times, policy, chosen, nvme, progress)
+
+
+def expert_sizes(model: ModelSpec, request: Request) -> FloatArray:
+    """[L, E] bytes of each expert."""
+    if request.bits is not None:
+        return expert_bytes_of_bits(model, request.bits)
+    return np.full((model.num_moe_layers, model.num_experts), float(model.expert_bytes()))
 
 
 def make_setup(
@@ -353,7 +358,7 @@ def _resident(
     return Planned(plan, evaluate(work, plan, times), times, memory, curves, ())
 
 
-def _miss_cost(request: Request, times: StepTimes) -> FloatArray:
+def miss_cost(request: Request, times: StepTimes) -> FloatArray:
     """[L, E] seconds of one miss: the transfer, or what remains of it when the CPU takes its
     share of the misses (two servers at once)."""
     load = times.load_s

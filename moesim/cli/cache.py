@@ -72,7 +72,8 @@ def cache(
         float | None, typer.Option(help="Read rate of NVMe, for experts beyond --dram.")
     ] = None,
     ilp: Annotated[
-        bool, typer.Option("--ilp", help="Solve the slots by integer program, with its bound.")
+        bool,
+        typer.Option("--ilp", help="Solve slots, tiers, bits by integer program too."),
     ] = False,
     steps: Annotated[int, typer.Option(help="Decode steps simulated in each set.", min=16)] = 4096,
     seed: Annotated[int, typer.Option(help="Same seed, same plan.", min=0)] = 0,
@@ -152,26 +153,52 @@ def _say(text: str) -> None:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _solve(job: CacheJob) -> dict[str, Any]:
-    """The integer program for the slots beside what the plan's own method found."""
+def _solve(job: CacheJob) -> list[dict[str, Any]]:
+    """Integer programs beside what the plan's own methods found, each with its bound."""
+    import numpy as np
+
+    from moesim.cache.bits import BITS, bit_budget
     from moesim.cache.slots import allocate_slots
-    from moesim.solvers.ilp.cache import solve_slots
+    from moesim.solvers.ilp.cache import solve_bits, solve_slots, solve_tiers
 
     _say("integer program")
-    slots = job.planned.memory.num_slots
-    found = solve_slots(job.planned.curves.cost, slots)
-    _, own = allocate_slots(job.planned.curves.cost, slots)
+    curves, slots = job.planned.curves, job.planned.memory.num_slots
+    _, own = allocate_slots(curves.cost, slots)
+    rows = []
+    if job.plan.nvme:
+        in_dram = curves.expert_misses.shape[0] * job.plan.num_experts
+        in_dram -= sum(map(len, job.plan.nvme))
+        tiers = solve_tiers(curves.expert_misses, *job.tier_costs(), slots, in_dram)
+        rows.append(_row("slots and tiers", "s of misses a token", own, tiers))
+    else:
+        rows.append(_row("slots", "s of misses a token", own, solve_slots(curves.cost, slots)))
+    if job.loss is not None and job.plan.bits is not None:
+        bits = np.array(job.plan.bits)
+        own = float(np.take_along_axis(job.loss, bits[:, :, None] - BITS[0], axis=2).sum())
+        budget = bit_budget(job.plan.num_experts, job.average_bits)
+        found = [solve_bits(layer, budget) for layer in job.loss]
+        row = _row("bits", "weighted error", own, found[0])
+        row["integer_program"] = sum(f.objective for f in found)
+        row["bound"] = sum(f.bound for f in found)
+        if any(f.status != "optimal" for f in found):
+            row["status"] = "time_limit"
+        rows.append(row)
     _say("")
+    return rows
+
+
+def _row(what: str, unit: str, own: float, found: Any) -> dict[str, Any]:
     return {
-        "objective": "seconds of misses a token, on the requests that chose the plan",
-        "status": found.status,
-        "dynamic_programming": own,
+        "what": what,
+        "unit": unit,
+        "own": own,
         "integer_program": found.objective,
         "bound": found.bound,
+        "status": found.status,
     }
 
 
-def _print(job: CacheJob, exact: dict[str, Any] | None) -> None:
+def _print(job: CacheJob, exact: list[dict[str, Any]] | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -223,11 +250,10 @@ def _print(job: CacheJob, exact: dict[str, Any] | None) -> None:
     if console.width < 90:
         console = Console(width=90)
     console.print(table)
-    if exact is not None:
+    for check in exact or ():
         typer.echo(
-            f"slots: {exact['dynamic_programming'] * 1e3:.4f} ms of misses a token by dynamic"
-            f" programming, {exact['integer_program'] * 1e3:.4f} by integer program"
-            f" ({exact['status']}), bound {exact['bound'] * 1e3:.4f}"
+            f"{check['what']}: {check['own']:.6g} {check['unit']} as planned, integer program"
+            f" {check['integer_program']:.6g} ({check['status']}), bound {check['bound']:.6g}"
         )
     typer.echo(f"weakest figure behind this: {job.basis}")
     for line in job.rate_notes:

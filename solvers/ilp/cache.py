@@ -18,7 +18,7 @@ from moesim.plan import Status
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-MAX_STEPS = 32
+MAX_STEPS = 16
 """Host sizes a layer that `solve_tiers` offers besides 0, evenly spaced."""
 
 

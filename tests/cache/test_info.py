@@ -54,8 +54,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(capsys.readouterr().out)
     own = next(row for row in data["results"] if row["name"] == "this plan")
     assert own["tokens_per_s"] <= data["offline_bound"]["tokens_per_s"]
-    assert data["ilp"]["status"] == "optimal"
-    assert data["ilp"]["integer_program"] == pytest.approx(data["ilp"]["dynamic_programming"])
+    (slots,) = data["ilp"]
+    assert slots["status"] == "optimal"
+    assert slots["integer_program"] == pytest.approx(slots["own"])
     plan = load_cache_plan(out)
     assert plan.policy == "lru"
     assert plan.predicted["tokens_per_s"] == own["tokens_per_s"]
@@ -64,6 +65,24 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "offline bound" in shown.out
     assert "prefill tokens are used" in shown.err
     assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+def test_integer_programs_of_tiers_and_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    """0.1 GB of DRAM for 0.26 GB of experts of 2 bits: the joint program is at least as good as
+    slots first, tiers after; MC-MoE's program at least as good as the greedy choice."""
+    command = [
+        "cache", "--trace", "sample:debian-moe", "--hbm", "1.25", "--steps", "64", "--bits", "2",
+        "--prefetch", "none", "--policy", "lfu", "--dram", "0.1", "--ilp", "--json",
+    ]  # fmt: skip
+    assert run(command) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [row["what"] for row in data["ilp"]] == ["slots and tiers", "bits"]
+    for row in data["ilp"]:
+        assert row["bound"] <= row["integer_program"] * (1 + 1e-9)
+        assert row["integer_program"] <= row["own"] * (1 + 1e-6)
+        assert row["own"] <= row["integer_program"] * 1.1
+    assert sum(map(len, data["plan"]["nvme"])) > 0
+    assert np.array(data["plan"]["bits"]).mean() <= 2
 
 
 @pytest.mark.parametrize(
