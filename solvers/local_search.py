@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ class LocalSearch:
     name = "local_search"
 
     def solve(self, problem: Problem, *, progress: Progress | None = None) -> Solution:
+        _compile(problem)
         started = time.monotonic()
         start = Greedy().solve(problem).placement.physical_to_logical
         size = int(problem.capacity.max())
@@ -75,10 +77,28 @@ class LocalSearch:
         )
 
 
+def _compile(problem: Problem) -> None:
+    """Run the kernels once on next to nothing, so that compiling them, which a fresh installation
+    does at the first call, does not count against the time limit and change the plan."""
+    traffic = problem.traffic
+    if traffic is not None:
+        traffic = replace(
+            traffic,
+            expert_ids=traffic.expert_ids[:8, :1],
+            home=traffic.home[:8],
+            batch_idx=np.zeros(len(traffic.home[:8]), np.int32),
+        )
+    tiny = replace(problem, counts=problem.counts[:2, :1], traffic=traffic)
+    slots = Linear().solve(tiny).placement.physical_to_logical[0].astype(np.int64)
+    slots = slots.reshape(problem.num_gpus, -1)
+    slots[slots == EMPTY] = problem.num_experts
+    _Shared(tiny, thorough=False).search(0, slots)
+
+
 class _Shared:
     """What the layers of one problem have in common."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, thorough: bool = True) -> None:
         from moesim.solvers.search_load import search_layer
 
         self.problem = problem
@@ -97,8 +117,9 @@ class _Shared:
             self.scale = problem.speed.mean() / unique[:, 1]
         pairs = problem.num_gpus**2 / 2 * int(problem.capacity.max()) ** 2
         per_kick = 3 * pairs * problem.num_batches * problem.num_layers
-        self.kicks = int(np.clip(LOAD_OPS / per_kick, 1, MAX_KICKS))
-        if problem.traffic is not None:
+        self.kicks = int(np.clip(LOAD_OPS / per_kick, 1, MAX_KICKS)) if thorough else 0
+        self.message_kicks = 0
+        if thorough and problem.traffic is not None:
             choices = problem.traffic.expert_ids.size / problem.num_experts
             per_kick = 60 * problem.num_gpus**2 * choices
             self.message_kicks = int(np.clip(MESSAGE_OPS / per_kick, 0, MAX_MESSAGE_KICKS))
@@ -145,9 +166,7 @@ class _Shared:
         net = make_net(traffic, problem.num_gpus, problem.num_nodes, by_time=self.by_time)
         flow = make_flow(traffic, problem.num_gpus, problem.num_nodes)
         replicas = np.bincount(slots.ravel(), minlength=problem.num_experts + 1)
-        work = np.zeros(
-            (len(self.scale), problem.num_experts + 1, counts.shape[1]), np.float32
-        )
+        work = np.zeros((len(self.scale), problem.num_experts + 1, counts.shape[1]), np.float32)
         for e in range(problem.num_experts):
             fill_row(counts, e, replicas[e], self.scale, self.table, work[:, e])
         ceiling, weight = 0.0, 0.0

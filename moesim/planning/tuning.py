@@ -3,9 +3,7 @@
 The objective that solvers minimise is an average over batches that have not been seen yet, from
 requests that have not been seen yet. Batches are therefore drawn from bootstrap resamples of the
 tuning requests: what a placement gains by fitting the particular requests at hand it loses on the
-resamples. Resamples of half the requests (the m-out-of-n bootstrap of P. Bickel, F. Goetze and W.
-van Zwet, 1997) did best when the tuning halves of three traces were split once more and judged
-among themselves; docs/evaluation.md has the figures.
+resamples. docs/evaluation.md has what that is worth.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from moesim.trace.batches import (
 from moesim.trace.format import Trace
 
 NUM_RESAMPLES = 300
-RESAMPLE_FRACTION = 0.5
+RESAMPLE_FRACTION = 1.0
 BATCHES_PER_RESAMPLE = 8
 MAX_COUNT_CELLS = 40_000_000
 MAX_DRAWN_CHOICES = 400_000_000
