@@ -51,8 +51,7 @@ def plot_load(
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(1, 2, width_ratios=(width - 2.6, 1.2), wspace=0.02)
     axes = figure.add_subplot(grid[0])
-    colours = colormaps["PuOr_r"].copy()
-    colours.set_bad(_UNUSED)
+    colours = colormaps["PuOr_r"].with_extremes(bad=_UNUSED)
     image = axes.imshow(
         shown, aspect="auto", interpolation="nearest", cmap=colours, vmin=-limit, vmax=limit
     )
