@@ -33,7 +33,8 @@ def calibrate(
         Path | None, typer.Option(help="Also keep what the ranks wrote, as JSON.")
     ] = None,
     from_raw: Annotated[
-        Path | None, typer.Option(help="Measure nothing: convert such a JSON.")
+        list[Path] | None,
+        typer.Option(help="Measure nothing: convert such a JSON; sections of a repeat replace."),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the calibration.")] = "host",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -47,10 +48,10 @@ def calibrate(
     Example: moesim calibrate --out host.yaml --model mixtral-8x7b
     """
     from moesim.cost.calibration import load_calibration
-    from moesim.replay.tables import load_raw, write_calibration
+    from moesim.replay.tables import load_raw, merge_raw, write_calibration
 
-    if from_raw is not None:
-        record = load_raw(from_raw)
+    if from_raw:
+        record = merge_raw([load_raw(path) for path in from_raw])
     else:
         arguments = ["--device", device, "--max-tokens", str(max_tokens)]
         arguments += ["--max-bytes", str(max_bytes), "--time-limit", str(time_limit)]

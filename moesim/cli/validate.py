@@ -88,7 +88,8 @@ def validate(
         return 0
     again = None if repeat is None else load_measured(repeat)
     tolerance = Tolerance(max_median_error, max_p90_error, min_spearman)
-    found = compare(record, predictor, tolerance, again)
+    modes = ("graph", "eager") if mode == "both" else (mode,)
+    found = compare(record, predictor, tolerance, again, modes)
     if plot is not None:
         from moesim.report.validate_plot import plot_validation
 
@@ -175,18 +176,18 @@ def _print(found: Comparison, predictor: Predictor) -> None:
             f"\n{g.tokens_per_rank} tokens a rank, {g.mode}: median error {g.median_error:.1%},"
             f" p90 {g.p90_error:.1%}; noise {g.noise:.1%}, plans differ by {g.spread:.1%}"
         )
-        errors = ", ".join(f"{name} {error:.1%}" for name, error in g.phase_errors.items())
-        typer.echo(f"  median error by phase: {errors}")
+        parts = ", ".join(
+            f"{name} {e.measured_us:.1f}/{e.predicted_us:.1f} us ({e.median_of_layer:.1%})"
+            for name, e in g.phases.items()
+        )
+        typer.echo(f"  measured/predicted (off by so much of the layer): {parts}")
         typer.echo(
             f"  {'plan':<24}{'measured':>12}{'predicted':>12}{'speed-up':>10}{'predicted':>11}"
         )
-        for name, (real, ours) in g.speedup.items():
-            some = [c for c in found.cases if (c.plan, c.mode) == (name, g.mode)]
-            some = [c for c in some if c.tokens_per_rank == g.tokens_per_rank]
-            measured = sum(c.measured_us.mean() for c in some) / len(some)
-            predicted = sum(c.predicted_us.mean() for c in some) / len(some)
+        for name, (real, ours) in g.mean_us.items():
+            faster, foretold = g.speedup[name]
             typer.echo(
-                f"  {name:<24.23}{measured:>9.1f} us{predicted:>9.1f} us{real:>10.3f}{ours:>11.3f}"
+                f"  {name:<24.23}{real:>9.1f} us{ours:>9.1f} us{faster:>10.3f}{foretold:>11.3f}"
             )
         if g.spearman is not None:
             typer.echo(f"  Spearman {g.spearman:.2f} over {g.num_distinct} distinct plans")

@@ -8,14 +8,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from moesim.cost.calibration_schema import (
     CalibrationFile,
@@ -24,32 +21,14 @@ from moesim.cost.calibration_schema import (
     ExpertEntry,
 )
 from moesim.cost.collective import CollectiveCurve, CollectiveModel
-from moesim.cost.curves import AffineMin, Basis, Evaluation, FloatArray, SizeCurve, SizeTable
+from moesim.cost.copies import CopyModel
+from moesim.cost.curves import AffineMin, SizeCurve, SizeTable
 from moesim.cost.dense import AttentionKernel, DenseModel, GemmModel, MlaModule
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.errors import FormatError, InputError, UnknownNameError
 from moesim.model import WEIGHT_BYTES
 
 MAX_FILE_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class CopyModel:
-    """Host-link (`h2d`, `d2h`, pinned memory) or local `permute` or `reduce` time by bytes."""
-
-    direction: str
-    curve: SizeCurve
-    floor_us: float = 0.0
-    bytes_range: tuple[float, float] = (0.0, float("inf"))
-    basis: Basis = "measured"
-    source: str = ""
-
-    def time_us(self, num_bytes: npt.ArrayLike) -> FloatArray:
-        return np.maximum(self.curve.time_us(num_bytes), self.floor_us)
-
-    def evaluate(self, num_bytes: npt.ArrayLike) -> Evaluation:
-        inside = bool(np.all(np.asarray(num_bytes) <= self.bytes_range[1]))
-        return Evaluation(self.time_us(num_bytes), self.basis, inside, self.source)
 
 
 @dataclass(frozen=True)
@@ -98,10 +77,13 @@ class Calibration:
             local_gb_per_s=self.local_copy_gb_per_s if kind == "all_to_all_v" else None,
         )
 
-    def expert_ffn(self, dtype: str, kernel: str | None = None) -> ExpertGemmModel:
+    def expert_ffn(
+        self, dtype: str, kernel: str | None = None, shape: tuple[int, int] | None = None
+    ) -> ExpertGemmModel:
         """The expert model of a weight dtype ("bf16", "fp8", ...); its first kernel where none is
         named. "fp16" counts as "bf16" where it has no entry of its own.
 
+        `shape`: (hidden, intermediate); an entry of the kernel for that very shape goes first.
         Raises UnknownNameError for a dtype or kernel that the calibration lacks.
         """
         if dtype == "fp16" and not any(key[0] == "fp16" for key in self.experts):
@@ -111,11 +93,11 @@ class Calibration:
             raise UnknownNameError(
                 f"expert dtype in calibration {self.name!r}", dtype, {k[0] for k in self.experts}
             )
-        if kernel is None:
-            return next(iter(of_dtype.values()))
-        if kernel not in of_dtype:
+        if kernel is not None and kernel not in of_dtype:
             raise UnknownNameError(f"{dtype} expert kernel", kernel, of_dtype)
-        return of_dtype[kernel]
+        found = next(iter(of_dtype.values())) if kernel is None else of_dtype[kernel]
+        own = [m for m in of_dtype.values() if shape is not None and m.shape == shape]
+        return next((m for m in own if m.kernel.startswith(f"{found.kernel} ")), found)
 
     def completed_by(self, other: Calibration) -> Calibration:
         """This calibration, with what it lacks taken from `other` (datasheet models, say).
@@ -207,7 +189,7 @@ def build_calibration(parsed: CalibrationFile) -> Calibration:
         gpu=parsed.gpu,
         collectives=CollectiveModel([_collective(entry) for entry in parsed.collectives]),
         experts={(entry.dtype, entry.kernel): _expert(entry) for entry in parsed.expert_ffn},
-        copies={entry.direction: _copy(entry) for entry in parsed.copies},
+        copies=_copies(parsed.copies),
         eager_collective_us=parsed.overheads.eager_collective_us,
         local_copy_gb_per_s=parsed.overheads.local_copy_gb_per_s,
         dense=_dense(parsed),
@@ -270,7 +252,7 @@ def _expert(entry: ExpertEntry) -> ExpertGemmModel:
         from moesim.cost.fitting import fit_expert_table
 
         return fit_expert_table(entry)
-    return ExpertGemmModel(
+    model = ExpertGemmModel(
         dtype=entry.dtype,
         kernel=entry.kernel,
         weight_bytes_per_param=entry.weight_bytes_per_param,
@@ -279,30 +261,44 @@ def _expert(entry: ExpertEntry) -> ExpertGemmModel:
         tflops=entry.tflops or 0.0,
         half_tokens=entry.half_tokens,
         tile_tokens=entry.tile_tokens,
+        pad_share=entry.pad_share,
         sharpness=entry.sharpness,
         row_gb_per_s=entry.row_gb_per_s,
         token_gb_per_s=entry.token_gb_per_s,
         eager_launch_us=entry.eager_launch_us,
+        shape=None if entry.shape is None else (entry.shape[0], entry.shape[1]),
         basis=entry.basis,
         source=entry.source,
         ranges={name: (low, high) for name, (low, high) in entry.ranges.items()},
     )
+    if entry.few is None:
+        return model
+    few = replace(model, **entry.few.model_dump(exclude={"mean_tokens"}))
+    return replace(model, few=few, few_up_to=entry.few.mean_tokens)
 
 
-def _copy(entry: CopyEntry) -> CopyModel:
-    curve: SizeCurve
+def _copies(entries: Sequence[CopyEntry]) -> dict[str, CopyModel]:
+    """By direction; of entries that differ in their fan the smallest, with the others' curves."""
+    out = {}
+    for direction in dict.fromkeys(entry.direction for entry in entries):
+        same = sorted((e for e in entries if e.direction == direction), key=lambda e: e.fan)
+        first = same[0]
+        out[str(direction)] = CopyModel(
+            direction=direction,
+            curve=_copy_curve(first),
+            floor_us=first.floor_us,
+            bytes_range=_span(first.bytes_range, first.table),
+            fans=tuple((entry.fan, _copy_curve(entry)) for entry in same[1:]),
+            basis=first.basis,
+            source=first.source,
+        )
+    return out
+
+
+def _copy_curve(entry: CopyEntry) -> SizeCurve:
     if entry.table is not None:
-        curve = SizeTable.from_rows(entry.table)
-    else:
-        curve = AffineMin(((entry.latency_us or 0.0, entry.gb_per_s or 0.0),))
-    return CopyModel(
-        direction=entry.direction,
-        curve=curve,
-        floor_us=entry.floor_us,
-        bytes_range=_span(entry.bytes_range, entry.table),
-        basis=entry.basis,
-        source=entry.source,
-    )
+        return SizeTable.from_rows(entry.table)
+    return AffineMin(((entry.latency_us or 0.0, entry.gb_per_s or 0.0),))
 
 
 def _dense(parsed: CalibrationFile) -> DenseModel:

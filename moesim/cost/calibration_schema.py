@@ -88,8 +88,25 @@ class CollectiveEntry(_Entry):
         return self
 
 
+Sharpness = Annotated[float, Field(ge=1, le=64)]
+
+
+class FewTokensEntry(_Strict):
+    """Parameters of an expert entry that replace its own in layers of at most `mean_tokens` tokens
+    a slot, for a kernel that chooses its tile by that mean."""
+
+    mean_tokens: Positive
+    tflops: Positive
+    half_tokens: NonNegative = 0.0
+    tile_tokens: PositiveInt = 1
+    pad_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
 class ExpertEntry(_Entry):
     """Grouped SwiGLU of one dtype and kernel: parameters, or a table of measured calls.
+
+    `shape`: [hidden, intermediate] where the entry is for that shape alone; the first entry of a
+    dtype must be for any.
 
     Table rows: [hidden, intermediate, active_experts, tokens, max_tokens, us].
     """
@@ -102,7 +119,10 @@ class ExpertEntry(_Entry):
     tflops: Positive | None = None
     half_tokens: NonNegative = 0.0
     tile_tokens: PositiveInt = 1
-    sharpness: Annotated[float, Field(ge=1, le=64)] = 2.0
+    pad_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    sharpness: Sharpness = 2.0
+    few: FewTokensEntry | None = None
+    shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
     row_gb_per_s: Positive | None = None
     token_gb_per_s: Positive | None = None
     eager_launch_us: NonNegative | None = None
@@ -114,7 +134,7 @@ class ExpertEntry(_Entry):
     def _one_form(self) -> ExpertEntry:
         given = [v is not None for v in (self.launch_us, self.weight_gb_per_s, self.tflops)]
         if self.table is not None:
-            if any(given):
+            if any(given) or self.few is not None:
                 raise ValueError("give either parameters or a 'table'")
             if not 6 <= len(self.table) <= MAX_TABLE_ROWS:
                 raise ValueError(f"table: needs 6 to {MAX_TABLE_ROWS} rows, has {len(self.table)}")
@@ -133,11 +153,14 @@ class CopyEntry(_Entry):
     """Host link or local copy: `max(floor_us, latency_us + bytes / gb_per_s)`, or a table.
 
     `permute` gathers rows, `reduce` sums several rows into one with weights; their bytes are those
-    of every distinct row read and every row written.
+    of every distinct row read and every row written. `fan`: gathered rows a distinct row, or rows
+    summed into one, of the entry; several entries of a direction that differ in it are
+    interpolated (`moesim.cost.copies`).
     """
 
     direction: Literal["h2d", "d2h", "permute", "reduce"]
     num_gpus_at_once: PositiveInt = 1
+    fan: Annotated[float, Field(ge=1, le=4096)] = 1.0
     floor_us: NonNegative = 0.0
     latency_us: Positive | None = None
     gb_per_s: Positive | None = None
@@ -156,7 +179,6 @@ class CopyEntry(_Entry):
 DtypeName = Literal["fp32", "bf16", "fp16", "fp8", "mxfp4", "nvfp4", "int4"]
 PhaseName = Literal["decode", "prefill"]
 KvDtypeName = Literal["bf16", "fp16", "fp8"]
-Sharpness = Annotated[float, Field(ge=1, le=64)]
 
 
 class GemmEntry(_Entry):
@@ -206,12 +228,12 @@ class OverheadEntry(_Entry):
     `eager_collective_us`: host time that a call adds where it is not replayed from a CUDA graph.
     `local_copy_gb_per_s`: rate at which an `all_to_all_v` copies the rows that stay on their rank.
     `issue_us`: host time to enqueue one call of each kind, which is what an eager step takes where
-    the GPU waits for the host.
+    the GPU waits for the host; `layer`: of a whole MoE layer with all that it calls.
     """
 
     eager_collective_us: NonNegative = 0.0
     local_copy_gb_per_s: Positive | None = None
-    issue_us: dict[Literal["collective", "ffn", "permute", "reduce"], NonNegative] = {}
+    issue_us: dict[Literal["collective", "ffn", "permute", "reduce", "layer"], NonNegative] = {}
 
 
 class CalibrationFile(_Strict):
@@ -230,3 +252,22 @@ class CalibrationFile(_Strict):
     gemm: list[GemmEntry] = []
     attention: list[AttentionEntry] = []
     mla: list[MlaEntry] = []
+
+    @model_validator(mode="after")
+    def _defaults_and_fans(self) -> CalibrationFile:
+        seen: set[str] = set()
+        for expert in self.expert_ffn:
+            if expert.dtype not in seen and expert.shape is not None:
+                raise ValueError(
+                    f"expert_ffn: the first {expert.dtype} entry must be for any shape"
+                )
+            seen.add(expert.dtype)
+        fans: dict[str, list[float]] = {}
+        for copy in self.copies:
+            fans.setdefault(copy.direction, []).append(copy.fan)
+        for direction, of in fans.items():
+            if len(set(of)) < len(of) or min(of) != 1.0:
+                raise ValueError(
+                    f"copies: {direction} needs one entry a fan, and one of fan 1; has {of}"
+                )
+        return self

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moesim.cost.calibration import Calibration, CopyModel
+from moesim.cost.calibration import Calibration
 from moesim.cost.collective import CollectiveCurve, CollectiveModel
+from moesim.cost.copies import CopyModel
 from moesim.cost.curves import AffineMin
 from moesim.cost.dense import (
     KV_ELEMENT_BYTES,

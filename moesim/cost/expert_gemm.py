@@ -38,6 +38,16 @@ class ExpertGemmModel:
     The sum over experts is exact for a kernel bound by memory or arithmetic as a whole and
     ignores how thread blocks of several experts pack into the last wave.
 
+    `pad_share`: the share of the rounding up to a tile that costs time (1: all of it). Rows beyond
+    an expert's own are computed on zeros, which takes the tile's time but little power.
+
+    `few`: another fit for layers whose mean tokens a slot, idle slots included, are at most
+    `few_up_to`, for kernels that choose their tile by that mean, as torch's grouped GEMM does
+    (pytorch aten/src/ATen/native/cuda/GroupMM.cu: 64 rows a block up to a mean of 128, then 128,
+    two blocks side by side). Such a kernel can take less time for one token more.
+
+    `shape`: (hidden, intermediate) of the only shape that the fit is for, None for any.
+
     `ranges` has inclusive bounds of `tokens_per_expert` and of `params_per_expert` (3 h i);
     outside them `evaluate` answers with `in_range` False.
     """
@@ -54,6 +64,10 @@ class ExpertGemmModel:
     row_gb_per_s: float | None = None
     token_gb_per_s: float | None = None
     eager_launch_us: float | None = None
+    pad_share: float = 1.0
+    few: ExpertGemmModel | None = None
+    few_up_to: float = 0.0
+    shape: tuple[int, int] | None = None
     basis: Basis = "measured"
     source: str = ""
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -74,13 +88,30 @@ class ExpertGemmModel:
         hidden: int,
         intermediate: int,
         num_matrices: int = NUM_MATRICES,
+        *,
+        mean_tokens: npt.ArrayLike | None = None,
     ) -> FloatArray:
         """Time of each expert by itself, launch excluded.
 
         `tokens`: routed rows of each expert, any shape, fractions allowed; the result has the same
-        shape, is 0 where `tokens` is 0 and non-decreasing in `tokens`.
+        shape and is 0 where `tokens` is 0. `mean_tokens`: the layer's mean over its slots, which
+        broadcasts to `tokens` and picks between `few` and this fit. Where it is None the expert's
+        own tokens stand for it, and the time never decreases in them.
         """
         n = np.asarray(tokens, dtype=np.float64)
+        time = self._own_time_us(n, hidden, intermediate, num_matrices)
+        if self.few is None:
+            return time
+        few = self.few.expert_time_us(n, hidden, intermediate, num_matrices)
+        if mean_tokens is not None:
+            mean = np.asarray(mean_tokens, dtype=np.float64)
+            return np.where(np.floor(mean) <= self.few_up_to, few, time)
+        last = self.few.expert_time_us(self.few_up_to, hidden, intermediate, num_matrices)
+        return np.where(n <= self.few_up_to, few, np.maximum(time, last))
+
+    def _own_time_us(
+        self, n: FloatArray, hidden: int, intermediate: int, num_matrices: int
+    ) -> FloatArray:
         weight_us = np.full_like(
             n,
             num_matrices
@@ -89,7 +120,10 @@ class ExpertGemmModel:
             * self.weight_bytes_per_param
             / (self.weight_gb_per_s * BYTES_PER_US_AT_1_GB_PER_S),
         )
-        padded = np.ceil(n / self.tile_tokens) * self.tile_tokens if self.tile_tokens > 1 else n
+        padded = n
+        if self.tile_tokens > 1:
+            whole = np.ceil(n / self.tile_tokens) * self.tile_tokens
+            padded = n + self.pad_share * (whole - n)
         flops = 2.0 * num_matrices * hidden * intermediate * (padded + self.half_tokens)
         time = power_mean_max(
             weight_us, flops / (self.tflops * FLOPS_PER_US_AT_1_TFLOPS), self.sharpness
@@ -105,9 +139,13 @@ class ExpertGemmModel:
         hidden: int,
         intermediate: int,
         num_matrices: int = NUM_MATRICES,
+        *,
+        mean_tokens: float | None = None,
     ) -> FloatArray:
         """`expert_time_us` of 0 .. max_tokens tokens, shape `[max_tokens + 1]`, for lookups."""
-        return self.expert_time_us(np.arange(max_tokens + 1), hidden, intermediate, num_matrices)
+        return self.expert_time_us(
+            np.arange(max_tokens + 1), hidden, intermediate, num_matrices, mean_tokens=mean_tokens
+        )
 
     def token_overhead_us(self, num_tokens: float, top_k: int, hidden: int) -> float:
         """Reduction over the top-k rows of the layer's input tokens, local or not."""
@@ -119,8 +157,10 @@ class ExpertGemmModel:
     def layer_time_us(
         self, tokens: npt.ArrayLike, hidden: int, intermediate: int, *, eager: bool = False
     ) -> FloatArray:
-        """Launch plus the sum over the last axis of `tokens` (`[..., experts]`)."""
-        total = self.expert_time_us(tokens, hidden, intermediate).sum(axis=-1)
+        """Launch plus the sum over the last axis of `tokens` (`[..., slots]`, idle ones too)."""
+        n = np.asarray(tokens, dtype=np.float64)
+        mean = n.mean(axis=-1, keepdims=True)
+        total = self.expert_time_us(n, hidden, intermediate, mean_tokens=mean).sum(axis=-1)
         return np.asarray(total + self.layer_launch_us(eager=eager), dtype=np.float64)
 
     def evaluate(self, tokens: npt.ArrayLike, hidden: int, intermediate: int) -> Evaluation:

@@ -142,7 +142,7 @@ class ExpertFit:
         self.weight_bytes_per_param = weight_bytes_per_param
         self.tile_tokens = tile_tokens
 
-    def subset(self, keep: FloatArray) -> ExpertFit:
+    def subset(self, keep: npt.NDArray[np.bool_]) -> ExpertFit:
         """The points where `keep` is True."""
         kept = np.flatnonzero(keep)
         new_idx = np.full(len(keep), -1)

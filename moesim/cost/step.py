@@ -135,7 +135,8 @@ class StepModel:
         return out
 
     def expert_tables_us(self, max_tokens: int) -> FloatArray:
-        """[types, max_tokens + 1]: time of one expert by its tokens, launch excluded."""
+        """[types, max_tokens + 1]: time of one expert by its tokens, launch excluded, whatever the
+        other experts of the layer have."""
         return np.stack(
             [
                 model.time_table_us(
@@ -178,14 +179,31 @@ class StepModel:
         """[B, L, G]: the routed experts of every GPU, launch included; 0 where it has no token."""
         batches, layers = routed.slot_tokens.shape[:2]
         tokens = routed.slot_tokens.reshape(batches, layers, self.num_gpus, -1)
-        tables = self.expert_tables_us(int(tokens.max(initial=0)))
+        most = int(tokens.max(initial=0))
+        many = [self._table_us(model, most) for model in self.experts]
+        few = [self._table_us(m, most, 0.0) if m.few is not None else None for m in self.experts]
         out = np.empty((batches, layers, self.num_gpus))
         for gpu in range(self.num_gpus):
-            kind = int(self.gpu_type[gpu])
-            work = tables[kind][tokens[:, :, gpu]].sum(axis=2) / self.speed[gpu]
+            kind, own = int(self.gpu_type[gpu]), tokens[:, :, gpu]
+            work = many[kind][own].sum(axis=2)
+            other = few[kind]
+            if other is not None:
+                mean = own.sum(axis=2) // own.shape[2]
+                work = np.where(mean <= self.experts[kind].few_up_to, other[own].sum(axis=2), work)
             launch = self.experts[kind].layer_launch_us(eager=self.eager)
-            out[:, :, gpu] = np.where(tokens[:, :, gpu].any(axis=2), work + launch, 0.0)
+            out[:, :, gpu] = np.where(own.any(axis=2), work / self.speed[gpu] + launch, 0.0)
         return out
+
+    def _table_us(
+        self, model: ExpertGemmModel, max_tokens: int, mean_tokens: float = np.inf
+    ) -> FloatArray:
+        return model.time_table_us(
+            max_tokens,
+            self.hidden_size,
+            self.intermediate_size,
+            self.ffn_matrices,
+            mean_tokens=mean_tokens,
+        )
 
     def _incidence(self) -> Any:
         from scipy.sparse import csr_matrix
@@ -238,7 +256,9 @@ def build_step_model(
     first = of_type[slowest]
     library = all_to_all or _default_library(first, cluster.num_nodes, phase)
     curves = [_curve(first, kind, cluster, specs, eager=eager) for kind in KINDS_OF[library]]
-    experts = tuple(_expert_model(of_type[n], expert_dtype or model.expert_dtype) for n in types)
+    shape = (model.hidden_size, model.moe_intermediate_size)
+    dtype = expert_dtype or model.expert_dtype
+    experts = tuple(_expert_model(of_type[name], dtype, shape) for name in types)
     routes = cluster.routes()
     group = _link_groups(routes)
     nvlink = specs[slowest].nvlink_gb_per_s or specs[slowest].pcie_gb_per_s
@@ -323,12 +343,10 @@ def _curve(
     )
 
 
-def _expert_model(calibration: Calibration, dtype: str) -> ExpertGemmModel:
+def _expert_model(calibration: Calibration, dtype: str, shape: tuple[int, int]) -> ExpertGemmModel:
     known = {key[0] for key in calibration.experts}
-    for name in _EXPERT_DTYPES.get(dtype, (dtype,)):
-        if name in known:
-            return calibration.expert_ffn(name)
-    return calibration.expert_ffn(dtype)
+    names = (name for name in _EXPERT_DTYPES.get(dtype, (dtype,)) if name in known)
+    return calibration.expert_ffn(next(names, dtype), shape=shape)
 
 
 def _link_groups(routes: Any) -> npt.NDArray[np.int8]:

@@ -38,8 +38,13 @@ class Tolerance:
 class Case:
     """Layer times of one plan, batch and mode: [L] medians over repetitions, in microseconds.
 
-    `measured_phases`, `predicted_phases`: [L, 5]; of ranks that wait in a collective the last one's
-    time counts, of other phases the slowest rank's.
+    Marks between the phases take time of their own, 5 to 10 us each in a CUDA graph. The replay
+    therefore also times the step without any. `mark_us` is what is left of a layer's marked time
+    when the unmarked step is taken off, and `measured_us` is the marked time less `mark_us`, so
+    that the layers add up to the unmarked step. Where marked steps run after a pause and unmarked
+    ones back to back on a throttled GPU, `mark_us` may be negative.
+    `measured_phases`, `predicted_phases`: [L, 5], each measured one less its share of `mark_us`; of
+    ranks that wait in a collective the last one's time counts, of other phases the slowest rank's.
     """
 
     plan: str
@@ -50,7 +55,24 @@ class Case:
     predicted_us: FloatArray
     measured_phases: FloatArray
     predicted_phases: FloatArray
+    mark_us: float
     noise: float
+
+    @property
+    def errors(self) -> FloatArray:
+        """[L]: |predicted / measured - 1|."""
+        return np.abs(self.predicted_us / self.measured_us - 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseError:
+    """One phase over the layers of a group: median times, and the difference between predicted and
+    measured as a share of the layer's measured time, median and 90th percentile."""
+
+    measured_us: float
+    predicted_us: float
+    median_of_layer: float
+    p90_of_layer: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +80,10 @@ class Group:
     """All plans of one batch size and mode.
 
     `spearman` is over the plans that measurably differ (`num_distinct` of them, each further from
-    the one before than the noise), None below three; `spearman_all` over all plans. `noise`:
-    relative difference between repeated measurements of a plan (half the spread of repetitions
-    where the run was not repeated). `speedup`: plan -> (measured, predicted) time of the linear
-    plan over this one's.
+    the one before than the noise), None below three; `spearman_all` over all plans. `noise`: 90th
+    percentile over plans and batches of the relative difference between two measurements of a step
+    (of half its spread over repetitions where the run was not repeated). `speedup`: plan ->
+    (measured, predicted) time of the linear plan over this one's.
     """
 
     tokens_per_rank: int
@@ -70,11 +92,13 @@ class Group:
     num_distinct: int
     median_error: float
     p90_error: float
-    phase_errors: dict[str, float]
+    phases: dict[str, PhaseError]
+    mark_us: float
     noise: float
     spread: float
     spearman: float | None
     spearman_all: float | None
+    mean_us: dict[str, tuple[float, float]]
     speedup: dict[str, tuple[float, float]]
 
 
@@ -89,20 +113,25 @@ class Comparison:
     notes: tuple[str, ...] = field(default=())
 
     @property
-    def errors(self) -> FloatArray:
-        """|predicted / measured - 1| of every layer of every case."""
-        return np.concatenate([np.abs(c.predicted_us / c.measured_us - 1.0) for c in self.cases])
+    def modes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(case.mode for case in self.cases))
+
+    def errors(self, mode: str | None = None) -> FloatArray:
+        """|predicted / measured - 1| of every layer of every case (of a mode)."""
+        return np.concatenate([c.errors for c in self.cases if mode in (None, c.mode)])
 
     def failures(self) -> list[str]:
-        """What is out of tolerance, in words; empty when all is well."""
+        """What is out of tolerance, mode by mode, in words; empty when all is well."""
         out = []
-        median, p90 = (float(np.percentile(self.errors, q)) for q in (50, 90))
-        if not median <= self.tolerance.median_error:
-            out.append(f"median error {median:.1%} above {self.tolerance.median_error:.0%}")
-        if not p90 <= self.tolerance.p90_error:
-            out.append(f"p90 error {p90:.1%} above {self.tolerance.p90_error:.0%}")
+        for mode in self.modes:
+            median, p90 = (float(np.percentile(self.errors(mode), q)) for q in (50, 90))
+            if not median <= self.tolerance.median_error:
+                limit = self.tolerance.median_error
+                out.append(f"{mode}: median error {median:.1%} above {limit:.0%}")
+            if not p90 <= self.tolerance.p90_error:
+                out.append(f"{mode}: p90 error {p90:.1%} above {self.tolerance.p90_error:.0%}")
         out += [
-            f"order of plans at {g.tokens_per_rank} tokens a rank, {g.mode}: Spearman"
+            f"{g.mode}: order of plans at {g.tokens_per_rank} tokens a rank: Spearman"
             f" {g.spearman:.2f} below {self.tolerance.spearman:g}"
             for g in self.groups
             if g.spearman is not None and not g.spearman >= self.tolerance.spearman
@@ -117,8 +146,13 @@ class Comparison:
             "within_tolerance": not failures,
             "failures": failures,
             "tolerance": asdict(self.tolerance),
-            "median_error": float(np.median(self.errors)),
-            "p90_error": float(np.percentile(self.errors, 90)),
+            "errors": {
+                mode: {
+                    "median": float(np.median(self.errors(mode))),
+                    "p90": float(np.percentile(self.errors(mode), 90)),
+                }
+                for mode in self.modes
+            },
             "groups": [asdict(g) for g in self.groups],
             "cases": [
                 {
@@ -126,6 +160,7 @@ class Comparison:
                     "tokens_per_rank": c.tokens_per_rank,
                     "mode": c.mode,
                     "batch": c.batch,
+                    "mark_us": round(c.mark_us, 2),
                     "measured_us": c.measured_us.round(2).tolist(),
                     "predicted_us": c.predicted_us.round(2).tolist(),
                 }
@@ -157,16 +192,22 @@ def compare(
     predictor: Predictor,
     tolerance: Tolerance | None = None,
     repeat: Mapping[str, Any] | None = None,
+    modes: Sequence[str] = ("graph", "eager"),
 ) -> Comparison:
     """Compare a measured record with the cost model.
 
-    repeat: a second record of the same run, which gives the noise. Raises MismatchError when it is
-    of another model.
+    repeat: a second record of the same run, which gives the noise. modes: what to compare of it.
+    Raises MismatchError when `repeat` is of another model, InputError when no result is left.
     """
     if repeat is not None and repeat["model"] != record["model"]:
         raise MismatchError("the repeated run is of another model", "give runs of one command")
     again = {_key(r): r for r in repeat["results"]} if repeat is not None else {}
-    cases = [_case(r, predictor, again.get(_key(r))) for r in record["results"]]
+    results = [r for r in record["results"] if r["mode"] in modes]
+    if not results:
+        raise InputError(
+            f"the record holds nothing in mode {' or '.join(modes)}", "compare another --mode"
+        )
+    cases = [_case(r, predictor, again.get(_key(r))) for r in results]
     found: dict[tuple[int, str], list[Case]] = {}
     for case in cases:
         found.setdefault((case.tokens_per_rank, case.mode), []).append(case)
@@ -200,22 +241,23 @@ def _key(result: Mapping[str, Any]) -> Key:
 def _case(result: Mapping[str, Any], predictor: Predictor, again: Mapping[str, Any] | None) -> Case:
     phases = np.asarray(result["phase_us"], np.float64)
     predicted = predictor.predict(result, result["mode"])
-    measured = np.asarray(result["layer_us"]["median"], np.float64)
+    marked = np.asarray(result["layer_us"]["median"], np.float64)
+    step = {name: float(values[0]) for name, values in result["step_us"].items()}
+    mark_us = (float(marked.sum()) - step["median"]) / len(marked)
     if again is not None:
-        other = float(np.sum(again["layer_us"]["median"]))
-        noise = abs(other / measured.sum() - 1.0)
+        noise = abs(float(again["step_us"]["median"][0]) / step["median"] - 1.0)
     else:
-        step = result["step_us"]
-        noise = float((step["p90"][0] - step["p10"][0]) / 2 / step["median"][0])
+        noise = (step["p90"] - step["p10"]) / 2 / step["median"]
     return Case(
         plan=result["plan"],
         tokens_per_rank=result["tokens_per_rank"],
         mode=result["mode"],
         batch=result["batch"],
-        measured_us=measured,
+        measured_us=marked - mark_us,
         predicted_us=predicted.layer_us,
-        measured_phases=_of_ranks(phases),
+        measured_phases=_of_ranks(phases) - mark_us / len(PHASES),
         predicted_phases=_of_ranks(predicted.phase_us),
+        mark_us=mark_us,
         noise=noise,
     )
 
@@ -230,19 +272,14 @@ def _group(tokens: int, mode: str, cases: list[Case]) -> Group:
     plans = list(dict.fromkeys(c.plan for c in cases))
     measured = [_mean(c.measured_us for c in cases if c.plan == p) for p in plans]
     predicted = [_mean(c.predicted_us for c in cases if c.plan == p) for p in plans]
-    errors = np.concatenate([np.abs(c.predicted_us / c.measured_us - 1.0) for c in cases])
-    phase_errors = {}
-    for i, name in enumerate(PHASES):
-        ours = np.concatenate([c.predicted_phases[:, i] for c in cases])
-        real = np.concatenate([c.measured_phases[:, i] for c in cases])
-        there = real > 0
-        phase_errors[name] = float(np.median(np.abs(ours[there] / real[there] - 1.0)))
-    noise = float(np.median([c.noise for c in cases]))
+    errors = np.concatenate([c.errors for c in cases])
+    noise = float(np.percentile([c.noise for c in cases], 90))
     kept = distinct(measured, noise)
     ordered = None
     if len(kept) >= MIN_ORDERED:
         ordered = spearman([measured[i] for i in kept], [predicted[i] for i in kept])
     base = plans.index(BASELINE) if BASELINE in plans else 0
+    both = list(zip(plans, measured, predicted, strict=True))
     return Group(
         tokens_per_rank=tokens,
         mode=mode,
@@ -250,16 +287,31 @@ def _group(tokens: int, mode: str, cases: list[Case]) -> Group:
         num_distinct=len(kept),
         median_error=float(np.median(errors)),
         p90_error=float(np.percentile(errors, 90)),
-        phase_errors=phase_errors,
+        phases=_phase_errors(cases),
+        mark_us=float(np.median([c.mark_us for c in cases])),
         noise=noise,
         spread=(max(measured) - min(measured)) / min(measured),
         spearman=ordered,
         spearman_all=spearman(measured, predicted) if len(plans) >= MIN_ORDERED else None,
-        speedup={
-            p: (measured[base] / m, predicted[base] / q)
-            for p, m, q in zip(plans, measured, predicted, strict=True)
-        },
+        mean_us={p: (m, q) for p, m, q in both},
+        speedup={p: (measured[base] / m, predicted[base] / q) for p, m, q in both},
     )
+
+
+def _phase_errors(cases: list[Case]) -> dict[str, PhaseError]:
+    layers = np.concatenate([c.measured_us for c in cases])
+    out = {}
+    for i, name in enumerate(PHASES):
+        ours = np.concatenate([c.predicted_phases[:, i] for c in cases])
+        real = np.concatenate([c.measured_phases[:, i] for c in cases])
+        of_layer = np.abs(ours - real) / layers
+        out[name] = PhaseError(
+            float(np.median(real)),
+            float(np.median(ours)),
+            float(np.median(of_layer)),
+            float(np.percentile(of_layer, 90)),
+        )
+    return out
 
 
 def _mean(times: Iterable[FloatArray]) -> float:

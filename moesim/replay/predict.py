@@ -80,29 +80,30 @@ class Predictor:
         )
         cost = self.step.cost(routed)
         everywhere = np.ones((1, num_gpus))
+        arrived, home = own + received, np.full_like(own, tokens)
         return [
-            [("permute", self._move("permute", 2 * (own + sent)))],
+            [("permute", self._move("permute", own + sent, home))],
             [("collective", cost.dispatch_us[0][:, None] * everywhere)],
             [
-                ("permute", self._move("permute", own + received + rows)),
+                ("permute", self._move("permute", rows, arrived)),
                 ("ffn", cost.compute_us[0]),
-                ("reduce", self._move("reduce", rows + own + received)),
-                ("permute", self._move("permute", 2 * own)),
+                ("reduce", self._move("reduce", rows, arrived)),
+                ("permute", self._move("permute", own, own)),
             ],
             [("collective", cost.combine_us[0][:, None] * everywhere)],
-            [("reduce", self._move("reduce", own + sent + tokens))],
+            [("reduce", self._move("reduce", own + sent, home))],
         ]
 
-    def _move(self, direction: str, rows: IntArray) -> FloatArray:
-        """[L, G] time to read and write so many rows in all."""
-        time = self.calibration.copy(direction).time_us(rows * float(self.shape.row_bytes))
-        return np.where(rows > 0, time, 0.0)
+    def _move(self, direction: str, many: IntArray, few: IntArray) -> FloatArray:
+        """[L, G] time of gathering `many` rows from `few`, or summing `many` into `few`."""
+        row_bytes = float(self.shape.row_bytes)
+        return self.calibration.copy(direction).rows_us(many, few, row_bytes)
 
 
 def build_predictor(
     shape: ExpertShape, calibration: Calibration, cluster: Cluster, dedup: str
 ) -> Predictor:
-    """The predictor of one model; the calibration's own entry for the shape where it has one.
+    """The predictor of one model.
 
     Raises UnknownNameError when the calibration lacks the element type or the row moves.
     """
@@ -126,11 +127,8 @@ def build_predictor(
         dedup="none" if dedup == "none" else "gpu",
         calibration=calibration,
     )
-    suffix = f" {shape.hidden_size}x{shape.moe_intermediate_size}"
-    own = [m for (d, k), m in calibration.experts.items() if d == shape.dtype and suffix in k]
-    experts = (own[0],) * len(step.experts) if own else step.experts
     row = float(shape.row_bytes)
-    step = replace(step, experts=experts, dispatch_bytes=row, combine_bytes=row)
+    step = replace(step, dispatch_bytes=row, combine_bytes=row)
     for direction in ("permute", "reduce"):
         calibration.copy(direction)
     return Predictor(shape, calibration, step)
@@ -144,16 +142,22 @@ def _layers(phases: FloatArray) -> FloatArray:
 def _eager(
     operations: list[list[tuple[str, FloatArray]]], issue_us: Mapping[str, float]
 ) -> Predicted:
-    """Play the step: an operation starts when the one before has ended on its rank, the host has
-    enqueued it, and, for a collective, every rank is there. Every rank's host is alike."""
+    """Play the step as one of many without a pause: an operation starts when the one before has
+    ended on its rank, the host has enqueued it, and, for a collective, every rank is there. Every
+    rank's host is alike. Where the GPUs are slower the host is always ahead; where the host is
+    slower it is what is waited for. Its calls take `issue_us`, stretched so that a layer's add up
+    to `issue_us["layer"]` where that was measured."""
+    names = [name for ops in operations for name, _ in ops]
+    known = sum(issue_us.get(name, 0.0) for name in names)
+    stretch = issue_us.get("layer", known) / known if known > 0 else 1.0
     num_layers, num_gpus = operations[0][0][1].shape
     phases = np.zeros((num_layers, num_gpus, len(PHASES)))
     now, host = np.zeros(num_gpus), 0.0
-    for layer in range(num_layers):
+    for layer in [*range(num_layers), *range(num_layers)]:  # the step before, then this one
         for index, ops in enumerate(operations):
             began = now.copy()
             for name, us in ops:
-                host += issue_us.get(name, 0.0)
+                host += issue_us.get(name, 0.0) * stretch
                 now = np.maximum(now, host)
                 if name == "collective":
                     now = np.full(num_gpus, now.max())
