@@ -14,22 +14,27 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from moesim.errors import InputError, UnknownNameError
 from moesim.files import atomic_write
-from moesim.replay import calibrate_experts, calibrate_links
+from moesim.replay import calibrate_experts, calibrate_ffn, calibrate_links
+from moesim.replay.engine import Engine
 from moesim.replay.environment import describe
 from moesim.replay.measure import Recorder
 from moesim.replay.ops import Kernels, choose
 from moesim.replay.process import Context
+from moesim.replay.routing import assign_replicas, home_ranks, rank_work
 from moesim.replay.shape import ExpertShape
-from moesim.replay.timing import issue_us, time_calls
+from moesim.replay.timing import Body, issue_us, time_calls
 
 FORMAT = "moesim-calibration-raw"
 VERSION = 1
 
+LAYER_SHAPE = ExpertShape("host time", 256, 128, 16, 2)
+LAYER_TOKENS = 32
 DEFAULT_SHAPES = (
     ExpertShape("mixtral-8x7b", 4096, 14336, 8, 2),
     ExpertShape("olmoe-1b-7b", 2048, 1024, 64, 8),
@@ -135,13 +140,32 @@ def measure_launch(session: Session) -> None:
         recorder.value(
             "launch", {"what": "all-to-all, host time to enqueue"}, issue_us(ctx, collective)
         )
+    recorder.value(
+        "launch", {"what": "layer, host time to enqueue"}, issue_us(ctx, _small_layer(session))
+    )
+
+
+def _small_layer(session: Session) -> Body:
+    """A whole replayed layer with hardly anything to compute, for the host's share of one."""
+    ctx, shape = session.ctx, LAYER_SHAPE
+    slots = -(-shape.num_experts // ctx.num_ranks)
+    tokens = LAYER_TOKENS * ctx.num_ranks
+    random = np.random.default_rng(0)
+    ids = np.argsort(random.random((tokens, shape.num_experts)), axis=1)[:, : shape.top_k]
+    placement = np.arange(slots * ctx.num_ranks)
+    placement[placement >= shape.num_experts] = -1
+    home = home_ranks(tokens, ctx.num_ranks)
+    assignment = assign_replicas(ids, None, placement, home, ctx.num_ranks)
+    engine = Engine(ctx, shape, slots, LAYER_TOKENS, session.kernels)
+    tables = engine.upload(rank_work(assignment, ctx.rank))
+    return lambda i: engine.layer(tables, i)
 
 
 SECTIONS: dict[str, Section] = {
     "launch": measure_launch,
     "all_to_all_v": calibrate_links.measure_uneven,
     "permute": calibrate_experts.measure_permute,
-    "ffn": calibrate_experts.measure_ffn,
+    "ffn": calibrate_ffn.measure_ffn,
     "copies": calibrate_links.measure_copies,
     "single_expert": calibrate_experts.measure_single,
     "collectives": calibrate_links.measure_collectives,

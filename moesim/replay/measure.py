@@ -31,9 +31,10 @@ class Recorder:
         *,
         per_round: int = 10,
         modes: tuple[str, ...] | None = None,
+        less_us: float = 0.0,
     ) -> None:
         """Time `body` in every mode and add a row each; collective. Past the deadline the case is
-        counted as skipped instead."""
+        counted as skipped instead. `less_us`: what of it is not to be counted."""
         for mode in self.modes if modes is None else modes:
             if not self.ctx.agree(time.monotonic() < self._deadline):
                 self._skipped += 1
@@ -42,7 +43,18 @@ class Recorder:
             samples = time_calls(
                 self.ctx, body, mode=mode, per_round=per_round, budget_s=self._budget_s
             )
-            self.add(table, {**row, "mode": mode}, samples)
+            noted = {**row, "mode": mode} | ({"less_us": round(less_us, DIGITS)} if less_us else {})
+            self.add(table, noted, samples - less_us)
+
+    def median_us(self, body: Body, *, per_round: int = 10) -> float:
+        """Median of the slowest rank in the first mode, adding no row; collective. NaN past the
+        deadline."""
+        if not self.ctx.agree(time.monotonic() < self._deadline):
+            return float("nan")
+        samples = time_calls(
+            self.ctx, body, mode=self.modes[0], per_round=per_round, budget_s=self._budget_s
+        )
+        return slowest(self.ctx, samples)[0]
 
     def add(self, table: str, row: dict[str, Any], samples: FloatArray) -> None:
         """Add a row from this rank's samples; collective."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed (pip install 'moesim[torch]')")
@@ -29,21 +30,40 @@ def test_calibrate_then_validate(inputs, tmp_path, capsys) -> None:
 
     out = tmp_path / "measured.json"
     command = ["validate", "--trace", str(inputs.trace), "--model", shape, "--device", "cpu"]
-    for name in ("linear", "round_robin"):
+    names = ("linear", "round_robin", "replicas", "empty_slots")
+    for name in names:
         command += ["--plan", str(inputs.plans[name])]
-    command += ["--tokens", "16", "--batches", "1", "--out", str(out), "--json"]
+    command += ["--tokens", "16", "--batches", "2", "--out", str(out), "--json"]
     wide = ["--max-median-error", "1e9", "--max-p90-error", "1e9", "--min-spearman", "-1"]
     code = run([*command, "--calibration", str(host), *wide, "--timeout", "60"])
     printed = json.loads(capsys.readouterr().out)
     assert code == 0
     assert printed["within_tolerance"]
-    assert {c["plan"] for c in printed["cases"]} == {"linear", "round_robin"}
+    assert {c["plan"] for c in printed["cases"]} == set(names)
+    check_record(json.loads(out.read_text()))
 
     again = ["validate", "--measured", str(out), "--calibration", str(host)]
     assert run([*again, "--max-median-error", "0"]) == 1
     assert "out of tolerance" in capsys.readouterr().out
     assert run(["validate", "--measured", str(out)]) == 0
     assert "us a layer" in capsys.readouterr().out
+
+
+def check_record(record: dict) -> None:
+    """Four plans, two batches: every result whole, every choice served once."""
+    assert record["format"] == "moesim-measured"
+    assert len(record["checks"]) == 4
+    assert max(c["relative_error"] for c in record["checks"]) < 1e-5
+    assert len(record["results"]) == 2 * 4
+    rows = {}
+    for result in record["results"]:
+        phases = np.array(result["phase_us"])
+        assert phases.shape == (3, 2, 5)
+        assert (phases > 0).all()
+        # INV-1: as many rows in each batch whatever the plan; INV-3: at most one a choice travels.
+        served = np.array(result["slot_rows"]).sum(axis=1)
+        assert rows.setdefault(result["batch"], served.tolist()) == served.tolist()
+        assert (np.array(result["messages"]).sum(axis=(1, 2)) <= served).all()
 
 
 @pytest.mark.parametrize(
