@@ -23,13 +23,11 @@ from moesim.cache.planner import (
     Planned,
     Request,
     check_model,
-    expert_sizes,
     make_workload,
-    miss_cost,
     plan_cache,
 )
 from moesim.cache.policies import POLICIES
-from moesim.cache.rates import FloatArray, HostSpec, Rates, build_rates, step_times
+from moesim.cache.rates import FloatArray, HostSpec, Rates, build_rates
 from moesim.cluster.load import load_gpu
 from moesim.errors import FormatError, InputError
 from moesim.model import ModelSpec, load_model
@@ -85,15 +83,6 @@ class CacheJob:
     @property
     def bound_hit_rate(self) -> float:
         return self.bound.hit_rate(self.planned.memory.num_slots)
-
-    def tier_costs(self) -> tuple[FloatArray, FloatArray]:
-        """[L, E] seconds of one miss of each expert if it lives in DRAM, and if on NVMe."""
-        shape = (len(self.plan.layer_ids), self.plan.num_experts)
-        size = expert_sizes(self.rates.model, self.request)
-        near, far = (
-            step_times(self.rates, 1, 0, size, np.full(shape, on_nvme)) for on_nvme in (False, True)
-        )
-        return miss_cost(self.request, near), miss_cost(self.request, far)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data: the plan, the figures beside it, the sweep where one was made."""

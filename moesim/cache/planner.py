@@ -21,7 +21,7 @@ from moesim.cache.predictors.base import Predictor, predict
 from moesim.cache.predictors.registry import make_predictor, usable_predictors
 from moesim.cache.rates import Rates, expert_bytes_of_bits, step_times
 from moesim.cache.simulate import CacheSettings, expert_frequency
-from moesim.cache.slots import allocate_slots
+from moesim.cache.slots import allocate_slots, allocate_tiers
 from moesim.cache.timeline import CpuMode, Setup, StepTimes, Timeline, all_events, run_timeline
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.model import ModelSpec
@@ -191,18 +191,12 @@ def plan_cache(
     policy = min(totals, key=lambda n: (totals[n], names.index(n)))
     chosen = curves[policy]
     if nvme.any():
-        slots, _ = allocate_slots(chosen.cost, memory.num_slots)
-        lost = np.take_along_axis(chosen.expert_misses, slots[:, None, None], axis=1)[:, 0]
-        nvme[:] = False
-        nvme.ravel()[np.argsort(-lost, axis=None, kind="stable")[in_dram:]] = True
+        near, far = tier_costs(rates, request)
+        tiers = allocate_tiers(chosen.expert_misses, near, far, memory.num_slots, in_dram)
+        nvme = tiers[1]
         times = step_times(rates, request.batch_size, request.context_tokens, sizes, nvme)
-        chosen = layer_curves(
-            trace,
-            work.select,
-            CacheSettings(policy, warm=True),
-            work.frequency,
-            miss_cost(request, times),
-        )
+        cost = np.einsum("lce,le->lc", chosen.expert_misses, miss_cost(request, times))
+        chosen = replace(chosen, cost=cost)
     return _choose(work, rates, request, memory, times, policy, chosen, nvme, progress)
 
 
@@ -211,6 +205,15 @@ def expert_sizes(model: ModelSpec, request: Request) -> FloatArray:
     if request.bits is not None:
         return expert_bytes_of_bits(model, request.bits)
     return np.full((model.num_moe_layers, model.num_experts), float(model.expert_bytes()))
+
+
+def tier_costs(rates: Rates, request: Request) -> tuple[FloatArray, FloatArray]:
+    """[L, E] seconds of one miss of each expert if it lives in DRAM, and if on NVMe."""
+    sizes = expert_sizes(rates.model, request)
+    near, far = (
+        step_times(rates, 1, 0, sizes, np.full(sizes.shape, on_nvme)) for on_nvme in (False, True)
+    )
+    return miss_cost(request, near), miss_cost(request, far)
 
 
 def make_setup(

@@ -42,6 +42,48 @@ def allocate_slots(cost: FloatArray, budget: int, least: int = 0) -> tuple[IntAr
     return _solve(table, min(budget, num_layers * most), least)
 
 
+def allocate_tiers(
+    expert_misses: FloatArray,
+    near: FloatArray,
+    far: FloatArray,
+    budget: int,
+    in_dram: int,
+) -> tuple[IntArray, npt.NDArray[np.bool_], float, float]:
+    """Slots of each layer and the experts that live on NVMe, when DRAM holds only `in_dram`.
+
+    expert_misses: [L, C + 1, E] misses of each expert with 0 .. C slots; near, far: [L, E] cost of
+    one miss from DRAM and from NVMe. Returns ([L] slots, [L, E] whether on NVMe, total cost, a
+    bound below which no choice goes).
+
+    A price for a place in DRAM, found by bisection, makes the layers separate: with it, a layer
+    with c slots keeps those experts in DRAM whose misses it saves more on. The places that remain
+    go to the largest savings. The bound is the best of the Lagrangian duals seen on the way. Not
+    exact; solvers.ilp.cache.solve_tiers is.
+    """
+    saved = expert_misses * (far - near)[:, None, :]
+    alone = np.einsum("lce,le->lc", expert_misses, far)
+    low, high = 0.0, float(saved.max(initial=0.0))
+    bound = 0.0
+    best = (np.inf, np.zeros(len(near), np.int64), np.ones(near.shape, bool))
+    for _ in range(40):
+        price = (low + high) / 2
+        cost = alone - np.maximum(saved - price, 0.0).sum(axis=2)
+        slots, value = allocate_slots(cost, budget)
+        bound = max(bound, value - price * in_dram)
+        gain = np.take_along_axis(saved, slots[:, None, None], axis=1)[:, 0]
+        on_nvme = np.ones(gain.shape, bool)
+        on_nvme.ravel()[np.argsort(-gain, axis=None, kind="stable")[:in_dram]] = False
+        misses = np.take_along_axis(expert_misses, slots[:, None, None], axis=1)[:, 0]
+        total = float((misses * np.where(on_nvme, far, near)).sum())
+        if total < best[0]:
+            best = (total, slots, on_nvme)
+        if (gain > price).sum() > in_dram:
+            low = price
+        else:
+            high = price
+    return best[1], best[2], best[0], min(bound, best[0])
+
+
 @njit(cache=True)
 def _solve(cost, budget, least):  # type: ignore[no-untyped-def]
     num_layers, width = cost.shape

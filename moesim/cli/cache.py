@@ -158,6 +158,7 @@ def _solve(job: CacheJob) -> list[dict[str, Any]]:
     import numpy as np
 
     from moesim.cache.bits import BITS, bit_budget
+    from moesim.cache.planner import tier_costs
     from moesim.cache.slots import allocate_slots
     from moesim.solvers.ilp.cache import solve_bits, solve_slots, solve_tiers
 
@@ -168,7 +169,8 @@ def _solve(job: CacheJob) -> list[dict[str, Any]]:
     if job.plan.nvme:
         in_dram = curves.expert_misses.shape[0] * job.plan.num_experts
         in_dram -= sum(map(len, job.plan.nvme))
-        tiers = solve_tiers(curves.expert_misses, *job.tier_costs(), slots, in_dram)
+        near, far = tier_costs(job.rates, job.request)
+        tiers = solve_tiers(curves.expert_misses, near, far, slots, in_dram)
         rows.append(_row("slots and tiers", "s of misses a token", own, tiers))
     else:
         rows.append(_row("slots", "s of misses a token", own, solve_slots(curves.cost, slots)))

@@ -18,8 +18,8 @@ from moesim.plan import Status
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-MAX_STEPS = 16
-"""Host sizes a layer that `solve_tiers` offers besides 0, evenly spaced."""
+MAX_OPTIONS = 150_000
+"""Binary variables that `choose` accepts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,19 +74,19 @@ def solve_tiers(
     expert_misses: [L, C + 1, E] misses of each expert with c slots (LayerCurves); dram_cost,
     nvme_cost: [L, E] cost of a miss by where the expert lives. With c slots and h experts in DRAM
     a layer costs least when DRAM has the h experts whose misses cost most to serve from NVMe, so
-    its options are the pairs (c, h), h in at most MAX_STEPS steps.
+    its options are the pairs (c, h), without those where the h-th expert saves nothing.
     """
-    num_layers, num_options, num = expert_misses.shape
-    steps = np.unique(np.linspace(0, num, min(num, MAX_STEPS) + 1).astype(np.int64))
+    num_layers, num_options, _ = expert_misses.shape
     groups, slots, held = [], [], []
     for layer in range(num_layers):
         extra = expert_misses[layer] * (nvme_cost[layer] - dram_cost[layer])
-        saved = np.cumsum(-np.sort(-extra, axis=1), axis=1)
-        saved = np.concatenate((np.zeros((num_options, 1)), saved), axis=1)
-        total = expert_misses[layer] @ nvme_cost[layer]
-        groups.append((total[:, None] - saved[:, steps]).ravel())
-        slots.append(np.repeat(np.arange(num_options), len(steps)))
-        held.append(np.tile(steps, num_options))
+        order = -np.sort(-extra, axis=1)
+        saved = np.concatenate((np.zeros((num_options, 1)), np.cumsum(order, axis=1)), axis=1)
+        useful = np.concatenate((np.ones((num_options, 1), bool), order > 0), axis=1)
+        slot, host = np.nonzero(useful)
+        groups.append((expert_misses[layer] @ nvme_cost[layer])[slot] - saved[slot, host])
+        slots.append(slot)
+        held.append(host)
     found = choose(
         groups,
         [(slots, float(budget_slots)), (held, float(budget_dram))],
@@ -129,6 +129,12 @@ def choose(
 
     if not cost or any(len(c) == 0 or not np.isfinite(c).all() for c in cost):
         raise InputError("every group needs options of finite cost", "check the cost tables")
+    if sum(map(len, cost)) > MAX_OPTIONS:
+        raise InputError(
+            f"{sum(map(len, cost))} options are more than the {MAX_OPTIONS} that an integer program"
+            " takes",
+            "leave the integer program out: dynamic programming has no such limit",
+        )
     scale = max(float(np.abs(c).max()) for c in cost) or 1.0
     problem = pulp.LpProblem("choose", pulp.LpMinimize)
     take = [

@@ -16,7 +16,7 @@ from moesim.cache.bits import (
     loss_table,
     significance,
 )
-from moesim.cache.slots import allocate_slots
+from moesim.cache.slots import allocate_slots, allocate_tiers
 from moesim.errors import InfeasibleError, InputError
 from moesim.solvers.ilp.cache import choose, solve_bits, solve_slots, solve_tiers
 
@@ -51,6 +51,11 @@ def test_tiers_equal_enumeration(seed: int) -> None:
     assert found.objective == pytest.approx(best)
     assert found.bound <= best + 1e-6
     assert (found.slots.sum(), found.in_dram.sum()) <= (2, 3)
+    slots, on_nvme, own, bound = allocate_tiers(misses, near, far, 2, 3)
+    assert slots.sum() <= 2
+    assert on_nvme.sum() == 3
+    assert bound - 1e-9 <= best <= own + 1e-9
+    assert own <= 1.25 * best
 
 
 @settings(max_examples=10, deadline=None)

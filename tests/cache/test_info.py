@@ -67,12 +67,24 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
-def test_integer_programs_of_tiers_and_bits(capsys: pytest.CaptureFixture[str]) -> None:
-    """0.1 GB of DRAM for 0.26 GB of experts of 2 bits: the joint program is at least as good as
-    slots first, tiers after; MC-MoE's program at least as good as the greedy choice."""
+def test_integer_programs_of_tiers_and_bits(
+    toys: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """24 experts of 3 bits and scales take 22 MB each: the integer program is at least as good as
+    the plan; MC-MoE's program at least as good as the greedy choice."""
+    config = {
+        "model_type": "mixtral", "num_hidden_layers": 3, "hidden_size": 4096,
+        "intermediate_size": 4096, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 1000,
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    trace = toys.random_trace(0, num_requests=16, tokens=40, layers=3)
+    save_trace(trace, tmp_path / "toy.npz")
     command = [
-        "cache", "--trace", "sample:debian-moe", "--hbm", "1.25", "--steps", "64", "--bits", "2",
-        "--prefetch", "none", "--policy", "lfu", "--dram", "0.1", "--ilp", "--json",
+        "cache", "--trace", str(tmp_path / "toy.npz"), "--model", str(tmp_path / "config.json"),
+        "--hbm", "1.5", "--context", "0", "--bits", "2", "--prefetch", "none", "--policy", "lfu",
+        "--dram", "0.2", "--ilp", "--json",
     ]  # fmt: skip
     assert run(command) == 0
     data = json.loads(capsys.readouterr().out)
