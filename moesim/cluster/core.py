@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,8 +34,8 @@ class Cluster:
     (1 nominal, 0.5 half as fast; links are not affected); `node_of_gpu` int64[G]; `local_rank`
     int64[G] counts within the node; `host_of_gpu` int64[G] names the host (NUMA domain) whose DRAM
     and NVMe the GPU uses, and `host_dram_gb`, `host_nvme_gb` float64[hosts] their capacities (0
-    where there is no NVMe). `calibration` names a calibration table, or is None. Equality is
-    identity; compare `cluster_hash()`.
+    where there is no NVMe). `calibration` names a calibration table or its file, or is None.
+    Equality is identity; compare `cluster_hash()`.
     """
 
     name: str
@@ -196,7 +197,7 @@ class Cluster:
                 fabric.message_host_us,
             ],
             "nic_type": self.nic_type,
-            "calibration": self.calibration,
+            "calibration": self.calibration and Path(self.calibration).name,
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

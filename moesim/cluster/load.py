@@ -110,12 +110,19 @@ def load_cluster(
         host_of_gpu=host_of_gpu,
         host_dram_gb=np.array([group.host.dram_gb for group in host_groups]),
         host_nvme_gb=np.array([g.nvme.nvme_gb if g.nvme else 0.0 for g in host_groups]),
-        calibration=file.calibration,
+        calibration=_calibration_beside(path, file.calibration),
         network_type=file.network.type if file.network is not None else "none",
         nic_type="+".join(nic_types) or "none",
         fabric=fabric,
         blocks=_blocks(file, nodes, gpus),
     )
+
+
+def _calibration_beside(path: Path, name: str | None) -> str | None:
+    """The calibration's name; of a file (`host.yaml`), its path beside the cluster's file."""
+    if name is None or Path(name).suffix not in (".yaml", ".yml"):
+        return name
+    return str(path.parent / name)
 
 
 def _gpus_of(file: ClusterFile, label: str, nodes: list[NodePlan]) -> list[GpuSpec]:

@@ -37,13 +37,13 @@ class CopyModel:
 
         Without `fans` the bytes of both sides tell the time. Else, at a given `many`, it is a
         straight line in `few` between two measured fans, which is exact where each side costs by
-        its rows. It never decreases in either. Zero without rows.
+        its rows. It never decreases in `few`. Zero without rows.
         """
+        large, small = np.asarray(many, np.float64), np.asarray(few, np.float64)
         if not self.fans:
-            both = np.asarray(many, np.float64) + few
+            both = large + small
             return np.where(both > 0, self.time_us(both * row_bytes), 0.0)
-        large = np.asarray(many, np.float64)
-        share = np.asarray(few, np.float64) / np.maximum(large, 1.0)
+        share = small / np.maximum(large, 1.0)
         curves = [(1.0, self.curve), *self.fans]
         shares = np.array([1.0 / fan for fan, _ in reversed(curves)])
         times = [

@@ -284,3 +284,18 @@ def test_files_are_named_after_what_they_define() -> None:
     named = {load_cluster(name).calibration for name in cluster_names()} - {None}
     tables = {path.stem for path in (topology_dir() / "calibration").glob("*.yaml")}
     assert named <= tables
+
+
+def test_a_calibration_file_lies_beside_the_cluster(tmp_path: Path) -> None:
+    """`calibration: host.yaml` is looked for beside the cluster's file, wherever one works; the
+    hash holds its name alone, so that it is the same on every machine."""
+    text = (topology_dir() / "h100-sxm-ib.yaml").read_text(encoding="utf-8")
+    hashes = set()
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        path = folder / "mine.yaml"
+        path.write_text(text.replace("calibration: h100", "calibration: host.yaml"))
+        cluster = load_cluster(path)
+        assert cluster.calibration == str(folder / "host.yaml")
+        hashes.add(cluster.cluster_hash())
+    assert len(hashes) == 1
