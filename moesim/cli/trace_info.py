@@ -31,6 +31,9 @@ def info(
     gpus: Annotated[
         int, typer.Option(help="GPUs for the imbalance of batches.", min=1, max=65536)
     ] = 8,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="How well expert caches would do: SRP, SCH, sparsity.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Statistics of a trace: skew, affinity, co-activation, drift, domains, requests.
@@ -42,12 +45,14 @@ def info(
     """
     from moesim.cli.progress import progress_bar
     from moesim.errors import InputError
-    from moesim.trace.format import LoadTrace, load_trace
+    from moesim.trace.format import LoadTrace, load_trace, require_tokens
     from moesim.trace.stats import load_stats, trace_stats
 
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
     loaded = load_trace(trace)
+    if offload:
+        require_tokens(loaded, "moesim trace info --offload")
     if isinstance(loaded, LoadTrace):
         counts = load_stats(loaded)
         report = counts.to_dict()
@@ -61,6 +66,14 @@ def info(
         report["batch_imbalance"] = [_plain(b) for b in batches]
         sample = f"{stats.num_tokens:,} tokens"
         load = stats.load
+    caching: list[str] = []
+    if offload:
+        from moesim.cache.info import offload_info
+
+        with progress_bar("segments") as progress:
+            found = offload_info(loaded, progress=progress)
+        report["offload"] = found.to_dict()
+        caching = found.lines()
     if plot is not None:
         from moesim.report.trace_plot import plot_load
 
@@ -72,6 +85,8 @@ def info(
         _print_load(counts, _console())
     else:
         _print_trace(stats, batches, _console())
+        for line in ["", *caching] if caching else []:
+            typer.echo(line)
 
 
 def _batches(trace: Trace, stats: TraceStats, num_gpus: int) -> list[BatchImbalance]:

@@ -31,6 +31,20 @@ def test_info_of_a_small_trace(toys: ModuleType) -> None:
     assert all(len(line) < 160 for line in text)
 
 
+def test_trace_info_offload(
+    toys: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_trace(toys.random_trace(0, tokens=70), tmp_path / "toy.npz")
+    assert run(["trace", "info", str(tmp_path / "toy.npz"), "--offload"]) == 0
+    assert "local routing consistency" in capsys.readouterr().out
+    assert run(["trace", "info", str(tmp_path / "toy.npz"), "--offload", "--json"]) == 0
+    assert "srp" in json.loads(capsys.readouterr().out)["offload"]
+    load = LoadTrace(np.ones((1, 2, 4), np.int64), TraceMeta("m", 4, 2, (0, 1)))
+    save_trace(load, tmp_path / "counts.npz")
+    assert run(["trace", "info", str(tmp_path / "counts.npz"), "--offload"]) == 2
+    assert "--offload needs token-level routing" in capsys.readouterr().err
+
+
 def test_load_traces_are_refused_by_name() -> None:
     load = LoadTrace(np.ones((1, 2, 4), np.int64), TraceMeta("m", 4, 2, (0, 1)), "counts.npz")
     with pytest.raises(MismatchError, match=r"--offload needs token-level.*counts\.npz"):
