@@ -10,7 +10,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=24"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,torch]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,torch,capture]"
 	touch $(STAMP)
 
 demo: install

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from moesim.cli.trace_capture import capture
 from moesim.cli.trace_check import check
 from moesim.cli.trace_import import import_trace
 from moesim.cli.trace_info import info
@@ -15,6 +16,7 @@ app = typer.Typer(
 )
 app.command("info")(info)
 app.command("check")(check)
+app.command("capture")(capture)
 app.command("synth")(synth)
 app.command("slice")(slice_)
 app.command("merge")(merge)
