@@ -35,9 +35,7 @@ class Greedy:
         return Solution(pack_table(problem, table), "feasible", notes=notes)
 
 
-def replica_counts(
-    load: npt.NDArray[Any], num_slots: int, num_gpus: int
-) -> npt.NDArray[np.int64]:
+def replica_counts(load: npt.NDArray[Any], num_slots: int, num_gpus: int) -> npt.NDArray[np.int64]:
     """[E] replicas of each expert, `num_slots` in all, at most `num_gpus` each: every further
     replica goes to the expert with the most load a replica, which minimises the largest."""
     count = np.ones(len(load), np.int64)
