@@ -12,7 +12,7 @@ from moesim.cli.trace_slice import merge, slice_
 from moesim.cli.trace_synth import synth
 
 app = typer.Typer(
-    help="Routing traces: look at, check, make, cut, join, import.", no_args_is_help=True
+    help="Routing traces: look at, check, capture, make, cut, join, import.", no_args_is_help=True
 )
 app.command("info")(info)
 app.command("check")(check)
