@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from moesim.replay.predict import Predictor
 
 OUT_OF_TOLERANCE = 1
+MODES = ("graph", "eager", "both")
+OWN_CALIBRATION = "h200-torch"
 
 
 def validate(
@@ -28,11 +30,18 @@ def validate(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Calibration YAML or name; without one on CPUs nothing is predicted."),
+        typer.Option(
+            help="Calibration YAML or name; without one on CPUs nothing is predicted.",
+            show_default="h200-torch on H200s",
+        ),
     ] = None,
     cluster: Annotated[
-        str, typer.Option(help="Cluster name or YAML file; resized to the ranks.")
-    ] = "h100-sxm-ib",
+        str | None,
+        typer.Option(
+            help="Cluster name or YAML file; resized to the ranks.",
+            show_default="h200-sxm-ib on H200s, else h100-sxm-ib",
+        ),
+    ] = None,
     tokens: Annotated[
         list[int] | None, typer.Option(help="Tokens a rank; repeat.", show_default="128 1024 8192")
     ] = None,
@@ -68,11 +77,13 @@ def validate(
 
     Example: moesim validate --plan linear.json --plan eplb.json --trace t.npz --model olmoe
     """
-    from moesim.errors import InputError
+    from moesim.errors import InputError, UnknownNameError
     from moesim.replay.compare import Tolerance, compare, load_measured
 
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
+    if mode not in MODES:
+        raise UnknownNameError("mode", mode, MODES)
     if measured is None:
         options = ["--batches", str(batches), "--layers", str(layers), "--mode", mode]
         options += ["--dedup", dedup, "--device", device, "--timeout", str(timeout)]
@@ -88,7 +99,7 @@ def validate(
         return 0
     again = None if repeat is None else load_measured(repeat)
     tolerance = Tolerance(max_median_error, max_p90_error, min_spearman)
-    modes = ("graph", "eager") if mode == "both" else (mode,)
+    modes = MODES[:2] if mode == "both" else (mode,)
     found = compare(record, predictor, tolerance, again, modes)
     if plot is not None:
         from moesim.report.validate_plot import plot_validation
@@ -132,26 +143,37 @@ def _measure(
         return load_measured(written)
 
 
-def _predictor(record: dict[str, Any], calibration: str | None, cluster: str) -> Predictor | None:
+def _predictor(
+    record: dict[str, Any], calibration: str | None, cluster: str | None
+) -> Predictor | None:
     """The cost model for the record's ranks; None for CPU ranks without a calibration."""
     from moesim.cli.replay_common import say
     from moesim.cluster import load_cluster
     from moesim.cost.calibration import load_calibration
+    from moesim.errors import InputError
     from moesim.replay.predict import build_predictor
     from moesim.replay.shape import parse_shape
 
     environment = record["environment"]
+    on_h200 = "H200" in environment["device"]
     if calibration is None:
         if environment["backend"] != "nccl":
             say("CPU ranks and no --calibration: nothing is predicted")
             return None
-        named = "h200" if "H200" in environment["device"] else "h100"
-        say(f"no --calibration: the bundled {named} is used")
-        calibration = named
+        if not on_h200:
+            raise InputError(
+                f"no bundled calibration holds what the replay does on {environment['device']}",
+                "measure one with moesim calibrate and give it as --calibration",
+            )
+        calibration = OWN_CALIBRATION
+        say(f"no --calibration: the bundled {calibration} is used")
     return build_predictor(
         parse_shape(record["model"]),
         load_calibration(calibration),
-        load_cluster(cluster, num_gpus=int(environment["num_ranks"])),
+        load_cluster(
+            cluster or ("h200-sxm-ib" if on_h200 else "h100-sxm-ib"),
+            num_gpus=int(environment["num_ranks"]),
+        ),
         record["options"]["dedup"],
     )
 

@@ -5,11 +5,9 @@ Above the cost model, so never imported by the part that runs in an engine's con
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +15,14 @@ import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.replay.predict import PHASES, Predictor
+from moesim.replay.records import read_record
 
 FORMAT = "moesim-measured"
 BASELINE = "linear"
 MIN_ORDERED = 3
+FIELDS = frozenset(
+    ("plan", "tokens_per_rank", "mode", "batch", "phase_us", "layer_us", "step_us", "slot_rows")
+) | {"messages"}
 FloatArray = npt.NDArray[np.float64]
 Key = tuple[int, str, str, int]
 
@@ -171,17 +173,17 @@ class Comparison:
 
 
 def load_measured(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a record of `moesim.replay validate`. Raises InputError or FormatError."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", _REMEDY) from None
-    except (ValueError, RecursionError):
-        raise FormatError(f"{path}: not JSON", _REMEDY) from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT or raw.get("version") != 1:
-        raise FormatError(f'{path}: format is not "{FORMAT}", version 1', _REMEDY)
+    """Read a record of `moesim.replay validate`, also gzipped. Raises InputError or FormatError."""
+    raw = read_record(path, FORMAT, _REMEDY)
     if not raw.get("results"):
         raise FormatError(f"{path}: holds no results", "see its notes for the reason")
+    for name in ("environment", "model", "notes", "options"):
+        if name not in raw:
+            raise FormatError(f"{path}: {name} is missing", _REMEDY)
+    for i, result in enumerate(raw["results"]):
+        missing = sorted(FIELDS - set(result)) if isinstance(result, dict) else ["everything"]
+        if missing:
+            raise FormatError(f"{path}: results[{i}]: {missing[0]} is missing", _REMEDY)
     if list(raw.get("phases", [])) != list(PHASES):
         raise FormatError(f"{path}: phases are not {', '.join(PHASES)}", _REMEDY)
     return raw

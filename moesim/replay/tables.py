@@ -5,16 +5,15 @@ Above the cost model, so never imported by the part that runs in an engine's con
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moesim.errors import FormatError, InputError, MismatchError
+from moesim.errors import FormatError, MismatchError
 from moesim.files import atomic_write
+from moesim.replay.records import read_record
 from moesim.replay.table_experts import Rows, expert_entries
 
 FORMAT = "moesim-calibration-raw"
@@ -24,15 +23,8 @@ ISSUES = {"all-to-all": "collective", "expert FFN": "ffn", "gather": "permute", 
 
 
 def load_raw(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the record that the ranks wrote. Raises InputError or FormatError."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", _REMEDY) from None
-    except (ValueError, RecursionError):
-        raise FormatError(f"{path}: not JSON", _REMEDY) from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT or raw.get("version") != 1:
-        raise FormatError(f'{path}: format is not "{FORMAT}", version 1', _REMEDY)
+    """Read the record that the ranks wrote, also gzipped. Raises InputError or FormatError."""
+    raw = read_record(path, FORMAT, _REMEDY)
     if not isinstance(raw.get("tables"), dict) or not isinstance(raw.get("environment"), dict):
         raise FormatError(f"{path}: tables or environment are missing", _REMEDY)
     return raw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 
@@ -215,6 +216,18 @@ def test_wrong_records(tmp_path, text: str) -> None:
             load(path)
         with pytest.raises(InputError, match="cannot read"):
             load(tmp_path / "none.json")
+
+
+def test_gzipped_records(tmp_path) -> None:
+    packed = tmp_path / "m.json.gz"
+    packed.write_bytes(gzip.compress(json.dumps(record({"linear": 1.0})).encode()))
+    assert len(load_measured(packed)["results"]) == 1
+    packed.write_bytes(packed.read_bytes()[:100])
+    with pytest.raises(FormatError, match="not readable as gzip"):
+        load_measured(packed)
+    packed.write_bytes(gzip.compress(b" " * (1 << 20)))
+    with pytest.raises(FormatError, match="not JSON"):
+        load_measured(packed)
 
 
 def test_empty_record_holds_nothing_to_calibrate() -> None:
