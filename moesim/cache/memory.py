@@ -41,9 +41,16 @@ class MemoryBudget:
 
 
 def memory_budget(
-    model: ModelSpec, hbm_gb: float, batch_size: int, context_tokens: int, slot_bytes: float
+    model: ModelSpec,
+    hbm_gb: float,
+    batch_size: int,
+    context_tokens: int,
+    slot_bytes: float,
+    num_experts: int | None = None,
 ) -> MemoryBudget:
     """Slots that fit into `hbm_gb` beside dense weights, KV cache and workspace.
+
+    num_experts: experts that the GPU is responsible for, over all layers; default all.
 
     Raises InputError for sizes that are not positive, InfeasibleError where not even the experts
     that one token needs in one layer fit.
@@ -68,16 +75,15 @@ def memory_budget(
             f" need {need / 1e9:.1f} GB",
             "give more HBM, a shorter context, a smaller batch, or fewer bits an expert",
         )
-    total = model.num_moe_layers * model.num_experts
+    total = model.num_moe_layers * model.num_experts if num_experts is None else num_experts
     return MemoryBudget(hbm, dense, kv, WORKSPACE_BYTES, slot, min(total, left // slot), total)
 
 
-def check_host(model: ModelSpec, dram_gb: float, nvme_gb: float, expert_bytes: float) -> int:
-    """How many experts fit in host memory, at most all.
+def check_host(total: int, dram_gb: float, nvme_gb: float, expert_bytes: float) -> int:
+    """How many of `total` experts fit in host memory, at most all.
 
     Raises InfeasibleError where DRAM and NVMe together do not hold all experts.
     """
-    total = model.num_moe_layers * model.num_experts
     in_dram = min(total, int(dram_gb * 1e9 // expert_bytes))
     if in_dram < total and dram_gb + nvme_gb < total * expert_bytes / 1e9:
         raise InfeasibleError(

@@ -43,7 +43,8 @@ Progress = Callable[[str], None]
 class Request:
     """What to plan for.
 
-    hbm_gb: memory of the GPU. batch_size, context_tokens: of decoding. policy, prefetch, cpu:
+    hbm_gb: memory of the GPU. batch_size, context_tokens: of decoding. home_requests: those of the
+    batch whose attention and KV cache are on this GPU, None for all. policy, prefetch, cpu:
     a name (`none` for no prefetch) or `auto`. bits: [L, E] bits of each expert, None for the
     model's type. max_steps: decode steps simulated, of the select and of the held-out requests;
     CPU and prefetch are compared on a quarter of the former.
@@ -58,13 +59,18 @@ class Request:
     bits: npt.NDArray[np.int64] | None = None
     max_steps: int = 4096
     seed: int = 0
+    home_requests: int | None = None
+
+    @property
+    def num_home(self) -> int:
+        return self.batch_size if self.home_requests is None else self.home_requests
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
     """A trace made ready: streams of the select requests, of a quarter of their steps (`trial`) and
     of the held-out requests, frequencies of the fit requests, and what the user should know
-    (`notes`)."""
+    (`notes`). `hosted`: [L, E] experts that the GPU is responsible for, None for all."""
 
     trace: Trace
     fit: RequestIndex
@@ -75,7 +81,15 @@ class Workload:
     trial_events: Events
     held_out_events: Events
     notes: tuple[str, ...] = field(default=())
+    hosted: npt.NDArray[np.bool_] | None = None
     fitted: dict[tuple[str, int], Predictor] = field(default_factory=dict)
+
+    @property
+    def num_hosted(self) -> int:
+        """Experts that the GPU is responsible for, over all layers."""
+        if self.hosted is None:
+            return self.trace.num_layers * self.trace.num_experts
+        return int(self.hosted.sum())
 
     def predictor(self, name: str, depth: int) -> Predictor:
         """The predictor fitted on the fit requests, once."""
@@ -106,11 +120,17 @@ class Planned:
     candidates: tuple[tuple[str, float], ...]
 
 
-def make_workload(trace: Trace, request: Request) -> Workload:
+def make_workload(
+    trace: Trace, request: Request, hosted: npt.NDArray[np.bool_] | None = None
+) -> Workload:
     """Split requests and lay them out as decode streams of at most `max_steps` steps each.
+
+    hosted: [L, E] experts that the GPU is responsible for; choices of others are left out.
 
     Raises InputError where the trace has fewer than two requests.
     """
+    if hosted is not None:
+        trace = _keep_hosted(trace, hosted)
     requests, notice = index_requests(trace, "decode")
     notes = [notice] if notice else []
     tune, held = split_requests(requests, request.seed)
@@ -138,7 +158,16 @@ def make_workload(trace: Trace, request: Request) -> Workload:
         all_events(trace, trial),
         all_events(trace, kept),
         tuple(notes),
+        hosted,
     )
+
+
+def _keep_hosted(trace: Trace, hosted: npt.NDArray[np.bool_]) -> Trace:
+    """The trace with the choices of experts elsewhere replaced by -1."""
+    ids = np.asarray(trace.expert_ids).astype(np.int16)
+    layer = np.arange(trace.num_layers)[None, :, None]
+    here = (ids >= 0) & hosted[layer, ids]
+    return replace(trace, expert_ids=np.where(here, ids, np.int16(-1)))
 
 
 def check_model(trace: Trace, model: ModelSpec) -> None:
@@ -169,14 +198,19 @@ def plan_cache(
     sizes = expert_sizes(model, request)
     slot_bytes = float(sizes.max())
     memory = memory_budget(
-        model, request.hbm_gb, request.batch_size, request.context_tokens, slot_bytes
+        model,
+        request.hbm_gb,
+        request.num_home,
+        request.context_tokens,
+        slot_bytes,
+        work.num_hosted,
     )
-    in_dram = check_host(model, rates.host.dram_gb, rates.host.nvme_gb, slot_bytes)
+    in_dram = check_host(work.num_hosted, rates.host.dram_gb, rates.host.nvme_gb, slot_bytes)
     nvme = np.zeros(shape, bool)
     if in_dram < memory.num_experts:
         order = np.argsort(-work.frequency, axis=None, kind="stable")
-        nvme.ravel()[order[in_dram:]] = True
-    times = step_times(rates, request.batch_size, request.context_tokens, sizes, nvme)
+        nvme.ravel()[order[in_dram : work.num_hosted]] = True
+    times = _times(rates, request, sizes, nvme)
     if memory.everything_fits:
         return _resident(work, rates, request, memory, times)
     names = ONLINE if request.policy == "auto" else (get_policy(request.policy).name,)
@@ -193,11 +227,20 @@ def plan_cache(
     if nvme.any():
         near, far = tier_costs(rates, request)
         tiers = allocate_tiers(chosen.expert_misses, near, far, memory.num_slots, in_dram)
-        nvme = tiers[1]
-        times = step_times(rates, request.batch_size, request.context_tokens, sizes, nvme)
+        nvme = tiers[1] if work.hosted is None else tiers[1] & work.hosted
+        times = _times(rates, request, sizes, nvme)
         cost = np.einsum("lce,le->lc", chosen.expert_misses, miss_cost(request, times))
         chosen = replace(chosen, cost=cost)
     return _choose(work, rates, request, memory, times, policy, chosen, nvme, progress)
+
+
+def _times(
+    rates: Rates, request: Request, sizes: FloatArray, nvme: npt.NDArray[np.bool_]
+) -> StepTimes:
+    share = request.num_home / request.batch_size
+    return step_times(
+        rates, request.batch_size, request.context_tokens, sizes, nvme, home_share=share
+    )
 
 
 def expert_sizes(model: ModelSpec, request: Request) -> FloatArray:
@@ -342,14 +385,16 @@ def _resident(
 ) -> Planned:
     """Everything fits: pin all experts."""
     trace = work.trace
-    every = tuple(range(trace.num_experts))
+    every = work.hosted
+    if every is None:
+        every = np.ones((trace.num_layers, trace.num_experts), bool)
     plan = CachePlan(
         model=rates.model.name,
         gpu=rates.gpu.name,
         num_experts=trace.num_experts,
         layer_ids=trace.meta.layer_ids,
         slots=(0,) * trace.num_layers,
-        pinned=(every,) * trace.num_layers,
+        pinned=_rows(every),
         policy="static",
         bits=None if request.bits is None else tuple(map(tuple, request.bits.tolist())),
         memory=memory.to_dict(),

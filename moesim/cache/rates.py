@@ -122,11 +122,13 @@ def step_times(
     context_tokens: int,
     expert_bytes: npt.NDArray[np.number],
     on_nvme: npt.NDArray[np.bool_] | None = None,
+    home_share: float = 1.0,
 ) -> StepTimes:
     """Time tables for steps of up to `max_tokens` tokens, each with `context_tokens` of context.
 
     expert_bytes: [L, E] (or a scalar to broadcast) bytes of each expert; on_nvme: [L, E] experts
-    that live on NVMe. The GPU time of a quantised expert is that of the model's own dtype.
+    that live on NVMe; home_share: share of the tokens whose attention this GPU computes. The GPU
+    time of a quantised expert is that of the model's own dtype.
     Attention's quadratic arithmetic in prefill is ignored.
     """
     model = rates.model
@@ -140,12 +142,12 @@ def step_times(
     tables = rates.experts.expert_time_us(n, model.hidden_size, model.moe_intermediate_size)
     moved = rates.transfer_s(np.array(float(max_tokens * model.token_bytes())))
     return StepTimes(
-        _gate_s(rates, n, context_tokens),
+        _gate_s(rates, n * home_share, context_tokens),
         tables * 1e-6,
         rates.cpu_s(n, float(size.max())),
         np.ascontiguousarray(load),
         host,
-        _dense_s(rates, model.lm_head_params or model.embedding_params, n),
+        _dense_s(rates, model.lm_head_params or model.embedding_params, n * home_share),
         float(2 * moved),
     )
 

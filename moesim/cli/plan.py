@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +13,9 @@ import typer
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
+    from moesim.cache.group import GroupPlan
     from moesim.planning.evaluate import Figure
-    from moesim.planning.make import PlanResult
+    from moesim.planning.make import PlanRequest, PlanResult
 
 OBJECTIVE_FIGURE = {"balance": "imbalance", "traffic": "fan_out", "time": "step_us"}
 
@@ -82,6 +84,14 @@ def plan(
     ignore_memory: Annotated[
         bool, typer.Option("--ignore-memory", help="Plan even if the weights do not fit.")
     ] = False,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Experts may exceed GPU memory: plan each GPU's cache."),
+    ] = False,
+    hbm: Annotated[
+        float | None,
+        typer.Option(help="With --offload: GB of memory a GPU.", show_default="the GPU's"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Plan file to write.")] = Path("plan.json"),
     plot: Annotated[
         Path | None, typer.Option(help="Picture of the load before and after (PNG, SVG, PDF).")
@@ -128,20 +138,28 @@ def plan(
         all_to_all=_choice("all-to-all library", all_to_all, tuple(KINDS_OF)),
         seed=seed,
         time_limit_s=time_limit,
-        check_memory=not ignore_memory,
+        check_memory=not (ignore_memory or offload),
     )
     with progress_bar("searching layers") as progress:
         result = make_plan(request, progress=progress)
     if cluster is None:
         result.defaults["cluster"] = DEFAULT_CLUSTER
+    cached = _offload(result, request, hbm) if offload else None
+    if cached is not None:
+        result = replace(result, plan=replace(result.plan, cache=cached.to_dict()))
     result.plan.save(out)
     if plot is not None:
         from moesim.report.plan_plot import plot_load
 
         plot_load(result, plot)
     if as_json:
-        typer.echo(json.dumps(_as_json(result, out), indent=1))
+        data = _as_json(result, out)
+        if cached is not None:
+            data["cache"] = [asdict(row) for row in cached.results]
+        typer.echo(json.dumps(data, indent=1))
         return
+    if cached is not None:
+        _print_offload(cached)
     _print(result, out, plot)
 
 
@@ -248,6 +266,42 @@ def _print_verdict(result: PlanResult) -> None:
     if name == "imbalance":
         excess = delta.value / (base - 1) if base > 1 else 0.0
         typer.echo(f"excess imbalance (max/mean - 1): {100 * excess:+.1f}%")
+
+
+def _offload(result: PlanResult, request: PlanRequest, hbm: float | None) -> GroupPlan:
+    """A cache plan for every GPU of the placement, decoding one request a GPU."""
+    from moesim.cache.group import plan_group
+    from moesim.cache.planner import Request
+    from moesim.cli.progress import progress_bar
+
+    gpus = tuple(request.cluster.gpus)
+    if request.model is None:
+        raise InputError(
+            "--offload needs the model's sizes, and the trace names no known model",
+            "give --model: moesim model list",
+        )
+    asked = Request(
+        hbm_gb=min(gpu.hbm_gb for gpu in gpus) if hbm is None else hbm,
+        batch_size=len(gpus),
+        prefetch="auto" if len(gpus) == 1 else "none",
+        seed=request.seed,
+    )
+    with progress_bar("caching") as progress:
+        return plan_group(
+            request.trace, result.plan.placement, request.model, gpus, asked, progress=progress
+        )
+
+
+def _print_offload(cached: GroupPlan) -> None:
+    for note in cached.notes:
+        print(f"note: {note}", file=sys.stderr)
+    for plan, row in zip(cached.plans, cached.results, strict=True):
+        memory = plan.memory
+        typer.echo(
+            f"{row.name}: {plan.num_slots} of its experts in HBM ({memory['num_slots']} slots),"
+            f" policy {plan.policy}, {row.hit_rate:.1%} hits,"
+            f" {row.bytes_per_token / 1e6:.1f} MB a token over the host link"
+        )
 
 
 def _plain(name: str) -> str:

@@ -69,9 +69,9 @@ def test_memory_by_hand() -> None:
         memory_budget(model, (fixed + 1.5 * EXPERT_MB * 1e6) / 1e9, 1, 100, EXPERT_MB * 1e6)
     with pytest.raises(InputError):
         memory_budget(model, float("nan"), 1, 100, 1e6)
-    assert check_host(model, 1.0, 10.0, EXPERT_MB * 1e6) == 9
+    assert check_host(24, 1.0, 10.0, EXPERT_MB * 1e6) == 9
     with pytest.raises(InfeasibleError, match="NVMe"):
-        check_host(model, 1.0, 1.0, EXPERT_MB * 1e6)
+        check_host(24, 1.0, 1.0, EXPERT_MB * 1e6)
 
 
 def test_rates_by_hand() -> None:
