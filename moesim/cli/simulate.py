@@ -148,6 +148,9 @@ def simulate(
         Path | None, typer.Option(help="Chrome/Perfetto trace of the first steps to write.")
     ] = None,
     timeline_steps: Annotated[int, typer.Option(help="Steps in the timeline.", min=1)] = 1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of the parts of a step (PNG, SVG, PDF).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Replay held-out requests of a trace through a plan: time per step, where it goes, load of
@@ -172,7 +175,9 @@ def simulate(
     from moesim.planning.simulation import simulate as run
     from moesim.sim.stragglers import parse_slow
 
-    writable(timeline)
+    writable(timeline, plot)
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
     loaded = load_inputs(trace, plan, cluster, gpus, model)
     request = SimRequest(
         trace=loaded.trace,
@@ -219,6 +224,12 @@ def simulate(
             raise InputError("no timeline was made", "use --fidelity event")
         atomic_write(timeline, report.timeline.to_json())
         typer.echo(f"wrote {timeline} (open it at ui.perfetto.dev)", err=True)
+    if plot is not None:
+        from moesim.report.simulate_plot import plot_simulation
+
+        title = f"{loaded.model.name}, {loaded.cluster.num_gpus} GPUs of {loaded.cluster.name}"
+        plot_simulation(report.results, plot, title)
+        typer.echo(f"wrote {plot}", err=True)
     report.defaults.update(loaded.defaults)
     if as_json:
         typer.echo(json.dumps(report_json(request, report), indent=1, allow_nan=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from moesim.trace.format import Trace
 
 FloatArray = npt.NDArray[np.float64]
 MAX_CELLS = 20_000_000
+MAX_BATCHES = 16
 Progress = Callable[[int, int], None]
 
 
@@ -29,29 +31,40 @@ def run_analytic(
     batches: Batches,
     placement: Placement,
     *,
+    workers: int = 2,
     progress: Progress | None = None,
 ) -> SimResult:
     """Cost every batch of `batches` in closed form; the event simulation of the sequential
-    schedule gives the same figures when nothing else happens (INV-8)."""
+    schedule gives the same figures when nothing else happens (INV-8).
+
+    workers: threads; the compiled parts run side by side, and the result does not depend on it.
+    """
     gpus, layers = models.num_gpus, trace.num_layers
-    each = max(1, MAX_CELLS // (layers * max(gpus * gpus, models.links.num_links)))
-    parts: list[SimResult] = []
-    drops = Drops()
-    for start in range(0, len(batches), each):
+    fits = MAX_CELLS // (layers * max(gpus * gpus, models.links.num_links))
+    each = max(1, min(fits, MAX_BATCHES))
+    starts = range(0, len(batches), each)
+
+    def some(start: int) -> tuple[SimResult, Drops]:
         stop = min(start + each, len(batches))
         span = slice(int(batches.indptr[start]), int(batches.indptr[stop]))
-        some = Batches(
+        part = Batches(
             batches.token_idx[span],
             batches.indptr[start : stop + 1] - batches.indptr[start],
             batches.phase,
             batches.batch_tokens,
         )
-        home = home_ranks(trace, some, gpus)
-        part_trace, some, dropped = limited(models, trace, some, home, placement)
-        drops = drops + dropped
-        parts.append(closed_form(models, prepare(models, part_trace, some, placement, home)))
-        if progress is not None:
-            progress(stop, len(batches))
+        home = home_ranks(trace, part, gpus)
+        kept, part, dropped = limited(models, trace, part, home, placement)
+        return closed_form(models, prepare(models, kept, part, placement, home)), dropped
+
+    parts: list[SimResult] = []
+    drops = Drops()
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        for result, dropped in pool.map(some, starts):
+            parts.append(result)
+            drops = drops + dropped
+            if progress is not None:
+                progress(sum(len(p.step_us) for p in parts), len(batches))
     result = joined(parts)
     if models.drop is not None:
         result.extra["drops"] = drops.to_json()

@@ -35,6 +35,9 @@ Table = npt.NDArray[np.int32]
 Planner = Callable[[npt.NDArray[np.int64]], Placement]
 """From slots of each GPU [G] (0 for one that is down) to a placement."""
 
+MAX_FAULTS_IN_A_ROW = 100
+"""Failures without one step in between, after which a run is given up."""
+
 
 @dataclass(slots=True)
 class Outage:
@@ -180,6 +183,13 @@ class FaultRun:
             return
         outage = Outage(fault.name, fault.at_us, wasted_us=wasted_us)
         self.outages.append(outage)
+        if sum(math.isnan(o.recovered_us) for o in self.outages) > MAX_FAULTS_IN_A_ROW:
+            raise InfeasibleError(
+                f"{MAX_FAULTS_IN_A_ROW} failures in a row and not one step in between, up to"
+                f" {self.engine.now_us / 1e3:,.0f} ms",
+                "failures come faster than recovery: a longer --mtbf, or quicker --detect,"
+                " --restart and --repair",
+            )
         self._mark(f"{fault.name} fails")
         self.engine.wait(self.recovery.detect_us)
         self._place(outage)

@@ -44,9 +44,10 @@ def make_models(
     home: bool = True,
     cluster: str = "h100-sxm-ib",
     policy: str = "split",
+    model_name: str = "debian-moe",
 ) -> Models:
     built = load_cluster(cluster, num_gpus)
-    model = load_model("debian-moe")
+    model = load_model(model_name)
     step, links, exchange = build_exchange(all_to_all, built, model, phase="decode")
     ranks = HomeModel(built, model, tuple(range(LAYERS))) if home else None
     return Models(built, step, links, exchange, ranks, policy)  # type: ignore[arg-type]

@@ -252,6 +252,18 @@ def test_random_faults_serve_everything(trace, models_of, batches_of) -> None:
     assert 0.05 < result.extra["faults"]["availability"] < 0.95
 
 
+def test_failures_faster_than_recovery_are_a_verdict(trace, batches, models_of) -> None:
+    """Eight GPUs that last 500 us on average, and 1,100 us to recover: no step ever ends."""
+    models = models_of(8)
+    run = FaultRun(
+        models, Sequential(), trace, replicated(models),
+        FaultClock(num_gpus=8, mtbf_us=500, repair_us=100, seed=2),
+        Recovery(**QUICK), build_mover(models.cluster, models.links, EXPERT_BYTES),
+    )  # fmt: skip
+    with pytest.raises(InfeasibleError, match="in a row"):
+        run.run(batches)
+
+
 def test_moves_prefer_the_same_node() -> None:
     """Two nodes of two GPUs. GPU 1 wants expert 0, which GPU 0 (its node) and GPU 2 hold; GPU 3
     wants expert 5, which nobody holds: from its host."""

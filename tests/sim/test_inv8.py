@@ -10,6 +10,7 @@ from moesim.sim.analytic import run_analytic
 from moesim.sim.engine import Engine, Program
 from moesim.sim.event import run_event
 from moesim.sim.schedules.sequential import Sequential
+from moesim.trace.batches import Batches
 
 CASES = [
     ("h100-sxm-ib", 8, "nccl"),
@@ -38,6 +39,20 @@ def test_whole_steps(cluster, gpus, library, trace, batches, models_of, linear_o
     np.testing.assert_allclose(event.gpu_busy, closed.gpu_busy, rtol=1e-12)
     np.testing.assert_allclose(event.link_bytes, closed.link_bytes, rtol=1e-12)
     np.testing.assert_allclose(event.link_busy_us, closed.link_busy_us, rtol=1e-9)
+
+
+@pytest.mark.parametrize("model_name", ["Qwen2-57B-A14B", "deepseek-v2-lite", "gpt-oss-20b"])
+def test_shared_experts_and_windows(model_name, trace, batches, models_of, linear_of) -> None:
+    """Models with shared experts, latent attention, dense first layers, sliding windows, and home
+    ranks of unequal numbers of tokens."""
+    models = models_of(8, model_name=model_name)
+    uneven = Batches(
+        batches.token_idx[:250], np.array([0, 250], np.int64), batches.phase, batches.batch_tokens
+    )
+    closed = run_analytic(models, trace, uneven, linear_of(models))
+    event = run_event(models, Sequential(), trace, uneven, linear_of(models))
+    np.testing.assert_allclose(event.step_us, closed.step_us, rtol=1e-12)
+    np.testing.assert_allclose(event.parts_us, closed.parts_us, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("cluster", "gpus", "library"), CASES[:8])

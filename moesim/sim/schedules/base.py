@@ -74,15 +74,12 @@ def attention_and_gate(
     return _joined(after, *groups)
 
 
-def shared_experts(
-    program: Program, home: HomeWork, layer: int, after: Iterable[Task], note: str = ""
-) -> list[Task]:
-    """Shared experts on every GPU that has tokens."""
+def shared_experts(program: Program, home: HomeWork, layer: int, note: str = "") -> list[Task]:
+    """Shared experts on every GPU that has tokens, after what its stream holds already."""
     return program.kernels(
         "shared",
         home.shared_us[layer].tolist(),
         layer=layer,
-        after=after,
         name=f"layer {layer} shared{note}",
     )
 

@@ -32,7 +32,7 @@ class ContextCoherent:
         done: list[Task] = []
         for layer in range(work.num_layers):
             ready = attention_and_gate(program, home, layer, done)
-            ready = [*ready, *shared_experts(program, home, layer, ready)]
+            ready = [*ready, *shared_experts(program, home, layer)]
             sent = exchange(program, chunk.dispatch, chunk.batch, layer, "dispatch", ready)
             experts = chunk.expert_us[layer].tolist()
             computed = program.kernels("compute", experts, layer=layer, after=sent) or sent

@@ -48,7 +48,7 @@ class Pipelined:
                 )
                 for i, chunk in enumerate(work.chunks)
             ]  # fmt: skip
-            shared = shared_experts(program, home, layer, ready)
+            shared = shared_experts(program, home, layer)
             done = [*shared]
             for i, chunk in enumerate(work.chunks):
                 computed = program.kernels(

@@ -22,7 +22,7 @@ class Sequential:
         done: list[Task] = []
         for layer in range(work.num_layers):
             ready = attention_and_gate(program, home, layer, done)
-            ready = [*ready, *shared_experts(program, home, layer, ready)]
+            ready = [*ready, *shared_experts(program, home, layer)]
             sent = exchange(program, chunk.dispatch, chunk.batch, layer, "dispatch", ready)
             computed = program.kernels(
                 "compute", chunk.expert_us[layer].tolist(), layer=layer, after=sent

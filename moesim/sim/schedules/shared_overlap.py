@@ -25,7 +25,7 @@ class SharedOverlap:
         for layer in range(work.num_layers):
             ready = attention_and_gate(program, home, layer, done)
             sent = exchange(program, chunk.dispatch, chunk.batch, layer, "dispatch", ready)
-            shared = shared_experts(program, home, layer, ready)
+            shared = shared_experts(program, home, layer)
             experts = chunk.expert_us[layer].tolist()
             computed = program.kernels("compute", experts, layer=layer, after=sent)
             before = [*computed, *shared] or sent

@@ -26,17 +26,15 @@ class TwoBatch:
         done: list[list[Task]] = [[], []]
         for layer in range(work.num_layers):
             sent: list[list[Task]] = []
-            ready: list[list[Task]] = []
             for chunk, name, before in zip(work.chunks, names, done, strict=True):
                 gated = attention_and_gate(program, chunk.home, layer, before, name)
-                ready.append(gated)
                 sent.append(
                     exchange(
                         program, chunk.dispatch, chunk.batch, layer, "dispatch", gated, note=name
                     )
                 )
             for i, (chunk, name) in enumerate(zip(work.chunks, names, strict=True)):
-                shared = shared_experts(program, chunk.home, layer, ready[i], name)
+                shared = shared_experts(program, chunk.home, layer, name)
                 computed = program.kernels(
                     "compute",
                     chunk.expert_us[layer].tolist(),
