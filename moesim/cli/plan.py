@@ -158,9 +158,9 @@ def plan(
             data["cache"] = [asdict(row) for row in cached.results]
         typer.echo(json.dumps(data, indent=1))
         return
+    _print(result, out, plot)
     if cached is not None:
         _print_offload(cached)
-    _print(result, out, plot)
 
 
 def _check_target(path: Path) -> None:
