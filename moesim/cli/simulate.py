@@ -156,9 +156,7 @@ def simulate(
     """Replay held-out requests of a trace through a plan: time per step, where it goes, load of
     GPUs and links.
 
-    Examples:
-      moesim simulate --trace sample:debian-moe --plan plan.json --compare linear,eplb
-      moesim simulate --trace sample:debian-moe --gpus 16 --timeline step.json
+    Example: moesim simulate --trace sample:debian-moe --plan plan.json --compare linear,eplb
     """
     from moesim.cli.progress import progress_bar
     from moesim.cli.simulate_input import (

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 Fidelity = Literal["analytic", "event"]
 FIDELITIES: tuple[Fidelity, ...] = ("analytic", "event")
 DEFAULT_STEPS = 16
+SENT_ONCE_A = {"gpu": "GPU", "node": "node", "none": "chosen expert"}
 DEGREES = (1, 2, 4, 8)
 """Numbers of chunks that are tried where none is asked for."""
 Progress = Callable[[int, int], None]
@@ -393,7 +394,7 @@ def _models(
         cluster, step, links, exchange, home, policy, request.context_tokens, request.drop
     )
     if request.all_to_all is None:
-        defaults["all-to-all"] = f"{models.exchange_name}, messages deduplicated per {step.dedup}"
+        defaults["all-to-all"] = f"{models.exchange_name}, one message a {SENT_ONCE_A[step.dedup]}"
     return models, tuple(notes)
 
 

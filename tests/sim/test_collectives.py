@@ -99,6 +99,25 @@ def test_bi_level_sends_once_a_node(trace, batches, models_of, linear_of) -> Non
     assert sent["bi-level"] < 0.5 * sent["two-level"]
 
 
+def test_node_limited_dispatch_by_hand() -> None:
+    """DeepEP on two nodes of 8: a token of GPU 2 with experts on GPUs 9, 9, 12 and 3. Normal mode:
+    once to node 1, to GPU 10 of equal local rank, which forwards it to 9 and 12; once to GPU 3 of
+    its own node. Low latency: straight to each chosen expert's GPU, twice to GPU 9."""
+    trace = toy([[[36, 37, 48, 12]]])
+    row = np.arange(64, dtype=np.int32)[None]
+    placement = Placement(row, 16, 2, 64)
+    batch = Batches(np.array([0]), np.array([0, 1]), "decode", 1)
+    home = np.array([2], np.int32)
+
+    def sent(dedup: str) -> dict[tuple[int, int], int]:
+        messages = route(trace, batch, placement, dedup=dedup, home=home).messages[0, 0]
+        return {(int(s), int(d)): int(messages[s, d]) for s, d in np.argwhere(messages)}
+
+    assert sent("node") == {(2, 3): 1, (2, 10): 1, (10, 9): 1, (10, 12): 1}
+    assert sent("none") == {(2, 3): 1, (2, 9): 2, (2, 12): 1}
+    assert sent("gpu") == {(2, 3): 1, (2, 9): 1, (2, 12): 1}
+
+
 def toy(ids: list[list[list[int]]], gates: list[list[list[float]]] | None = None) -> Trace:
     table = np.array(ids, np.uint8)
     count, layers, top_k = table.shape

@@ -122,6 +122,20 @@ def test_simultaneous_events_in_launch_order() -> None:
     assert started == [0, 1, 2]
 
 
+@pytest.mark.parametrize(("rate", "expected"), [(1.0, 110), (2.0, 115)])
+def test_more_bandwidth_can_be_slower(rate: float, expected: float) -> None:
+    """Where INV-9 ends, as with Graham's anomalies: a kernel of 100 us waits for A (10 us of link
+    1). C (10 us of link 0) comes before B (5 us of link 1) on a second stream. Normally B starts at
+    10, when A is done. With link 0 twice as fast B starts at 5 and takes half of link 1 from A,
+    which ends at 15 instead of 10."""
+    program = Program(1)
+    first = program.collective(collective(10, link=1))
+    program.kernels("compute", [100], after=[first])
+    program.collective(collective(10 / rate, link=0), stream="other")
+    program.collective(collective(5, link=1), stream="other")
+    assert Engine(LINKS).run(program).us == expected
+
+
 def waits(service: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     """Waiting times in a GPU's stream: GPU 1 times the arrivals, GPU 0 serves them in order."""
     program = Program(2)
