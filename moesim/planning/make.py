@@ -342,6 +342,7 @@ def _provenance(
     options = {
         name: getattr(request, name)
         for name in (
+            "objective",
             "solver",
             "redundant_experts",
             "slots",
@@ -349,6 +350,8 @@ def _provenance(
             "batch_tokens",
             "domain",
             "replica_policy",
+            "dedup",
+            "all_to_all",
             "seed",
             "time_limit_s",
         )
