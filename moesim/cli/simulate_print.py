@@ -92,6 +92,9 @@ def _print_steps(console: Console, report: SimReport) -> None:
         if max(values) > 0:
             label = f"  {LABELS.get(part, part)}"
             table.add_row(label, *(f"{value:,.1f}" for value in values))
+    uneven = [d["stragglers"]["token_waiting_us"] for d in data.values() if "stragglers" in d]
+    if len(uneven) == len(data):
+        table.add_row("  (waiting that uneven tokens explain)", *(f"{us:,.1f}" for us in uneven))
     if any(d["overlapped_us"] > 0 for d in data.values()):
         row = (f"{d['overlapped_us']:,.1f}" for d in data.values())
         table.add_row("  (communication hidden)", *row)
