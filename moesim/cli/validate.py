@@ -22,6 +22,10 @@ def validate(
     plan: Annotated[
         list[Path] | None, typer.Option(help="Plan file; repeat to compare plans.")
     ] = None,
+    cache_plan: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of plans: cache plan of moesim cache, on one GPU; repeat."),
+    ] = None,
     trace: Annotated[
         str | None, typer.Option(help="Trace file, trace directory, or sample:NAME.")
     ] = None,
@@ -73,7 +77,8 @@ def validate(
     """Replay plans with real collectives and expert kernels and compare with the cost model.
 
     One process a GPU is started with torchrun; each checks its results against float64 first.
-    Exits with 1 when the predictions are out of tolerance or a result is wrong.
+    Exits with 1 when the predictions are out of tolerance or a result is wrong. A cache plan is
+    replayed with experts in host memory, copied into the GPU's slots as the plan's cache does.
 
     Example: moesim validate --plan linear.json --plan eplb.json --trace t.npz --model olmoe
     """
@@ -84,6 +89,18 @@ def validate(
         raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
     if mode not in MODES:
         raise UnknownNameError("mode", mode, MODES)
+    if cache_plan:
+        from moesim.cli.validate_cache import validate_cache
+
+        if trace is None or plan or measured is not None:
+            raise InputError(
+                "a cache plan is replayed by itself, with a trace",
+                "give --cache-plan and --trace, without --plan and --measured",
+            )
+        limit = max_median_error
+        return validate_cache(
+            cache_plan, trace, model, calibration, layers, device, timeout, out, limit, as_json
+        )
     if measured is None:
         options = ["--batches", str(batches), "--layers", str(layers), "--mode", mode]
         options += ["--dedup", dedup, "--device", device, "--timeout", str(timeout)]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moesim.replay.calibrate import Session
 
 SKEW_MARGIN = 1.9
-PERMUTE_ROWS = (32, 128, 512, 2048, 8192, 32768, 131072)
+PERMUTE_ROWS = (24, 96, 384, 1536, 6144, 24576, 98304)
 FAN_INS = (1, 2, 8)
 SINGLE_ROWS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 
@@ -66,11 +66,14 @@ def measure_permute(session: Session) -> None:
                 gather = _gather_body(sources, idx, target[:rows])
                 case = {"hidden": hidden, "rows": rows, "fan": fan, "row_bytes": row_bytes}
                 moved = (rows + few) * row_bytes
-                recorder.time("permute", {"op": "gather", **case, "bytes": moved}, gather)
+                modes = recorder.modes[:1]
+                row = {"op": "gather", **case, "bytes": moved}
+                recorder.time("permute", row, gather, modes=modes)
 
                 order = torch.from_numpy(generator.permutation(rows)).to(ctx.device)
                 reduce = _reduce_body(sources, order, fan, kernel)
-                recorder.time("permute", {"op": "reduce", **case, "bytes": moved}, reduce)
+                row = {"op": "reduce", **case, "bytes": moved}
+                recorder.time("permute", row, reduce, modes=modes)
                 if rows == row_counts[0] and fan == 1:
                     for what, body in (("gather", gather), ("reduce", reduce)):
                         recorder.value(

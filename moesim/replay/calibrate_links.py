@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from moesim.replay.calibrate import Session
 
 NUM_BUFFERS = 3
+SMALLEST_MESSAGE = 768  # three times a power of two, which no batch of whole tokens comes to
+SMALLEST_UNEVEN = 12288
 UNEVEN_SHARES = (1.0, 0.5, 0.125, 0.0)
 COPY_SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28)
 
@@ -44,9 +46,9 @@ def measure_uneven(session: Session) -> None:
     if size == 1:
         session.notes.append("one rank: no collective was measured")
         return
-    for busy in doubling(1 << 10, session.options.max_bytes // 2):
+    for busy in doubling(SMALLEST_MESSAGE, session.options.max_bytes // 2):
         for share in UNEVEN_SHARES:
-            if share < 1.0 and busy < 1 << 14:
+            if share < 1.0 and busy < SMALLEST_UNEVEN:
                 continue
             other = int(busy * share) // 16 * 16
             send = [0 if d == ctx.rank else busy if d == 0 else other for d in range(size)]
@@ -54,7 +56,8 @@ def measure_uneven(session: Session) -> None:
                 0 if s == ctx.rank else busy if ctx.rank == 0 else other for s in range(size)
             ]
             row = {"group_size": size, "bytes": (size - 1) * busy, "share": share}
-            recorder.time("all_to_all_v", row, _uneven(ctx, send, receive))
+            modes = recorder.modes if share == 1.0 else recorder.modes[:1]
+            recorder.time("all_to_all_v", row, _uneven(ctx, send, receive), modes=modes)
 
 
 def measure_collectives(session: Session) -> None:

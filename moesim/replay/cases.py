@@ -144,6 +144,14 @@ def build_batches(
     return out, notice
 
 
+def longest_first(trace: Trace, num_tokens: int) -> IntArray:
+    """[num_tokens or fewer] tokens in order: the longest request's, then the next one's."""
+    requests, _ = index_requests(trace)
+    order = np.argsort(-np.diff(requests.indptr), kind="stable")
+    parts = [requests.token_idx[requests.indptr[i] : requests.indptr[i + 1]] for i in order]
+    return np.concatenate(parts)[:num_tokens]
+
+
 def assign(
     trace: Trace, batch: Batch, entry: NamedPlan, layer: int, policy: str | None
 ) -> Assignment:

@@ -25,6 +25,7 @@ PREFIX = "moesim: "
 GRACE_S = 4.0
 POLL_S = 0.1
 KEPT_LINES = 200
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 _FAILURE = re.compile(r"rank\s*: (\d+) \(local_rank.*?exitcode\s*: (-?\d+)", re.DOTALL)
 
 
@@ -45,7 +46,8 @@ def launch(
     debug: bool = False,
     module: str = "moesim.replay",
 ) -> None:
-    """Run `torchrun --nproc-per-node num_ranks -m module arguments` on this host.
+    """Run `torchrun --nproc-per-node num_ranks -m module arguments` on this host; a single rank
+    without torchrun.
 
     notify: gets each progress line of rank 0. debug: everything that the ranks print goes to
     stderr. limit_s: end them after that long.
@@ -56,9 +58,13 @@ def launch(
         raise InputError("at least one rank is needed", "raise --ranks")
     with tempfile.TemporaryDirectory(prefix="moesim-replay-") as status_dir:
         environment = {"OMP_NUM_THREADS": "1", **os.environ, STATUS_DIR: status_dir}
-        command = [sys.executable, "-m", "torch.distributed.run"]
-        command += ["--nnodes", "1", "--nproc-per-node", str(num_ranks)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+        command = [sys.executable]
+        if num_ranks > 1:
+            command += ["-m", "torch.distributed.run", "--nnodes", "1"]
+            command += ["--nproc-per-node", str(num_ranks), "--master-addr", "127.0.0.1"]
+            command += ["--master-port", str(free_port())]
+        else:
+            environment = {k: v for k, v in environment.items() if k not in RANK_VARIABLES}
         command += ["-m", module, *arguments]
         tail: deque[str] = deque(maxlen=KEPT_LINES)
         with _running(command, environment) as process:
@@ -133,6 +139,8 @@ def _verdict(
         return
     silent = sorted(set(range(num_ranks)) - {r["rank"] for r in reports})
     failures = {int(f[1]): int(f[2]) for f in _FAILURE.finditer("".join(tail))}
+    if num_ranks == 1 and code is not None and code < 0:
+        failures[0] = code
     for rank in silent:
         if failures.get(rank, 0) not in (0, -signal.SIGTERM):
             raise ReplayError(

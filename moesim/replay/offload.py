@@ -19,6 +19,7 @@ import torch
 
 from moesim.errors import InputError, MismatchError
 from moesim.files import atomic_write
+from moesim.replay.cases import check_trace, longest_first
 from moesim.replay.engine import draw_expert
 from moesim.replay.environment import describe
 from moesim.replay.memory import MemoryNeed, available_host_bytes, require_memory
@@ -28,7 +29,6 @@ from moesim.replay.process import Context
 from moesim.replay.schedule import FloatArray, Schedule, lru_schedule, predict_tokens_us
 from moesim.replay.shape import ExpertShape
 from moesim.replay.timing import spread, time_calls
-from moesim.trace.batches import index_requests
 from moesim.trace.format import load_token_trace
 
 FORMAT = "moesim-offload-measured"
@@ -279,17 +279,8 @@ def lru_schedules(shape: ExpertShape, trace_path: str | None, options: Options) 
     if trace_path is None:
         raise InputError("neither a schedule nor a trace was given", "pass --trace or --schedule")
     trace = load_token_trace(trace_path, "offload")
-    if (trace.num_experts, trace.top_k) != (shape.num_experts, shape.top_k):
-        raise MismatchError(
-            f"the trace has {trace.num_experts} experts and top-{trace.top_k}, model"
-            f" {shape.name!r:.60} {shape.num_experts} and top-{shape.top_k}",
-            "give the trace of this model",
-        )
-    requests, _ = index_requests(trace)
-    order = np.argsort(-np.diff(requests.indptr), kind="stable")
-    tokens = np.concatenate(
-        [requests.token_idx[requests.indptr[i] : requests.indptr[i + 1]] for i in order]
-    )[: options.num_tokens]
+    check_trace(shape, trace)
+    tokens = longest_first(trace, options.num_tokens)
     layers = min(options.num_layers or trace.num_layers, trace.num_layers)
     experts = np.asarray(trace.expert_ids[tokens, :layers]).astype(np.int64)
     out = []

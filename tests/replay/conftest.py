@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +62,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return made
 
 
-@pytest.fixture
-def copy_plan(inputs: Inputs) -> Callable[..., Path]:
-    return inputs.add_plan
+@dataclass
+class Forked:
+    """How ranks.py ended, and the calibration record that its ranks wrote."""
+
+    returncode: int
+    stderr: str
+    raw: Path
+
+
+@pytest.fixture(scope="session")
+def forked(inputs: Inputs) -> Forked:
+    """ranks.py, run once: three ranks."""
+    raw = inputs.folder / "raw.json"
+    script = Path(__file__).with_name("ranks.py")
+    command = [sys.executable, str(script), str(inputs.trace), str(raw)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return Forked(done.returncode, done.stderr, raw)

@@ -1,7 +1,8 @@
 """Several ranks over gloo, from one process that imports torch once and forks them.
 
-`python ranks.py TRACE`: what runs in a container needs torch and numpy alone; layers in every
-variant, and the synthetic layer of the calibration. Prints one line when all is well.
+`python ranks.py TRACE RAW`: what runs in a container needs torch and numpy alone; layers in every
+variant, the synthetic layer of the calibration, and a whole calibration written to RAW. Prints one
+line when all is well.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import moesim.replay.__main__
 import moesim.replay.calibrate
 import moesim.replay.offload
 import moesim.replay.validate
+from moesim.replay.calibrate import Options, calibrate
 from moesim.replay.calibrate_ffn import Company
 from moesim.replay.engine import Engine
 from moesim.replay.launch import free_port
@@ -82,6 +84,10 @@ def body() -> int:
     with joined("cpu", 60.0) as ctx:
         count = variants(ctx, sys.argv[1])
         company(ctx)
+        options = Options(
+            shapes=(SHAPE,), max_tokens_per_rank=64, max_bytes=1 << 16, budget_s=0.005
+        )
+        calibrate(ctx, options, sys.argv[2])
         ctx.rank0_print(f"{count} variants and a synthetic layer on {ctx.num_ranks} ranks")
     return 0
 

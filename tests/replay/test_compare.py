@@ -143,6 +143,8 @@ def record(factors: dict[str, float]) -> dict:
     return {
         "format": "moesim-measured",
         "version": 1,
+        "environment": {},
+        "options": {},
         "model": SHAPE.to_json(),
         "phases": ["permute", "dispatch", "compute", "combine", "unpermute"],
         "notes": [],
@@ -222,6 +224,11 @@ def test_gzipped_records(tmp_path) -> None:
     packed = tmp_path / "m.json.gz"
     packed.write_bytes(gzip.compress(json.dumps(record({"linear": 1.0})).encode()))
     assert len(load_measured(packed)["results"]) == 1
+    incomplete = record({"linear": 1.0})
+    del incomplete["results"][0]["step_us"]
+    packed.write_bytes(gzip.compress(json.dumps(incomplete).encode()))
+    with pytest.raises(FormatError, match=r"results\[0\]: step_us is missing"):
+        load_measured(packed)
     packed.write_bytes(packed.read_bytes()[:100])
     with pytest.raises(FormatError, match="not readable as gzip"):
         load_measured(packed)

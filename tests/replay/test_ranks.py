@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -29,14 +27,11 @@ def arguments_of(inputs, out: Path, *names: str, tokens: int = 16) -> list[str]:
     return [*arguments, "--tokens", str(tokens), "--budget", "0.05", "--timeout", "30"]
 
 
-def test_every_variant_on_three_ranks(inputs) -> None:
+def test_every_variant_on_three_ranks(forked) -> None:
     """Numerics and conservation (INV-1) for each policy, dedup and home distribution, idle ranks
     too; and nothing heavy is imported."""
-    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(inputs.trace)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "18 variants and a synthetic layer on 3 ranks" in done.stderr
+    assert forked.returncode == 0, forked.stderr[-2000:]
+    assert "18 variants and a synthetic layer on 3 ranks" in forked.stderr
 
 
 def test_input_errors_come_back_whole(inputs, tmp_path) -> None:
@@ -89,8 +84,10 @@ class Launched:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the ranks")
-def test_a_rank_that_dies_or_hangs(inputs, tmp_path) -> None:
-    """A clear error within a bounded time, and nobody left behind; both at once, to save time."""
+def test_a_rank_that_dies_or_hangs(inputs, tmp_path, monkeypatch) -> None:
+    """A clear error within a bounded time, and nobody left behind; both at once, and with less
+    grace than usual, to save time."""
+    monkeypatch.setattr("moesim.replay.launch.GRACE_S", 1.0)
     unique = f"{os.getpid()}.json"
     runs = {signal.SIGKILL: Launched(f"k{unique}"), signal.SIGSTOP: Launched(f"s{unique}")}
     threads = {number: run.start(inputs, tmp_path) for number, run in runs.items()}

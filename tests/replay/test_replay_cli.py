@@ -10,23 +10,30 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (pip install 'moesim[torch]')")
 
 from moesim.cli.main import run
+from moesim.cost.calibration import load_calibration
 
 
-def test_calibrate_then_validate(inputs, tmp_path, capsys) -> None:
+def test_calibrate_one_rank(inputs, tmp_path, capsys) -> None:
     shape = json.dumps(inputs.shape.to_json())
     host = tmp_path / "host.yaml"
     command = ["calibrate", "--out", str(host), "--model", shape, "--device", "cpu", "--json"]
-    command += ["--max-tokens", "64", "--max-bytes", "65536", "--budget", "0.005"]
-    assert run([*command, "--timeout", "60"]) == 0
-    rows = json.loads(capsys.readouterr().out)["num_rows"]
-    assert {"launch", "all_to_all_v", "permute", "ffn", "collectives", "single_expert"} <= set(rows)
-
-    from moesim.cost.calibration import load_calibration
-
+    command += ["--ranks", "1", "--max-tokens", "64", "--max-bytes", "65536", "--budget", "0.005"]
+    assert run([*command, "--section", "ffn", "--section", "permute", "--timeout", "60"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["num_rows"]) >= {"ffn", "permute"}
     made = load_calibration(host)
     assert ("fp32", "torch loop") in made.experts
-    assert "all_to_all_v" in made.collectives.kinds
     assert made.copy("reduce").time_us(1e5) > 0
+
+
+def test_calibrated_then_validated(inputs, forked, tmp_path, capsys) -> None:
+    shape = json.dumps(inputs.shape.to_json())
+    host = tmp_path / "host.yaml"
+    assert run(["calibrate", "--from-raw", str(forked.raw), "--out", str(host), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["num_rows"]
+    assert {"launch", "all_to_all_v", "permute", "ffn", "collectives", "single_expert"} <= set(rows)
+    made = load_calibration(host)
+    assert made.collective("all_to_all_v", 3).group_measured
+    assert [fan for fan, _ in made.copy("reduce").fans] == [2.0, 8.0]
 
     out = tmp_path / "measured.json"
     command = ["validate", "--trace", str(inputs.trace), "--model", shape, "--device", "cpu"]
@@ -86,3 +93,23 @@ def test_wrong_input(inputs, capsys, change, cause) -> None:
     err = capsys.readouterr().err
     assert cause in err
     assert "remedy: " in err
+
+
+def test_cache_plan_on_one_rank(inputs, tmp_path, capsys) -> None:
+    from moesim.cache.plan import CachePlan
+
+    path = tmp_path / "cache.json"
+    slots, pinned = (2, 3, 4), ((7,), (), ())
+    CachePlan("tiny", "toy", 8, (0, 1, 2), slots, pinned).save(path)
+    shape = json.dumps(inputs.shape.to_json())
+    command = ["validate", "--cache-plan", str(path), "--trace", str(inputs.trace)]
+    command += ["--model", shape, "--device", "cpu", "--timeout", "60", "--json"]
+    assert run([*command, "--max-median-error", "1e9"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [c["cache"] for c in found["caches"]] == [
+        f"lru, 2-4 and 0.333 pinned of 8 experts a layer, lookahead {n}" for n in (0, 1)
+    ]
+    assert found["caches"][0]["copies_per_token"] > 0
+    assert all(c["measured_us"] > 0 and c["predicted_us"] > 0 for c in found["caches"])
+    assert run(["validate", "--cache-plan", str(path)]) == 2
+    assert "with a trace" in capsys.readouterr().err

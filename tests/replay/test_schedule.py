@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.errors import FormatError, InputError
+from moesim.errors import FormatError, InputError, MismatchError, UnknownNameError
 from moesim.replay.schedule import load_schedule, lru_schedule, predict_tokens_us
 
 
@@ -34,6 +34,27 @@ def test_predicted_times_by_hand() -> None:
     ahead = lru_schedule(np.array([0, 2, 0, 1, 3])[:, None, None], 4, 2, lookahead=1)
     assert ahead.issue.tolist() == [0, 2, 3]
     assert predict_tokens_us(ahead, 10.0, 3.0).tolist() == [3, 10, 3, 10, 10]
+
+
+def test_pinned_experts_and_staging_by_hand() -> None:
+    # One layer, 5 experts, top-2, expert 4 pinned (slot 0), two slots that start with 0 and 1
+    # (slots 1 and 2). {0, 4}: nothing to copy; {2, 3}: both, over 1 and 0 as the less recent first;
+    # {4, 2}: nothing.
+    ids = np.array([[0, 4], [2, 3], [4, 2]])[:, None]
+    schedule = lru_schedule(ids, 5, 2, pinned=[[4]])
+    assert schedule.initial.tolist() == [4, 0, 1]
+    assert schedule.slots.tolist() == [[1, 0], [2, 1], [0, 2]]
+    assert schedule.item.tolist() == [2, 3]
+    # With one slot (expert 0 in slot 1) the second of two misses passes through staging slot 2,
+    # and is gone afterwards.
+    tight = lru_schedule(np.array([[2, 3], [3, 4], [2, 3]])[:, None], 5, 1, pinned=[[4]])
+    assert tight.initial.tolist() == [4, 0, -1]
+    assert tight.slots.tolist() == [[1, 2], [1, 0], [2, 1]]
+    assert tight.item.tolist() == [2, 3, 3, 2]
+    # Layers may differ: layer 0 has three slots, layer 1 two; each owns three.
+    two = lru_schedule(np.array([[[0, 1], [2, 3]]]), 4, [3, 2])
+    assert two.initial.tolist() == [0, 1, 2, 4, 5, -1]
+    assert two.slots.tolist() == [[0, 1], [3, 4]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,7 +110,7 @@ def test_schedules_that_cheat_are_refused() -> None:
         replace(schedule, need=np.array([2, 3, 4]))
     with pytest.raises(FormatError, match="slot goes outside"):
         replace(schedule, slot=schedule.slot + 5)
-    with pytest.raises(InputError, match="1 experts a layer, top-k 2"):
+    with pytest.raises(InputError, match="a cache of 1 experts, 0 of them pinned, top-k 2"):
         lru_schedule(np.zeros((2, 1, 2), int), 4, 1)
 
 
@@ -110,3 +131,47 @@ def test_offload_on_the_cpu(inputs, tmp_path) -> None:
     short = replace(inputs.shape, hidden_size=1 << 16, moe_intermediate_size=1 << 16)
     with pytest.raises(InputError, match=r"needs .* GB"):
         offload(alone, short, str(inputs.trace), [], options, None)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1 << 30), slots=st.integers(3, 8))
+def test_same_misses_as_the_cache_simulator(seed: int, slots: int) -> None:
+    """A cache plan's schedule copies what the cache simulator counts as misses, when both start
+    with the same content: lowest experts first, brought in by a first token a slot."""
+    from moesim.cache.events import Stream
+    from moesim.cache.plan import CachePlan
+    from moesim.cache.simulate import CacheSettings, hit_curves
+    from moesim.replay.cache_schedule import plan_schedule
+    from moesim.trace.format import Trace, TraceMeta
+
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((40, 2, 8)), axis=2)[:, :, :3].astype(np.int16)
+    filling = np.full((slots, 2, 3), -1, np.int16)
+    filling[:, :, 0] = np.arange(slots)[:, None]
+    every = np.concatenate([filling, ids])
+    num = len(every)
+    meta = TraceMeta("m", 8, 3, (0, 1))
+    zeros = np.zeros(num, np.int32)
+    trace = Trace(every, zeros, np.arange(num, dtype=np.int32), zeros.astype(np.uint8), meta)
+    tokens = np.arange(num)
+    stream = Stream(tokens, np.arange(num + 1), zeros, np.arange(num) == 0, 1)
+    curves = hit_curves(trace, stream, CacheSettings("lru"))
+    plan = CachePlan("m", "gpu", 8, (0, 1), (slots, slots), ((), ()))
+    schedule = plan_schedule(plan, ids, (0, 1))
+    misses = curves.accesses.sum() - curves.hits[:, slots].sum() - 2 * slots
+    assert len(schedule.item) == misses
+
+
+def test_plans_that_cannot_be_replayed_are_refused() -> None:
+    from moesim.cache.plan import CachePlan
+    from moesim.replay.cache_schedule import plan_schedule
+
+    ids = np.zeros((1, 1, 1), int)
+    plan = CachePlan("m", "gpu", 4, (3,), (2,), ((),), policy="lfu")
+    with pytest.raises(UnknownNameError, match="lfu"):
+        plan_schedule(plan, ids, (3,))
+    lru = replace(plan, policy="lru")
+    with pytest.raises(MismatchError, match="layer 2"):
+        plan_schedule(lru, ids, (2,))
+    with pytest.raises(MismatchError, match="5 experts"):
+        plan_schedule(lru, ids + 4, (3,))

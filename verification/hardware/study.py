@@ -1,0 +1,235 @@
+"""The study of a validation on hardware, from its raw records: tables, plots, figures.
+
+    python verification/hardware/study.py reports/hardware-h200x2 [--pack run1=FOLDER ...]
+        [--inputs FOLDER] [--calibration FILE_OR_NAME]
+
+`--pack` first compresses what a run wrote into the report's `raw/`. Then everything else is made
+from `raw/`: results.json, the plots, and the tables between markers in README.md. `--inputs` is
+what prepare.py wrote; with it the offloading is also predicted from the calibration alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import study_plots
+import study_tables
+
+from moesim.cluster import load_cluster
+from moesim.cost.calibration import Calibration, load_calibration
+from moesim.replay.cache_schedule import calibrated_times_us
+from moesim.replay.cases import longest_first
+from moesim.replay.compare import Comparison, compare, load_measured
+from moesim.replay.predict import build_predictor
+from moesim.replay.records import read_record
+from moesim.replay.schedule import lru_schedule, predict_tokens_us
+from moesim.replay.shape import parse_shape
+from moesim.replay.tables import load_raw, merge_raw
+from moesim.trace.format import load_token_trace
+
+MODELS = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite")
+CLUSTER = "h200-sxm-ib"
+OFFLOAD_LAYERS, OFFLOAD_TOKENS = 6, 96
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--pack", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--inputs", type=Path)
+    parser.add_argument("--calibration", default="h200-torch")
+    arguments = parser.parse_args()
+    raw = arguments.report / "raw"
+    for item in arguments.pack:
+        name, _, folder = item.partition("=")
+        pack(Path(folder), raw / name)
+    calibration = load_calibration(arguments.calibration)
+    found = compare_all(raw, calibration)
+    measured = merge_raw([load_raw(p) for p in sorted(raw.glob("run*/calibration*.json.gz"))])
+    offload = offloading(raw, calibration, arguments.inputs, arguments.report / "results.json")
+    results = {
+        "models": {c.model: summary(c) for c in found},
+        "overall": overall(found),
+        "disjoint": disjoint(raw, measured),
+        "offload": offload,
+        "throttling": throttling(measured),
+    }
+    text = json.dumps(results, indent=1, allow_nan=False)
+    (arguments.report / "results.json").write_text(text + "\n", encoding="utf-8")
+    study_tables.fill(arguments.report / "README.md", results, calibration)
+    study_plots.draw(arguments.report, found, offload)
+
+
+def pack(source: Path, target: Path) -> None:
+    """Every record of a run, compressed so that the same record is the same file."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        data = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+        (target / f"{path.name}.gz").write_bytes(gzip.compress(data, 9, mtime=0))
+
+
+def compare_all(raw: Path, calibration: Calibration) -> list[Comparison]:
+    out = []
+    for model in MODELS:
+        record = load_measured(raw / "run1" / f"{model}.json.gz")
+        again = raw / "run2" / f"{model}.json.gz"
+        cluster = load_cluster(CLUSTER, num_gpus=int(record["environment"]["num_ranks"]))
+        shape = parse_shape(record["model"])
+        predictor = build_predictor(shape, calibration, cluster, record["options"]["dedup"])
+        repeat = load_measured(again) if again.exists() else None
+        out.append(compare(record, predictor, repeat=repeat))
+    return out
+
+
+def summary(found: Comparison) -> dict[str, Any]:
+    """What results.json holds of a model."""
+    errors = {mode: signed(found, mode) for mode in found.modes}
+    return {
+        "failures": found.failures(),
+        "notes": list(found.notes),
+        "errors": {mode: figures(values) for mode, values in errors.items()},
+        "groups": [
+            {**asdict(g), "bias": bias(found, g.mode, g.tokens_per_rank)} for g in found.groups
+        ],
+    }
+
+
+def signed(found: Comparison, mode: str) -> np.ndarray:
+    """Predicted / measured - 1 of every layer of a mode."""
+    cases = [c for c in found.cases if c.mode == mode]
+    return np.concatenate([c.predicted_us / c.measured_us - 1 for c in cases])
+
+
+def bias(found: Comparison, mode: str, tokens: int) -> float:
+    cases = [c for c in found.cases if (c.mode, c.tokens_per_rank) == (mode, tokens)]
+    return float(np.median(np.concatenate([c.predicted_us / c.measured_us - 1 for c in cases])))
+
+
+def figures(values: np.ndarray) -> dict[str, float]:
+    size = np.abs(values)
+    return {
+        "layers": len(values),
+        "median": float(np.median(size)),
+        "p90": float(np.percentile(size, 90)),
+        "largest": float(size.max()),
+        "bias": float(np.median(values)),
+    }
+
+
+def overall(found: list[Comparison]) -> dict[str, Any]:
+    """Errors over all models, by mode and by mode and size; and the orders of plans."""
+    out: dict[str, Any] = {}
+    for mode in ("graph", "eager"):
+        out[mode] = figures(np.concatenate([signed(c, mode) for c in found]))
+        for tokens in sorted({g.tokens_per_rank for c in found for g in c.groups}):
+            cases = [
+                x for c in found for x in c.cases if (x.mode, x.tokens_per_rank) == (mode, tokens)
+            ]
+            values = np.concatenate([x.predicted_us / x.measured_us - 1 for x in cases])
+            out[f"{mode} {tokens}"] = figures(values)
+        orders = [g.spearman for c in found for g in c.groups if g.mode == mode]
+        known = [rho for rho in orders if rho is not None]
+        out[mode]["orders"] = len(known)
+        out[mode]["orders_met"] = sum(rho >= 0.95 for rho in known)
+    return out
+
+
+def disjoint(raw: Path, measured: dict[str, Any]) -> dict[str, int]:
+    """How many validated loads and messages coincide with calibrated ones."""
+    loads = {_load(r["hidden"], r["intermediate"], r["counts"]) for r in measured["tables"]["ffn"]}
+    sizes = {(int(r["bytes"])) for r in measured["tables"]["all_to_all_v"]}
+    out = {"loads": 0, "loads_in_both": 0, "messages": 0, "messages_in_both": 0}
+    for model in MODELS:
+        record = load_measured(raw / "run1" / f"{model}.json.gz")
+        shape = parse_shape(record["model"])
+        num_ranks = int(record["environment"]["num_ranks"])
+        for result in record["results"]:
+            rows = np.array(result["slot_rows"])
+            for load in rows.reshape(len(rows) * num_ranks, -1):
+                key = _load(shape.hidden_size, shape.moe_intermediate_size, load.tolist())
+                out["loads"] += 1
+                out["loads_in_both"] += key in loads
+            for message in np.array(result["messages"]):
+                sent = int((message.sum(axis=1) - np.diag(message)).max()) * shape.row_bytes
+                out["messages"] += 1
+                out["messages_in_both"] += sent in sizes
+    return out
+
+
+def _load(hidden: int, intermediate: int, counts: Iterable[int]) -> tuple[int, ...]:
+    return (hidden, intermediate, *sorted(c for c in counts if c > 0))
+
+
+def throttling(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """The bare expert kernel beside the same call in a layer's company, if both were measured."""
+    inside = {
+        (r["shape"], tuple(r["counts"])): r["us"]
+        for r in measured["tables"]["ffn"]
+        if "less_us" in r
+    }
+    return [
+        {
+            "shape": r["shape"],
+            "rows": r["tokens"],
+            "alone_us": r["us"],
+            "in_company_us": inside[(r["shape"], tuple(r["counts"]))],
+        }
+        for r in measured["tables"].get("ffn_alone", [])
+        if r["mode"] == "graph" and (r["shape"], tuple(r["counts"])) in inside
+    ]
+
+
+def offloading(
+    raw: Path, calibration: Calibration, inputs: Path | None, before: Path
+) -> list[dict[str, Any]]:
+    """Measured and predicted time per token of each cache; predictions from the run's own copy and
+    kernel times, and, where the trace is at hand, from the calibration."""
+    record = read_record(raw / "run1" / "offload.json.gz", "moesim-offload-measured", "run it")
+    known = json.loads(before.read_text())["offload"] if before.exists() else []
+    shape = parse_shape(record["model"])
+    experts = None
+    if inputs is not None:
+        experts = offloaded_choices(inputs / shape.name / "trace.npz")
+    out = []
+    for i, result in enumerate(record["results"]):
+        slots = result["num_slots"] // OFFLOAD_LAYERS
+        lookahead = int(str(result["label"]).rsplit(" ", 1)[1])
+        row = {
+            "share": slots / shape.num_experts,
+            "lookahead": lookahead,
+            "copies_per_token": result["copies_per_token"],
+            "measured_us": result["token_us"]["mean"],
+            "runs_us": result["token_us"]["mean_of_each_run"],
+            "own_us": result["predicted_us"],
+            "calibrated_us": known[i]["calibrated_us"] if i < len(known) else None,
+        }
+        if experts is not None:
+            schedule = lru_schedule(experts, shape.num_experts, slots, lookahead=lookahead)
+            warm = OFFLOAD_TOKENS - result["num_tokens"]
+            times = predict_tokens_us(schedule, *calibrated_times_us(shape, calibration, schedule))
+            row["calibrated_us"] = float(times[warm:].mean())
+        out.append(row)
+    return out
+
+
+def offloaded_choices(path: Path) -> np.ndarray:
+    """[T, L, K] choices that the replay took."""
+    trace = load_token_trace(path, "study")
+    tokens = longest_first(trace, OFFLOAD_TOKENS)
+    return np.asarray(trace.expert_ids[tokens, :OFFLOAD_LAYERS]).astype(np.int64)
+
+
+if __name__ == "__main__":
+    main()
