@@ -255,7 +255,7 @@ def build_step_model(
     slowest = min(types, key=lambda n: specs[n].nvlink_gb_per_s)
     first = of_type[slowest]
     library = all_to_all or _default_library(first, cluster.num_nodes, phase)
-    curves = [_curve(first, kind, cluster, specs, eager=eager) for kind in KINDS_OF[library]]
+    curves = [_curve(first, kind, cluster, eager=eager) for kind in KINDS_OF[library]]
     shape = (model.hidden_size, model.moe_intermediate_size)
     dtype = expert_dtype or model.expert_dtype
     experts = tuple(_expert_model(of_type[name], dtype, shape) for name in types)
@@ -328,7 +328,6 @@ def _curve(
     calibration: Calibration,
     kind: str,
     cluster: Cluster,
-    specs: dict[str, GpuSpec],
     *,
     eager: bool,
 ) -> CollectiveCurve:
