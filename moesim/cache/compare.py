@@ -29,7 +29,8 @@ IntArray = npt.NDArray[np.int64]
 @dataclass(frozen=True, slots=True)
 class Result:
     """Held-out figures of one way to use the memory. hit_rate: share of accesses found in HBM
-    when their layer needed them (prefetched ones not counted); bytes_per_token over the link."""
+    when their layer needed them (prefetched ones not counted); bytes_per_token over the link, of
+    which wasted_bytes_per_token were prefetched for nothing."""
 
     name: str
     tokens_per_s: float
@@ -37,6 +38,7 @@ class Result:
     prefetch_hit_rate: float
     cpu_share: float
     bytes_per_token: float
+    wasted_bytes_per_token: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,6 +105,7 @@ def result(name: str, run: Timeline, expert_bytes: float) -> Result:
         float(run.staged.sum() / max(1, run.accesses)),
         float(run.on_cpu.sum() / max(1, run.accesses)),
         run.transfers_per_token * expert_bytes,
+        float(run.wasted.sum() / max(1, run.num_tokens)) * expert_bytes,
     )
 
 

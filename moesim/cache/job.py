@@ -22,11 +22,13 @@ from moesim.cache.plan import CachePlan
 from moesim.cache.planner import (
     Planned,
     Request,
+    Workload,
     check_model,
     make_workload,
     plan_cache,
 )
 from moesim.cache.policies import POLICIES
+from moesim.cache.predictors.base import accuracy
 from moesim.cache.rates import FloatArray, HostSpec, Rates, build_rates
 from moesim.cluster.load import load_gpu
 from moesim.errors import FormatError, InputError
@@ -180,6 +182,7 @@ def run_cache(
             "context_tokens": options.context_tokens,
             "semantics": "atomic",
             "basis": rates.basis,
+            **_prediction(work, planned.plan),
         },
         provenance={"trace_hash": trace.content_hash(), "seed": options.seed},
     )
@@ -198,6 +201,18 @@ def run_cache(
         loss,
         options.average_bits or 0.0,
     )
+
+
+def _prediction(work: Workload, plan: CachePlan) -> dict[str, float]:
+    """How right the plan's predictor is on the held-out requests, mean over layers, whether or not
+    an expert was in HBM already."""
+    if plan.prefetch is None:
+        return {}
+    found = accuracy(work.guess(work.held_out, plan.prefetch), work.trace, work.held_out)
+    return {
+        "prefetch_precision": float(np.nanmean(found.precision)),
+        "prefetch_recall": float(np.nanmean(found.recall)),
+    }
 
 
 def _model(options: CacheOptions, trace: Trace) -> ModelSpec:

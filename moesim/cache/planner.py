@@ -318,10 +318,14 @@ def _choose(
     """Try CPU and prefetch on the select requests; run the best on the held-out ones."""
     trace = work.trace
     tried: list[tuple[str, float, Setup, Prefetch | None]] = []
+    allocated: dict[int, IntArray] = {}
 
     def attempt(cpu: str, prefetch: Prefetch | None, guess: npt.NDArray[np.int16] | None) -> float:
         staging = prefetch.depth * prefetch.width if prefetch else 0
-        slots, _ = allocate_slots(curves.cost, memory.num_slots - staging)
+        if staging not in allocated:
+            budget = memory.num_slots - staging
+            allocated[staging] = allocate_slots(curves.cost, budget)[0]
+        slots = allocated[staging]
         pins = np.take_along_axis(curves.pins, slots[:, None], axis=1)[:, 0]
         setup = make_setup(work, policy, slots, pins, cpu, prefetch)
         run = run_timeline(trace, work.trial, setup, times, guess, work.trial_events)

@@ -159,7 +159,7 @@ def _solve(job: CacheJob) -> list[dict[str, Any]]:
 
     from moesim.cache.bits import BITS, bit_budget
     from moesim.cache.planner import tier_costs
-    from moesim.cache.slots import allocate_slots
+    from moesim.cache.slots import allocate_slots, allocate_tiers
     from moesim.solvers.ilp.cache import solve_bits, solve_slots, solve_tiers
 
     _say("integer program")
@@ -170,8 +170,15 @@ def _solve(job: CacheJob) -> list[dict[str, Any]]:
         in_dram = curves.expert_misses.shape[0] * job.plan.num_experts
         in_dram -= sum(map(len, job.plan.nvme))
         near, far = tier_costs(job.rates, job.request)
-        tiers = solve_tiers(curves.expert_misses, near, far, slots, in_dram)
-        rows.append(_row("slots and tiers", "s of misses a token", own, tiers))
+        misses = curves.expert_misses
+        try:
+            tiers = solve_tiers(misses, near, far, slots, in_dram)
+            rows.append(_row("slots and tiers", "s of misses a token", own, tiers))
+        except InputError as error:
+            typer.echo(f"note: {error.cause}: a dual bound is given instead", err=True)
+            *_, bound = allocate_tiers(misses, near, far, slots, in_dram)
+            dual = {"own": own, "integer_program": None, "bound": bound, "status": "feasible"}
+            rows.append({"what": "slots and tiers", "unit": "s of misses a token"} | dual)
     else:
         rows.append(_row("slots", "s of misses a token", own, solve_slots(curves.cost, slots)))
     if job.loss is not None and job.plan.bits is not None:
@@ -252,10 +259,18 @@ def _print(job: CacheJob, exact: list[dict[str, Any]] | None) -> None:
     if console.width < 90:
         console = Console(width=90)
     console.print(table)
-    for check in exact or ():
+    if "prefetch_precision" in plan.predicted:
+        wasted = plan.predicted["wasted_bytes_per_token"] / 1e6
         typer.echo(
-            f"{check['what']}: {check['own']:.6g} {check['unit']} as planned, integer program"
-            f" {check['integer_program']:.6g} ({check['status']}), bound {check['bound']:.6g}"
+            f"prefetch: precision {plan.predicted['prefetch_precision']:.1%}, recall"
+            f" {plan.predicted['prefetch_recall']:.1%}, {wasted:.1f} MB a token sent for nothing"
+        )
+    for check in exact or ():
+        found = check["integer_program"]
+        program = "" if found is None else f" integer program {found:.6g} ({check['status']}),"
+        typer.echo(
+            f"{check['what']}: {check['own']:.6g} {check['unit']} as planned,{program} bound"
+            f" {check['bound']:.6g}"
         )
     typer.echo(f"weakest figure behind this: {job.basis}")
     for line in job.rate_notes:

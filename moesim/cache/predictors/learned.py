@@ -25,6 +25,9 @@ from moesim.trace.format import Trace
 
 RIDGE = 10.0
 MAX_FIT_TOKENS = 16_384
+MAX_FIT_WORK = 1.5e9
+"""Tokens x features squared of one layer's fit; wide layers are fitted on fewer tokens, at least
+four a feature."""
 
 
 class Learned:
@@ -38,20 +41,25 @@ class Learned:
         self.depth = check_depth(depth)
 
     def fit(self, trace: Trace, requests: RequestIndex) -> None:
+        from scipy.linalg import solve
+
         self._by_id = TokenId(self.depth) if trace.token_ids is not None else None
         if self._by_id is not None:
             self._by_id.fit(trace, requests)
         tokens = requests.token_idx
-        if len(tokens) > MAX_FIT_TOKENS:
-            kept = np.cumsum(np.diff(requests.indptr)) <= MAX_FIT_TOKENS
-            tokens = requests.select(kept).token_idx if kept.any() else tokens[:MAX_FIT_TOKENS]
+        width = 4 * trace.num_experts + 1
+        most = min(MAX_FIT_TOKENS, max(4 * width, int(MAX_FIT_WORK / width**2)))
+        if len(tokens) > most:
+            kept = np.cumsum(np.diff(requests.indptr)) <= most
+            tokens = requests.select(kept).token_idx if kept.any() else tokens[:most]
         self._weights: list[Scores] = [np.zeros((0, 0), np.float32)]
         for layer in range(1, trace.num_layers):
             target = multi_hot(np.asarray(trace.expert_ids[:, layer])[tokens], trace.num_experts)
-            x = self._features(trace, tokens, layer, own=target).astype(np.float64)
-            gram = x.T @ x
+            x = self._features(trace, tokens, layer, own=target)
+            gram = (x.T @ x).astype(np.float64)
             gram[np.diag_indices_from(gram)] += RIDGE
-            self._weights.append(np.linalg.solve(gram, x.T @ target).astype(np.float32))
+            found = solve(gram, (x.T @ target).astype(np.float64), assume_a="pos")
+            self._weights.append(found.astype(np.float32))
 
     def scores(self, trace: Trace, stream: Stream, layer_idx: int) -> Scores:
         x = self._features(trace, stream.token_idx, layer_idx)
