@@ -45,7 +45,7 @@ predictors nor slot counts were made from. Regenerate with
 
     python benchmarks/offloading_study.py --data ../shared/data --out reports/offloading
 
-(2 to 4 minutes on 2 cores). Speeds are predictions for one {gpu} with experts in pinned host memory;
+(2 to 4 minutes on 2 cores). Speeds are predictions for one {gpu}, experts in pinned host memory;
 the host link is measured (14.6 us + 50.4 GB/s), expert GEMMs are measured, the CPU is measured
 (`host_rates_h200.json`: 210 us + 54.5 GB/s for one expert of few tokens, torch bf16 on 16 vCPUs),
 attention and dense layers are datasheet figures times assumed efficiencies.
