@@ -27,6 +27,7 @@ def plot_validation(comparisons: Sequence[Comparison], path: str | PathLike[str]
     if not any(c.cases for c in comparisons):
         raise InputError("there is nothing to plot", "compare a record that holds results")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(6.4, 6.0), layout="constrained")
     axes = figure.add_subplot()
@@ -54,6 +55,10 @@ def plot_validation(comparisons: Sequence[Comparison], path: str | PathLike[str]
     axes.plot(ends, ends, color="black", linewidth=0.8)
     axes.fill_between(ends, ends * (1 - BAND), ends * (1 + BAND), color="black", alpha=0.08)
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("measured layer time (us)")
     axes.set_ylabel("predicted layer time (us)")
     axes.set_title("MoE layer on hardware; band: within 10%")

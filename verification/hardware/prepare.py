@@ -25,9 +25,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moesim.cache.plan import load_cache_plan
+from moesim.cli.main import run
 from moesim.errors import InfeasibleError
 from moesim.plan import EMPTY, Placement, Plan
+from moesim.replay.cache_schedule import plan_schedule
 from moesim.replay.calibrate import DEFAULT_SHAPES
+from moesim.replay.cases import longest_first, pick_layers
 from moesim.replay.shape import ExpertShape
 from moesim.solvers.base import Problem, Traffic
 from moesim.solvers.registry import get_solver
@@ -38,6 +42,9 @@ NUM_TUNING_BATCHES = 48
 TUNING_TOKENS = 2048
 TILT = 0.6
 DRAWN_TOKENS = 60_000
+OFFLOADED = "olmoe-1b-7b"
+CACHE_GB = (4, 6, 8)
+CACHE_TOKENS, CACHE_LAYERS = 96, 6
 Array = npt.NDArray[Any]
 
 
@@ -61,6 +68,8 @@ def main() -> None:
             plan.save(folder / f"{name}.json")
             shares[name] = plan.evaluation["largest_gpu_share"]
         about[shape.name] = {"routing": basis, "plans": shares}
+        if shape.name == OFFLOADED:
+            about[shape.name]["caches"] = make_caches(trace, shape, folder / "cache")
         print(shape.name, basis, shares)
     (arguments.out / "about.json").write_text(json.dumps(about, indent=1))
 
@@ -83,6 +92,42 @@ def make_trace(shape: ExpertShape, data: Path) -> tuple[Trace, str]:
     paired = np.concatenate([counts, np.roll(counts, 1, axis=1)], axis=2)
     basis = "drawn from the popularity of pairs of layers of a real 64-expert trace"
     return draw_trace(real, shape, paired, real.meta.layer_ids, basis), basis
+
+
+def make_caches(trace: Trace, shape: ExpertShape, folder: Path) -> dict[str, float]:
+    """Cache plans at several HBM sizes and, as the replay takes them, the schedules of the longest
+    requests' tokens, on demand and one layer ahead. Returns slots a layer of each plan."""
+    folder.mkdir(exist_ok=True)
+    config = {
+        "model_type": "olmoe",
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.moe_intermediate_size,
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.top_k,
+        "num_hidden_layers": trace.num_layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": 50304,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    picked = pick_layers(trace.num_layers, CACHE_LAYERS)
+    experts = np.asarray(trace.expert_ids[longest_first(trace, CACHE_TOKENS)])[:, picked]
+    layer_ids = tuple(trace.meta.layer_ids[i] for i in picked)
+    slots = {}
+    for size in CACHE_GB:
+        path = folder / f"hbm{size}.json"
+        command = ["cache", "--trace", str(folder.parent / "trace.npz"), "--hbm", str(size)]
+        command += ["--model", str(folder / "config.json"), "--gpu", "h200-sxm"]
+        command += ["--policy", "lru", "--prefetch", "none", "--cpu", "off", "--out", str(path)]
+        if run([*command, "--json"]) != 0:
+            raise SystemExit(f"no cache plan of {size} GB")
+        plan = load_cache_plan(path)
+        slots[path.stem] = round(plan.num_slots / trace.num_layers, 2)
+        for lookahead in (0, 1):
+            schedule = plan_schedule(plan, experts, layer_ids, lookahead=lookahead)
+            schedule.save(folder / f"{path.stem}-{lookahead}.npz")
+    return slots
 
 
 def trim(trace: Trace, source: dict[str, Any]) -> Trace:

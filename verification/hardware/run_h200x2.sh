@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # Calibrate and validate on one host's GPUs, in sections that can be run apart and resumed.
 #
-#   verification/hardware/run_h200x2.sh [--in DIR] [--out DIR] [--gpus N] [--only a,b] [--stop-after S]
+#   verification/hardware/run_h200x2.sh [--in DIR] [--out DIR] [--gpus N] [--only a,b]
+#     [--calibrate a,b] [--stop-after S]
 #
 # DIR given to --in is what prepare.py wrote. Sections: environment, smoke, calibrate, one a model
-# (mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b, gpt-oss-20b, deepseek-v2-lite), offload, summary.
+# (mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b, gpt-oss-20b, deepseek-v2-lite), offload, offload-plans,
+# summary. --calibrate names the only parts of the calibration to measure, as
+# launch,all_to_all_v,permute,ffn.
 # OUT in the environment is the default of --out, PYTHON and DEVICE choose the interpreter and cpu.
 # A section that would start after S seconds is skipped and said so. NVLink multicast stays off.
 set -u
-in=.carry/hardware out=${OUT:-/tmp/moesim-hardware} gpus=2 only="" stop=540
+in=.carry/hardware out=${OUT:-/tmp/moesim-hardware} gpus=2 only="" parts="" stop=540
 while [ $# -gt 0 ]; do
   case $1 in
     --in) in=$2 ;; --out) out=$2 ;; --gpus) gpus=$2 ;; --only) only=$2 ;; --stop-after) stop=$2 ;;
+    --calibrate) for part in ${2//,/ }; do parts="$parts --section $part"; done ;;
     *) echo "unknown option $1" >&2; exit 2 ;;
   esac
   shift 2
@@ -76,11 +80,16 @@ export -f environment smoke validate ranks
 export in out gpus python device
 section environment 60 bash -c environment
 section smoke 120 bash -c smoke
-section calibrate 290 $(ranks "$gpus" calibrate) --time-limit 230 --timeout 90 --out "$out/calibration.json"
+section calibrate 290 $(ranks "$gpus" calibrate) $parts --time-limit 230 --timeout 90 \
+  --out "$out/calibration.json"
 for model in olmoe-1b-7b mixtral-8x7b gpt-oss-20b qwen3-30b-a3b deepseek-v2-lite; do
   section "$model" 130 bash -c "validate $model --time-limit 95 --out $out/$model.json"
 done
 section offload 120 $(ranks 1 offload) --time-limit 90 --timeout 90 --shape "$in/olmoe-1b-7b/shape.json" \
   --trace "$in/olmoe-1b-7b/trace.npz" --out "$out/offload.json"
+caches=()
+for schedule in "$in"/olmoe-1b-7b/cache/*.npz; do caches+=(--schedule "$schedule"); done
+section offload-plans 120 $(ranks 1 offload) --time-limit 90 --timeout 90 --shape "$in/olmoe-1b-7b/shape.json" \
+  "${caches[@]}" --out "$out/offload-plans.json"
 section summary 60 "$python" verification/hardware/summary.py "$out"/*.json
 exit $failed

@@ -33,8 +33,8 @@ from moesim.replay.cases import longest_first
 from moesim.replay.compare import Comparison, compare, load_measured
 from moesim.replay.predict import build_predictor
 from moesim.replay.records import read_record
-from moesim.replay.schedule import lru_schedule, predict_tokens_us
-from moesim.replay.shape import parse_shape
+from moesim.replay.schedule import Schedule, load_schedule, lru_schedule, predict_tokens_us
+from moesim.replay.shape import ExpertShape, parse_shape
 from moesim.replay.tables import load_raw, merge_raw
 from moesim.trace.format import load_token_trace
 
@@ -194,41 +194,57 @@ def throttling(measured: dict[str, Any]) -> list[dict[str, Any]]:
 def offloading(
     raw: Path, calibration: Calibration, inputs: Path | None, before: Path
 ) -> list[dict[str, Any]]:
-    """Measured and predicted time per token of each cache; predictions from the run's own copy and
-    kernel times, and, where the trace is at hand, from the calibration."""
-    record = read_record(raw / "run1" / "offload.json.gz", "moesim-offload-measured", "run it")
-    known = json.loads(before.read_text())["offload"] if before.exists() else []
-    shape = parse_shape(record["model"])
-    experts = None
-    if inputs is not None:
-        experts = offloaded_choices(inputs / shape.name / "trace.npz")
+    """Measured and predicted time per token of each cache, of the last run that measured it.
+
+    Predicted from the run's own copy and kernel times, and from the calibration, for which the
+    schedule must be at hand; else the figure of the results before is kept, where the copies agree.
+    """
+    known = {}
+    if before.exists():
+        known = {row["label"]: row for row in json.loads(before.read_text())["offload"]}
+    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for path in sorted(raw.glob("run*/offload*.json.gz")):
+        record = read_record(path, "moesim-offload-measured", "pack it again")
+        found |= {r["label"]: (record, r) for r in record["results"]}
     out = []
-    for i, result in enumerate(record["results"]):
-        slots = result["num_slots"] // OFFLOAD_LAYERS
-        lookahead = int(str(result["label"]).rsplit(" ", 1)[1])
+    for label, (record, result) in found.items():
+        shape = parse_shape(record["model"])
+        schedule = at_hand(inputs, shape, result)
         row = {
-            "share": slots / shape.num_experts,
-            "lookahead": lookahead,
+            "label": label,
+            "num_slots": result["num_slots"],
             "copies_per_token": result["copies_per_token"],
             "measured_us": result["token_us"]["mean"],
             "runs_us": result["token_us"]["mean_of_each_run"],
             "own_us": result["predicted_us"],
-            "calibrated_us": known[i]["calibrated_us"] if i < len(known) else None,
+            "calibrated_us": None,
         }
-        if experts is not None:
-            schedule = lru_schedule(experts, shape.num_experts, slots, lookahead=lookahead)
-            warm = OFFLOAD_TOKENS - result["num_tokens"]
+        if schedule is not None:
             times = predict_tokens_us(schedule, *calibrated_times_us(shape, calibration, schedule))
-            row["calibrated_us"] = float(times[warm:].mean())
+            row["calibrated_us"] = float(times[-result["num_tokens"] :].mean())
+        elif known.get(label, {}).get("copies_per_token") == result["copies_per_token"]:
+            row["calibrated_us"] = known[label]["calibrated_us"]
         out.append(row)
     return out
 
 
-def offloaded_choices(path: Path) -> np.ndarray:
-    """[T, L, K] choices that the replay took."""
-    trace = load_token_trace(path, "study")
+def at_hand(inputs: Path | None, shape: ExpertShape, result: dict[str, Any]) -> Schedule | None:
+    """The schedule that was replayed, None where it cannot be had again."""
+    if inputs is None:
+        return None
+    folder = inputs / shape.name
+    made = [load_schedule(path) for path in sorted(folder.glob("cache/*.npz"))]
+    trace = load_token_trace(folder / "trace.npz", "study")
     tokens = longest_first(trace, OFFLOAD_TOKENS)
-    return np.asarray(trace.expert_ids[tokens, :OFFLOAD_LAYERS]).astype(np.int64)
+    experts = np.asarray(trace.expert_ids[tokens, :OFFLOAD_LAYERS])
+    if shape.top_k * OFFLOAD_LAYERS <= result["num_slots"] < OFFLOAD_LAYERS * shape.num_experts:
+        slots = result["num_slots"] // OFFLOAD_LAYERS
+        made += [lru_schedule(experts, shape.num_experts, slots, lookahead=n) for n in (0, 1)]
+    for schedule in made:
+        copies = schedule.copies_per_token.tolist()
+        if schedule.label == result["label"] and copies == result["copies"]:
+            return schedule
+    return None
 
 
 if __name__ == "__main__":

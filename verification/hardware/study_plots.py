@@ -154,24 +154,25 @@ def _plan_panel(axes: Axes, group: Group) -> None:
 
 
 def _offload(rows: Sequence[dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(7.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.0, 0.55 * len(rows) + 1.4), layout="constrained")
     axes = figure.subplots()
     at = np.arange(len(rows))
-    axes.bar(at - 0.27, [r["measured_us"] / 1e3 for r in rows], 0.25, label="measured")
+    axes.barh(at - 0.27, [r["measured_us"] / 1e3 for r in rows], 0.25, label="measured")
     own = [r["own_us"] / 1e3 for r in rows]
-    axes.bar(at, own, 0.25, label="predicted, the run's own copy and kernel times")
-    if all(r["calibrated_us"] is not None for r in rows):
-        calibrated = [r["calibrated_us"] / 1e3 for r in rows]
-        axes.bar(at + 0.27, calibrated, 0.25, label="predicted, from the calibration")
-    names = [
-        f"{r['share']:.0%}\n{'on demand' if not r['lookahead'] else 'a layer ahead'}" for r in rows
-    ]
-    axes.set_xticks(at, names, fontsize=8)
-    axes.set_xlabel("share of a layer's experts in the cache; when copies are issued")
-    axes.set_ylabel("time per token (ms)")
+    axes.barh(at, own, 0.25, label="predicted, the run's own copy and kernel times")
+    known = [r for r in rows if r["calibrated_us"] is not None]
+    axes.barh(
+        [i + 0.27 for i, r in enumerate(rows) if r["calibrated_us"] is not None],
+        [r["calibrated_us"] / 1e3 for r in known],
+        0.25,
+        label="predicted, from the calibration",
+    )
+    axes.set_yticks(at, [r["label"] for r in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("time per token (ms)")
     axes.set_title("Experts fetched over PCIe: OLMoE shape, 6 layers, one H200")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.2, axis="y")
+    axes.legend(fontsize=8, loc="lower right")
+    axes.grid(alpha=0.2, axis="x")
     return figure
 
 

@@ -102,17 +102,16 @@ def _ratio(group: dict[str, Any], base: str, plan: str) -> str:
 
 def offload(results: dict[str, Any], _: Calibration) -> str:
     lines = [
-        "| cache, of 64 experts a layer | prefetch | copies a token | measured, us a token |"
-        " predicted from the run's own copy and kernel times | predicted from the calibration |",
-        "|---|---|---|---|---|---|",
+        "| cache | copies a token | measured, us a token | predicted from the run's own copy and"
+        " kernel times | predicted from the calibration |",
+        "|---|---|---|---|---|",
     ]
     for row in results["offload"]:
         calibrated = row["calibrated_us"]
-        ahead = "on demand" if row["lookahead"] == 0 else f"{row['lookahead']} layer ahead"
         cells = [_beside(row["own_us"], row["measured_us"])]
         cells.append("" if calibrated is None else _beside(calibrated, row["measured_us"]))
         lines.append(
-            f"| {row['share']:.0%} | {ahead} | {row['copies_per_token']:.1f} |"
+            f"| {row['label']} | {row['copies_per_token']:.1f} |"
             f" {row['measured_us']:,.0f} | {' | '.join(cells)} |"
         )
     return "\n".join(lines) + "\n"
