@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from moesim.trace.format import load_token_trace
 
 MODELS = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite")
 CLUSTER = "h200-sxm-ib"
+APART = (0.0, 0.01, 0.02, 0.05, 0.1)
 OFFLOAD_LAYERS, OFFLOAD_TOKENS = 6, 96
 
 
@@ -61,6 +63,7 @@ def main() -> None:
     results = {
         "models": {c.model: summary(c) for c in found},
         "overall": overall(found),
+        "pairs": [pairs(found, mode, by) for mode in ("graph", "eager") for by in APART],
         "disjoint": disjoint(raw, measured),
         "offload": offload,
         "throttling": throttling(measured),
@@ -144,6 +147,20 @@ def overall(found: list[Comparison]) -> dict[str, Any]:
         out[mode]["orders"] = len(known)
         out[mode]["orders_met"] = sum(rho >= 0.95 for rho in known)
     return out
+
+
+def pairs(found: list[Comparison], mode: str, apart: float) -> dict[str, Any]:
+    """Pairs of plans of a group that differ by more than the noise and `apart`, and how many of
+    them are predicted in the wrong order."""
+    count = wrong = 0
+    for group in (g for c in found for g in c.groups if g.mode == mode):
+        least = 1.0 + max(apart, group.noise)
+        for one, two in combinations(group.mean_us.values(), 2):
+            (low, first), (high, second) = sorted((one, two))
+            if high > low * least:
+                count += 1
+                wrong += second <= first
+    return {"mode": mode, "apart": apart, "pairs": count, "wrong": wrong}
 
 
 def disjoint(raw: Path, measured: dict[str, Any]) -> dict[str, int]:

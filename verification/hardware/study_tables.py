@@ -39,6 +39,19 @@ def verdict(results: dict[str, Any], _: Calibration) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pairs(results: dict[str, Any], _: Calibration) -> str:
+    lines = ["| pairs of plans that differ by more than | graph | eager |", "|---|---|---|"]
+    of = {(row["mode"], row["apart"]): row for row in results["pairs"]}
+    for apart in sorted({row["apart"] for row in results["pairs"]}):
+        cells = [
+            f"{of[mode, apart]['wrong']} of {of[mode, apart]['pairs']} wrong"
+            for mode in ("graph", "eager")
+        ]
+        name = f"the noise and {apart:.0%}" if apart else "the noise"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def groups(results: dict[str, Any], _: Calibration) -> str:
     lines = [
         "| model | tokens a rank | mode | median error | p90 | bias | noise | plans differ by |"
@@ -153,6 +166,7 @@ def failures(results: dict[str, Any], _: Calibration) -> str:
 
 _TABLES = {
     "verdict": verdict,
+    "pairs": pairs,
     "groups": groups,
     "phases": phases,
     "speedups": speedups,
