@@ -2,7 +2,7 @@
 
 Runs every trace at 8 and 16 GPUs, prefill and decode, for each objective, and writes
 `reports/plan-quality/`: results.csv (appended case by case, so that a stopped run goes on where it
-was), README.md and a picture. Usage:
+was) and README.md. Usage:
 
     python benchmarks/plan_quality.py --data ../shared/data --out reports/plan-quality
 """
