@@ -40,7 +40,7 @@ def test_collectives_grow_with_bytes(
     assert curve.time_us(low, nic) <= curve.time_us(high, nic)
     assert curve.time_us(nic, low) <= curve.time_us(nic, high)
     assert curve.time_us(0.0, 0.0) == pytest.approx(curve.latency_us)
-    assert curve.effective_gb_per_s(high, nic) > 0 or high == 0
+    assert curve.effective_gb_per_s(high, nic) > 0 or high < 1  # less than a byte
 
 
 @pytest.mark.parametrize("name", ["h100", "h200", "datasheet"])
