@@ -11,15 +11,20 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moesim.plan import EMPTY
-from moesim.solvers.base import Problem, Progress, Solution, Traffic, pack_table
+from moesim.solvers.base import Problem, Progress, Solution, pack_table
 from moesim.solvers.greedy import Greedy
 from moesim.solvers.linear import Linear
+from moesim.solvers.objective import (
+    CEILING_WEIGHT,
+    PlacementCost,
+    layer_tokens,
+    make_flow,
+)
 
 MAX_KICKS = 60
 LOAD_OPS = 5e10
@@ -30,7 +35,6 @@ MESSAGE_OPS = 4e8
 MAX_MESSAGE_KICKS = 12
 MESSAGE_BATCHES = 512
 """Tuning batches on which load is judged while messages are."""
-CEILING_WEIGHT = 4.0
 
 
 class LocalSearch:
@@ -103,18 +107,7 @@ class _Shared:
 
         self.problem = problem
         self.search_layer = search_layer
-        kinds = np.stack([problem.gpu_type, problem.speed], axis=1)
-        unique, unit = np.unique(kinds, axis=0, return_inverse=True)
-        self.unit = np.ascontiguousarray(unit.reshape(-1), np.int64)
-        self.capacity = np.asarray(problem.capacity, np.int64)
-        self.by_time = problem.objective == "time"
-        if self.by_time:
-            assert problem.expert_us is not None
-            self.table = np.ascontiguousarray(problem.expert_us[unique[:, 0].astype(np.int64)])
-            self.scale = 1.0 / unique[:, 1]
-        else:
-            self.table = np.zeros((len(unique), 1))
-            self.scale = problem.speed.mean() / unique[:, 1]
+        self.objective = PlacementCost(problem)
         pairs = problem.num_gpus**2 / 2 * int(problem.capacity.max()) ** 2
         per_kick = 3 * pairs * problem.num_batches * problem.num_layers
         self.kicks = int(np.clip(LOAD_OPS / per_kick, 1, MAX_KICKS)) if thorough else 0
@@ -127,146 +120,53 @@ class _Shared:
     def search(self, layer: int, slots: npt.NDArray[np.int64]) -> float:
         """Improve `slots` [G, S] of one layer; returns the objective."""
         problem = self.problem
-        counts = self.layer_counts(layer)
+        counts = self.objective.layer_counts(layer)
         if problem.objective != "traffic":
             value = self.search_layer(
                 counts,
                 slots,
-                self.capacity,
-                self.unit,
-                self.scale,
-                self.table,
+                self.objective.capacity,
+                self.objective.unit,
+                self.objective.scale,
+                self.objective.table,
                 self.kicks,
                 problem.seed + layer,
             )
-            if not self.by_time:
+            if problem.objective == "balance":
                 return float(value)
         few = np.ascontiguousarray(counts[:, :: max(1, counts.shape[1] // MESSAGE_BATCHES)])
         return self._search_messages(layer, few, slots)
 
-    def layer_counts(self, layer: int) -> npt.NDArray[np.float32]:
-        """[E, B]: tokens, or for load objectives tokens over the batch's mean a GPU."""
-        counts = self.problem.counts[:, layer]
-        if not self.by_time:
-            mean = counts.sum(axis=1, keepdims=True) / self.problem.num_gpus
-            counts = counts / np.maximum(mean, 1e-9)
-        return np.ascontiguousarray(counts.T, np.float32)
-
     def _search_messages(
         self, layer: int, counts: npt.NDArray[np.float32], slots: npt.NDArray[np.int64]
     ) -> float:
-        from moesim.solvers.search_load import fill_row, mean_max, rebuild
         from moesim.solvers.search_traffic import fill_flow, message_us, replica_gpus
         from moesim.solvers.search_traffic import search_messages as search
 
-        problem = self.problem
+        problem, objective = self.problem, self.objective
         traffic = problem.traffic
         assert traffic is not None
         tokens = layer_tokens(traffic, layer, problem.num_experts)
-        net = make_net(traffic, problem.num_gpus, problem.num_nodes, by_time=self.by_time)
         flow = make_flow(traffic, problem.num_gpus, problem.num_nodes)
-        replicas = np.bincount(slots.ravel(), minlength=problem.num_experts + 1)
-        work = np.zeros((len(self.scale), problem.num_experts + 1, counts.shape[1]), np.float32)
-        for e in range(problem.num_experts):
-            fill_row(counts, e, replicas[e], self.scale, self.table, work[:, e])
         ceiling, weight = 0.0, 0.0
-        if not self.by_time:
-            load = np.zeros((problem.num_gpus, counts.shape[1]), np.float32)
-            linear = Linear().solve(problem).placement.physical_to_logical[layer]
-            reference = linear.reshape(problem.num_gpus, -1).astype(np.int64)
-            reference[reference == EMPTY] = problem.num_experts
-            own = np.zeros_like(work)
-            count = np.bincount(reference.ravel(), minlength=problem.num_experts + 1)
-            for e in range(problem.num_experts):
-                fill_row(counts, e, count[e], self.scale, self.table, own[:, e])
-            rebuild(own, reference, self.capacity, self.unit, load)
-            ceiling = float(mean_max(load))
-            gpus, held = replica_gpus(slots, self.capacity, problem.num_experts)
-            fill_flow(tokens, net, flow, gpus, held)
-            weight = CEILING_WEIGHT * message_us(net, flow)
+        if not objective.by_time:
+            linear = Linear().solve(problem).placement
+            ceiling = objective.load_value(objective.layer_slots(linear, layer), counts)
+            gpus, held = replica_gpus(slots, objective.capacity, problem.num_experts)
+            fill_flow(tokens, objective.net, flow, gpus, held)
+            weight = CEILING_WEIGHT * message_us(objective.net, flow)
         return float(
             search(
                 tokens,
-                net,
+                objective.net,
                 flow,
-                work,
+                objective.work(counts, slots),
                 slots,
-                self.capacity,
-                self.unit,
+                objective.capacity,
+                objective.unit,
                 ceiling,
                 weight,
                 self.message_kicks,
                 problem.seed + layer,
             )
         )
-
-
-def layer_tokens(traffic: Traffic, layer: int, num_experts: int) -> Any:
-    """The `search_traffic.Tokens` of one layer."""
-    from moesim.solvers.search_traffic import Tokens
-
-    ids = traffic.expert_ids[:, layer].astype(np.int64)
-    token = np.repeat(np.arange(len(ids)), ids.shape[1])
-    expert = ids.reshape(-1)
-    chosen = expert >= 0
-    token, expert = token[chosen], expert[chosen]
-    order = np.argsort(expert, kind="stable")
-    token, expert = token[order], expert[order]
-    indptr = np.searchsorted(expert, np.arange(num_experts + 1))
-    group = expert * traffic.num_batches + traffic.batch_idx[token]
-    turn = np.arange(len(group)) - np.searchsorted(group, group)
-    hit = np.zeros((len(ids), num_experts), np.float32)
-    hit[token, expert] = 1
-    together = hit.T @ hit
-    return Tokens(
-        indptr.astype(np.int64),
-        token,
-        turn,
-        traffic.home.astype(np.int64),
-        traffic.batch_idx.astype(np.int64),
-        together,
-    )
-
-
-def make_net(traffic: Traffic, num_gpus: int, num_nodes: int, *, by_time: bool) -> Any:
-    """The `search_traffic.Net` of a problem."""
-    from moesim.solvers.search_traffic import Net
-
-    per_node = num_gpus // num_nodes
-    last = traffic.time_us.shape[2] - 1
-    slope = (traffic.time_us[:, :, last] - traffic.time_us[:, :, last // 2]) / (last - last // 2)
-    pair_us = np.zeros((num_gpus, num_gpus))
-    for src in range(num_gpus):
-        for dst in range(num_gpus):
-            for way, row in ((0, src * num_gpus + dst), (1, dst * num_gpus + src)):
-                links = traffic.link_idx[traffic.indptr[row] : traffic.indptr[row + 1]]
-                group = traffic.link_group[links]
-                pair_us[src, dst] += float(
-                    (slope[way][group] * traffic.link_scale[links]).max(initial=0.0)
-                )
-    return Net(
-        traffic.indptr.astype(np.int64),
-        traffic.link_idx.astype(np.int64),
-        traffic.link_group.astype(np.int64),
-        traffic.link_scale.astype(np.float64),
-        traffic.time_us.astype(np.float64),
-        np.arange(num_gpus) // per_node,
-        per_node,
-        traffic.dedup,
-        pair_us,
-        int(by_time),
-    )
-
-
-def make_flow(traffic: Traffic, num_gpus: int, num_nodes: int) -> Any:
-    """An empty `search_traffic.Flow` of the right size."""
-    from moesim.solvers.search_traffic import Flow
-
-    tokens, batches, links = len(traffic.home), traffic.num_batches, len(traffic.link_group)
-    return Flow(
-        np.zeros((tokens, num_gpus), np.uint16),
-        np.zeros((tokens, num_nodes), np.uint16),
-        np.zeros((batches, links), np.int32),
-        np.zeros((batches, links), np.int32),
-        np.zeros(1),
-    )

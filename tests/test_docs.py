@@ -198,7 +198,12 @@ def test_the_demo_block_is_what_plan_prints() -> None:
     starts = ["defaults taken: ", "debian-moe: ", "held-out: ", "held-out figure "]
     one_node = [r for r in ROWS if r[0] not in ("node_fan_out", "inter_node_bytes")]
     starts += [f"{label} " for _, label, _, _ in one_node]
-    starts += ["local_search against eplb: ", "predicted times rest on ", "wrote "]
+    starts += [
+        "local_search against eplb: ",
+        "tuning objective: ",
+        "predicted times rest on ",
+        "wrote ",
+    ]
     assert [line[: len(start)] for line, start in zip(block, starts, strict=True)] == starts
     out, plot = re.findall(r"--(?:out|plot) (\S+)", demo[0])
     assert block[-1] == f"wrote {out} and {plot}"

@@ -243,11 +243,24 @@ def _print(result: PlanResult, out: Path, plot: Path | None) -> None:
         table.add_row(label, *cells)
     Console(soft_wrap=True).print(table)
     _print_verdict(result)
+    _print_bound(result)
     if result.step is not None:
         typer.echo(
             f"predicted times rest on {result.step.basis} figures: " + "; ".join(result.step.notes)
         )
     typer.echo(f"wrote {out}" + (f" and {plot}" if plot is not None else ""))
+
+
+def _print_bound(result: PlanResult) -> None:
+    """One line: how far from the best the plan can be, on the data it was tuned on."""
+    plan = result.plan
+    if plan.objective_value is None or plan.bound is None or plan.gap is None:
+        return
+    unit = "max/mean load" if plan.objective == "balance" else "us a layer"
+    typer.echo(
+        f"tuning objective: {plan.objective_value:.4g} {unit}; no placement is below"
+        f" {plan.bound:.4g} (gap {100 * plan.gap:.1f}%; bound: {result.bound_kind})"
+    )
 
 
 def _print_verdict(result: PlanResult) -> None:
@@ -327,6 +340,10 @@ def _as_json(result: PlanResult, out: Path) -> dict[str, Any]:
         "objective": plan.objective,
         "solver": plan.solver,
         "status": plan.status,
+        "objective_value": plan.objective_value,
+        "bound": plan.bound,
+        "gap": plan.gap,
+        "bound_kind": result.bound_kind,
         "defaults": result.defaults,
         "notices": list(result.notices),
         "evaluation": plan.evaluation,

@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from moesim.planning.evaluate import (
 from moesim.planning.traffic import sample_traffic
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import OBJECTIVES, Objective, Problem, Progress, Solution
+from moesim.solvers.bounds import lower_bound
+from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import get_solver
 from moesim.trace.batches import Phase, index_requests, split_requests
 from moesim.trace.format import DECODE, PREFILL, Trace
@@ -97,6 +99,7 @@ class PlanResult:
     notices: tuple[str, ...]
     improvement: dict[str, Figure]
     seconds: dict[str, float] = field(default_factory=dict)
+    bound_kind: str = ""
 
 
 def make_plan(request: PlanRequest, *, progress: Progress | None = None) -> PlanResult:
@@ -147,6 +150,19 @@ def make_plan(request: PlanRequest, *, progress: Progress | None = None) -> Plan
         for name in names
     }
     seconds["solving"] = time.monotonic() - clock
+    clock = time.monotonic()
+    evaluate = PlacementCost(problem)
+    layer_values = {n: evaluate.layer_values(s.placement) for n, s in solved.items()}
+    bound = lower_bound(problem, layer_values=layer_values[request.solver])
+    solved = {
+        n: replace(
+            s,
+            objective_value=float(layer_values[n].mean()),
+            bound=max(bound.value, s.bound if s.bound is not None else bound.value),
+        )
+        for n, s in solved.items()
+    }
+    seconds["bound"] = time.monotonic() - clock
     clock = time.monotonic()
     sample = draw_sample(trace, held_out, phase, batch_tokens, request.seed)
     filled = float(np.diff(sample.batches.indptr[: sample.num_main + 1]).mean())
@@ -207,6 +223,7 @@ def make_plan(request: PlanRequest, *, progress: Progress | None = None) -> Plan
         tuple(notices),
         improvement,
         seconds,
+        bound.kind,
     )
 
 

@@ -19,7 +19,7 @@ from moesim.model import load_model
 from moesim.plan import Placement
 from moesim.planning.traffic import binding_links, sample_traffic
 from moesim.solvers.base import Traffic
-from moesim.solvers.local_search import layer_tokens, make_flow, make_net
+from moesim.solvers.objective import layer_tokens, make_flow, make_net
 from moesim.solvers.search_load import fill_row, mean_max, rebuild
 from moesim.solvers.search_traffic import (
     fill_flow,

@@ -1,0 +1,207 @@
+"""What a placement costs on the tuning data, layer by layer: the figure that solvers minimise.
+
+balance: mean over tuning batches of the largest GPU load over the mean load. time: mean over
+tuning batches of the slowest GPU's expert time, plus mean over the sampled batches of messages of
+dispatch and combine time, in microseconds a layer. traffic: mean over those batches of the link
+time of all messages, in microseconds, plus a penalty where the mean load ratio is above that of
+linear placement.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.plan import EMPTY, Placement
+from moesim.solvers.base import Problem, Traffic
+from moesim.solvers.linear import Linear
+
+CEILING_WEIGHT = 4.0
+"""Objective traffic: a whole unit of max/mean load above the ceiling costs as much as this many
+times linear placement's messages."""
+
+
+class PlacementCost:
+    """The objective of one problem. Layers are independent of each other (C5).
+
+    unit: [G] index of each GPU's kind; scale: [U] factor of a kind's costs; table: [U, N + 1] cost
+    of one expert by tokens in microseconds, or [U, 1] where load is counted in tokens.
+    `slots` in the methods is [G, S] int64 of one layer, the number of experts for an empty slot.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        kinds = np.stack([problem.gpu_type, problem.speed], axis=1)
+        unique, unit = np.unique(kinds, axis=0, return_inverse=True)
+        self.unit = np.ascontiguousarray(unit.reshape(-1), np.int64)
+        self.capacity = np.asarray(problem.capacity, np.int64)
+        self.by_time = problem.objective == "time"
+        if self.by_time:
+            assert problem.expert_us is not None
+            self.table = np.ascontiguousarray(problem.expert_us[unique[:, 0].astype(np.int64)])
+            self.scale = 1.0 / unique[:, 1]
+        else:
+            self.table = np.zeros((len(unique), 1))
+            self.scale = problem.speed.mean() / unique[:, 1]
+        self.net: Any = None
+        if problem.objective != "balance" and problem.traffic is not None:
+            self.net = make_net(
+                problem.traffic, problem.num_gpus, problem.num_nodes, by_time=self.by_time
+            )
+        self._linear = Linear().solve(problem).placement if problem.objective == "traffic" else None
+        self._limits: dict[int, tuple[float, float]] = {}
+
+    def layer_counts(self, layer: int) -> npt.NDArray[np.float32]:
+        """[E, B]: tokens, or for load objectives tokens over the batch's mean a GPU."""
+        counts = self.problem.counts[:, layer]
+        if not self.by_time:
+            mean = counts.sum(axis=1, keepdims=True) / self.problem.num_gpus
+            counts = counts / np.maximum(mean, 1e-9)
+        return np.ascontiguousarray(counts.T, np.float32)
+
+    def layer_slots(self, placement: Placement, layer: int) -> npt.NDArray[np.int64]:
+        """[G, S]: the table of one layer as the kernels take it."""
+        row = placement.physical_to_logical[layer].reshape(self.problem.num_gpus, -1)
+        slots = row.astype(np.int64)
+        slots[slots == EMPTY] = self.problem.num_experts
+        return slots
+
+    def work(
+        self, counts: npt.NDArray[np.float32], slots: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """[U, E + 1, B]: what a slot of each expert costs, shared among its replicas."""
+        from moesim.solvers.search_load import fill_row
+
+        num_experts = len(counts)
+        replicas = np.bincount(slots.ravel(), minlength=num_experts + 1)
+        out = np.zeros((len(self.scale), num_experts + 1, counts.shape[1]), np.float32)
+        for e in range(num_experts):
+            fill_row(counts, e, replicas[e], self.scale, self.table, out[:, e])
+        return out
+
+    def load_value(self, slots: npt.NDArray[np.int64], counts: npt.NDArray[np.float32]) -> float:
+        """Mean over the batches of `counts` [E, B] of the costliest GPU."""
+        from moesim.solvers.search_load import mean_max, rebuild
+
+        load = np.zeros((len(slots), counts.shape[1]), np.float32)
+        rebuild(self.work(counts, slots), slots, self.capacity, self.unit, load)
+        return float(mean_max(load))
+
+    def message_value(self, slots: npt.NDArray[np.int64], tokens: Any) -> float:
+        """Microseconds of messages: dispatch and combine, or for traffic summed link time."""
+        from moesim.solvers.search_traffic import fill_flow, message_us, replica_gpus
+
+        problem = self.problem
+        assert problem.traffic is not None
+        flow = make_flow(problem.traffic, problem.num_gpus, problem.num_nodes)
+        gpus, held = replica_gpus(slots, self.capacity, problem.num_experts)
+        fill_flow(tokens, self.net, flow, gpus, held)
+        return float(message_us(self.net, flow))
+
+    def limits(self, layer: int) -> tuple[float, float]:
+        """(ceiling, weight) of one layer: for objective traffic linear placement's mean load ratio
+        and what a unit above it costs; (0, 0) otherwise."""
+        if self._linear is None:
+            return 0.0, 0.0
+        if layer not in self._limits:
+            assert self.problem.traffic is not None
+            slots = self.layer_slots(self._linear, layer)
+            tokens = layer_tokens(self.problem.traffic, layer, self.problem.num_experts)
+            self._limits[layer] = (
+                self.load_value(slots, self.layer_counts(layer)),
+                CEILING_WEIGHT * self.message_value(slots, tokens),
+            )
+        return self._limits[layer]
+
+    def layer_value(self, slots: npt.NDArray[np.int64], layer: int) -> float:
+        """The objective of one layer."""
+        from moesim.solvers.search_traffic import objective
+
+        load = self.load_value(slots, self.layer_counts(layer))
+        if self.net is None:
+            return load
+        assert self.problem.traffic is not None
+        tokens = layer_tokens(self.problem.traffic, layer, self.problem.num_experts)
+        return float(objective(load, self.message_value(slots, tokens), *self.limits(layer)))
+
+    def layer_values(self, placement: Placement) -> npt.NDArray[np.float64]:
+        """[L]: the objective of every layer of a placement."""
+        return np.array(
+            [
+                self.layer_value(self.layer_slots(placement, layer), layer)
+                for layer in range(self.problem.num_layers)
+            ]
+        )
+
+
+def layer_tokens(traffic: Traffic, layer: int, num_experts: int) -> Any:
+    """The `search_traffic.Tokens` of one layer."""
+    from moesim.solvers.search_traffic import Tokens
+
+    ids = traffic.expert_ids[:, layer].astype(np.int64)
+    token = np.repeat(np.arange(len(ids)), ids.shape[1])
+    expert = ids.reshape(-1)
+    chosen = expert >= 0
+    token, expert = token[chosen], expert[chosen]
+    order = np.argsort(expert, kind="stable")
+    token, expert = token[order], expert[order]
+    indptr = np.searchsorted(expert, np.arange(num_experts + 1))
+    group = expert * traffic.num_batches + traffic.batch_idx[token]
+    turn = np.arange(len(group)) - np.searchsorted(group, group)
+    hit = np.zeros((len(ids), num_experts), np.float32)
+    hit[token, expert] = 1
+    together = hit.T @ hit
+    return Tokens(
+        indptr.astype(np.int64),
+        token,
+        turn,
+        traffic.home.astype(np.int64),
+        traffic.batch_idx.astype(np.int64),
+        together,
+    )
+
+
+def make_net(traffic: Traffic, num_gpus: int, num_nodes: int, *, by_time: bool) -> Any:
+    """The `search_traffic.Net` of a problem."""
+    from moesim.solvers.search_traffic import Net
+
+    per_node = num_gpus // num_nodes
+    last = traffic.time_us.shape[2] - 1
+    slope = (traffic.time_us[:, :, last] - traffic.time_us[:, :, last // 2]) / (last - last // 2)
+    pair_us = np.zeros((num_gpus, num_gpus))
+    for src in range(num_gpus):
+        for dst in range(num_gpus):
+            for way, row in ((0, src * num_gpus + dst), (1, dst * num_gpus + src)):
+                links = traffic.link_idx[traffic.indptr[row] : traffic.indptr[row + 1]]
+                group = traffic.link_group[links]
+                pair_us[src, dst] += float(
+                    (slope[way][group] * traffic.link_scale[links]).max(initial=0.0)
+                )
+    return Net(
+        traffic.indptr.astype(np.int64),
+        traffic.link_idx.astype(np.int64),
+        traffic.link_group.astype(np.int64),
+        traffic.link_scale.astype(np.float64),
+        traffic.time_us.astype(np.float64),
+        np.arange(num_gpus) // per_node,
+        per_node,
+        traffic.dedup,
+        pair_us,
+        int(by_time),
+    )
+
+
+def make_flow(traffic: Traffic, num_gpus: int, num_nodes: int) -> Any:
+    """An empty `search_traffic.Flow` of the right size."""
+    from moesim.solvers.search_traffic import Flow
+
+    tokens, batches, links = len(traffic.home), traffic.num_batches, len(traffic.link_group)
+    return Flow(
+        np.zeros((tokens, num_gpus), np.uint16),
+        np.zeros((tokens, num_nodes), np.uint16),
+        np.zeros((batches, links), np.int32),
+        np.zeros((batches, links), np.int32),
+        np.zeros(1),
+    )
