@@ -89,6 +89,9 @@ class CacheJob:
     def to_dict(self) -> dict[str, Any]:
         """JSON data: the plan, the figures beside it, the sweep where one was made."""
         data: dict[str, Any] = {
+            "format": "moesim-cache-run",
+            "version": 1,
+            "model": self.plan.model,
             "plan": self.plan.to_dict(),
             "results": [asdict(row) for row in self.results],
             "offline_bound": {

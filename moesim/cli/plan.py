@@ -335,6 +335,8 @@ def _cell(figure: Figure, form: str, factor: float) -> str:
 def _as_json(result: PlanResult, out: Path) -> dict[str, Any]:
     plan = result.plan
     return {
+        "format": "moesim-plan-run",
+        "version": 1,
         "plan": str(out),
         "model": plan.model,
         "objective": plan.objective,

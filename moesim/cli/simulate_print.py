@@ -31,6 +31,8 @@ def report_json(request: SimRequest, report: SimReport) -> dict[str, Any]:
         plans[name] = result.to_json(links)
         plans[name]["relative_step"] = float(result.step_us.mean()) / base
     return {
+        "format": "moesim-simulation",
+        "version": 1,
         "model": request.model.name,
         "cluster": request.cluster.name,
         "num_gpus": request.cluster.num_gpus,

@@ -58,9 +58,9 @@ def validate_cache(
     ]
     good = len(rows) == len(schedules) and all(abs(r["error"]) <= max_error for r in rows)
     if as_json:
-        typer.echo(
-            json.dumps({"within_tolerance": good, "caches": rows, **_about(record)}, indent=1)
-        )
+        head = {"format": "moesim-cache-validation", "version": 1, "model": name}
+        data = {**head, "within_tolerance": good, "caches": rows, **_about(record)}
+        typer.echo(json.dumps(data, indent=1))
     else:
         _print(rows, record, good)
     return 0 if good else OUT_OF_TOLERANCE

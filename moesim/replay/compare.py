@@ -144,6 +144,8 @@ class Comparison:
         """Plain data: verdict, groups, and layer times of every case."""
         failures = self.failures()
         return {
+            "format": "moesim-validation",
+            "version": 1,
             "model": self.model,
             "within_tolerance": not failures,
             "failures": failures,
