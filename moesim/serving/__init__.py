@@ -1,0 +1,1 @@
+"""Serving: deployments, what their steps cost, and requests through them."""

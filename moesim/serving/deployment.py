@@ -1,0 +1,251 @@
+"""A deployment: one replica of a serving engine, its GPUs and how the model is spread over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from moesim.errors import InputError, MismatchError, UnknownNameError
+from moesim.model import KV_BYTES, WEIGHT_BYTES, load_model
+from moesim.serving.engines import EngineProfile, engine_profile
+
+if TYPE_CHECKING:
+    from moesim.cluster import Cluster, GpuSpec
+    from moesim.cost.calibration import Calibration
+    from moesim.modelspec import ModelSpec
+    from moesim.plan import Plan
+    from moesim.trace.format import Trace
+
+MoeComm = Literal["all_reduce", "all_gather", "nccl", "deepep", "deepep_ll"]
+
+
+@dataclass(frozen=True, eq=False)
+class Deployment:
+    """One engine replica of `num_gpus` = tp x dp x pp GPUs.
+
+    tp: tensor-parallel ranks of attention and dense layers. dp: data-parallel attention ranks,
+    each with requests and a KV cache of its own. pp: pipeline stages. ep, moe_tp: the same tp x dp
+    GPUs of a stage as seen by the routed experts: ep groups that hold different experts, each
+    expert's matrices cut in moe_tp.
+    expert_dtype, dense_dtype, kv_dtype: weights of routed experts, of the rest, and the KV cache.
+    max_batch_tokens: rows of a step of one DP rank (the chunked-prefill budget); max_sequences:
+    running sequences of one DP rank; memory_fraction: share of the GPU's memory the engine uses.
+    moe_comm: how tokens reach their experts. all_reduce: every rank has all tokens, partial sums
+    are added (TP and TP+EP without attention DP). all_gather: gathered over DP ranks before, reduce
+    scattered after. nccl, deepep, deepep_ll: all-to-all.
+    plan, trace: placement of the experts (ep = num_gpus of the plan) and the routing it serves;
+    without a trace the skew of the routing is assumed (`moesim.serving.moe_load`).
+    calibration: measured kernels, by default the cluster's.
+
+    Build it with `deploy`, which fills in what is not given, or directly; both validate. Raises
+    InputError or MismatchError that name the field.
+    """
+
+    model: ModelSpec
+    cluster: Cluster
+    engine: EngineProfile
+    tp: int
+    dp: int
+    pp: int
+    ep: int
+    moe_tp: int
+    expert_dtype: str
+    dense_dtype: str
+    kv_dtype: str
+    max_batch_tokens: int
+    max_sequences: int
+    memory_fraction: float
+    moe_comm: MoeComm
+    plan: Plan | None = None
+    trace: Trace | None = None
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "dp", "pp", "ep", "moe_tp", "max_batch_tokens", "max_sequences"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(
+                    f"{name} is {value!r:.40}", f"give {name} as a number of 1 or more"
+                )
+        if self.ep * self.moe_tp != self.tp * self.dp:
+            raise InputError(
+                f"ep {self.ep} x moe_tp {self.moe_tp} is not tp {self.tp} x dp {self.dp}",
+                "experts and attention of a stage use the same GPUs: make the products equal",
+            )
+        if self.num_gpus != self.cluster.num_gpus:
+            raise MismatchError(
+                f"tp x dp x pp is {self.num_gpus} GPUs, the cluster has {self.cluster.num_gpus}",
+                f"size the cluster to {self.num_gpus} GPUs",
+            )
+        for table, name in (
+            (WEIGHT_BYTES, "expert_dtype"),
+            (WEIGHT_BYTES, "dense_dtype"),
+            (KV_BYTES, "kv_dtype"),
+        ):
+            if getattr(self, name) not in table:
+                raise UnknownNameError(name, str(getattr(self, name)), table)
+        if not 0 < self.memory_fraction <= 1:
+            raise InputError(
+                f"memory_fraction is {self.memory_fraction}", "give a share above 0, at most 1"
+            )
+        self._check_shapes()
+        if self.moe_comm not in get_args(MoeComm):
+            raise UnknownNameError("moe_comm", str(self.moe_comm), get_args(MoeComm))
+        if self.moe_comm == "all_reduce" and self.dp > 1:
+            raise InputError(
+                "moe_comm all_reduce with attention DP: ranks hold different tokens",
+                "choose all_gather, nccl, deepep or deepep_ll",
+            )
+        if self.moe_comm not in ("all_reduce", "all_gather") and self.moe_tp > 1:
+            raise InputError(
+                f"moe_comm {self.moe_comm} sends tokens to whole experts, moe_tp is {self.moe_tp}",
+                "set moe_tp to 1, or choose all_reduce or all_gather",
+            )
+        self._check_plan()
+
+    def _check_shapes(self) -> None:
+        model = self.model
+        if model.attention.num_heads % self.tp:
+            raise InputError(
+                f"{model.attention.num_heads} attention heads do not divide over tp {self.tp}",
+                "choose a tp that divides the number of heads",
+            )
+        if self.pp > model.num_hidden_layers:
+            raise InputError(
+                f"pp {self.pp} is more than the {model.num_hidden_layers} layers",
+                "choose at most one stage a layer",
+            )
+        if self.ep > model.num_experts:
+            raise InputError(
+                f"ep {self.ep} is more than the {model.num_experts} experts",
+                "choose a smaller ep, or cut experts with moe_tp",
+            )
+        if model.moe_intermediate_size % self.moe_tp:
+            raise InputError(
+                f"experts of width {model.moe_intermediate_size} are not cut in moe_tp "
+                f"{self.moe_tp}",
+                "choose a moe_tp that divides the width",
+            )
+
+    def _check_plan(self) -> None:
+        plan = self.plan
+        if plan is None:
+            return
+        if plan.placement.num_gpus != self.ep:
+            raise MismatchError(
+                f"the plan is for {plan.placement.num_gpus} GPUs, ep is {self.ep}",
+                "make a plan for as many GPUs as the engine has expert-parallel groups",
+            )
+        if plan.placement.num_experts != self.model.num_experts:
+            raise MismatchError(
+                f"the plan places {plan.placement.num_experts} experts, the model has "
+                f"{self.model.num_experts}",
+                "use the plan of this model",
+            )
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of the replica."""
+        return self.tp * self.dp * self.pp
+
+    @property
+    def gpu(self) -> GpuSpec:
+        """The slowest GPU type of the cluster by memory rate, which every step waits for."""
+        return min(self.cluster.gpus, key=lambda gpu: gpu.hbm_gb_per_s)
+
+    @property
+    def name(self) -> str:
+        """Short label: model, GPUs and parallelism."""
+        parts = [f"tp{self.tp}"]
+        parts += [f"dp{self.dp}"] if self.dp > 1 else []
+        parts += [f"ep{self.ep}"] if self.ep > 1 else []
+        parts += [f"pp{self.pp}"] if self.pp > 1 else []
+        return f"{self.model.name} on {self.num_gpus} x {self.gpu.name}, {' '.join(parts)}"
+
+
+def deploy(
+    model: ModelSpec | str,
+    cluster: Cluster | str = "h200-sxm-ib",
+    *,
+    engine: EngineProfile | str = "vllm",
+    tp: int | None = None,
+    dp: int = 1,
+    pp: int = 1,
+    ep: int | None = None,
+    moe_tp: int | None = None,
+    num_gpus: int | None = None,
+    expert_dtype: str | None = None,
+    dense_dtype: str | None = None,
+    kv_dtype: str = "bf16",
+    max_batch_tokens: int | None = None,
+    max_sequences: int | None = None,
+    memory_fraction: float | None = None,
+    moe_comm: MoeComm | None = None,
+    plan: Plan | None = None,
+    trace: Trace | None = None,
+    calibration: Calibration | None = None,
+) -> Deployment:
+    """A deployment with defaults for what is not given.
+
+    model: a spec or what `load_model` takes. cluster: a cluster of the right size, or a name or
+    file that is sized to the deployment. tp: what `num_gpus` leaves after dp and pp, else 1. ep and
+    moe_tp: with attention DP or a plan all experts whole (ep = tp x dp), else cut (moe_tp = tp).
+    dtypes as stored in the model; the rest as the engine's profile. moe_comm: all_reduce without
+    attention DP; with it deepep over several nodes, nccl all-to-all within one, all_gather where
+    experts are cut.
+
+    Raises what `Deployment` raises, and InputError where the numbers do not divide.
+    """
+    from moesim.cluster import load_cluster
+
+    spec = load_model(model) if isinstance(model, str) else model
+    profile = engine_profile(engine) if isinstance(engine, str) else engine
+    if num_gpus is not None and tp is None:
+        if min(num_gpus, dp, pp) < 1 or num_gpus % (dp * pp):
+            raise InputError(
+                f"{num_gpus} GPUs do not divide over dp {dp} x pp {pp}",
+                "choose a number of GPUs that is a multiple of dp x pp",
+            )
+        tp = num_gpus // (dp * pp)
+    tp = 1 if tp is None else tp
+    if num_gpus is not None and num_gpus != tp * dp * pp:
+        raise InputError(
+            f"tp {tp} x dp {dp} x pp {pp} is not {num_gpus} GPUs", "leave one of them out"
+        )
+    stage = tp * dp
+    if ep is None and moe_tp is None:
+        ep = stage if dp > 1 or plan is not None else 1
+    ep = stage // max(1, moe_tp or 1) if ep is None else ep
+    moe_tp = stage // max(1, ep) if moe_tp is None else moe_tp
+    if isinstance(cluster, str):
+        cluster = load_cluster(cluster, stage * pp)
+    if moe_comm is None:
+        moe_comm = _default_comm(dp, moe_tp, cluster.num_nodes)
+    return Deployment(
+        model=spec,
+        cluster=cluster,
+        engine=profile,
+        tp=tp,
+        dp=dp,
+        pp=pp,
+        ep=ep,
+        moe_tp=moe_tp,
+        expert_dtype=expert_dtype or spec.expert_dtype,
+        dense_dtype=dense_dtype or spec.dense_dtype,
+        kv_dtype=kv_dtype,
+        max_batch_tokens=max_batch_tokens or profile.max_batch_tokens,
+        max_sequences=max_sequences or profile.max_sequences,
+        memory_fraction=memory_fraction or profile.memory_fraction,
+        moe_comm=moe_comm,
+        plan=plan,
+        trace=trace,
+        calibration=calibration,
+    )
+
+
+def _default_comm(dp: int, moe_tp: int, num_nodes: int) -> MoeComm:
+    if dp == 1:
+        return "all_reduce"
+    if moe_tp > 1:
+        return "all_gather"
+    return "deepep" if num_nodes > 1 else "nccl"

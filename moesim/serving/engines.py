@@ -1,0 +1,92 @@
+"""What an engine adds to the GPU's own work: host time, scheduling, memory it keeps for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moesim.cost.curves import Basis
+from moesim.errors import UnknownNameError
+
+PrefillPolicy = Literal["mixed", "prefill_first"]
+
+
+@dataclass(frozen=True)
+class EngineProfile:
+    """Constants of one serving engine.
+
+    step_host_us: host time of a step that the GPU waits for (scheduling, input preparation,
+    sampling, output), whatever the batch. sequence_host_us: the same for every sequence of it.
+    eager_layer_us: host time to enqueue one layer where no CUDA graph is replayed; a step with
+    prompt tokens takes at least that many microseconds a layer.
+    request_ms: time of a request outside the engine's steps (HTTP, tokenising, detokenising).
+    prefill_policy: "mixed" puts prompt chunks and decodes into one step (chunked prefill),
+    "prefill_first" runs waiting prompts in steps of their own while decodes wait.
+    max_batch_tokens, max_sequences: the engine's defaults for a DP rank.
+    runtime_gb: memory of a GPU that neither weights, KV cache nor activations use (CUDA context,
+    NCCL buffers, CUDA graphs). memory_fraction: share of the GPU's memory that the engine uses.
+    """
+
+    name: str
+    step_host_us: float
+    sequence_host_us: float
+    eager_layer_us: float
+    request_ms: float
+    prefill_policy: PrefillPolicy
+    max_batch_tokens: int
+    max_sequences: int
+    runtime_gb: float
+    memory_fraction: float
+    basis: Basis = "assumed"
+    source: str = ""
+
+
+ENGINES: Mapping[str, EngineProfile] = {
+    engine.name: engine
+    for engine in (
+        EngineProfile(
+            name="vllm",
+            step_host_us=1000.0,
+            sequence_host_us=5.0,
+            eager_layer_us=100.0,
+            request_ms=10.0,
+            prefill_policy="mixed",
+            max_batch_tokens=8192,
+            max_sequences=1024,
+            runtime_gb=3.0,
+            memory_fraction=0.9,
+        ),
+        EngineProfile(
+            name="sglang",
+            step_host_us=500.0,
+            sequence_host_us=5.0,
+            eager_layer_us=100.0,
+            request_ms=10.0,
+            prefill_policy="prefill_first",
+            max_batch_tokens=8192,
+            max_sequences=1024,
+            runtime_gb=3.0,
+            memory_fraction=0.88,
+        ),
+        EngineProfile(
+            name="trtllm",
+            step_host_us=500.0,
+            sequence_host_us=5.0,
+            eager_layer_us=100.0,
+            request_ms=10.0,
+            prefill_policy="mixed",
+            max_batch_tokens=8192,
+            max_sequences=2048,
+            runtime_gb=3.0,
+            memory_fraction=0.9,
+        ),
+    )
+}
+
+
+def engine_profile(name: str) -> EngineProfile:
+    """The profile of "vllm", "sglang" or "trtllm". Raises UnknownNameError for another name."""
+    if name not in ENGINES:
+        raise UnknownNameError("engine", name, ENGINES)
+    return ENGINES[name]

@@ -1,0 +1,128 @@
+"""How many tokens each expert of a layer gets, and what a layer of routed experts then takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from moesim.cost.expert_gemm import ExpertGemmModel
+    from moesim.trace.format import Trace
+
+FloatArray = npt.NDArray[np.float64]
+
+ASSUMED_SKEW = 0.6
+"""Exponent s of the assumed popularity, share of rank r in proportion to r**-s."""
+NUM_DRAWS = 8
+SAMPLE_TOKENS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class MoeLoad:
+    """Popularity of experts: `inclusion` [X, E], the probability that a token chooses an expert in
+    each of X sampled layers (rows sum to K); `source` says where it is from.
+
+    Tokens are taken as independent of each other, so that counts are binomial.
+    """
+
+    inclusion: FloatArray
+    source: str
+
+    def counts(self, num_tokens: float, seed: int = 0) -> FloatArray:
+        """[X, E]: tokens of every expert when the layer serves `num_tokens`, one draw a layer.
+
+        Drawn with common random numbers: the same uniform numbers for every `num_tokens`, so that
+        counts grow with it.
+        """
+        uniform = np.random.default_rng(seed).random(self.inclusion.shape)
+        return _binomial_quantile(num_tokens, self.inclusion, uniform)
+
+
+def assumed_load(num_experts: int, top_k: int, skew: float = ASSUMED_SKEW) -> MoeLoad:
+    """Popularity by a power law of the rank, the ranks shuffled over the experts of each layer."""
+    return MoeLoad(
+        _power_law_inclusion(num_experts, top_k, skew),
+        f"assumed: popularity of rank r in proportion to r**-{skew:g}",
+    )
+
+
+def load_of_trace(trace: Trace, max_tokens: int = 65536) -> MoeLoad:
+    """Popularity of the experts of a routing trace, layer by layer."""
+    stride = max(1, trace.num_tokens // max_tokens)
+    ids = np.asarray(trace.expert_ids[::stride]).astype(np.int64)
+    tokens, layers, _ = ids.shape
+    inclusion = np.zeros((layers, trace.num_experts))
+    for layer in range(layers):
+        chosen = ids[:, layer][ids[:, layer] >= 0]
+        inclusion[layer] = np.bincount(chosen, minlength=trace.num_experts) / tokens
+    return MoeLoad(np.minimum(inclusion, 1.0), "routing trace")
+
+
+def layer_us(
+    load: MoeLoad,
+    model: ExpertGemmModel,
+    num_tokens: float,
+    hidden: int,
+    intermediate: int,
+    num_matrices: int,
+    gpu_of_slot: npt.NDArray[np.int64],
+    expert_of_slot: npt.NDArray[np.int64],
+    share_of_slot: FloatArray,
+) -> float:
+    """Mean over layers of the slowest GPU's time for its experts, launch excluded.
+
+    gpu_of_slot [P], expert_of_slot [X, P], share_of_slot [X, P]: a slot serves that share of its
+    expert's tokens (replicas in equal shares).
+    """
+    counts = load.counts(num_tokens)
+    tokens = np.take_along_axis(counts, expert_of_slot, axis=1) * share_of_slot
+    mean = tokens.mean(axis=1, keepdims=True)
+    time = model.expert_time_us(tokens, hidden, intermediate, num_matrices, mean_tokens=mean)
+    num_gpus = int(gpu_of_slot.max()) + 1
+    per_gpu = np.zeros((len(time), num_gpus))
+    for gpu in range(num_gpus):
+        per_gpu[:, gpu] = time[:, gpu_of_slot == gpu].sum(axis=1)
+    return float(per_gpu.max(axis=1).mean())
+
+
+@lru_cache(maxsize=64)
+def _power_law_inclusion(num_experts: int, top_k: int, skew: float) -> FloatArray:
+    """Inclusion probabilities of choosing `top_k` without replacement, by sampling (Gumbel)."""
+    rng = np.random.default_rng(0)
+    log_weight = -skew * np.log(np.arange(1, num_experts + 1))
+    noise = rng.gumbel(size=(SAMPLE_TOKENS, num_experts))
+    if top_k < num_experts:
+        chosen = np.argpartition(-(log_weight + noise), top_k, axis=1)[:, :top_k]
+    else:
+        chosen = np.tile(np.arange(num_experts), (SAMPLE_TOKENS, 1))
+    share = np.bincount(chosen.ravel(), minlength=num_experts) / SAMPLE_TOKENS
+    share = np.sort(share)[::-1]
+    return np.stack([rng.permutation(share) for _ in range(NUM_DRAWS)])
+
+
+def _binomial_quantile(n: float, p: FloatArray, u: FloatArray) -> FloatArray:
+    """Quantile of the binomial: exact by inversion where few are expected, normal where many."""
+    mean = n * p
+    out = np.zeros_like(p)
+    # Poisson-like inversion term by term, for up to 40 expected tokens.
+    small = mean <= 40.0
+    q = np.clip(1.0 - p, 1e-12, 1.0)
+    term = np.exp(n * np.log(q))
+    total = term.copy()
+    count = np.zeros_like(p)
+    for k in range(1, 120):
+        below = small & (u > total)
+        if not below.any() or k > n:
+            break
+        term = term * (n - k + 1) / k * (p / q)
+        total = total + term
+        count = count + below
+    from scipy.special import ndtri
+
+    large = mean + np.sqrt(mean * q) * ndtri(np.clip(u, 1e-9, 1 - 1e-9))
+    out = np.where(small, count, np.clip(large, 0.0, n))
+    return np.asarray(out, dtype=np.float64)

@@ -1,0 +1,470 @@
+"""Time of one forward step of a deployment, from the calibrated cost of its parts.
+
+    step = host + head + sum over layers of the slowest DP rank's
+           (norms + attention + all-reduce + router + dispatch + experts + combine)
+
+`StepCost` reduces every part to something quick: what depends on a rank's rows alone and what
+depends on the tokens of all ranks together are tables; attention is linear in cached tokens and,
+for prompts, a smooth maximum of rows and query-key pairs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moesim.cost.curves import FloatArray, power_mean_max, weakest
+from moesim.cost.dense import GEMM_SHARPNESS, KV_ELEMENT_BYTES, causal_pairs
+from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF, calibration_of_gpu
+from moesim.serving.moe_load import assumed_load, layer_us, load_of_trace
+
+if TYPE_CHECKING:
+    from moesim.cost.calibration import Calibration
+    from moesim.cost.collective import CollectiveCurve
+    from moesim.cost.curves import Basis
+    from moesim.cost.dense import DenseModel
+    from moesim.cost.expert_gemm import ExpertGemmModel
+    from moesim.serving.batch import BatchShape
+    from moesim.serving.deployment import Deployment
+
+ELEMENT_BYTES = 2.0
+SMALL_KERNELS = 4
+SMALL_KERNEL_US = 2.0
+HBM_EFFICIENCY = 0.85
+GRID_PER_OCTAVE = 4
+
+
+@dataclass(frozen=True)
+class AttentionTerms:
+    """Attention of one layer kind on one rank: decode is
+    launch + us_per_seen x (context + extra x sequences), prefill is
+    launch + pmax(us_per_row x rows, us_per_pair x pairs). `window`: keys a query sees, 0 for all.
+    """
+
+    num_layers: int
+    window: int
+    decode_launch_us: float
+    us_per_seen: float
+    extra_tokens: float
+    prefill_launch_us: float
+    us_per_row: float
+    us_per_pair: float
+    sharpness: float
+
+    def decode_us(self, sequences: FloatArray, context: FloatArray) -> FloatArray:
+        """One layer; zero where there are no sequences."""
+        seen = np.minimum(context, sequences * self.window) if self.window else context
+        time = self.decode_launch_us + self.us_per_seen * (seen + self.extra_tokens * sequences)
+        return np.where(sequences > 0, time, 0.0)
+
+    def prefill_us(self, rows: FloatArray, pairs: FloatArray) -> FloatArray:
+        """One layer; zero where there are no rows."""
+        if self.window:
+            length = np.maximum(2.0 * pairs / np.maximum(rows, 1.0) - 1.0, 1.0)
+            pairs = rows / length * causal_pairs(length, self.window)
+        time = power_mean_max(self.us_per_row * rows, self.us_per_pair * pairs, self.sharpness)
+        return np.where(rows > 0, self.prefill_launch_us + time, 0.0)
+
+    def one_us(self, sequences: float, context: float, rows: float, pairs: float) -> float:
+        """Both phases of one layer, as `decode_us` and `prefill_us`, by plain numbers."""
+        time = 0.0
+        if sequences > 0:
+            seen = min(context, sequences * self.window) if self.window else context
+            time = self.decode_launch_us + self.us_per_seen * (seen + self.extra_tokens * sequences)
+        if rows > 0:
+            if self.window:
+                length = max(2.0 * pairs / max(rows, 1.0) - 1.0, 1.0)
+                inside = min(length, self.window)
+                pairs = rows / length * (inside * (inside + 1) / 2 + (length - inside) * inside)
+            a, b = self.us_per_row * rows, self.us_per_pair * pairs
+            high, low = (a, b) if a > b else (b, a)
+            share = (1.0 + (low / high) ** self.sharpness) ** (1.0 / self.sharpness)
+            time += self.prefill_launch_us + high * share
+        return time
+
+
+@dataclass(eq=False)
+class _Table:
+    """Piecewise linear in a count, non-decreasing, 0 at 0; beyond the last point in proportion."""
+
+    counts: FloatArray
+    times_us: FloatArray
+
+    def __call__(self, count: FloatArray) -> FloatArray:
+        inside = np.interp(count, self.counts, self.times_us)
+        slope = self.times_us[-1] / self.counts[-1]
+        time = np.where(
+            count > self.counts[-1],
+            self.times_us[-1] + slope * (count - self.counts[-1]),
+            inside,
+        )
+        return np.where(count > 0, time, 0.0)
+
+    def one(self, count: float) -> float:
+        """The same for one count."""
+        points, times = self._lists
+        if count <= points[0]:
+            return times[0] if count > 0 else 0.0
+        if count >= points[-1]:
+            return times[-1] * count / points[-1]
+        i = bisect_left(points, count)
+        low = points[i - 1]
+        return times[i - 1] + (times[i] - times[i - 1]) * (count - low) / (points[i] - low)
+
+    @cached_property
+    def _lists(self) -> tuple[list[float], list[float]]:
+        return self.counts.tolist(), self.times_us.tolist()
+
+
+class StepCost:
+    """`step_us(batch)` of one deployment; build once, evaluate often.
+
+    basis: weakest kind of figure it rests on; notes: what was assumed.
+    """
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        gpu = deployment.gpu
+        types = {g.name for g in deployment.cluster.gpus}
+        self.calibration: Calibration = deployment.calibration or calibration_of_gpu(
+            gpu, deployment.cluster.calibration, len(types) == 1
+        )
+        self.notes: list[str] = []
+        self._bases: list[Basis] = [deployment.engine.basis, "assumed"]
+        self._hbm = gpu.hbm_gb_per_s * HBM_EFFICIENCY * 1e3
+        self._expert_model = self._pick_expert_model()
+        self.attention = self._attention_terms()
+        grid = _grid(deployment.max_batch_tokens + deployment.max_sequences)
+        everyone = _grid((deployment.max_batch_tokens + deployment.max_sequences) * deployment.dp)
+        self._rows = {name: _Table(grid, t) for name, t in self._row_parts(grid).items()}
+        self._rows_total = _Table(grid, sum(t.times_us for t in self._rows.values()))  # type: ignore[arg-type]
+        self._moe = {name: _Table(everyone, t) for name, t in self._moe_parts(everyone).items()}
+        self._moe_total = _Table(everyone, sum(t.times_us for t in self._moe.values()))  # type: ignore[arg-type]
+        heads = _grid(deployment.max_sequences * 2)
+        self._head = _Table(heads, self._head_us(heads))
+
+    @property
+    def basis(self) -> Basis:
+        """The weakest kind of figure that the times rest on."""
+        return weakest(*self._bases)
+
+    def step_us(self, batch: BatchShape) -> FloatArray:
+        """Microseconds of every step of `batch`: shape [...], its arrays without the rank axis."""
+        time = self._rows_total(batch.rows) + self._attention_us(batch)
+        gpu = time.max(axis=-1) + self._moe_total(batch.rows.sum(axis=-1))
+        gpu = gpu + self._head(self._sampled(batch)).max(axis=-1)
+        return np.where(batch.rows.sum(axis=-1) > 0, self._with_host(gpu, batch), 0.0)
+
+    def one_us(
+        self,
+        decode_tokens: Sequence[float],
+        decode_context_tokens: Sequence[float],
+        prefill_tokens: Sequence[float],
+        prefill_pairs: Sequence[float],
+        prefill_sequences: Sequence[float],
+    ) -> float:
+        """`step_us` of one step by plain numbers, one of each a DP rank; quick, nothing checked."""
+        slowest, sampled, total, prefill = 0.0, 0.0, 0.0, False
+        for n, context, p, pairs, count in zip(
+            decode_tokens,
+            decode_context_tokens,
+            prefill_tokens,
+            prefill_pairs,
+            prefill_sequences,
+            strict=True,
+        ):
+            rows = n + p
+            if not rows:
+                continue
+            time = self._rows_total.one(rows)
+            for terms in self.attention:
+                time += terms.num_layers * terms.one_us(n, context, p, pairs)
+            slowest = max(slowest, time)
+            sampled = max(sampled, n + count)
+            total += rows
+            prefill = prefill or p > 0
+        if not total:
+            return 0.0
+        time = slowest + self._moe_total.one(total) + self._head.one(sampled)
+        engine = self.deployment.engine
+        if prefill:
+            time = max(time, engine.eager_layer_us * self.deployment.model.num_hidden_layers)
+        return time + engine.step_host_us + engine.sequence_host_us * sampled
+
+    def breakdown(self, batch: BatchShape) -> dict[str, FloatArray]:
+        """Microseconds by part, of the slowest DP rank; their sum is `step_us`."""
+        attention = self._attention_us(batch)
+        slowest = np.argmax(self._rows_total(batch.rows) + attention, axis=-1)
+
+        def pick(values: FloatArray) -> FloatArray:
+            return np.take_along_axis(values, slowest[..., None], axis=-1)[..., 0]
+
+        parts = {name: pick(table(batch.rows)) for name, table in self._rows.items()}
+        parts["attention"] = pick(attention)
+        total = batch.rows.sum(axis=-1)
+        for name, table in self._moe.items():
+            parts[name] = parts.get(name, np.zeros(total.shape)) + table(total)
+        parts["head"] = self._head(self._sampled(batch)).max(axis=-1)
+        gpu = sum(parts.values(), np.zeros(total.shape))
+        parts["host"] = np.where(total > 0, self._with_host(gpu, batch) - gpu, 0.0)
+        return parts
+
+    def _sampled(self, batch: BatchShape) -> FloatArray:
+        return batch.decode_tokens + batch.prefill_sequences
+
+    def _with_host(self, gpu_us: FloatArray, batch: BatchShape) -> FloatArray:
+        engine = self.deployment.engine
+        prefill = batch.prefill_tokens.max(axis=-1) > 0
+        eager = engine.eager_layer_us * self.deployment.model.num_hidden_layers
+        busy = np.where(prefill, np.maximum(gpu_us, eager), gpu_us)
+        sequences = self._sampled(batch).max(axis=-1)
+        return busy + engine.step_host_us + engine.sequence_host_us * sequences
+
+    def _attention_us(self, batch: BatchShape) -> FloatArray:
+        total = np.zeros(batch.rows.shape)
+        for terms in self.attention:
+            one = terms.decode_us(batch.decode_tokens, batch.decode_context_tokens)
+            one = one + terms.prefill_us(batch.prefill_tokens, batch.prefill_pairs)
+            total = total + terms.num_layers * one
+        return total
+
+    def _attention_terms(self) -> tuple[AttentionTerms, ...]:
+        model, d = self.deployment.model, self.deployment
+        spec = model.attention
+        heads = spec.num_heads // d.tp
+        dense = self.calibration.dense
+        if spec.kind == "mla":
+            return (self._mla_terms(dense, heads),)
+        kv_heads = ceil(spec.num_kv_heads / d.tp)
+        width = spec.head_dim
+        decode = dense.attention_kernel("decode", width, d.kv_dtype)
+        prefill = dense.attention_kernel("prefill", width, d.kv_dtype)
+        self._bases += [decode.basis, prefill.basis]
+        seen = power_mean_max(
+            np.array(2.0 * kv_heads * width * KV_ELEMENT_BYTES[d.kv_dtype] / decode.gb_per_s / 1e3),
+            np.array(4.0 * heads * width / decode.tflops / 1e6),
+            decode.sharpness,
+        )
+        windowed = set(spec.window_layer_ids) - set(spec.linear_layer_ids)
+        counts = [(0, model.num_kv_layers - len(windowed)), (spec.window_tokens, len(windowed))]
+        return tuple(
+            AttentionTerms(
+                num_layers=count,
+                window=window,
+                decode_launch_us=decode.launch_us,
+                us_per_seen=float(seen),
+                extra_tokens=decode.extra_tokens,
+                prefill_launch_us=prefill.launch_us,
+                us_per_row=4.0 * width * (heads + kv_heads) / prefill.gb_per_s / 1e3,
+                us_per_pair=4.0 * heads * width / prefill.tflops / 1e6,
+                sharpness=prefill.sharpness,
+            )
+            for window, count in counts
+            if count
+        )
+
+    def _mla_terms(self, dense: DenseModel, heads: int) -> AttentionTerms:
+        model, d = self.deployment.model, self.deployment
+        spec = model.attention
+        decode = dense.mla_module("decode", d.dense_dtype, d.kv_dtype)
+        prefill = dense.mla_module("prefill", d.dense_dtype, d.kv_dtype)
+        self._bases += [decode.basis, prefill.basis]
+        latent, rope = spec.kv_lora_rank, spec.qk_rope_head_dim
+        seen = power_mean_max(
+            np.array((latent + rope) * KV_ELEMENT_BYTES[d.kv_dtype] / decode.kv_gb_per_s / 1e3),
+            np.array(2.0 * heads * (2 * latent + rope) / decode.attention_tflops / 1e6),
+            decode.sharpness,
+        )
+        width = spec.qk_nope_head_dim + rope + spec.v_head_dim
+        return AttentionTerms(
+            num_layers=model.num_hidden_layers,
+            window=0,
+            decode_launch_us=decode.launch_us,
+            us_per_seen=float(seen),
+            extra_tokens=decode.extra_tokens,
+            prefill_launch_us=prefill.launch_us,
+            us_per_row=(4.0 * heads * width + 4.0 * model.hidden_size) / prefill.kv_gb_per_s / 1e3,
+            us_per_pair=2.0 * heads * width / prefill.attention_tflops / 1e6,
+            sharpness=prefill.sharpness,
+        )
+
+    def _row_parts(self, rows: FloatArray) -> dict[str, FloatArray]:
+        """All layers' work of one rank by its rows alone."""
+        d, model = self.deployment, self.deployment.model
+        hidden = model.hidden_size
+        gemm = self.calibration.dense.gemm(d.dense_dtype)
+        router = self.calibration.dense.gemm("bf16")
+        self._bases += [gemm.basis, router.basis]
+        layers, moe_layers = model.num_hidden_layers, model.num_moe_layers
+        small = SMALL_KERNELS * SMALL_KERNEL_US + 8.0 * rows * hidden * ELEMENT_BYTES / self._hbm
+        parts = {
+            "projections": layers * self._projections_us(rows),
+            "elementwise": layers * small,
+            "router": moe_layers * router.time_us(rows, model.num_experts, hidden),
+        }
+        if model.shared_intermediate_size:
+            parts["shared_experts"] = moe_layers * self._ffn_us(
+                rows, model.shared_intermediate_size
+            )
+        if layers > moe_layers:
+            parts["dense_ffn"] = (layers - moe_layers) * self._ffn_us(
+                rows, model.dense_intermediate_size
+            )
+        parts["communication"] = self._tp_comm_us(rows)
+        return parts
+
+    def _ffn_us(self, rows: FloatArray, width: int) -> FloatArray:
+        d, hidden = self.deployment, self.deployment.model.hidden_size
+        gemm = self.calibration.dense.gemm(d.dense_dtype)
+        cut = max(1, width // d.tp)
+        up = gemm.time_us(rows, (d.model.ffn_matrices - 1) * cut, hidden)
+        return np.asarray(up + gemm.time_us(rows, hidden, cut), dtype=np.float64)
+
+    def _projections_us(self, rows: FloatArray) -> FloatArray:
+        d, model = self.deployment, self.deployment.model
+        spec, hidden = model.attention, model.hidden_size
+        heads = spec.num_heads // d.tp
+        if spec.kind == "mla":
+            module = self.calibration.dense.mla_module("prefill", d.dense_dtype, d.kv_dtype)
+            cut = replace(spec, num_heads=heads, num_kv_heads=heads)
+            weights = float(cut.layer_params(hidden))
+            memory = weights * module.weight_bytes_per_param / (module.weight_gb_per_s * 1e3)
+            flops = 2.0 * rows * weights / (module.dense_tflops * 1e6)
+            return power_mean_max(np.full_like(flops, memory), flops, GEMM_SHARPNESS)
+        gemm = self.calibration.dense.gemm(d.dense_dtype)
+        kv_heads = ceil(spec.num_kv_heads / d.tp)
+        qkv = gemm.time_us(rows, (heads + 2 * kv_heads) * spec.head_dim, hidden)
+        return np.asarray(qkv + gemm.time_us(rows, hidden, heads * spec.head_dim), np.float64)
+
+    def _tp_comm_us(self, rows: FloatArray) -> FloatArray:
+        """All-reduces over TP: one after attention, one after dense layers; the embedding's."""
+        d, model = self.deployment, self.deployment.model
+        if d.tp == 1:
+            return np.zeros_like(rows)
+        dense_layers = model.num_hidden_layers - model.num_moe_layers
+        count = model.num_hidden_layers + dense_layers + 1
+        curve = self._curve("all_reduce", d.tp)
+        return np.asarray(count * curve.time_us(rows * model.hidden_size * ELEMENT_BYTES))
+
+    def _curve(self, kind: str, group: int) -> CollectiveCurve:
+        cluster = self.deployment.cluster
+        nodes = max(1, ceil(group / cluster.gpus_per_node))
+        routes = cluster.routes()
+        nics = routes.link_gb_per_s[routes.link_class == routes.link_class_names.index("nic")]
+        nic = float(nics.min()) if len(nics) else None
+        curve = self.calibration.collective(kind, group, nodes, nic_gb_per_s=nic)
+        self._bases.append(curve.basis)
+        return curve
+
+    def _moe_parts(self, tokens: FloatArray) -> dict[str, FloatArray]:
+        """All MoE layers by the tokens of all ranks together."""
+        layers = self.deployment.model.num_moe_layers
+        experts = np.array([self._expert_layer_us(n) for n in tokens])
+        return {
+            "experts": layers * np.maximum.accumulate(experts),
+            "communication": layers * self._moe_comm_us(tokens),
+        }
+
+    def _expert_layer_us(self, num_tokens: float) -> float:
+        d, model, kernel = self.deployment, self.deployment.model, self._expert_model
+        load = (
+            load_of_trace(d.trace)
+            if d.trace is not None
+            else assumed_load(model.num_experts, model.top_k)
+        )
+        gpu_of_slot, expert_of_slot, share = self._slots(len(load.inclusion))
+        width = max(1, model.moe_intermediate_size // d.moe_tp)
+        work = layer_us(
+            load,
+            kernel,
+            num_tokens,
+            model.hidden_size,
+            width,
+            model.ffn_matrices,
+            gpu_of_slot,
+            expert_of_slot,
+            share,
+        )
+        local = num_tokens if d.moe_comm == "all_reduce" else num_tokens / d.dp
+        return (
+            kernel.layer_launch_us()
+            + work
+            + kernel.token_overhead_us(local, model.top_k, model.hidden_size)
+        )
+
+    def _slots(self, num_layers: int) -> tuple[np.ndarray, np.ndarray, FloatArray]:
+        d, model = self.deployment, self.deployment.model
+        if d.plan is None:
+            expert = np.tile(np.arange(model.num_experts), (num_layers, 1))
+            gpu = np.arange(model.num_experts) * d.ep // model.num_experts
+            return gpu, expert, np.ones(expert.shape)
+        placement = d.plan.placement
+        picked = np.arange(num_layers) % placement.num_layers
+        table = placement.physical_to_logical[picked]
+        share = 1.0 / np.take_along_axis(
+            placement.replica_count[picked], np.maximum(table, 0), axis=1
+        )
+        gpu = np.arange(placement.num_slots) // placement.slots_per_gpu
+        return gpu, np.maximum(table, 0), np.where(table >= 0, share, 0.0)
+
+    def _moe_comm_us(self, tokens: FloatArray) -> FloatArray:
+        """Dispatch and combine of one MoE layer; `tokens` of all ranks, evenly spread."""
+        d, model = self.deployment, self.deployment.model
+        group = d.tp * d.dp
+        if group == 1:
+            return np.zeros_like(tokens)
+        row = model.hidden_size * ELEMENT_BYTES
+        if d.moe_comm == "all_reduce":
+            return np.asarray(self._curve("all_reduce", group).time_us(tokens * row))
+        if d.moe_comm == "all_gather":
+            share = tokens * row * (group - 1) / group
+            gather = self._curve("all_gather", group).time_us(share)
+            return np.asarray(gather + self._curve("reduce_scatter", group).time_us(share))
+        dispatch, combine = (self._curve(kind, group) for kind in KINDS_OF[d.moe_comm])
+        per_gpu = tokens / group
+        fan_out = group * (1.0 - (1.0 - 1.0 / group) ** model.top_k)
+        nodes = max(1, ceil(group / d.cluster.gpus_per_node))
+        other_nodes = nodes * (1.0 - (1.0 - 1.0 / nodes) ** model.top_k) * (nodes - 1) / nodes
+        copies = float(model.top_k) if d.moe_comm == "deepep_ll" else fan_out
+        sent = per_gpu * copies * (group - 1) / group
+        nic = per_gpu * (copies * (nodes - 1) / nodes if d.moe_comm != "deepep" else other_nodes)
+        there = model.hidden_size * BYTES_PER_ELEMENT["fp8" if "deepep" in d.moe_comm else "bf16"]
+        time = dispatch.time_us(sent * there, nic * there)
+        return np.asarray(time + combine.time_us(sent * row, nic * row), dtype=np.float64)
+
+    def _pick_expert_model(self) -> ExpertGemmModel:
+        d = self.deployment
+        names = {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4", "mxfp4"), "fp16": ("fp16", "bf16")}
+        known = {dtype for dtype, _ in self.calibration.experts}
+        wanted = names.get(d.expert_dtype, (d.expert_dtype,))
+        dtype = next((n for n in wanted if n in known), wanted[-1])
+        shape = (d.model.hidden_size, d.model.moe_intermediate_size)
+        model = self.calibration.expert_ffn(dtype, shape=shape)
+        self._bases.append(model.basis)
+        return model
+
+    def _head_us(self, rows: FloatArray) -> FloatArray:
+        """Final norm, output head cut over TP, gathering its logits; `rows` sampled tokens."""
+        d, model = self.deployment, self.deployment.model
+        gemm = self.calibration.dense.gemm("bf16")
+        time = gemm.time_us(rows, ceil(model.vocab_size / d.tp), model.hidden_size)
+        if d.tp > 1:
+            share = rows * model.vocab_size * ELEMENT_BYTES * (d.tp - 1) / d.tp
+            time = time + self._curve("all_gather", d.tp).time_us(share)
+        return np.asarray(time + SMALL_KERNELS * SMALL_KERNEL_US, dtype=np.float64)
+
+
+def _grid(last: float) -> FloatArray:
+    """1 to `last`, every integer to 16 and then a few per octave."""
+    octaves = np.log2(max(last, 2.0) / 16.0)
+    fine = np.arange(1, min(17, int(last) + 1), dtype=np.float64)
+    if octaves <= 0:
+        return fine
+    coarse = 16.0 * 2.0 ** np.linspace(0, octaves, max(2, ceil(octaves * GRID_PER_OCTAVE) + 1))[1:]
+    return np.concatenate([fine, coarse])
