@@ -1,0 +1,224 @@
+"""Requests from files and from distributions.
+
+Files: Azure's CSV (`TIMESTAMP,ContextTokens,GeneratedTokens`; github.com/Azure/AzurePublicDataset),
+Mooncake's JSONL (`timestamp` in ms, `input_length`, `output_length`, `hash_ids` of blocks of 512
+tokens; github.com/kvcache-ai/Mooncake), BurstGPT's CSV (`Timestamp` in s, `Request tokens`,
+`Response tokens`; github.com/HPMLL/BurstGPT).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import FormatError, InputError
+from moesim.serving.requests import Requests
+
+AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+BURST = ("Timestamp", "Request tokens", "Response tokens")
+MOONCAKE = ("timestamp", "input_length", "output_length")
+OPTIONAL = ("priority",)
+MOONCAKE_BLOCK_TOKENS = 512
+_REMEDY = (
+    f"give a CSV with columns {','.join(AZURE)} or {','.join(BURST)}, or JSONL with"
+    f" {', '.join(MOONCAKE)} (and hash_ids)"
+)
+
+
+def load_requests(path: str | Path, *, skip_empty: bool = False) -> Requests:
+    """Requests of a file in one of the formats of this module, told by its first line.
+
+    skip_empty: leave out rows whose prompt or output is 0, as failed requests in BurstGPT are,
+    instead of refusing them. A further column or key `priority` is read if there.
+    Raises InputError for a file that cannot be read and FormatError, which names the line, for one
+    that is in none of the formats, cut off, or holds what is no number; else as `Requests.of`.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"cannot read {path}: {reason}", _REMEDY) from None
+    lines = text.splitlines()
+    if not any(line.strip() for line in lines):
+        raise FormatError(f"{path} is empty", _REMEDY)
+    if lines[0].lstrip().startswith("{"):
+        return _from_jsonl(path, lines, skip_empty)
+    return _from_csv(path, lines, skip_empty)
+
+
+def _from_csv(path: Path, lines: list[str], skip_empty: bool) -> Requests:
+    header = [name.strip() for name in next(csv.reader(lines[:1]))]
+    columns = next((c for c in (AZURE, BURST) if all(name in header for name in c)), None)
+    if columns is None:
+        raise FormatError(f"{path} has the columns {','.join(header)!r:.200}", _REMEDY)
+    where = [header.index(name) for name in columns]
+    optional = [header.index(name) for name in OPTIONAL if name in header]
+    times: list[str] = []
+    rows: list[list[float]] = []
+    numbers: list[int] = []
+    for number, row in enumerate(_rows(path, lines), start=2):
+        if not any(cell.strip() for cell in row):
+            continue
+        if len(row) != len(header):
+            raise FormatError(
+                f"{path} line {number} has {len(row)} cells, the header {len(header)}",
+                "the file may be cut off: get it again, or remove the line",
+            )
+        times.append(row[where[0]].strip())
+        rows.append([_number(path, number, row[i]) for i in (*where[1:], *optional)])
+        numbers.append(number)
+    if not rows:
+        raise FormatError(f"{path} has a header but no requests", "give at least one row")
+    table = np.array(rows, np.float64)
+    if columns is AZURE:
+        arrival = _seconds(path, times, numbers)
+        _check_sorted_stamps(path, arrival, numbers)
+    else:
+        arrival = np.array([_number(path, n, t) for n, t in zip(numbers, times, strict=True)])
+    return _requests(
+        path, arrival, table[:, 0], table[:, 1], table[:, 2] if optional else None, None,
+        numbers, skip_empty,
+    )  # fmt: skip
+
+
+def _rows(path: Path, lines: list[str]) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(lines[1:])
+    except csv.Error as error:
+        raise FormatError(f"{path}: {error}", _REMEDY) from None
+
+
+def _from_jsonl(path: Path, lines: list[str], skip_empty: bool) -> Requests:
+    rows: list[list[float]] = []
+    blocks: list[list[int]] = []
+    numbers: list[int] = []
+    with_priority = False
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            raise FormatError(
+                f"{path} line {number} is not JSON",
+                "the file may be cut off: get it again, or remove the line",
+            ) from None
+        if not isinstance(entry, dict) or any(key not in entry for key in MOONCAKE):
+            raise FormatError(f"{path} line {number} lacks one of {', '.join(MOONCAKE)}", _REMEDY)
+        with_priority = with_priority or "priority" in entry
+        keys = (*MOONCAKE, *OPTIONAL)
+        rows.append([_number(path, number, entry.get(key, 0)) for key in keys])
+        blocks.append(_block_ids(path, number, entry.get("hash_ids", [])))
+        numbers.append(number)
+    table = np.array(rows, np.float64)
+    return _requests(
+        path,
+        table[:, 0] / 1e3,
+        table[:, 1],
+        table[:, 2],
+        table[:, 3] if with_priority else None,
+        blocks if any(blocks) else None,
+        numbers,
+        skip_empty,
+    )
+
+
+def _block_ids(path: Path, number: int, ids: Any) -> list[int]:
+    if not isinstance(ids, list) or any(
+        isinstance(i, bool) or not isinstance(i, int) or not -(1 << 62) < i < 1 << 62 for i in ids
+    ):
+        raise FormatError(
+            f"{path} line {number}: hash_ids is no list of whole numbers", "repair the line"
+        )
+    return ids
+
+
+def _requests(
+    path: Path,
+    arrival: Any,
+    prompt: Any,
+    output: Any,
+    priority: Any,
+    blocks: list[list[int]] | None,
+    numbers: list[int],
+    skip_empty: bool,
+) -> Requests:
+    notices: tuple[str, ...] = ()
+    if skip_empty:
+        keep = (prompt > 0) & (output > 0)
+        left_out = int((~keep).sum())
+        if left_out:
+            notices = (f"{left_out:,} of {len(keep):,} rows without prompt or output left out",)
+        arrival, prompt, output = arrival[keep], prompt[keep], output[keep]
+        priority = priority[keep] if priority is not None else None
+        kept = np.flatnonzero(keep).tolist()
+        blocks = [blocks[i] for i in kept] if blocks is not None else None
+        numbers = [numbers[i] for i in kept]
+    contiguous = not numbers or numbers[-1] - numbers[0] == len(numbers) - 1
+    made = Requests.of(
+        arrival,
+        prompt,
+        output,
+        priority=None if priority is None else np.round(priority),
+        blocks=blocks,
+        block_tokens=MOONCAKE_BLOCK_TOKENS,
+        source=path.name,
+        basis="measured",
+        row_name=f"{path.name} line" if contiguous else f"{path.name} request",
+        first_row=numbers[0] if contiguous and numbers else 0,
+    )
+    object.__setattr__(made, "notices", notices)
+    return made
+
+
+def _number(path: Path, line: int, cell: Any) -> float:
+    try:
+        if isinstance(cell, bool) or not isinstance(cell, (int, float, str)):
+            raise ValueError
+        value = float(cell)
+    except (ValueError, OverflowError):
+        raise FormatError(
+            f"{path} line {line}: {cell!r:.60} is no number", "repair or remove the line"
+        ) from None
+    if not math.isfinite(value):
+        raise FormatError(f"{path} line {line}: {cell!r:.60} is not finite", "remove the line")
+    return value
+
+
+def _seconds(path: Path, times: list[str], numbers: list[int]) -> Any:
+    plain = [t.removesuffix("Z").removesuffix("+00:00") for t in times]
+    try:
+        stamps = np.array(plain, dtype="datetime64[ns]")
+    except ValueError:
+        for text, number in zip(plain, numbers, strict=True):
+            try:
+                np.datetime64(text, "ns")
+            except ValueError:
+                raise FormatError(
+                    f"{path} line {number}: {text!r:.60} is no time of day with date (UTC)",
+                    "write times as 2023-11-16 18:15:46.680590",
+                ) from None
+        raise
+    if np.isnat(stamps).any():
+        number = numbers[int(np.isnat(stamps).argmax())]
+        raise FormatError(f"{path} line {number} has no time", "repair or remove the line")
+    # Seconds since 1970 as floats would be exact to 0.2 us only.
+    return (stamps - stamps[0]).astype(np.int64) / 1e9
+
+
+def _check_sorted_stamps(path: Path, arrival: Any, numbers: list[int]) -> None:
+    back = np.flatnonzero(np.diff(arrival) < 0)
+    if len(back):
+        row = int(back[0]) + 1
+        raise InputError(
+            f"{path.name} line {numbers[row]} is {arrival[row - 1] - arrival[row]:g} s earlier than"
+            f" the one above it ({len(back)} such lines)",
+            "sort the file by time",
+        )
