@@ -73,7 +73,7 @@ def plan(
     ] = None,
     domain: Annotated[str | None, typer.Option(help="Plan for one domain of the trace.")] = None,
     replica_policy: Annotated[
-        str, typer.Option(help="How a replica is chosen: split, hash or nearest.")
+        str, typer.Option(help="How a replica is chosen: split, hash, nearest or lp.")
     ] = "split",
     all_to_all: Annotated[
         str | None,
@@ -133,7 +133,7 @@ def plan(
         batch_tokens=batch_tokens,
         domain=domain,
         replica_policy=_choice(  # type: ignore[arg-type]
-            "replica policy", replica_policy, ("split", "hash", "nearest")
+            "replica policy", replica_policy, ("split", "hash", "nearest", "lp")
         ),
         all_to_all=_choice("all-to-all library", all_to_all, tuple(KINDS_OF)),
         seed=seed,

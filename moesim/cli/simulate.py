@@ -69,7 +69,7 @@ def simulate(
     ] = 1.0,
     replica_policy: Annotated[
         str | None,
-        typer.Option(help="split, hash or nearest.", show_default="the plan's"),
+        typer.Option(help="split, hash, nearest or lp.", show_default="the plan's"),
     ] = None,
     context_tokens: Annotated[
         int | None,
@@ -192,7 +192,7 @@ def simulate(
         reduce=reduce,
         fidelity=choice("fidelity", fidelity, FIDELITIES),  # type: ignore[arg-type]
         replica_policy=choice(  # type: ignore[arg-type]
-            "replica policy", replica_policy, ("split", "hash", "nearest")
+            "replica policy", replica_policy, ("split", "hash", "nearest", "lp")
         ),
         context_tokens=context_tokens,
         home_ranks=not moe_only,

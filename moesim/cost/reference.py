@@ -63,6 +63,24 @@ def route_reference(
     return Routed(slot_tokens, messages, gpu_fan_out, node_fan_out, np.diff(batches.indptr))
 
 
+def least_largest_load(counts: npt.NDArray[Any], row: npt.NDArray[Any], num_gpus: int) -> float:
+    """Optimum of the linear program of `moesim.cost.replica_lp` for one batch and layer, by HiGHS.
+
+    counts: [E] tokens of each expert; row: [P] expert of each slot, -1 for empty.
+    """
+    from scipy.optimize import linprog
+
+    slots = np.flatnonzero(row != EMPTY)
+    serves = np.zeros((len(counts), len(slots) + 1))
+    serves[row[slots], np.arange(len(slots))] = 1
+    over = np.zeros((num_gpus, len(slots) + 1))
+    over[slots // (len(row) // num_gpus), np.arange(len(slots))] = 1
+    over[:, -1] = -1
+    cost = np.append(np.zeros(len(slots)), 1.0)
+    found = linprog(cost, A_ub=over, b_ub=np.zeros(num_gpus), A_eq=serves, b_eq=counts)
+    return float(found.fun or 0.0)
+
+
 def _messages(gpus: list[int], home: int, per_node: int, dedup: Dedup) -> list[tuple[int, int]]:
     if dedup == "none":
         return [(home, g) for g in gpus if g != home]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from moesim.cost.replica_lp import share_out
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.plan import Placement, ReplicaPolicy
 from moesim.trace.batches import Batches
@@ -21,7 +22,7 @@ from moesim.trace.format import Trace
 
 Dedup = Literal["gpu", "node", "none"]
 DEDUP_CODES: dict[str, int] = {"none": 0, "gpu": 1, "node": 2}
-POLICY_CODES: dict[str, int] = {"split": 0, "hash": 1, "nearest": 2}
+POLICY_CODES: dict[str, int] = {"split": 0, "hash": 1, "nearest": 2, "lp": 3}
 Array = npt.NDArray[Any]
 
 
@@ -80,16 +81,15 @@ def route(
     hash:    a hash of (token, expert) picks the replica.
     nearest: the home GPU if it holds the expert, else `split` over the replicas of the home node,
              else over all.
+    lp:      the shares that make the largest GPU load of each batch and layer least, by exact
+             linear program; choices on their home GPU first, then on its node (see `replica_lp`).
     Choices of -1 are skipped; ids are trusted, since `load_trace` has checked them. `home` defaults
     to `home_ranks`. Raises MismatchError when trace and placement differ in layers or experts,
-    InputError for a policy that cannot be routed or a home that is no GPU, UnknownNameError for an
-    unknown `dedup`.
+    InputError for a home that is no GPU, UnknownNameError for an unknown `policy` or `dedup`.
     """
     check_match(trace, placement)
     if policy not in POLICY_CODES:
-        raise InputError(
-            f"replica policy {policy!r} cannot be routed here", "use split, hash or nearest"
-        )
+        raise UnknownNameError("replica policy", policy, POLICY_CODES)
     if dedup not in DEDUP_CODES:
         raise UnknownNameError("deduplication", dedup, DEDUP_CODES)
     if home is None:
@@ -155,9 +155,15 @@ def pick_slot(
     node_of_gpu: Array,
     policy: int,
     turn: Array,
+    share: Array,
 ) -> int:
     """The slot that serves one choice of an expert with several replicas; advances
-    `turn[expert]` where shares rotate."""
+    `turn[expert]` where shares rotate, uses up `share` [E, G, R] where the policy is lp."""
+    if policy == 3:
+        for r in range(count):
+            if share[expert, home, r] > 0:
+                share[expert, home, r] -= 1
+                return slots[r]
     if policy == 1:
         return slots[mix(np.uint64(token), np.uint64(expert)) % np.uint64(count)]
     if policy == 2:
@@ -179,6 +185,44 @@ def pick_slot(
     chosen = slots[turn[expert] % count]
     turn[expert] += 1
     return chosen
+
+
+@njit(cache=True, nogil=True)
+def share_batch(
+    expert_ids: Array,
+    tokens: Array,
+    home: Array,
+    logical_to_physical: Array,
+    replica_count: Array,
+    gpu_of_slot: Array,
+    node_of_gpu: Array,
+    share: Array,
+) -> None:
+    """Fill share [L, E, G, R] for the `tokens` of one batch (policy lp), whose homes are `home`."""
+    num_layers, top_k = expert_ids.shape[1], expert_ids.shape[2]
+    num_experts, num_gpus = share.shape[1], share.shape[2]
+    demand = np.zeros((num_layers, num_experts, num_gpus), np.int64)
+    for i in range(len(tokens)):
+        for layer in range(num_layers):
+            for k in range(top_k):
+                expert = np.int64(expert_ids[tokens[i], layer, k])
+                if expert >= 0:
+                    demand[layer, expert, home[i]] += 1
+    fixed = np.empty(num_gpus, np.int64)
+    for layer in range(num_layers):
+        fixed[:] = 0
+        for e in range(num_experts):
+            if replica_count[layer, e] == 1:
+                fixed[gpu_of_slot[logical_to_physical[layer, e, 0]]] += demand[layer, e].sum()
+        share_out(
+            demand[layer],
+            fixed,
+            logical_to_physical[layer],
+            replica_count[layer],
+            gpu_of_slot,
+            node_of_gpu,
+            share[layer],
+        )
 
 
 @njit(cache=True, nogil=True)
@@ -206,9 +250,25 @@ def route_kernel(
     gpu_seen = np.full(num_gpus, -1, np.int64)
     node_seen = np.full(num_nodes, -1, np.int64)
     turn = np.zeros((num_layers, num_experts), np.int64)
+    share = np.zeros(
+        (num_layers, num_experts if policy == 3 else 0, num_gpus, logical_to_physical.shape[2]),
+        np.int32,
+    )
     stamp = np.int64(0)
     for b in range(len(indptr) - 1):
         turn[:] = 0
+        if policy == 3:
+            span = slice(indptr[b], indptr[b + 1])
+            share_batch(
+                expert_ids,
+                token_idx[span],
+                home[span],
+                logical_to_physical,
+                replica_count,
+                gpu_of_slot,
+                node_of_gpu,
+                share,
+            )
         for i in range(indptr[b], indptr[b + 1]):
             token = token_idx[i]
             h = np.int64(home[i])
@@ -235,6 +295,7 @@ def route_kernel(
                                 node_of_gpu,
                                 policy,
                                 turn[layer],
+                                share[layer],
                             )
                         )
                     slot_tokens[b, layer, slot] += 1

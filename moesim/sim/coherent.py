@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from moesim.cost.routing import POLICY_CODES, Routed, check_match, pick_slot
+from moesim.cost.routing import POLICY_CODES, Routed, check_match, pick_slot, share_batch
 from moesim.cost.step import calibration_of_gpu
 from moesim.errors import InputError
 from moesim.plan import Placement
@@ -134,14 +134,33 @@ def _follow(
     back: Array,
     where: Array,
 ) -> None:
-    """Follow every token through the layers; adds to slot_tokens [L, P], out and back [L, G, G],
+    """Follow the tokens from layer to layer; adds to slot_tokens [L, P], out and back [L, G, G],
     and writes where [L, T], the GPU that each token starts each layer on."""
     num_tokens, num_layers, top_k = ids.shape
-    turn = np.zeros((num_layers, replica_count.shape[1]), np.int64)
+    num_gpus = out.shape[1]
+    num_experts = replica_count.shape[1]
+    turn = np.zeros(num_experts, np.int64)
+    width = num_experts if policy == 3 else 0
+    share = np.zeros((1, width, num_gpus, logical_to_physical.shape[2]), np.int32)
     gpus = np.empty(top_k, np.int64)
-    for t in range(num_tokens):
-        here = np.int64(home[t])
-        for layer in range(num_layers):
+    at = home.astype(np.int64)
+    every = np.arange(num_tokens)
+    for layer in range(num_layers):
+        turn[:] = 0
+        one = slice(layer, layer + 1)
+        if policy == 3:
+            share_batch(
+                ids[:, one],
+                every,
+                at,
+                logical_to_physical[one],
+                replica_count[one],
+                gpu_of_slot,
+                node_of_gpu,
+                share,
+            )
+        for t in range(num_tokens):
+            here = at[t]
             where[layer, t] = here
             go_on = here
             first = np.int64(-1)
@@ -162,7 +181,8 @@ def _follow(
                             gpu_of_slot,
                             node_of_gpu,
                             policy,
-                            turn[layer],
+                            turn,
+                            share[0],
                         )
                     )
                 slot_tokens[layer, slot] += 1
@@ -187,4 +207,4 @@ def _follow(
                     out[layer, here, gpu] += 1
                 if gpu != go_on:
                     back[layer, gpu, go_on] += 1
-            here = go_on
+            at[t] = go_on

@@ -160,8 +160,8 @@ def test_refusals(build: ModuleType) -> None:
         route(trace, batches, Placement(np.array([[0, 1, 2, 0]], np.int32), 2, 1, 3))
     with pytest.raises(MismatchError, match="the trace has 1 MoE layers"):
         route(trace, batches, Placement(np.tile(np.arange(6, dtype=np.int32), (2, 1)), 2, 1, 6))
-    with pytest.raises(InputError, match="'lp' cannot be routed here"):
-        route(trace, batches, PLACEMENT, policy="lp")
+    with pytest.raises(UnknownNameError, match="unknown replica policy 'fair'"):
+        route(trace, batches, PLACEMENT, policy="fair")  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="unknown deduplication 'nodes'"):
         route(trace, batches, PLACEMENT, dedup="nodes")  # type: ignore[arg-type]
     for home in ([0, 4], [-1, 0], [0], [0, 0, 0]):
