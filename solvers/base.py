@@ -15,7 +15,13 @@ from moesim.plan import EMPTY, Placement, Status
 Objective = Literal["balance", "traffic", "time"]
 OBJECTIVES: tuple[Objective, ...] = ("balance", "traffic", "time")
 Progress = Callable[[int, int], None]
+Stop = Callable[[], bool]
 FloatArray = npt.NDArray[np.floating[Any]]
+
+
+def never() -> bool:
+    """The `stop` of a search that nobody interrupts."""
+    return False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +64,7 @@ class Problem:
     expert_us: [types, N + 1] time of one expert by tokens, at speed 1; needed by objective time.
     num_groups: expert groups of group-limited routing (EPLB's hierarchical policy), 1 if none.
     traffic:  needed by the objectives traffic and time.
+    stop:     true once the search is to end with the best it has; asked as the clock is.
 
     Raises InfeasibleError when experts do not fit the slots, InputError when sizes do not go
     together, counts are not finite or what an objective needs is missing.
@@ -74,6 +81,7 @@ class Problem:
     traffic: Traffic | None = None
     seed: int = 0
     time_limit_s: float = 60.0
+    stop: Stop = never
 
     def __post_init__(self) -> None:
         gpus = len(self.capacity)

@@ -63,7 +63,7 @@ class LocalSearch:
         values = np.full(problem.num_layers, np.nan)
 
         def run(layer: int) -> None:
-            if time.monotonic() - started < problem.time_limit_s:
+            if time.monotonic() - started < problem.time_limit_s and not problem.stop():
                 values[layer] = shared.search(layer, slots[layer])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
