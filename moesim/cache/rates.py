@@ -9,15 +9,11 @@ import numpy.typing as npt
 
 from moesim.cache.timeline import StepTimes
 from moesim.cluster.types import GpuSpec
-from moesim.cost.calibration import Calibration, calibration_names, load_calibration
+from moesim.cost.calibration import Calibration
 from moesim.cost.curves import Basis, weakest
-from moesim.cost.datasheet import (
-    HBM_EFFICIENCY,
-    TFLOPS_EFFICIENCY,
-    GpuFigures,
-    datasheet_models,
-)
+from moesim.cost.datasheet import HBM_EFFICIENCY, TFLOPS_EFFICIENCY
 from moesim.cost.expert_gemm import ExpertGemmModel
+from moesim.cost.step import calibration_of_gpu
 from moesim.errors import InputError
 from moesim.model import WEIGHT_BYTES, ModelSpec, bytes_per
 
@@ -101,7 +97,7 @@ def build_rates(
     model: ModelSpec, gpu: GpuSpec, host: HostSpec, calibration: Calibration | None = None
 ) -> Rates:
     """Rates from the GPU's calibration, or datasheet figures where there is none."""
-    found = calibration or _calibration(gpu)
+    found = calibration or calibration_of_gpu(gpu, None, only_type=True)
     experts = _expert_model(found, model.expert_dtype)
     copy = found.copy("h2d")
     basis = weakest(experts.basis, copy.basis, host.kind, "assumed")
@@ -200,24 +196,6 @@ def _dense_s(rates: Rates, params: int, n: FloatArray) -> FloatArray:
     read = params * per / (rates.gpu.hbm_gb_per_s * 1e9 * HBM_EFFICIENCY)
     peak = rates.gpu.peak_tflops("bf16") * 1e12 * TFLOPS_EFFICIENCY
     return np.where(n > 0, np.maximum(read, 2 * params * n / peak), 0.0)
-
-
-def _calibration(gpu: GpuSpec) -> Calibration:
-    family = gpu.name.split("-")[0]
-    if family in calibration_names():
-        found = load_calibration(family)
-        if found.copies and found.experts:
-            return found
-    return datasheet_models(
-        GpuFigures(
-            name=gpu.name,
-            hbm_gb_per_s=gpu.hbm_gb_per_s,
-            tflops=gpu.tflops,
-            nvlink_gb_per_s=gpu.nvlink_gb_per_s,
-            pcie_gb_per_s=gpu.pcie_gb_per_s,
-            kernel_launch_us=gpu.kernel_launch_us,
-        )
-    )
 
 
 def _expert_model(calibration: Calibration, dtype: str) -> ExpertGemmModel:

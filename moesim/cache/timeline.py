@@ -180,7 +180,7 @@ def run_timeline(
     if policy.offline and policy.code != LOOKAHEAD:
         flat = found.item + np.repeat(layer, np.diff(found.indptr)).astype(np.int32) * shape[1]
         next_use, first_use = kernels.next_uses(flat, shape[0] * shape[1])
-    order, priority = _initial(setup, policy.code, first_use, shape)
+    order, priority = starting_order(setup, policy.code, first_use, shape)
     if predicted is None or setup.depth == 0 or setup.width == 0:
         predicted = np.zeros((stream.num_steps, shape[0], 0), np.int16)
     prior = setup.frequency
@@ -231,7 +231,7 @@ def run_timeline(
     )
 
 
-def _initial(
+def starting_order(
     setup: Setup, code: int, first_use: IntArray, shape: tuple[int, int]
 ) -> tuple[npt.NDArray[np.int32], FloatArray]:
     """[L, E] preload order (first -1 row entry ends it) and starting priorities."""

@@ -18,7 +18,7 @@ from moesim.cache.kernels import (
 
 
 @njit(cache=True)
-def _admit(e, slots, forced, resident, held, num_held, mark, stamp, prio, last):  # type: ignore[no-untyped-def]
+def admit(e, slots, forced, resident, held, num_held, mark, stamp, prio, last):  # type: ignore[no-untyped-def]
     """Put e into the layer's slots if the policy wants it there; returns the slots in use."""
     if num_held < slots:
         held[num_held] = e
@@ -42,7 +42,7 @@ def _admit(e, slots, forced, resident, held, num_held, mark, stamp, prio, last):
 
 
 @njit(cache=True)
-def _split(gate, link, busy, miss, count, gpu_s, cpu_s, host, cpu_start, load):  # type: ignore[no-untyped-def]
+def split_misses(gate, link, busy, miss, count, gpu_s, cpu_s, host, cpu_start, load):  # type: ignore[no-untyped-def]
     """How many of the misses, fewest tokens first, the CPU should take so that the layer ends
     soonest. `busy`: when the GPU is done with what it has."""
     best, best_end = 0, np.inf
@@ -207,7 +207,7 @@ def run_kernel(  # type: ignore[no-untyped-def]
             if cpu_layers[layer]:
                 cpu_share = num_miss
             elif cpu_auto and num_miss > 0:
-                cpu_share = _split(
+                cpu_share = split_misses(
                     gate,
                     link,
                     busy,
@@ -284,7 +284,7 @@ def run_kernel(  # type: ignore[no-untyped-def]
                 )
                 forced = policy != OPTIMUM
                 for a in range(num_early):
-                    num_held[layer] = _admit(
+                    num_held[layer] = admit(
                         early[a],
                         slots[layer],
                         forced,
@@ -297,7 +297,7 @@ def run_kernel(  # type: ignore[no-untyped-def]
                         last[layer],
                     )
                 for a in range(num_miss - 1, cpu_share - 1, -1):
-                    num_held[layer] = _admit(
+                    num_held[layer] = admit(
                         miss[a],
                         slots[layer],
                         forced,
