@@ -1,0 +1,226 @@
+"""Closed-loop load tests as benchmark tools run them: a fixed number of requests in flight.
+
+The client sends `concurrency` requests at once and a new one whenever one ends, `num_requests` in
+all, lengths drawn uniformly from [range_ratio x length, length]. That is how serving benchmarks
+take their TTFT and TPOT by (input length, output length, concurrency). The engine runs step by
+step; stretches of steps in which nothing but the contexts changes are taken at once, which is
+exact since a decode step's time is linear in the cached tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moesim.errors import InputError
+from moesim.serving.memory import require_fit
+
+if TYPE_CHECKING:
+    from moesim.serving.step_cost import StepCost
+
+
+@dataclass(frozen=True)
+class LoadTest:
+    """A closed-loop test: lengths in tokens, `num_requests` 10 x concurrency where None.
+
+    range_ratio: shortest length over the longest, of prompts and of answers; 1 is all equal.
+    stream_interval: tokens that the engine gathers before it sends anything but the first.
+    """
+
+    input_tokens: int
+    output_tokens: int
+    concurrency: int
+    num_requests: int | None = None
+    range_ratio: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("input_tokens", "output_tokens", "concurrency"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}", "give a number of 1 or more")
+        if self.num_requests is not None and self.num_requests < 1:
+            raise InputError(f"num_requests is {self.num_requests}", "give 1 or more")
+        if not 0 < self.range_ratio <= 1:
+            raise InputError(
+                f"range_ratio is {self.range_ratio}", "give a ratio above 0, at most 1"
+            )
+
+
+@dataclass(frozen=True)
+class StaticResult:
+    """Times of the requests of a test, milliseconds; arrays by request in order of sending."""
+
+    ttft_ms: np.ndarray
+    tpot_ms: np.ndarray
+    duration_s: float
+    output_tokens: int
+
+    @property
+    def mean_ttft_ms(self) -> float:
+        """Mean time to the first token."""
+        return float(self.ttft_ms.mean())
+
+    @property
+    def mean_tpot_ms(self) -> float:
+        """Mean over requests of the time per token after the first."""
+        return float(np.nanmean(self.tpot_ms)) if np.isfinite(self.tpot_ms).any() else 0.0
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        """Output tokens of all requests over the duration of the test."""
+        return self.output_tokens / self.duration_s
+
+
+@dataclass(eq=False)
+class _Request:
+    number: int
+    prompt: int
+    answer: int
+    sent_us: float
+    done_prompt: int = 0
+    produced: int = 0
+    first_us: float = 0.0
+
+
+@dataclass(eq=False)
+class _Rank:
+    """One DP rank: prompts waiting or in chunks, sequences decoding, tokens reserved for them."""
+
+    capacity: int
+    waiting: deque[_Request] = field(default_factory=deque)
+    prompts: list[_Request] = field(default_factory=list)
+    running: list[_Request] = field(default_factory=list)
+    reserved: int = 0
+
+
+def run_load_test(cost: StepCost, test: LoadTest) -> StaticResult:
+    """Run the test on one deployment.
+
+    A request is admitted when the KV cache has room for its whole prompt and answer, so nothing is
+    ever preempted. Requests go to the DP rank with the fewest. Prompts are served in order, in
+    chunks of what the step's token budget leaves ("mixed"), or in steps of their own
+    ("prefill_first"). The profile's `request_ms` is added to every TTFT.
+
+    Raises InfeasibleError where one request does not fit into the KV cache.
+    """
+    deployment = cost.deployment
+    memory = require_fit(deployment, test.input_tokens + test.output_tokens)
+    total = test.num_requests or 10 * test.concurrency
+    rng = np.random.default_rng(test.seed)
+    prompts = _lengths(rng, test.input_tokens, test.range_ratio, total)
+    answers = _lengths(rng, test.output_tokens, test.range_ratio, total)
+    ranks = [_Rank(memory.kv_token_capacity) for _ in range(deployment.dp)]
+    ttft, tpot = np.zeros(total), np.full(total, np.nan)
+    engine = _Engine(cost, ranks)
+    sent = min(test.concurrency, total)
+    for i in range(sent):
+        engine.send(_Request(i, int(prompts[i]), int(answers[i]), 0.0))
+    finished = 0
+    while finished < total:
+        for request in engine.step():
+            finished += 1
+            ttft[request.number] = request.first_us - request.sent_us
+            if request.answer > 1:
+                spent = engine.now_us - request.first_us
+                tpot[request.number] = spent / (request.answer - 1)
+            if sent < total:
+                new = _Request(sent, int(prompts[sent]), int(answers[sent]), engine.now_us)
+                engine.send(new)
+                sent += 1
+    return StaticResult(
+        ttft_ms=ttft / 1e3 + deployment.engine.request_ms,
+        tpot_ms=tpot / 1e3,
+        duration_s=engine.now_us / 1e6,
+        output_tokens=int(answers.sum()),
+    )
+
+
+class _Engine:
+    def __init__(self, cost: StepCost, ranks: list[_Rank]) -> None:
+        self.cost, self.ranks, self.now_us = cost, ranks, 0.0
+        deployment = cost.deployment
+        self.budget = deployment.max_batch_tokens
+        self.max_sequences = deployment.max_sequences
+        self.mixed = deployment.engine.prefill_policy == "mixed"
+
+    def send(self, request: _Request) -> None:
+        rank = min(self.ranks, key=lambda r: len(r.waiting) + len(r.prompts) + len(r.running))
+        rank.waiting.append(request)
+
+    def step(self) -> list[_Request]:
+        """One step with prompts in it, or as many decode steps as nothing else happens in."""
+        for rank in self.ranks:
+            self._admit(rank)
+        prefill = any(rank.prompts for rank in self.ranks)
+        if not prefill:
+            return self._decode()
+        chunks = [self._chunks(rank) for rank in self.ranks]
+        decode = [len(r.running) if self.mixed else 0 for r in self.ranks]
+        context = [
+            float(sum(q.prompt + q.produced for q in r.running)) if self.mixed else 0.0
+            for r in self.ranks
+        ]
+        rows = [float(sum(n for _, n in rank)) for rank in chunks]
+        pairs = [sum(n * q.done_prompt + n * (n + 1) / 2.0 for q, n in rank) for rank in chunks]
+        self.now_us += self.cost.one_us(decode, context, rows, pairs, [len(c) for c in chunks])
+        ended: list[_Request] = []
+        for rank, taken in zip(self.ranks, chunks, strict=True):
+            if self.mixed:
+                ended += self._produce(rank, 1)
+            for request, tokens in taken:
+                request.done_prompt += tokens
+                if request.done_prompt == request.prompt:
+                    rank.prompts.remove(request)
+                    request.first_us, request.produced = self.now_us, 1
+                    rank.running.append(request)
+            ended += self._produce(rank, 0)
+        return ended
+
+    def _decode(self) -> list[_Request]:
+        left = min(q.answer - q.produced for rank in self.ranks for q in rank.running)
+        decode = [len(rank.running) for rank in self.ranks]
+        context = [
+            sum(q.prompt + q.produced + (left - 1) / 2.0 for q in rank.running)
+            for rank in self.ranks
+        ]
+        none = [0.0] * len(self.ranks)
+        self.now_us += left * self.cost.one_us(decode, context, none, none, none)
+        return [q for rank in self.ranks for q in self._produce(rank, left)]
+
+    def _admit(self, rank: _Rank) -> None:
+        while rank.waiting and len(rank.running) + len(rank.prompts) < self.max_sequences:
+            need = rank.waiting[0].prompt + rank.waiting[0].answer
+            if rank.reserved + need > rank.capacity:
+                return
+            rank.reserved += need
+            rank.prompts.append(rank.waiting.popleft())
+
+    def _chunks(self, rank: _Rank) -> list[tuple[_Request, int]]:
+        left = self.budget - (len(rank.running) if self.mixed else 0)
+        taken = []
+        for request in rank.prompts:
+            tokens = min(left, request.prompt - request.done_prompt)
+            if tokens <= 0:
+                break
+            taken.append((request, tokens))
+            left -= tokens
+        return taken
+
+    def _produce(self, rank: _Rank, tokens: int) -> list[_Request]:
+        """Give every running sequence `tokens` more; take out and return those that end."""
+        ended = []
+        for request in rank.running:
+            request.produced += tokens
+            if request.produced >= request.answer:
+                ended.append(request)
+                rank.reserved -= request.prompt + request.answer
+        rank.running = [q for q in rank.running if q.produced < q.answer]
+        return ended
+
+
+def _lengths(rng: np.random.Generator, longest: int, ratio: float, count: int) -> np.ndarray:
+    shortest = max(1, int(longest * ratio))
+    return rng.integers(shortest, longest + 1, size=count)
