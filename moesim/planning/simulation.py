@@ -77,6 +77,7 @@ class SimRequest:
     take the trace's domains one after the other. num_chunks: None tries DEGREES. reduce: share of
     the hidden size that is exchanged (BigMac). slow, speed_*: see GpuSpeeds. rebalance: the first
     placement is simulated once more, placing anew with `rebalance_solver` on the way.
+    network_scale: all links are taken as so many times faster, for what-if studies.
     """
 
     trace: Trace
@@ -105,6 +106,7 @@ class SimRequest:
     faults: FaultSpec = field(default_factory=FaultSpec)
     rebalance: Rebalance | None = None
     rebalance_solver: str = "eplb"
+    network_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -379,7 +381,12 @@ def _models(
 ) -> tuple[Models, tuple[str, ...]]:
     cluster, model = request.cluster, request.model
     step, links, exchange = build_exchange(
-        request.all_to_all, cluster, model, reduce=request.reduce, phase=phase
+        request.all_to_all,
+        cluster,
+        model,
+        reduce=request.reduce,
+        network_scale=request.network_scale,
+        phase=phase,
     )
     notes = list(step.notes)
     home = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from moesim.cost.scaled import faster_collective, faster_step
 from moesim.cost.step import KINDS_OF, StepModel, build_step_model, calibration_of_gpu
 from moesim.errors import InputError, UnknownNameError
 from moesim.sim.collectives.base import Exchange
@@ -30,11 +31,12 @@ def build_exchange(
     model: ModelSpec,
     *,
     reduce: float = 1.0,
+    network_scale: float = 1.0,
     **options: Any,
 ) -> tuple[StepModel, LinkTable, Exchange]:
     """The step model, the links and the exchange called `name`; None takes the step model's own
-    default. reduce: share of the hidden size that messages carry. `options` go to
-    `build_step_model`.
+    default. reduce: share of the hidden size that messages carry. network_scale: links taken as so
+    many times faster. `options` go to `build_step_model`.
 
     Raises UnknownNameError for another name, InputError for a hierarchical exchange on one node.
     """
@@ -44,7 +46,7 @@ def build_exchange(
         raise InputError(f"messages reduced to {reduce} of the hidden size", "give above 0 to 1")
     if name is None or name in KINDS_OF:
         step = build_step_model(cluster, model, all_to_all=name, **options)  # type: ignore[arg-type]
-        step = _reduced(step, reduce)
+        step = faster_step(_reduced(step, reduce), network_scale)
         links = link_table(cluster, step)
         return step, links, Flat(step, links)
     if cluster.num_nodes < 2:
@@ -54,7 +56,7 @@ def build_exchange(
         )
     kind = HIERARCHICAL[name]
     step = build_step_model(cluster, model, all_to_all="nccl", dedup=kind.dedup, **options)
-    step = _reduced(step, reduce)
+    step = faster_step(_reduced(step, reduce), network_scale)
     links = link_table(cluster, step)
     slowest = min(cluster.gpus, key=lambda gpu: gpu.nvlink_gb_per_s)
     same = len({gpu.name for gpu in cluster.gpus}) == 1
@@ -68,6 +70,8 @@ def build_exchange(
         cluster.num_nodes,
         nic_gb_per_s=float(nics.min()) if len(nics) else None,
     )
+    if network_scale != 1.0:
+        intra, inter = (faster_collective(curve, network_scale) for curve in (intra, inter))
     return step, links, kind(step, links, intra, inter, cluster.num_nodes)
 
 

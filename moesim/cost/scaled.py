@@ -1,0 +1,103 @@
+"""Costs of hardware that is some factor faster: rates are multiplied, latencies stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.cost.calibration import Calibration
+from moesim.cost.collective import CollectiveCurve, CollectiveModel
+from moesim.cost.curves import FloatArray, SizeCurve
+from moesim.cost.dense import DenseModel
+from moesim.cost.step import StepModel
+
+_RATES = ("gb_per_s", "tflops", "k_per_us")
+_M = TypeVar("_M")
+
+
+@dataclass(frozen=True)
+class FasterCurve:
+    """A size curve whose bytes take 1 / `factor` of the time; its latency stays."""
+
+    curve: SizeCurve
+    factor: float
+
+    @property
+    def latency_us(self) -> float:
+        return self.curve.latency_us
+
+    def time_us(self, num_bytes: npt.ArrayLike) -> FloatArray:
+        return self.curve.time_us(np.asarray(num_bytes, dtype=np.float64) / self.factor)
+
+
+class FasterCollectives(CollectiveModel):
+    """The collectives of `model` on links that are `factor` faster."""
+
+    def __init__(self, model: CollectiveModel, factor: float) -> None:
+        super().__init__(model.curves)
+        self._model = model
+        self._factor = factor
+
+    def curve(self, *args: Any, **options: Any) -> CollectiveCurve:
+        """As `CollectiveModel.curve`."""
+        return faster_collective(self._model.curve(*args, **options), self._factor)
+
+
+def faster_collective(curve: CollectiveCurve, factor: float) -> CollectiveCurve:
+    """`curve` on links that are `factor` faster."""
+    nic = None if curve.nic is None else FasterCurve(curve.nic, factor)
+    return replace(curve, nvlink=FasterCurve(curve.nvlink, factor), nic=nic)
+
+
+def faster_step(step: StepModel, network: float) -> StepModel:
+    """`step` on links, of every kind, that are `network` faster."""
+    if network == 1.0:
+        return step
+    return replace(
+        step,
+        dispatch=faster_collective(step.dispatch, network),
+        combine=faster_collective(step.combine, network),
+        other_gb_per_s=step.other_gb_per_s * network,
+    )
+
+
+def faster_calibration(
+    calibration: Calibration, *, network: float = 1.0, compute: float = 1.0
+) -> Calibration:
+    """`calibration` with links `network` faster, and arithmetic and HBM `compute` faster.
+
+    Copies between host and GPU stay as they are.
+    """
+    out = calibration
+    if network != 1.0:
+        out = replace(out, collectives=FasterCollectives(out.collectives, network))
+    if compute != 1.0:
+        dense = out.dense
+        out = replace(
+            out,
+            experts=_all(out.experts, compute),
+            dense=DenseModel(
+                _all(dense.gemms, compute), _all(dense.attention, compute), _all(dense.mla, compute)
+            ),
+        )
+    return out
+
+
+def _all(models: Mapping[Any, _M], factor: float) -> dict[Any, _M]:
+    return {key: _faster(model, factor) for key, model in models.items()}
+
+
+def _faster(model: _M, factor: float) -> _M:
+    """A model whose fields that are rates are multiplied, of the models inside it too."""
+    changed: dict[str, Any] = {}
+    for field in fields(model):  # type: ignore[arg-type]
+        value = getattr(model, field.name)
+        if field.name.endswith(_RATES) and value is not None:
+            changed[field.name] = value * factor
+        elif field.name == "few" and value is not None:
+            changed[field.name] = _faster(value, factor)
+    return replace(model, **changed)  # type: ignore[type-var]
