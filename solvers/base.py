@@ -169,6 +169,7 @@ class Solution:
 
     `objective_value` is on tuning data, in the unit of the objective (balance: mean max/mean
     load; traffic and time: microseconds a layer); `bound` is a proven lower bound on it.
+    `layer_bounds` [L] are proven lower bounds of each layer, whose mean bounds the objective.
     """
 
     placement: Placement
@@ -177,6 +178,7 @@ class Solution:
     bound: float | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    layer_bounds: npt.NDArray[np.float64] | None = None
 
     @property
     def gap(self) -> float | None:

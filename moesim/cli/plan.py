@@ -105,6 +105,7 @@ def plan(
 
     Example: moesim plan --trace sample:debian-moe --gpus 8 --plot load.png
     """
+    from moesim.cli.interrupt import stoppable
     from moesim.cli.progress import progress_bar
     from moesim.cluster import load_cluster
     from moesim.cost.step import KINDS_OF
@@ -140,8 +141,8 @@ def plan(
         time_limit_s=time_limit,
         check_memory=not (ignore_memory or offload),
     )
-    with progress_bar("searching layers") as progress:
-        result = make_plan(request, progress=progress)
+    with stoppable() as stop, progress_bar("searching layers") as progress:
+        result = make_plan(request, progress=progress, stop=stop)
     if cluster is None:
         result.defaults["cluster"] = DEFAULT_CLUSTER
     cached = _offload(result, request, hbm) if offload else None

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.cost.routing import Dedup
+from moesim.cost.scaled import faster_step
 from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
 from moesim.plan import Plan, ReplicaPolicy
@@ -28,8 +29,8 @@ from moesim.planning.evaluate import (
 )
 from moesim.planning.traffic import sample_traffic
 from moesim.planning.tuning import tuning_counts
-from moesim.solvers.base import OBJECTIVES, Objective, Problem, Progress, Solution
-from moesim.solvers.bounds import lower_bound
+from moesim.solvers.base import OBJECTIVES, Objective, Problem, Progress, Solution, Stop, never
+from moesim.solvers.bounds import LP_LAYERS, Bound, lower_bound
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import get_solver
 from moesim.trace.batches import Phase, index_requests, split_requests
@@ -51,7 +52,8 @@ MIN_FILL = 0.8
 class PlanRequest:
     """What is asked for; None means the stated default.
 
-    slots: per GPU slot counts, or None for (experts + redundant) / GPUs each.
+    slots: per GPU slot counts, or None for (experts + redundant) / GPUs each. network_scale:
+    all links are taken as so many times faster, for what-if studies.
     """
 
     trace: Trace
@@ -70,6 +72,7 @@ class PlanRequest:
     seed: int = 0
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
     check_memory: bool = True
+    network_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,8 +105,13 @@ class PlanResult:
     bound_kind: str = ""
 
 
-def make_plan(request: PlanRequest, *, progress: Progress | None = None) -> PlanResult:
+def make_plan(
+    request: PlanRequest, *, progress: Progress | None = None, stop: Stop = never
+) -> PlanResult:
     """Solve, evaluate on held-out requests beside linear and EPLB placement, and make the plan.
+
+    Once `stop` is true the search ends with the best it has; the plan is evaluated all the same,
+    and its status says time_limit.
 
     Raises MismatchError when trace and model differ, InfeasibleError when the experts do not fit
     the slots or the memory, UnknownNameError for an unknown solver or domain, InputError for
@@ -140,6 +148,7 @@ def make_plan(request: PlanRequest, *, progress: Progress | None = None) -> Plan
         traffic=traffic,
         seed=request.seed,
         time_limit_s=request.time_limit_s,
+        stop=stop,
     )
     seconds["tuning data"] = time.monotonic() - clock
     clock = time.monotonic()
@@ -153,15 +162,17 @@ def make_plan(request: PlanRequest, *, progress: Progress | None = None) -> Plan
     clock = time.monotonic()
     evaluate = PlacementCost(problem)
     layer_values = {n: evaluate.layer_values(s.placement) for n, s in solved.items()}
-    bound = lower_bound(problem, layer_values=layer_values[request.solver])
+    bound = lower_bound(
+        problem,
+        layer_values=layer_values[request.solver],
+        lp_layers=0 if stop() else LP_LAYERS,
+    )
+    bound = _joined(bound, solved[request.solver])
     solved = {
-        n: replace(
-            s,
-            objective_value=float(layer_values[n].mean()),
-            bound=max(bound.value, s.bound if s.bound is not None else bound.value),
-        )
+        n: replace(s, objective_value=float(layer_values[n].mean()), bound=bound.value)
         for n, s in solved.items()
     }
+    solved[request.solver] = _ended(solved[request.solver], request, stop(), notices)
     seconds["bound"] = time.monotonic() - clock
     clock = time.monotonic()
     sample = draw_sample(trace, held_out, phase, batch_tokens, request.seed)
@@ -225,6 +236,30 @@ def make_plan(request: PlanRequest, *, progress: Progress | None = None) -> Plan
         seconds,
         bound.kind,
     )
+
+
+def _joined(bound: Bound, solution: Solution) -> Bound:
+    """The better of the two bounds in every layer."""
+    found = solution.layer_bounds
+    if found is None or not (found > bound.layers).any():
+        return bound
+    return Bound(np.maximum(bound.layers, found), f"{bound.kind}, integer program")
+
+
+def _ended(
+    solution: Solution, request: PlanRequest, interrupted: bool, notices: list[str]
+) -> Solution:
+    """`solution` with its status, and a notice where the search was cut off."""
+    if interrupted and solution.status != "optimal":
+        solution = replace(solution, status="time_limit")
+        notices.append(f"interrupted: this is the best plan that {request.solver} had by then")
+    elif solution.status == "time_limit":
+        notices.append(
+            f"{request.solver} stopped at its time limit of {request.time_limit_s:g} s, with"
+            + (" no bound" if solution.gap is None else f" a gap of {100 * solution.gap:.1f}%")
+            + "; more time may give a better plan (--time-limit)"
+        )
+    return solution
 
 
 def slots_of(num_experts: int, num_gpus: int, request: PlanRequest) -> npt.NDArray[np.int64]:
@@ -348,7 +383,7 @@ def _step_model(
     )
     if request.all_to_all is None:
         defaults["all-to-all"] = f"{step.all_to_all}, messages deduplicated per {step.dedup}"
-    return step, objective
+    return faster_step(step, request.network_scale), objective
 
 
 def _provenance(
