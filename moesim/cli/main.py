@@ -18,11 +18,13 @@ DEBUG_FLAG = "--debug"
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "plan": ("plan", "plan", "Place experts on GPUs, with held-out figures beside EPLB's."),
     "simulate": ("simulate", "simulate", "Replay a trace through a plan on a cluster."),
+    "whatif": ("whatif", "whatif", "Ask a question of many deployments at once."),
     "cache": ("cache", "cache", "Plan what stays in GPU memory when not all experts fit."),
     "export": ("export", "export", "Write a plan in a serving engine's format."),
     "import-plan": ("import_plan", "import_plan", "Read an engine's placement back as a plan."),
     "calibrate": ("calibrate", "calibrate", "Measure this machine's links and GPUs."),
     "validate": ("validate", "validate", "Replay plans on real GPUs, predicted beside measured."),
+    "report": ("report", "report", "Make one HTML page of what the other commands wrote."),
     "trace": ("trace", "app", "Routing traces: look at, check, make, cut, join, import."),
     "topology": ("topology", "app", "Clusters: GPUs, links and memory tiers."),
     "model": ("model", "app", "Model shapes: presets and Hugging Face config.json."),

@@ -1,0 +1,182 @@
+"""Maps of a plan: load of GPUs by layer, traffic from GPU to GPU, and the busiest GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moesim.report.html.charts import Axes, Line, legend, lines
+from moesim.report.html.heatmap import (
+    MAX_COLUMNS,
+    MAX_ROWS,
+    Colours,
+    Side,
+    heat_map,
+)
+from moesim.report.html.palette import series_of
+from moesim.report.html.parts import Block, Figure, Figures, Note, Table
+from moesim.report.html.svg import significant
+
+if TYPE_CHECKING:
+    from moesim.plan import Plan
+    from moesim.planning.maps import PlanMaps
+
+MAX_TABLE_CELLS = 512
+MAX_REACH = 1.0
+
+
+def map_blocks(plan: Plan, maps: PlanMaps, basis: str) -> list[Block]:
+    """Heat maps before and after, side by side on one colour scale."""
+    names = list(maps.maps)
+    blocks: list[Block] = []
+    if not maps.same_trace:
+        blocks.append(
+            Note(
+                "The maps are of another trace than the one that the plan was made from: the"
+                " figures above are not theirs."
+            )
+        )
+    blocks += [Note(text[0].upper() + text[1:] + ".") for text in maps.notes]
+    blocks.append(Figures([_busiest(names, plan, maps)]))
+    blocks.append(Figures(_loads(names, plan, maps)))
+    if plan.placement.num_gpus > 1:
+        blocks.append(Figures(_traffic(names, plan, maps)))
+    return blocks
+
+
+def _loads(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
+    relative = {}
+    for name in names:
+        load = maps.maps[name].gpu_load
+        mean = load.mean(axis=1, keepdims=True)
+        relative[name] = np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
+    reach = max(0.05, *(float(np.abs(r - 1).max()) for r in relative.values()))
+    colours = Colours(min(MAX_REACH, reach), 1.0)
+    gpus = [str(g) for g in range(plan.placement.num_gpus)]
+    layers = [str(x) for x in plan.layer_ids]
+    caption = (
+        f"Load of a mean batch over the mean of all GPUs, {maps.num_batches} held-out batches. One"
+        " is even; orange is above, blue below."
+    )
+    if len(gpus) > MAX_COLUMNS or len(layers) > MAX_ROWS:
+        caption += " GPUs and layers are drawn in groups, each cell the largest of its group."
+    return [
+        Figure(
+            f"Load by layer and GPU: {name}",
+            heat_map(
+                f"Load by layer and GPU: {name}",
+                relative[name],
+                Side("MoE layer", layers),
+                Side("GPU", gpus),
+                colours,
+                "x the mean load",
+            ),
+            _load_table(relative[name], layers, gpus),
+            caption,
+            "counted",
+        )
+        for name in names
+    ]
+
+
+def _load_table(relative: np.ndarray, layers: list[str], gpus: list[str]) -> Table:
+    if relative.size <= MAX_TABLE_CELLS:
+        return Table(
+            ["layer", *(f"GPU {g}" for g in gpus)],
+            [[layers[i], *(f"{x:.3f}" for x in row)] for i, row in enumerate(relative.tolist())],
+        )
+    return Table(
+        ["layer", "largest", "on GPU", "smallest", "on GPU"],
+        [
+            [
+                layers[i],
+                f"{row.max():.3f}",
+                gpus[row.argmax()],
+                f"{row.min():.3f}",
+                gpus[row.argmin()],
+            ]
+            for i, row in enumerate(relative)
+        ],
+    )
+
+
+def _traffic(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
+    size, unit = 1.0, "hidden states a step"
+    if maps.message_bytes is not None:
+        size, unit = maps.message_bytes / 1e6, "MB a step"
+    values = {name: maps.maps[name].messages * size for name in names}
+    most = max(float(v.max()) for v in values.values())
+    colours = Colours(most if most > 0 else 1.0)
+    gpus = [str(g) for g in range(plan.placement.num_gpus)]
+    sent = {"gpu": "GPU", "node": "node", "none": "chosen expert"}.get(maps.dedup, maps.dedup)
+    out = []
+    for name in names:
+        total = float(values[name].sum())
+        caption = (
+            f"Dispatch of a mean step over all layers, {significant(total)} {unit} in all; a hidden"
+            f" state is sent once a {sent}. Combine sends as many back."
+        )
+        if len(gpus) > MAX_COLUMNS:
+            caption += " GPUs are drawn in groups, each cell the mean of its group."
+        title = f"Traffic from GPU to GPU: {name}"
+        out.append(
+            Figure(
+                title,
+                heat_map(
+                    title,
+                    values[name],
+                    Side("from GPU", gpus),
+                    Side("to GPU", gpus),
+                    colours,
+                    unit,
+                    combine="mean",
+                    square=True,
+                ),
+                _traffic_table(values[name], gpus, unit),
+                caption,
+                "counted",
+            )
+        )
+    return out
+
+
+def _traffic_table(values: np.ndarray, gpus: list[str], unit: str) -> Table:
+    if values.size <= MAX_TABLE_CELLS:
+        return Table(
+            [f"{unit}, from", *(f"to {g}" for g in gpus)],
+            [[gpus[i], *(significant(x, 3) for x in row)] for i, row in enumerate(values.tolist())],
+        )
+    return Table(
+        ["GPU", f"sends ({unit})", f"receives ({unit})"],
+        [
+            [g, significant(float(values[i].sum()), 3), significant(float(values[:, i].sum()), 3)]
+            for i, g in enumerate(gpus)
+        ],
+    )
+
+
+def _busiest(names: list[str], plan: Plan, maps: PlanMaps) -> Figure:
+    own = names[-1]
+    series = series_of(names, own)
+    drawn, rows = [], []
+    for name in names:
+        ordered = np.sort(maps.maps[name].busiest)
+        share = np.arange(1, len(ordered) + 1) / len(ordered) * 100
+        drawn.append(Line(name, ordered.tolist(), share.tolist(), series[name], step=True))
+        quantiles = np.percentile(ordered, (10, 50, 90, 99, 100))
+        rows.append([name, *(f"{q:.3f}" for q in quantiles)])
+    title = "Busiest GPU of a batch and layer"
+    axes = Axes(
+        "load of the busiest GPU over the mean (1 is perfect)",
+        "batches and layers up to it (%)",
+        y_range=(0.0, 100.0),
+    )
+    return Figure(
+        title,
+        lines(title, drawn, axes),
+        Table(["placement", "p10", "p50", "p90", "p99", "largest"], rows),
+        "A layer waits for its busiest GPU, so what counts is the batch, not the average load.",
+        "counted",
+        legend([(n, series[n]) for n in names], "line"),
+    )

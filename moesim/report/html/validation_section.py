@@ -1,0 +1,199 @@
+"""Validation on hardware: predicted beside measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moesim.report.html.charts import Axes, Bar, Points, bars, legend, percent, points
+from moesim.report.html.fields import Fields
+from moesim.report.html.palette import series_of
+from moesim.report.html.parts import Card, Cards, Figure, Figures, Note, Section, Table, TableBlock
+from moesim.report.html.runs import Run
+from moesim.report.html.svg import significant
+
+BAND = 0.10
+MAX_POINTS = 1500
+
+
+def validation_section(run: Run) -> Section:
+    """One `moesim validate --json`."""
+    data = run.data
+    device = (data.maybe("environment") or Fields({}, run.name)).text("device", "hardware")
+    section = Section(f"Predicted and measured on {device}", sources=(run.name,))
+    good = data.flag("within_tolerance")
+    tolerance = data.maybe("tolerance") or Fields({}, run.name)
+    section.lead = (
+        "Plans were replayed with real collectives and expert kernels, and every layer's time"
+        " compared with the cost model's."
+    )
+    cards = [
+        Card(
+            "verdict",
+            "within tolerance" if good else "out of tolerance",
+            f"median error up to {percent(tolerance.number('median_error', 0.1), 0)}, p90 up to"
+            f" {percent(tolerance.number('p90_error', 0.2), 0)}",
+            "measured",
+        )
+    ]
+    for mode, errors in (data.maybe("errors") or Fields({}, run.name)).members():
+        cards.append(
+            Card(
+                f"median error, {mode}",
+                percent(errors.number("median")),
+                f"90th percentile {percent(errors.number('p90'))}",
+                "measured",
+            )
+        )
+    section.headline = cards[:1]
+    section.blocks.append(Cards(cards))
+    figures = [_scatter(data)] if data.values("cases") else []
+    section.blocks.append(Figures([*figures, *_speedups(data)]))
+    section.blocks.append(_groups(data))
+    section.blocks += [Note(f"Out of tolerance: {text}.") for text in data.texts("failures")]
+    section.blocks += [Note(text) for text in data.texts("notes")]
+    return section
+
+
+def _scatter(data: Fields) -> Figure:
+    groups: dict[str, tuple[list[float], list[float], list[str]]] = {}
+    rows = []
+    for case in data.children("cases"):
+        measured, predicted = case.numbers("measured_us"), case.numbers("predicted_us")
+        if len(measured) != len(predicted) or not measured:
+            raise case.bad("predicted_us", "as long as measured_us")
+        tokens, plan = case.whole("tokens_per_rank", 0), case.text("plan", "")
+        name = f"{tokens:,} tokens a GPU, {case.text('mode', '')}"
+        xs, ys, hints = groups.setdefault(name, ([], [], []))
+        for layer, (x, y) in enumerate(zip(measured, predicted, strict=True)):
+            if x > 0 and y > 0:
+                xs.append(x)
+                ys.append(y)
+                hints.append(f"{plan}, layer {layer}: {x:,.1f} us measured, {y:,.1f} predicted")
+        errors = sorted(abs(y / x - 1) for x, y in zip(measured, predicted, strict=True) if x > 0)
+        rows.append(
+            [
+                plan,
+                name,
+                str(case.whole("batch", 0)),
+                significant(sum(measured) / len(measured)),
+                significant(sum(predicted) / len(predicted)),
+                percent(errors[len(errors) // 2] if errors else 0.0),
+            ]
+        )
+    series = {name: i % 7 for i, name in enumerate(groups)}
+    total = sum(len(xs) for xs, *_ in groups.values())
+    stride = max(1, -(-total // MAX_POINTS))
+    drawn = [
+        Points(name, xs[::stride], ys[::stride], series[name], hints[::stride])
+        for name, (xs, ys, hints) in groups.items()
+        if xs
+    ]
+    title = "Time of a layer, predicted against measured"
+    thinned = f" One layer in {stride} is drawn." if stride > 1 else ""
+    return Figure(
+        title,
+        points(
+            title,
+            drawn,
+            Axes("measured (us)", "predicted (us)", log_x=True, log_y=True),
+            band=BAND,
+        ),
+        Table(
+            ["plan", "case", "batch", "measured (us)", "predicted (us)", "median error"],
+            rows,
+            frozenset({1}),
+        ),
+        f"A point a layer; on the line the two agree, in the band within {BAND:.0%}.{thinned}",
+        "measured",
+        legend([(g.name, g.series) for g in drawn], "point"),
+    )
+
+
+def _speedups(data: Fields) -> list[Figure]:
+    out = []
+    for group in data.children("groups"):
+        speedup = group.maybe("speedup")
+        if speedup is None or len(speedup.raw) < 2:
+            continue
+        rows, table = [], []
+        for name in speedup.raw:
+            pair = speedup.numbers(name)
+            if len(pair) != 2:
+                raise speedup.bad(name, "[measured, predicted]")
+            text = f"{pair[0]:.3f} / {pair[1]:.3f}"
+            rows.append(Bar(f"{name}, measured", [("", 0, pair[0])], f"{pair[0]:.3f}"))
+            rows.append(Bar(f"{name}, predicted", [("", 7, pair[1])], f"{pair[1]:.3f}"))
+            table.append([name, *text.split(" / ")])
+        title = (
+            f"Faster than linear: {group.whole('tokens_per_rank', 0):,} tokens,"
+            f" {group.text('mode', '')}"
+        )
+        out.append(
+            Figure(
+                title,
+                bars(title, rows, "times as fast as the linear plan", mark=(1.0, "linear")),
+                Table(["plan", "measured", "predicted"], table),
+                "",
+                "measured",
+                legend([("measured", 0), ("predicted", 7)]),
+            )
+        )
+    return out
+
+
+def _groups(data: Fields) -> TableBlock:
+    rows = []
+    for g in data.children("groups"):
+        order = g.raw.get("spearman")
+        rows.append(
+            [
+                f"{g.whole('tokens_per_rank', 0):,} tokens a GPU, {g.text('mode', '')}",
+                str(g.whole("num_plans", 0)),
+                percent(g.number("median_error")),
+                percent(g.number("p90_error")),
+                percent(g.number("noise", 0.0)),
+                percent(g.number("spread", 0.0)),
+                "too few plans" if order is None else f"{g.number('spearman'):.2f}",
+            ]
+        )
+    columns = ["case", "plans", "median error", "p90", "noise", "plans differ by", "Spearman"]
+    return TableBlock("Errors by case", Table(columns, rows), "measured")
+
+
+def cache_validation_section(run: Run) -> Section:
+    """One `moesim validate --cache-plan --json`."""
+    data = run.data
+    device = (data.maybe("environment") or Fields({}, run.name)).text("device", "hardware")
+    rows = data.children("caches")
+    section = Section(f"Cache plans replayed on {device}", sources=(run.name,))
+    verdict = "within tolerance" if data.flag("within_tolerance") else "out of tolerance"
+    section.headline = [Card("verdict on cache plans", verdict, "", "measured")]
+    section.blocks += [Cards(section.headline), _cache_bars(rows)]
+    section.blocks += [Note(text) for text in data.texts("notes")]
+    return section
+
+
+def _cache_bars(rows: Sequence[Fields]) -> Figures:
+    names = [r.text("cache") for r in rows]
+    colour = series_of(["measured", "predicted"], "measured")
+    drawn, table = [], []
+    for name, r in zip(names, rows, strict=True):
+        pair = {k: r.number(f"{k}_us") / 1e3 for k in ("measured", "predicted")}
+        drawn += [
+            Bar(f"{name}, {k}", [("", colour[k], v)], f"{significant(v)} ms")
+            for k, v in pair.items()
+        ]
+        copies = significant(r.number("copies_per_token", 0.0), 3)
+        error = percent(r.number("error", 0.0))
+        table.append([name, copies, *(significant(v) for v in pair.values()), error])
+    title = "Time of a token, predicted and measured"
+    columns = ["cache", "copies a token", "measured (ms)", "predicted (ms)", "error"]
+    figure = Figure(
+        title,
+        bars(title, drawn, "time a token (ms)"),
+        Table(columns, table),
+        "",
+        "measured",
+        legend([(k, s) for k, s in colour.items()]),
+    )
+    return Figures([figure])
