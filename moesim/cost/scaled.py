@@ -66,13 +66,23 @@ def faster_step(step: StepModel, network: float) -> StepModel:
 
 
 def faster_calibration(
-    calibration: Calibration, *, network: float = 1.0, compute: float = 1.0
+    calibration: Calibration,
+    *,
+    network: float = 1.0,
+    compute: float = 1.0,
+    host_link: float = 1.0,
 ) -> Calibration:
-    """`calibration` with links `network` faster, and arithmetic and HBM `compute` faster.
-
-    Copies between host and GPU stay as they are.
-    """
+    """`calibration` with links between GPUs `network` faster, arithmetic and HBM `compute` faster,
+    and copies between host and GPU `host_link` faster."""
     out = calibration
+    if host_link != 1.0:
+        copies = {
+            name: replace(copy, curve=FasterCurve(copy.curve, host_link))
+            if name in ("h2d", "d2h")
+            else copy
+            for name, copy in out.copies.items()
+        }
+        out = replace(out, copies=copies)
     if network != 1.0:
         out = replace(out, collectives=FasterCollectives(out.collectives, network))
     if compute != 1.0:

@@ -1,0 +1,1 @@
+"""What-if studies: a question over many deployments, answered by evaluating them."""

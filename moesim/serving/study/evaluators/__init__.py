@@ -1,0 +1,1 @@
+"""Ways to evaluate a point of a study, one file each."""
