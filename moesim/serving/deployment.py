@@ -35,7 +35,8 @@ class Deployment:
     scattered after. nccl, deepep, deepep_ll: all-to-all.
     plan, trace: placement of the experts (ep = num_gpus of the plan) and the routing it serves;
     without a trace the skew of the routing is assumed (`moesim.serving.moe_load`).
-    calibration: measured kernels, by default the cluster's.
+    calibration: measured kernels, by default the cluster's. imbalance_scale: experts' popularity
+    differs from the mean by so many times as much, for what-if studies.
 
     Build it with `deploy`, which fills in what is not given, or directly; both validate. Raises
     InputError or MismatchError that name the field.
@@ -59,6 +60,7 @@ class Deployment:
     plan: Plan | None = None
     trace: Trace | None = None
     calibration: Calibration | None = None
+    imbalance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("tp", "dp", "pp", "ep", "moe_tp", "max_batch_tokens", "max_sequences"):

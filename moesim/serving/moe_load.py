@@ -41,6 +41,15 @@ class MoeLoad:
         uniform = np.random.default_rng(seed).random(self.inclusion.shape)
         return _binomial_quantile(num_tokens, self.inclusion, uniform)
 
+    def spread(self, factor: float) -> MoeLoad:
+        """The load whose experts differ from the mean by `factor` times as much (0 to 1 each)."""
+        if factor == 1.0:
+            return self
+        mean = self.inclusion.mean(axis=1, keepdims=True)
+        wider = np.clip(mean + factor * (self.inclusion - mean), 0.0, 1.0)
+        wider *= mean / np.maximum(wider.mean(axis=1, keepdims=True), 1e-300)
+        return MoeLoad(np.minimum(wider, 1.0), f"{self.source}, spread {factor:g} times")
+
 
 def assumed_load(num_experts: int, top_k: int, skew: float = ASSUMED_SKEW) -> MoeLoad:
     """Popularity by a power law of the rank, the ranks shuffled over the experts of each layer."""
