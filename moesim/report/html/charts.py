@@ -32,6 +32,9 @@ from moesim.report.html.svg import (
 WIDTH = 360.0
 PAD = 8.0
 ROW = 42.0
+COMPACT_ROW = 25.0
+NAMES = 142.0
+VALUES = 52.0
 BAR = 16.0
 MAX_POINTS = 400
 SHAPES = ("circle", "square", "diamond", "triangle")
@@ -129,7 +132,8 @@ def bars(
             )
             at += value
     if mark is not None:
-        body += _vertical(scale(mark[0]), top, top + ROW * len(rows), mark[1])
+        spans = [(top + ROW * i + 17, top + ROW * i + 21 + BAR) for i in range(len(rows))]
+        body += _marked(scale(mark[0]), spans, mark[1])
     said = "; ".join(f"{row.name}: {row.text}" for row in rows[:12])
     return drawing(title, said, WIDTH, top + ROW * len(rows) + 36, *body)
 
@@ -140,22 +144,36 @@ def intervals(
     axis: str,
     *,
     mark: tuple[float, str] | None = None,
-    from_zero: bool = False,
+    compact: bool = False,
 ) -> Markup:
-    """A point and its interval a row. `mark`: a line across all rows with its name."""
+    """A point and its interval a row. `mark`: a line across all rows with its name. `compact`:
+    names beside the intervals, not above."""
     ends = [x for row in rows for x in (row.low, row.high, row.value)]
     ends += [mark[0]] if mark else []
     low, high = padded(min(ends), max(ends))
-    scale = Scale(0.0 if from_zero else low, high, PAD + 4, WIDTH - PAD - 4)
+    start, end = (NAMES + 8, WIDTH - VALUES - 6) if compact else (PAD + 4, WIDTH - PAD - 4)
+    scale = Scale(low, high, start, end)
     top = 20.0 if mark else 4.0
-    bottom = top + ROW * len(rows)
+    each = COMPACT_ROW if compact else ROW
+    bottom = top + each * len(rows)
     body = _x_axis(scale, top, bottom, axis)
-    if mark is not None:
+    if mark is not None and compact:
         body += _vertical(scale(mark[0]), top, bottom, mark[1])
+    elif mark is not None:
+        body += _marked(
+            scale(mark[0]),
+            [(top + each * i + 18, top + each * i + 36) for i in range(len(rows))],
+            mark[1],
+        )
     for i, row in enumerate(rows):
-        y = top + ROW * i
-        body += _row_text(row.name, row.text, y)
-        x0, x1, middle = scale(row.low), scale(row.high), y + 27
+        y = top + each * i
+        middle = y + (each / 2 if compact else 27)
+        if compact:
+            body.append(label(PAD, middle, fit(row.name, NAMES - PAD), class_="row-name"))
+            body.append(label(WIDTH - PAD, middle, row.text, "end", "value"))
+        else:
+            body += _row_text(row.name, row.text, y)
+        x0, x1 = scale(row.low), scale(row.high)
         said = f"{row.name}: {row.text}"
         body.append(
             element(
@@ -356,7 +374,20 @@ def _plane(axes: Axes, xs: Sequence[float], ys: Sequence[float]) -> tuple[_Plane
             body.append(label(right, at - 8, name, "end", "tick", 11))
     for value, name in axes.marks_x:
         if x_low <= value <= x_high:
-            body += _vertical(x(value), top, bottom, name)
+            near_end = x(value) + text_width(name, 11) + 6 > right
+            body.append(
+                element("line", x1=x(value), x2=x(value), y1=top, y2=bottom, class_="limit")
+            )
+            body.append(
+                label(
+                    x(value) + (-4 if near_end else 4),
+                    bottom - 8,
+                    name,
+                    "end" if near_end else "start",
+                    "tick",
+                    11,
+                )
+            )
     return _Plane(x, y), body
 
 
@@ -369,7 +400,7 @@ def _tick(x: float, y: float, text: str) -> Markup:
 def _x_axis(scale: Scale, top: float, bottom: float, title: str) -> list[Markup]:
     ticks = scale.ticks()
     texts = tick_labels(ticks)
-    while len(ticks) > 2 and sum(text_width(t, 11) + 10 for t in texts) > WIDTH:
+    while len(ticks) > 2 and sum(text_width(t, 11) + 10 for t in texts) > scale.end - scale.start:
         ticks, texts = ticks[::2], texts[::2]
     body = []
     for value, text in zip(ticks, texts, strict=True):
@@ -394,6 +425,14 @@ def _vertical(x: float, top: float, bottom: float, name: str) -> list[Markup]:
         element("line", x1=x, x2=x, y1=top - 4, y2=bottom, class_="limit"),
         label(at, top - 11, fit(name, WIDTH - 8, 11), "middle", "tick", 11),
     ]
+
+
+def _marked(x: float, spans: Sequence[tuple[float, float]], name: str) -> list[Markup]:
+    """A line across the marks of every row, clear of their texts, with its name on top."""
+    half = text_width(name, 11) / 2
+    at = min(max(x, half + 2), WIDTH - half - 2)
+    body = [element("line", x1=x, x2=x, y1=y0, y2=y1, class_="limit") for y0, y1 in spans]
+    return [*body, label(at, 9, fit(name, WIDTH - 8, 11), "middle", "tick", 11)]
 
 
 def _range(values: Sequence[float], log: bool) -> tuple[float, float]:

@@ -16,7 +16,17 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from moesim.report.html.charts import WIDTH
-from moesim.report.html.svg import drawing, element, fit, hint, label, minus, number, significant
+from moesim.report.html.svg import (
+    drawing,
+    element,
+    fit,
+    hint,
+    label,
+    minus,
+    number,
+    significant,
+    text_width,
+)
 
 NUM_DIVERGING = 11
 NUM_SEQUENTIAL = 9
@@ -28,14 +38,19 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Colours:
-    """From value to colour class. Diverging: `middle - reach .. middle + reach`; else 0..reach."""
+    """From value to colour class. Diverging: `middle - reach .. middle + reach`; else low..reach.
+    NaN has no colour."""
 
     reach: float
     middle: float | None = None
+    low: float = 0.0
 
     def of(self, value: float) -> str:
+        if math.isnan(value):
+            return "none"
         if self.middle is None:
-            share = value / self.reach if self.reach > 0 else 0.0
+            span = self.reach - self.low
+            share = (value - self.low) / span if span > 0 else 1.0
             return f"w{min(NUM_SEQUENTIAL - 1, max(0, int(share * NUM_SEQUENTIAL)))}"
         share = (value - self.middle + self.reach) / (2 * self.reach) if self.reach > 0 else 0.5
         return f"q{min(NUM_DIVERGING - 1, max(0, int(share * NUM_DIVERGING)))}"
@@ -47,7 +62,7 @@ class Colours:
 
     def ends(self) -> tuple[float, float]:
         if self.middle is None:
-            return 0.0, self.reach
+            return self.low, self.reach
         return self.middle - self.reach, self.middle + self.reach
 
 
@@ -67,12 +82,10 @@ def coarser(values: FloatArray, axis: int, most: int, combine: str) -> tuple[Flo
         return values, 1
     starts = np.arange(0, count, size)
     if combine == "max":
-        return np.maximum.reduceat(values, starts, axis=axis), size
-    totals = np.add.reduceat(values, starts, axis=axis)
-    lengths = np.diff(np.append(starts, count))
-    shape = [1, 1]
-    shape[axis] = -1
-    return totals / lengths.reshape(shape), size
+        return np.fmax.reduceat(values, starts, axis=axis), size
+    totals = np.add.reduceat(np.nan_to_num(values), starts, axis=axis)
+    counts = np.add.reduceat(~np.isnan(values), starts, axis=axis, dtype=np.int64)
+    return np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0), size
 
 
 def heat_map(
@@ -92,7 +105,8 @@ def heat_map(
     num_rows, num_columns = shown.shape
     row_names = _grouped(rows.names, per_row)
     column_names = _grouped(columns.names, per_column)
-    left, top, right = 40.0, 22.0, WIDTH - 6
+    named = max(text_width(name, 11) for name in row_names)
+    left, top, right = min(max(30.0, named + 10), 110.0), 22.0, WIDTH - 6
     wide = (right - left) / num_columns
     high = wide if square else min(max(200.0 / num_rows, 2.2), 22.0)
     bottom = top + high * num_rows
@@ -120,7 +134,7 @@ def heat_map(
     else:
         body.append(element("g", *cells, class_="cells"))
     body += [
-        label(left - 5, top + (r + 0.5) * high, fit(row_names[r], 34, 11), "end", "tick", 11)
+        label(left - 5, top + (r + 0.5) * high, fit(row_names[r], left - 6, 11), "end", "tick", 11)
         for r in _every(num_rows, 12, num_rows * high)
     ]
     body += [
@@ -134,8 +148,8 @@ def heat_map(
         how = "the largest" if combine == "max" else "the mean"
         grouped = [f"a cell is {how} of {per_row} x {per_column}"]
     said = (
-        f"{num_rows} by {num_columns} cells from {significant(float(values.min()), 3)} to"
-        f" {significant(float(values.max()), 3)} {unit}"
+        f"{num_rows} by {num_columns} cells from {significant(float(np.nanmin(values)), 3)} to"
+        f" {significant(float(np.nanmax(values)), 3)} {unit}"
     )
     return drawing(title, "; ".join([said, *grouped]), WIDTH, bottom + 82, *body)
 

@@ -26,7 +26,7 @@ MAX_TABLE_CELLS = 512
 MAX_REACH = 1.0
 
 
-def map_blocks(plan: Plan, maps: PlanMaps, basis: str) -> list[Block]:
+def map_blocks(plan: Plan, maps: PlanMaps) -> list[Block]:
     """Heat maps before and after, side by side on one colour scale."""
     names = list(maps.maps)
     blocks: list[Block] = []
@@ -38,7 +38,6 @@ def map_blocks(plan: Plan, maps: PlanMaps, basis: str) -> list[Block]:
             )
         )
     blocks += [Note(text[0].upper() + text[1:] + ".") for text in maps.notes]
-    blocks.append(Figures([_busiest(names, plan, maps)]))
     blocks.append(Figures(_loads(names, plan, maps)))
     if plan.placement.num_gpus > 1:
         blocks.append(Figures(_traffic(names, plan, maps)))
@@ -106,8 +105,11 @@ def _traffic(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
     if maps.message_bytes is not None:
         size, unit = maps.message_bytes / 1e6, "MB a step"
     values = {name: maps.maps[name].messages * size for name in names}
+    apart = ~np.eye(plan.placement.num_gpus, dtype=bool)
     most = max(float(v.max()) for v in values.values())
-    colours = Colours(most if most > 0 else 1.0)
+    least = min(float(v[apart].min()) for v in values.values())
+    low = least if least > most / 3 else 0.0
+    colours = Colours(most if most > 0 else 1.0, low=low)
     gpus = [str(g) for g in range(plan.placement.num_gpus)]
     sent = {"gpu": "GPU", "node": "node", "none": "chosen expert"}.get(maps.dedup, maps.dedup)
     out = []
@@ -117,6 +119,8 @@ def _traffic(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
             f"Dispatch of a mean step over all layers, {significant(total)} {unit} in all; a hidden"
             f" state is sent once a {sent}. Combine sends as many back."
         )
+        if low:
+            caption += " The colours do not begin at 0."
         if len(gpus) > MAX_COLUMNS:
             caption += " GPUs are drawn in groups, each cell the mean of its group."
         title = f"Traffic from GPU to GPU: {name}"
@@ -125,7 +129,7 @@ def _traffic(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
                 title,
                 heat_map(
                     title,
-                    values[name],
+                    np.where(apart, values[name], np.nan),
                     Side("from GPU", gpus),
                     Side("to GPU", gpus),
                     colours,
@@ -156,7 +160,9 @@ def _traffic_table(values: np.ndarray, gpus: list[str], unit: str) -> Table:
     )
 
 
-def _busiest(names: list[str], plan: Plan, maps: PlanMaps) -> Figure:
+def busiest_figure(maps: PlanMaps) -> Figure:
+    """How the load of the busiest GPU is distributed over batches and layers."""
+    names = list(maps.maps)
     own = names[-1]
     series = series_of(names, own)
     drawn, rows = [], []
@@ -168,8 +174,8 @@ def _busiest(names: list[str], plan: Plan, maps: PlanMaps) -> Figure:
         rows.append([name, *(f"{q:.3f}" for q in quantiles)])
     title = "Busiest GPU of a batch and layer"
     axes = Axes(
-        "load of the busiest GPU over the mean (1 is perfect)",
-        "batches and layers up to it (%)",
+        "busiest GPU's load / mean load",
+        "share of batches and layers (%)",
         y_range=(0.0, 100.0),
     )
     return Figure(

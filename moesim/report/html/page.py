@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from moesim.errors import InputError
 from moesim.report.html.cache_section import cache_section
-from moesim.report.html.map_section import map_blocks
-from moesim.report.html.parts import BASES, Figures, Note, Section
+from moesim.report.html.map_section import busiest_figure, map_blocks
+from moesim.report.html.parts import BASES, Figure, Figures, Note, Section
 from moesim.report.html.plan_section import plan_section, plan_views
 from moesim.report.html.provenance_section import provenance_section
 from moesim.report.html.runs import Run
@@ -61,7 +61,8 @@ def make_page(runs: Sequence[Run], passed: Sequence[str], trace: Trace | None = 
             found = maps_of(view.plan, trace)
             reason = found if isinstance(found, str) else ""
             if not isinstance(found, str):
-                section.blocks += map_blocks(view.plan, found, view.basis)
+                _first_figures(section).append(busiest_figure(found))
+                section.blocks += map_blocks(view.plan, found)
         if reason:
             text = f"Maps of load and traffic are left out: {reason}."
             section.blocks.append(Note(text, left_out=True))
@@ -87,6 +88,18 @@ def make_page(runs: Sequence[Run], passed: Sequence[str], trace: Trace | None = 
     return Page(html, tuple(s.title for s in sections), tuple(left_out))
 
 
+def _first_figures(section: Section) -> list[Figure]:
+    """The section's first group of charts, made where it has none, to add to."""
+    for i, block in enumerate(section.blocks):
+        if isinstance(block, Figures):
+            items = list(block.items)
+            section.blocks[i] = Figures(items)
+            return items
+    items = []
+    section.blocks.append(Figures(items))
+    return items
+
+
 def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
     from importlib.metadata import version
 
@@ -104,7 +117,7 @@ def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
         style=style,
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         sections=sections,
-        headline=[card for section in sections for card in section.headline],
+        has_headline=any(section.headline for section in sections),
         bases=BASES,
         version=version("moesim"),
         num_files=len(runs),

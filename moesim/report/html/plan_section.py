@@ -32,6 +32,19 @@ FIGURES: tuple[tuple[str, str, str, float], ...] = (
 """Figure, name for readers, unit, factor."""
 DRAWN = ("step_us", "imbalance", "fan_out", "inter_node_bytes")
 GOAL = {"balance": "imbalance", "traffic": "fan_out", "time": "step_us"}
+SHORT = {
+    "step_us": "MoE time a step",
+    "step_us_p99": "MoE time, p99",
+    "dispatch_us": "dispatch",
+    "compute_us": "routed experts",
+    "combine_us": "combine",
+    "imbalance": "imbalance",
+    "imbalance_p99": "imbalance, p99",
+    "fan_out": "GPUs a token",
+    "node_fan_out": "nodes a token",
+    "inter_node_bytes": "inter-node bytes",
+}
+"""Figures of which less is better, by their short names."""
 STEP_PARTS = ("dispatch", "compute", "combine")
 
 
@@ -248,14 +261,14 @@ def _paired(
     if baseline is None or baseline == view.own:
         return []
     rows = []
-    for name, label, _, _ in FIGURES:
+    for name, *_ in FIGURES:
         delta = _improvement(view, name)
         base = found[baseline].get(name, (0.0, 0.0, 0.0))[0]
-        if delta is None or not base or not any(delta):
+        if delta is None or not base or not any(delta) or name not in SHORT:
             continue
         rows.append(
             Interval(
-                label,
+                SHORT[name],
                 100 * delta[0] / base,
                 100 * delta[1] / base,
                 100 * delta[2] / base,
@@ -269,9 +282,9 @@ def _paired(
     return [
         Figure(
             title,
-            intervals(title, rows, "difference (%)", mark=(0.0, "no difference")),
+            intervals(title, rows, "difference (%)", mark=(0.0, "no difference"), compact=True),
             _interval_table(rows, "%"),
-            "Paired batch by batch, 95% interval. Less is better, except of balancedness.",
+            "Paired batch by batch, 95% interval. To the left is better.",
             view.basis,
         )
     ]

@@ -8,7 +8,6 @@ import numpy as np
 
 from moesim.report.html.charts import Bar, Interval, bars, intervals, legend, percent
 from moesim.report.html.fields import Fields
-from moesim.report.html.heatmap import Colours, Side, heat_map
 from moesim.report.html.palette import PARTS, series_of
 from moesim.report.html.parts import (
     Block,
@@ -25,6 +24,7 @@ from moesim.report.html.runs import Run
 from moesim.report.html.svg import minus, significant
 
 MAX_TABLE_GPUS = 64
+MAX_LINKS = 3
 
 
 def simulation_section(run: Run) -> Section:
@@ -54,7 +54,7 @@ def simulation_section(run: Run) -> Section:
             [
                 _breakdown(names, plans, basis),
                 _times(names, plans, series, basis),
-                *_busy(names, plans, basis),
+                *_busy(names, plans, series, basis),
             ]
         ),
         _links(names, plans, basis),
@@ -74,7 +74,7 @@ def _cards(names: Sequence[str], plans: Mapping[str, Fields], basis: str) -> lis
     parts = own.child("breakdown_us")
     sent = sum(parts.number(p, 0.0) for p in ("dispatch", "combine", "other"))
     return [
-        Card(f"mean step of {names[0]}", f"{significant(mean / 1e3)} ms", "; ".join(others), basis),
+        Card(f"mean step, {names[0]}", f"{significant(mean / 1e3)} ms", "; ".join(others), basis),
         Card("tokens a second", f"{own.number('tokens_per_s'):,.0f}", "of the whole group", basis),
         Card(
             "spent on communication",
@@ -134,7 +134,9 @@ def _times(
     )
 
 
-def _busy(names: Sequence[str], plans: Mapping[str, Fields], basis: str) -> list[Figure]:
+def _busy(
+    names: Sequence[str], plans: Mapping[str, Fields], series: Mapping[str, int], basis: str
+) -> list[Figure]:
     busy = {n: plans[n].numbers("gpu_busy") for n in names}
     counts = {len(v) for v in busy.values()}
     if len(counts) != 1 or counts == {0}:
@@ -162,37 +164,42 @@ def _busy(names: Sequence[str], plans: Mapping[str, Fields], basis: str) -> list
             ],
         )
     title = "GPUs busy with kernels"
+    rows = [
+        Interval(
+            n,
+            100 * float(v.mean()),
+            100 * float(v.min()),
+            100 * float(v.max()),
+            series[n],
+            percent(float(v.mean())),
+        )
+        for n, v in zip(names, values, strict=True)
+    ]
     return [
         Figure(
             title,
-            heat_map(
-                title,
-                values * 100,
-                Side("plan", names),
-                Side("GPU", gpus),
-                Colours(100.0),
-                "% of the time",
-            ),
+            intervals(title, rows, "share of all time (%)"),
             table,
-            "Share of all time that each GPU computes; the rest is communication and waiting.",
+            "Mark: mean of all GPUs. Line: from the least to the most busy GPU. The rest is"
+            " communication and waiting.",
             basis,
         )
     ]
 
 
 def _links(names: Sequence[str], plans: Mapping[str, Fields], basis: str) -> Block:
-    rows = []
+    rows: list[list[str]] = []
     for n in names:
-        for link in plans[n].children("busiest_links"):
-            rows.append(  # noqa: PERF401
-                [
-                    n,
-                    link.text("link", ""),
-                    link.text("class", ""),
-                    percent(link.number("busy", 0.0)),
-                    significant(link.number("gb_per_s", 0.0), 3),
-                ]
-            )
+        rows += [
+            [
+                n,
+                link.text("link", ""),
+                link.text("class", ""),
+                percent(link.number("busy", 0.0)),
+                significant(link.number("gb_per_s", 0.0), 3),
+            ]
+            for link in plans[n].children("busiest_links")[:MAX_LINKS]
+        ]
     columns = ["plan", "link", "class", "busy", "GB/s"]
     return TableBlock("Busiest links", Table(columns, rows, frozenset({1, 2})), basis)
 
