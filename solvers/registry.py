@@ -12,10 +12,20 @@ SOLVERS: dict[str, tuple[str, str, str]] = {
     "round_robin": ("round_robin", "RoundRobin", "expert i on GPU i mod G; ignores load"),
     "eplb": ("eplb", "Eplb", "DeepSeek's load balancer: average load, replicas, node groups"),
     "greedy": ("greedy", "Greedy", "longest processing time first: average load, unequal GPUs"),
+    "coclustering": (
+        "coclustering",
+        "Coclustering",
+        "spectral co-clustering of tokens and experts: few GPUs a token, balance second",
+    ),
     "local_search": (
         "local_search",
         "LocalSearch",
         "swaps and replica moves on batch-by-batch load, traffic or time (default)",
+    ),
+    "ilp": (
+        "ilp.solver",
+        "JointIlp",
+        "integer programs on the same objective, from local_search's answer; proves bounds",
     ),
 }
 

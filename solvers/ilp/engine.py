@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +30,7 @@ from moesim.solvers.base import never
 FloatArray = npt.NDArray[np.float64]
 ENGINES = ("highs", "cbc")
 RELATIVE_GAP = 1e-6
+Terms = list[tuple[Any, float]]
 
 
 class Outcome(StrEnum):
@@ -81,6 +82,7 @@ class IlpModel:
         self._column: dict[int, int] = {}
         self._cost: list[tuple[Any, float]] = []
         self._start: dict[int, float] = {}
+        self._maxima: list[tuple[int, float, list[tuple[Terms, float]]]] = []
 
     @property
     def num_variables(self) -> int:
@@ -114,17 +116,27 @@ class IlpModel:
     def column(self, variable: Any) -> int:
         return self._column[id(variable)]
 
-    def at_most(self, terms: Iterable[tuple[Any, float]], limit: float) -> None:
-        self.problem += self._pulp.LpAffineExpression(list(terms)) <= float(limit)
+    def at_most(self, terms: Terms, limit: float) -> None:
+        self.problem += self._pulp.LpAffineExpression(terms) <= float(limit)
 
-    def at_least(self, terms: Iterable[tuple[Any, float]], limit: float) -> None:
-        self.problem += self._pulp.LpAffineExpression(list(terms)) >= float(limit)
+    def at_least(self, terms: Terms, limit: float) -> None:
+        self.problem += self._pulp.LpAffineExpression(terms) >= float(limit)
 
-    def equal(self, terms: Iterable[tuple[Any, float]], value: float) -> None:
-        self.problem += self._pulp.LpAffineExpression(list(terms)) == float(value)
+    def equal(self, terms: Terms, value: float) -> None:
+        self.problem += self._pulp.LpAffineExpression(terms) == float(value)
+
+    def largest(self, of: list[tuple[Terms, float]], *, low: float = 0.0, cost: float = 0.0) -> Any:
+        """A continuous variable that is at least `low` and at least each of `of`, linear terms
+        plus a constant. Minimised, it is their maximum; that is also its value in a start."""
+        made = self.continuous(low, cost=cost)
+        for terms, constant in of:
+            self.at_least([(made, 1.0), *((v, -c) for v, c in terms)], constant)
+        self._maxima.append((self.column(made), low, of))
+        return made
 
     def start(self, variable: Any, value: float) -> None:
-        """Where the search begins. Give a value to every variable, or to none."""
+        """Where the search begins. Every variable but those of `largest` needs a value, else the
+        start is not used."""
         self._start[self.column(variable)] = float(value)
 
     def solve(
@@ -161,9 +173,15 @@ class IlpModel:
         return IlpSolution(outcome, values, objective, bound, time.monotonic() - started, engine)
 
     def _full_start(self) -> FloatArray | None:
-        if len(self._start) < len(self.variables):
+        if not self._start or len(self._start) + len(self._maxima) < len(self.variables):
             return None
-        return np.array([self._start[i] for i in range(len(self.variables))])
+        values = np.zeros(len(self.variables))
+        for column, value in self._start.items():
+            values[column] = value
+        for column, low, of in self._maxima:
+            sums = [c + sum(k * values[self.column(v)] for v, k in terms) for terms, c in of]
+            values[column] = max([low, *sums])
+        return values
 
     def _highs(
         self,

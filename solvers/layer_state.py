@@ -1,0 +1,100 @@
+"""One layer under reoptimisation: its slots, loads and exact objective, with replicas as they are.
+
+A move gives a few GPUs new contents made of the slots that they held before, so that the number
+of replicas of every expert, and with it the work of a slot, stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.solvers.objective import PlacementCost, layer_tokens, make_flow
+
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.int64]
+MARGIN = 1e-6
+
+
+class LayerState:
+    """slots: [G, S] int64, the number of experts for an empty slot. work: [U, E + 1, B] cost of a
+    slot of each expert on each kind of GPU; load: [G, B]; value: the objective of the layer.
+    messages_us: its message term; per_message: that term a sampled choice, 0 without messages."""
+
+    def __init__(self, objective: PlacementCost, layer: int, slots: IntArray) -> None:
+        self.objective, self.layer = objective, layer
+        self.slots = slots.copy()
+        self.work = objective.work(objective.layer_counts(layer), self.slots)
+        self.load = np.stack([self._row(g, self.slots[g]) for g in range(len(slots))])
+        self.tokens: Any = None
+        self.per_message = 0.0
+        traffic = objective.problem.traffic
+        if objective.net is not None and traffic is not None:
+            problem = objective.problem
+            self.tokens = layer_tokens(traffic, layer, problem.num_experts)
+            self._flow = make_flow(traffic, problem.num_gpus, problem.num_nodes)
+        self.messages_us = self._messages(self.slots)
+        if self.tokens is not None:
+            self.per_message = self.messages_us / max(1, len(self.tokens.token))
+        self.value = self._value(self.load, self.messages_us)
+
+    def _row(self, gpu: int, experts: IntArray) -> FloatArray:
+        unit = self.objective.unit[gpu]
+        held = experts[: self.objective.capacity[gpu]]
+        return np.asarray(self.work[unit, held].sum(axis=0, dtype=np.float32))
+
+    def _messages(self, slots: IntArray) -> float:
+        from moesim.solvers.search_traffic import fill_flow, message_us, replica_gpus
+
+        if self.tokens is None:
+            return 0.0
+        objective = self.objective
+        gpus, held = replica_gpus(slots, objective.capacity, objective.problem.num_experts)
+        fill_flow(self.tokens, objective.net, self._flow, gpus, held)
+        return float(message_us(objective.net, self._flow))
+
+    def _value(self, load: FloatArray, messages_us: float) -> float:
+        mean = float(load.max(axis=0).mean(dtype=np.float64))
+        ceiling, weight = self.objective.limits(self.layer)
+        if ceiling > 0:
+            return messages_us + weight * max(0.0, mean - ceiling)
+        return mean + messages_us
+
+    def blame(self) -> FloatArray:
+        """[G]: share of the tuning batches in which each GPU is the costliest."""
+        count = np.bincount(self.load.argmax(axis=0), minlength=len(self.load))
+        return count / self.load.shape[1]
+
+    def others(self, gpus: IntArray) -> FloatArray:
+        """[B]: the costliest of the GPUs that are not among `gpus`, 0 where there is none."""
+        rest = np.delete(np.arange(len(self.load)), gpus)
+        if not len(rest):
+            return np.zeros(self.load.shape[1], np.float32)
+        return np.asarray(self.load[rest].max(axis=0))
+
+    def home_hits(self) -> FloatArray:
+        """[E, G]: sampled choices of each expert by the token's home; zeros without messages."""
+        hits = np.zeros((self.objective.problem.num_experts, len(self.slots)))
+        if self.tokens is not None:
+            expert = np.repeat(np.arange(len(hits)), np.diff(self.tokens.indptr))
+            np.add.at(hits, (expert, self.tokens.home[self.tokens.token]), 1)
+        return hits
+
+    def accept(self, gpus: IntArray, rows: IntArray) -> bool:
+        """Take the new contents `rows` [len(gpus), S] of `gpus` if that improves the objective."""
+        slots, load = self.slots.copy(), self.load.copy()
+        for gpu, row in zip(gpus, rows, strict=True):
+            slots[gpu] = row
+            load[gpu] = self._row(gpu, row)
+        if self.objective.net is None or not self.objective.limits(self.layer)[0]:
+            least = float(load.max(axis=0).mean(dtype=np.float64))
+            if least >= self.value * (1 - MARGIN):
+                return False
+        messages = self._messages(slots)
+        value = self._value(load, messages)
+        if not value < self.value * (1 - MARGIN):
+            return False
+        self.slots, self.load, self.messages_us, self.value = slots, load, messages, value
+        return True
