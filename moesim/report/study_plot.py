@@ -82,9 +82,15 @@ def _front(ax: Axes, data: dict[str, Any]) -> None:
     for point in drawn:
         if point["key"] == answer:
             ax.scatter(
-                [point["figures"][x] * fx], [point["figures"][y] * fy], s=170, facecolors="none", edgecolors=RED, linewidths=1.6,
-                zorder=3, label="the answer",
-            )  # fmt: skip
+                [point["figures"][x] * fx],
+                [point["figures"][y] * fy],
+                s=170,
+                facecolors="none",
+                edgecolors=RED,
+                linewidths=1.6,
+                zorder=3,
+                label="the answer",
+            )
     if any(not p["keeps"] for p in drawn):
         ax.scatter([], [], s=30, facecolors="none", edgecolors=GREY, label="misses a promise")
     for bound in data["question"]["slo"]:

@@ -72,6 +72,18 @@ class Range(_Model):
         return out
 
 
+def _axis(value: Any) -> Any:
+    """A range, or a list of single values."""
+    if isinstance(value, (Range, dict)):
+        return Range.model_validate(value)
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_AXIS:
+        raise ValueError(f"must be a list of 1 to {MAX_AXIS:,} values, or from, to, and step")
+    return [_scalar(item) for item in value]
+
+
+Axis = Annotated[Any, BeforeValidator(_axis)]
+
+
 class Search(_Model):
     """Evaluate some of the grid: `random` points, or `coordinate`: one axis after the other from
     random starts, each time to its best value. `points`: how many at most."""
@@ -87,7 +99,7 @@ class StudyFile(_Model):
     name: Annotated[str, Field(max_length=200)] = ""
     evaluator: Name = "static"
     fixed: dict[Name, Value] = {}
-    grid: dict[Name, Range | Annotated[list[Value], Field(min_length=1, max_length=MAX_AXIS)]] = {}
+    grid: dict[Name, Axis] = {}
     cases: Annotated[list[dict[Name, Value]], Field(max_length=MAX_AXIS)] = []
     slo: Annotated[str, Field(max_length=1000)] = ""
     minimize: Word | None = None
@@ -145,7 +157,7 @@ def check_study(content: dict[str, Any], label: str, root: Any = None) -> StudyF
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
         first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
-        where, loc = label, [p for p in first["loc"] if not str(p).startswith(("list[", "Range"))]
+        where, loc = label, list(first["loc"])
         if root is not None:
             line, loc = line_of(root, tuple(first["loc"]))
             where = f"{label}, line {line}"

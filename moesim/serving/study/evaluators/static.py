@@ -6,6 +6,7 @@ The GPUs are cut into `replicas` engines of tp x dp x pp GPUs, each with its sha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
@@ -174,24 +175,12 @@ class StaticEvaluator(DeploymentEvaluator):
 
 def deployment_of(params: Mapping[str, Any]) -> tuple[Deployment, tuple[str, ...]]:
     """One replica's deployment with its hardware scaled, and remarks."""
-    from moesim.cost.scaled import faster_calibration
-    from moesim.cost.step import calibration_of_gpu
     from moesim.serving.deployment import deploy
 
     cluster_of(params["cluster"], params["gpus"])
     engine_gpus = params["tp"] * params["dp"] * params["pp"]
     cluster = cluster_of(params["cluster"], engine_gpus)
     plan, notes = _plan(params)
-    network, compute = params["network_scale"], params["compute_scale"]
-    calibration = None
-    if (network, compute) != (1.0, 1.0):
-        slowest = min(cluster.gpus, key=lambda gpu: gpu.hbm_gb_per_s)
-        same = len({gpu.name for gpu in cluster.gpus}) == 1
-        calibration = faster_calibration(
-            calibration_of_gpu(slowest, cluster.calibration, same),
-            network=network,
-            compute=compute,
-        )
     same_as_deploy = (
         "engine", "tp", "dp", "pp", "ep", "moe_tp", "moe_comm", "expert_dtype", "dense_dtype",
         "kv_dtype", "max_batch_tokens", "max_sequences", "memory_fraction",
@@ -202,9 +191,28 @@ def deployment_of(params: Mapping[str, Any]) -> tuple[Deployment, tuple[str, ...
         **{name: params[name] for name in same_as_deploy},
         plan=plan,
         trace=trace_of(params["trace"]) if params["trace"] is not None else None,
-        calibration=calibration,
     )
-    return deployment, notes
+    return _scaled(deployment, params), notes
+
+
+def _scaled(deployment: Deployment, params: Mapping[str, Any]) -> Deployment:
+    """`deployment` on hardware, and with routing, changed by the scales of `params`."""
+    from moesim.cost.scaled import faster_calibration
+    from moesim.serving.step_cost import calibration_of
+
+    network, compute = params["network_scale"], params["compute_scale"]
+    out = replace(deployment, imbalance_scale=params["imbalance_scale"])
+    if (network, compute) == (1.0, 1.0):
+        return out
+    cluster = deployment.cluster
+    gpus = tuple(replace(gpu, hbm_gb_per_s=gpu.hbm_gb_per_s * compute) for gpu in cluster.gpus)
+    return replace(
+        out,
+        cluster=replace(cluster, gpus=gpus),
+        calibration=faster_calibration(
+            calibration_of(deployment), network=network, compute=compute
+        ),
+    )
 
 
 def _plan(params: Mapping[str, Any]) -> tuple[Plan | None, tuple[str, ...]]:
