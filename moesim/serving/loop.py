@@ -1,0 +1,356 @@
+"""The serving loop: arrivals, steps of the instances, transfers of KV caches.
+
+At one instant steps end first, in order of instance; then transferred caches arrive; then new
+requests; then every idle instance with work begins a step. An instance begins its next step the
+moment one ends. Requests that arrive during a step wait for its end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from moesim.serving.kv_cache import push_waiting, release
+from moesim.serving.prefix import register
+from moesim.serving.router import admit_level, choose_rank
+from moesim.serving.scheduler import plan_rank
+from moesim.serving.speculative import accepted_drafts, choose_drafts
+from moesim.serving.state import (
+    ALL_DONE,
+    DECODE,
+    FINISHED,
+    INTERNAL,
+    MOST_WAITING,
+    NEXT_ARRIVAL,
+    NUM_DONE,
+    NUM_STEPS,
+    NUM_TRANSFERS,
+    PAUSED,
+    PREFILL,
+    REFUSED,
+    SERIES_FULL,
+    STUCK,
+    TOO_LARGE,
+)
+
+
+@njit(cache=True)
+def advance(
+    req: Any,
+    ids: Any,
+    ranks: Any,
+    queues: Any,
+    running: Any,
+    prefix: Any,
+    inst: Any,
+    settings: Any,
+    levels: Any,
+    expected: Any,
+    tables: Any,
+    clock: Any,
+    max_events: int,
+) -> int:
+    """Run until all is done, `until_us`, `max_events` instants, or the series is full.
+
+    Everything is in the arguments: call again to go on. Returns ALL_DONE, PAUSED, SERIES_FULL (the
+    bins must be made wider first), or STUCK, which is an error of this program.
+    """
+    cfg = settings[0]
+    num_requests = len(req)
+    shares = np.zeros(tables.moe_us.shape[1])
+    for _ in range(max_events):
+        now = np.inf
+        if clock.counts[NEXT_ARRIVAL] < num_requests:
+            now = req[clock.counts[NEXT_ARRIVAL]].arrival_us
+        if clock.counts[NUM_TRANSFERS] > 0:
+            now = min(now, clock.heap_us[0])
+        for i in range(len(inst)):
+            now = min(now, inst[i].busy_until_us)
+        if now == np.inf:
+            return ALL_DONE if _nothing_left(ranks) else STUCK
+        if now > cfg.until_us:
+            return ALL_DONE
+        if now >= clock.bin_us[0] * clock.series.shape[1]:
+            return SERIES_FULL
+        clock.now_us[0] = now
+        for i in range(len(inst)):
+            if inst[i].busy_until_us == now:
+                _end_step(req, ids, ranks, queues, running, prefix, cfg, inst, clock, i, now)
+        while clock.counts[NUM_TRANSFERS] > 0 and clock.heap_us[0] == now:
+            _end_transfer(req, ids, ranks, queues, prefix, cfg, clock)
+        while (
+            clock.counts[NEXT_ARRIVAL] < num_requests
+            and req[clock.counts[NEXT_ARRIVAL]].arrival_us == now
+        ):
+            _arrive(req, ids, ranks, queues, prefix, cfg, levels, clock)
+        for i in range(len(inst)):
+            if inst[i].busy_until_us == np.inf or inst[i].busy_until_us == now:
+                _begin_step(
+                    req,
+                    ids,
+                    ranks,
+                    queues,
+                    running,
+                    prefix,
+                    cfg,
+                    inst,
+                    expected,
+                    tables,
+                    clock,
+                    shares,
+                    i,
+                    now,
+                )
+    return PAUSED
+
+
+@njit(**INTERNAL)
+def _nothing_left(ranks: Any) -> bool:
+    for rank in range(len(ranks)):
+        if ranks[rank].num_waiting > 0 or ranks[rank].num_running > 0:
+            return False
+    return True
+
+
+@njit(**INTERNAL)
+def _arrive(
+    req: Any, ids: Any, ranks: Any, queues: Any, prefix: Any, cfg: Any, levels: Any, clock: Any
+) -> None:
+    r = clock.counts[NEXT_ARRIVAL]
+    clock.counts[NEXT_ARRIVAL] += 1
+    if req[r].status == TOO_LARGE:
+        clock.counts[NUM_DONE] += 1
+        return
+    rank = choose_rank(req, ids, ranks, prefix, cfg, clock, r, False)
+    if not admit_level(req, ranks, cfg, levels, rank, r):
+        req[r].status = REFUSED
+        clock.counts[NUM_DONE] += 1
+        return
+    req[r].rank = rank
+    _assign(req, ranks, cfg, rank, r)
+    push_waiting(req, ranks, queues, rank, r, False)
+    clock.counts[MOST_WAITING] = max(clock.counts[MOST_WAITING], ranks[rank].num_waiting)
+
+
+@njit(**INTERNAL)
+def _assign(req: Any, ranks: Any, cfg: Any, rank: int, r: int) -> None:
+    ranks[rank].outstanding += 1
+    ranks[rank].backlog += req[r].prompt + cfg.mean_output
+
+
+@njit(**INTERNAL)
+def _unassign(req: Any, ranks: Any, cfg: Any, rank: int, r: int) -> None:
+    ranks[rank].outstanding -= 1
+    ranks[rank].backlog -= req[r].prompt + cfg.mean_output
+
+
+@njit(**INTERNAL)
+def _begin_step(
+    req: Any,
+    ids: Any,
+    ranks: Any,
+    queues: Any,
+    running: Any,
+    prefix: Any,
+    cfg: Any,
+    inst: Any,
+    expected: Any,
+    tables: Any,
+    clock: Any,
+    shares: Any,
+    i: int,
+    now: float,
+) -> None:
+    first, last = inst[i].first_rank, inst[i].last_rank
+    tokens = 0
+    for rank in range(first, last):
+        tokens += plan_rank(
+            req,
+            ids,
+            ranks,
+            queues,
+            running,
+            prefix,
+            cfg,
+            rank,
+            inst[i].max_tokens,
+            inst[i].max_sequences,
+            now,
+        )
+    if tokens == 0:
+        inst[i].busy_until_us = np.inf
+        return
+    if len(shares) > 1:
+        _domain_shares(req, ranks, running, first, last, tokens, shares)
+    m = 1 if inst[i].role == DECODE else 0
+    drafts, time, mean, slowest = choose_drafts(
+        cfg, expected, tables, m, ranks, first, last, shares
+    )
+    inst[i].busy_until_us = now + time
+    inst[i].drafts = drafts
+    inst[i].steps += 1
+    clock.counts[NUM_STEPS] += 1
+    clock.drafts[drafts] += 1
+    running, waiting, kv = 0, 0, 0.0
+    prompt = 0
+    for rank in range(first, last):
+        running += ranks[rank].num_running
+        waiting += ranks[rank].num_waiting
+        prompt += ranks[rank].prefill_rows
+        idle = ranks[rank].free_blocks + ranks[rank].num_evictable * cfg.hash_blocks
+        used = 1.0 - idle / ranks[rank].total_blocks
+        clock.peak_kv[m] = max(clock.peak_kv[m], used)
+        kv += used / (last - first)
+    place = int(now / clock.bin_us[0])
+    row = clock.series[m, place]
+    row[1] += prompt
+    row[2] += 1
+    row[3] += time
+    row[4] += running * time
+    row[5] += waiting * time
+    row[6] += kv * time
+    row[7] += mean
+    row[8] += slowest
+
+
+@njit(**INTERNAL)
+def _domain_shares(
+    req: Any, ranks: Any, running: Any, first: int, last: int, tokens: int, shares: Any
+) -> None:
+    shares[:] = 0.0
+    for rank in range(first, last):
+        for s in range(ranks[rank].num_running):
+            r = running[0, rank, s]
+            shares[req[r].domain] += running[1, rank, s] / tokens
+
+
+@njit(**INTERNAL)
+def _end_step(
+    req: Any,
+    ids: Any,
+    ranks: Any,
+    queues: Any,
+    running: Any,
+    prefix: Any,
+    cfg: Any,
+    inst: Any,
+    clock: Any,
+    i: int,
+    now: float,
+) -> None:
+    role, drafts = inst[i].role, inst[i].drafts
+    m = 1 if role == DECODE else 0
+    produced = 0
+    for rank in range(inst[i].first_rank, inst[i].last_rank):
+        kept = 0
+        for s in range(ranks[rank].num_running):
+            r = running[0, rank, s]
+            n = running[1, rank, s]
+            stays = True
+            if n > 0:
+                gain = 0
+                if req[r].computed < req[r].prefill_len:
+                    req[r].computed += n
+                    if req[r].computed == req[r].prefill_len:
+                        gain = 1
+                        if cfg.prefix_on and role != DECODE:
+                            register(req, ids, ranks, prefix, cfg, rank, r)
+                else:
+                    accepted = accepted_drafts(cfg, drafts, r, req[r].generated)
+                    clock.accepted[0] += drafts
+                    clock.accepted[1] += accepted
+                    gain = min(1 + accepted, req[r].output - req[r].generated)
+                    req[r].computed += gain
+                req[r].generated += gain
+                produced += gain
+                if gain > 0 and req[r].first_us < 0:
+                    req[r].first_us = now
+                if req[r].generated >= req[r].output:
+                    stays = False
+                    _finish(req, ids, ranks, prefix, cfg, clock, rank, r, now)
+                elif gain > 0 and role == PREFILL:
+                    stays = False
+                    _begin_transfer(req, ids, ranks, prefix, cfg, clock, rank, r, now)
+            if stays:
+                running[0, rank, kept] = r
+                running[1, rank, kept] = 0
+                kept += 1
+        ranks[rank].num_running = kept
+    place = min(int(now / clock.bin_us[0]), clock.series.shape[1] - 1)
+    clock.series[m, place, 0] += produced
+
+
+@njit(**INTERNAL)
+def _finish(
+    req: Any, ids: Any, ranks: Any, prefix: Any, cfg: Any, clock: Any, rank: int, r: int, now: float
+) -> None:
+    release(req, ids, ranks, prefix, rank, r)
+    _unassign(req, ranks, cfg, rank, r)
+    req[r].status = FINISHED
+    req[r].finish_us = now
+    clock.counts[NUM_DONE] += 1
+
+
+@njit(**INTERNAL)
+def _begin_transfer(
+    req: Any, ids: Any, ranks: Any, prefix: Any, cfg: Any, clock: Any, rank: int, r: int, now: float
+) -> None:
+    """Send the cache of `r` to a decode rank: both their links must be free, one transfer each."""
+    to = choose_rank(req, ids, ranks, prefix, cfg, clock, r, True)
+    req[r].decode_rank = to
+    _assign(req, ranks, cfg, to, r)
+    start = max(now, ranks[rank].link_free_us, ranks[to].link_free_us)
+    end = start + cfg.transfer_latency_us + cfg.transfer_us_per_token * req[r].computed
+    ranks[rank].link_free_us = end
+    ranks[to].link_free_us = end
+    child = clock.counts[NUM_TRANSFERS]
+    clock.counts[NUM_TRANSFERS] += 1
+    while child > 0:
+        parent = (child - 1) // 2
+        if not _sooner(end, r, clock.heap_us[parent], clock.heap_request[parent]):
+            break
+        clock.heap_us[child] = clock.heap_us[parent]
+        clock.heap_request[child] = clock.heap_request[parent]
+        child = parent
+    clock.heap_us[child] = end
+    clock.heap_request[child] = r
+
+
+@njit(**INTERNAL)
+def _sooner(a_us: float, a: int, b_us: float, b: int) -> bool:
+    return a_us < b_us or (a_us == b_us and a < b)
+
+
+@njit(**INTERNAL)
+def _end_transfer(
+    req: Any, ids: Any, ranks: Any, queues: Any, prefix: Any, cfg: Any, clock: Any
+) -> None:
+    """The first cache under way is there: it leaves the sender and queues for the decode rank."""
+    r = clock.heap_request[0]
+    size = clock.counts[NUM_TRANSFERS] - 1
+    clock.counts[NUM_TRANSFERS] = size
+    last_us, last = clock.heap_us[size], clock.heap_request[size]
+    parent = 0
+    while 2 * parent + 1 < size:
+        child = 2 * parent + 1
+        if child + 1 < size and _sooner(
+            clock.heap_us[child + 1],
+            clock.heap_request[child + 1],
+            clock.heap_us[child],
+            clock.heap_request[child],
+        ):
+            child += 1
+        if _sooner(last_us, last, clock.heap_us[child], clock.heap_request[child]):
+            break
+        clock.heap_us[parent] = clock.heap_us[child]
+        clock.heap_request[parent] = clock.heap_request[child]
+        parent = child
+    clock.heap_us[parent] = last_us
+    clock.heap_request[parent] = last
+    sender, to = req[r].rank, req[r].decode_rank
+    release(req, ids, ranks, prefix, sender, r)
+    _unassign(req, ranks, cfg, sender, r)
+    req[r].arrived = 1
+    push_waiting(req, ranks, queues, to, r, False)

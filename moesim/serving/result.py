@@ -1,0 +1,264 @@
+"""What came of a simulated service: latencies, throughput, utilisation, over time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.cost.curves import Basis
+from moesim.serving.slo import LATENCIES, STATS, Slo
+from moesim.serving.state import (
+    DEMOTE,
+    FINISHED,
+    MOST_WAITING,
+    NUM_STEPS,
+    REFUSE,
+    REFUSED,
+    SERIES,
+    SHORTEN,
+    TOO_LARGE,
+    UNFINISHED,
+)
+
+if TYPE_CHECKING:
+    from moesim.serving.config import ServingConfig
+    from moesim.serving.deployment import Deployment
+    from moesim.serving.requests import Requests
+    from moesim.serving.state import Clock
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+STATUS_NAMES = {
+    UNFINISHED: "unfinished",
+    FINISHED: "finished",
+    TOO_LARGE: "rejected",
+    REFUSED: "refused",
+}
+_ROLES = ("serving", "decode")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServingResult:
+    """Results by request and over time.
+
+    [R]: status (see STATUS_NAMES), arrival_s, start_s (first step), first_token_s, finish_s (NaN
+    where it did not happen), prompt_tokens, generated_tokens, cached_tokens (of the prompt, found
+    in the prefix cache), preempted (times), degraded (action taken on arrival, 0: none), level,
+    rank (-1: none).
+    ttft_s, tpot_s, e2e_s: [R], NaN where there is none; tpot only of two tokens or more. Each
+    request's time outside the engine's steps (`EngineProfile.request_ms`) is in ttft and e2e.
+    series: by role, each [bins] of `bin_s` seconds: time and what SERIES holds, as rates and means.
+    metrics: by name, in seconds, tokens and shares; None where there is nothing to measure.
+    """
+
+    status: IntArray
+    arrival_s: FloatArray
+    start_s: FloatArray
+    first_token_s: FloatArray
+    finish_s: FloatArray
+    prompt_tokens: IntArray
+    generated_tokens: IntArray
+    cached_tokens: IntArray
+    preempted: IntArray
+    degraded: IntArray
+    level: IntArray
+    rank: IntArray
+    ttft_s: FloatArray
+    tpot_s: FloatArray
+    e2e_s: FloatArray
+    series: Mapping[str, Mapping[str, FloatArray]]
+    bin_s: float
+    metrics: Mapping[str, float | None]
+    num_gpus: int
+    basis: Basis
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        deployment: Deployment,
+        requests: Requests,
+        config: ServingConfig,
+        req: Any,
+        clock: Clock,
+        basis: Basis,
+        notes: tuple[str, ...],
+        prefix_on: bool,
+    ) -> ServingResult:
+        """From the arrays that the loop leaves behind."""
+        first, finish, start = (
+            np.where(times >= 0, times / 1e6, np.nan)
+            for times in (req["first_us"], req["finish_us"], req["start_us"])
+        )
+        outside = deployment.engine.request_ms / 1e3
+        ttft = first - requests.arrival_s + outside
+        e2e = finish - requests.arrival_s + outside
+        more = np.maximum(req["generated"] - 1, 1)
+        tpot = np.where(req["generated"] > 1, (finish - first) / more, np.nan)
+        end_s = (
+            float(np.nanmax(finish)) if np.isfinite(finish).any() else float(clock.now_us[0]) / 1e6
+        )
+        gpus = _role_gpus(deployment, config)
+        out = cls(
+            status=req["status"],
+            arrival_s=requests.arrival_s,
+            start_s=start,
+            first_token_s=first,
+            finish_s=finish,
+            prompt_tokens=req["prompt"],
+            generated_tokens=req["generated"],
+            cached_tokens=req["cached"],
+            preempted=req["preempted"],
+            degraded=req["degraded"],
+            level=req["level"],
+            rank=req["rank"],
+            ttft_s=ttft,
+            tpot_s=tpot,
+            e2e_s=e2e,
+            series=_series(clock, gpus, config),
+            bin_s=float(clock.bin_us[0]) / 1e6,
+            metrics={},
+            num_gpus=sum(gpus),
+            basis=basis,
+            notes=notes,
+        )
+        return replace(out, metrics=_metrics(out, clock, gpus, config, end_s, prefix_on))
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def latencies(self, level: int | None = None) -> dict[str, float | None]:
+        """Every figure of `slo.METRICS`, over finished requests, of one level or of all."""
+        own = self.status == FINISHED
+        if level is not None:
+            own = own & (self.level == level)
+        return _latencies({name: getattr(self, f"{name}_s")[own] for name in LATENCIES})
+
+    def goodput(self, slo: Slo) -> dict[str, float]:
+        """Requests that keep every per-request promise: their share of all requests (rejected,
+        refused and unfinished ones keep none), and how many a second, over the run."""
+        kept = self.status == FINISHED
+        for bound in slo.per_request:
+            values = getattr(self, f"{bound.latency}_s")
+            kept &= ~(values >= bound.limit_s)
+        seconds = self.metrics["duration_s"] or 0.0
+        count = int(kept.sum())
+        return {
+            "share": count / len(self),
+            "requests_per_s": count / seconds if seconds else 0.0,
+            "requests_per_s_per_gpu": count / seconds / self.num_gpus if seconds else 0.0,
+        }
+
+    def counts(self) -> dict[str, int]:
+        """Requests by what became of them; their sum is the number of requests (INV-1)."""
+        return {name: int((self.status == code).sum()) for code, name in STATUS_NAMES.items()}
+
+
+def _role_gpus(deployment: Deployment, config: ServingConfig) -> list[int]:
+    gpus = [config.replicas * deployment.num_gpus]
+    if config.decode is not None:
+        gpus.append(config.decode_replicas * config.decode.num_gpus)
+    return gpus
+
+
+def _latencies(values: Mapping[str, FloatArray]) -> dict[str, float | None]:
+    out: dict[str, float | None] = {}
+    for name, all_values in values.items():
+        kept = all_values[np.isfinite(all_values)]
+        for stat, q in STATS.items():
+            if not len(kept):
+                out[f"{name}_{stat}"] = None
+            else:
+                out[f"{name}_{stat}"] = float(kept.mean() if q is None else np.percentile(kept, q))
+    return out
+
+
+def _num_instances(config: ServingConfig) -> list[int]:
+    return [config.replicas, *([config.decode_replicas] if config.decode is not None else [])]
+
+
+def _series(clock: Clock, gpus: list[int], config: ServingConfig) -> dict[str, Any]:
+    """Rates and time averages by role: tokens a second, share of time in steps, sequences running
+    and requests waiting on all instances, share of the KV cache in use, mean step."""
+    width_s = float(clock.bin_us[0]) / 1e6
+    used = int(np.flatnonzero(clock.series.sum(axis=(0, 2)) > 0).max(initial=0)) + 1
+    out: dict[str, Any] = {}
+    for role, (name, num) in enumerate(zip(_ROLES, _num_instances(config), strict=False)):
+        raw = dict(zip(SERIES, clock.series[role, :used].T, strict=True))
+        steps = np.maximum(raw["steps"], 1)
+        wall_us = width_s * 1e6
+        out[name] = {
+            "time_s": np.arange(used) * width_s,
+            "output_tokens_per_s": raw["decode_tokens"] / width_s,
+            "prompt_tokens_per_s": raw["prefill_tokens"] / width_s,
+            "busy": np.minimum(raw["busy_us"] / (wall_us * num), 1.0),
+            "running": raw["running_us"] / wall_us,
+            "waiting": raw["waiting_us"] / wall_us,
+            "kv_used": raw["kv_us"] / (wall_us * num),
+            "step_ms": raw["busy_us"] / steps / 1e3,
+        }
+    return out
+
+
+def _metrics(
+    out: ServingResult,
+    clock: Clock,
+    gpus: list[int],
+    config: ServingConfig,
+    end_s: float,
+    prefix_on: bool,
+) -> dict[str, float | None]:
+    totals = [dict(zip(SERIES, row, strict=True)) for row in clock.series.sum(axis=1)]
+    duration = max(end_s, 1e-9)
+    wall_us = duration * 1e6
+    finished = out.status == FINISHED
+    tokens = float(out.generated_tokens.sum())
+    busy = sum(
+        t["busy_us"] / n * g for t, n, g in zip(totals, _num_instances(config), gpus, strict=False)
+    )
+    steps = sum(t["steps"] for t in totals)
+    slow = sum(t["rank_max_us"] for t in totals)
+    waits = (out.start_s - out.arrival_s)[np.isfinite(out.start_s)]
+    metrics: dict[str, float | None] = dict(out.latencies())
+    metrics |= {
+        "duration_s": duration,
+        "requests_per_s": float(finished.sum()) / duration,
+        "output_tokens_per_s": tokens / duration,
+        "output_tokens_per_s_per_gpu": tokens / duration / out.num_gpus,
+        "total_tokens_per_s_per_gpu": (tokens + float(out.prompt_tokens[finished].sum()))
+        / duration
+        / out.num_gpus,
+        "gpu_utilisation": min(1.0, busy / out.num_gpus / wall_us),
+        "rank_balance": sum(t["rank_mean_us"] for t in totals) / slow if slow else None,
+        "kv_used_mean": totals[0]["kv_us"] / (wall_us * config.replicas),
+        "kv_used_peak": float(clock.peak_kv[0]),
+        "queue_mean": sum(t["waiting_us"] for t in totals) / wall_us,
+        "queue_peak_on_a_rank": float(clock.counts[MOST_WAITING]),
+        "queue_s_mean": float(waits.mean()) if len(waits) else None,
+        "queue_s_p99": float(np.percentile(waits, 99)) if len(waits) else None,
+        "running_mean": sum(t["running_us"] for t in totals) / wall_us,
+        "steps": float(clock.counts[NUM_STEPS]),
+        "step_ms_mean": sum(t["busy_us"] for t in totals) / steps / 1e3 if steps else None,
+        "preemptions": float(out.preempted.sum()),
+        "shortened": float((out.degraded == SHORTEN).sum()),
+        "demoted": float((out.degraded == DEMOTE).sum()),
+        "refused": float((out.degraded == REFUSE).sum()),
+    }
+    if config.decode is not None:
+        metrics["decode_kv_used_mean"] = totals[1]["kv_us"] / (wall_us * config.decode_replicas)
+        metrics["decode_kv_used_peak"] = float(clock.peak_kv[1])
+    if prefix_on:
+        begun = np.isfinite(out.start_s)
+        prompt = float(out.prompt_tokens[begun].sum())
+        metrics["prefix_hit_share"] = float(out.cached_tokens.sum()) / prompt if prompt else None
+    if config.speculation is not None:
+        drafted, accepted = clock.accepted.tolist()
+        k = np.arange(len(clock.drafts))
+        total = clock.drafts.sum()
+        metrics["drafts_mean"] = float((k * clock.drafts).sum() / total) if total else None
+        metrics["drafts_accepted_share"] = accepted / drafted if drafted else None
+    return metrics

@@ -1,0 +1,248 @@
+"""The time of a step as tables for the compiled loop, and the loop's view of it.
+
+`tables_of` copies what a `StepCost` reduces a deployment to; `step_us` then gives what
+`StepCost.one_us` gives (the tests hold the two together), with the routed experts' part by the
+domains of the step's tokens where the routing of domains is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from moesim.serving.state import INTERNAL
+
+if TYPE_CHECKING:
+    from moesim.serving.step_cost import StepCost
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+TERM_FIELDS = (
+    "num_layers",
+    "window",
+    "decode_launch_us",
+    "us_per_seen",
+    "extra_tokens",
+    "prefill_launch_us",
+    "us_per_row",
+    "us_per_pair",
+    "sharpness",
+)
+
+
+class StepTables(NamedTuple):
+    """M deployments (roles). Tables are piecewise linear in a count, `*_x` [M, points].
+
+    row_us: one rank's work by its rows; moe_us: [M, W, points], all MoE layers by the tokens of all
+    ranks, for each of W domains; even_us: the same for tokens of all domains in equal shares;
+    head_us: by sampled rows. terms: [M, Q, TERM_FIELDS], attention; unused ones have no layers.
+    eager_us: least time of a step with prompt tokens; host_us, sequence_us: added to every step,
+    and for every sampled row of the rank that has most.
+    """
+
+    row_x: FloatArray
+    row_us: FloatArray
+    moe_x: FloatArray
+    moe_us: FloatArray
+    even_us: FloatArray
+    head_x: FloatArray
+    head_us: FloatArray
+    terms: FloatArray
+    eager_us: FloatArray
+    host_us: FloatArray
+    sequence_us: FloatArray
+
+
+def tables_of(costs: Sequence[StepCost], domains: Sequence[FloatArray] | None = None) -> StepTables:
+    """Tables of one deployment or two (front and decode instances of a disaggregated service).
+
+    domains: for each deployment [W + 1, points] times of all MoE layers on its `moe_x`, W domains
+    and then equal shares of all; None for the routing that the deployment itself has.
+    """
+    rows, moes, heads, evens, by_domain = [], [], [], [], []
+    for i, cost in enumerate(costs):
+        rows.append((cost._rows_total.counts, cost._rows_total.times_us))
+        heads.append((cost._head.counts, cost._head.times_us))
+        own = cost._moe_total
+        given = domains[i] if domains is not None else np.stack([own.times_us, own.times_us])
+        moes.append((own.counts, given[-1]))
+        evens.append(given[-1])
+        by_domain.append(given[:-1])
+    row_x, row_us = _padded(rows)
+    head_x, head_us = _padded(heads)
+    moe_x, even_us = _padded(moes)
+    moe_us = np.stack(
+        [
+            np.stack([_padded_to(cost._moe_total.counts, us, moe_x.shape[1])[1] for us in part])
+            for cost, part in zip(costs, by_domain, strict=True)
+        ]
+    )
+    most = max(len(cost.attention) for cost in costs)
+    terms = np.zeros((len(costs), most, len(TERM_FIELDS)))
+    for i, cost in enumerate(costs):
+        for q, term in enumerate(cost.attention):
+            terms[i, q] = [getattr(term, name) for name in TERM_FIELDS]
+    profiles = [cost.deployment.engine for cost in costs]
+    layers = [cost.deployment.model.num_hidden_layers for cost in costs]
+    eager = [p.eager_layer_us * n for p, n in zip(profiles, layers, strict=True)]
+    return StepTables(
+        row_x,
+        row_us,
+        moe_x,
+        moe_us,
+        even_us,
+        head_x,
+        head_us,
+        terms,
+        np.array(eager, np.float64),
+        np.array([p.step_host_us for p in profiles], np.float64),
+        np.array([p.sequence_host_us for p in profiles], np.float64),
+    )
+
+
+def constant_tables(step_us: float, row_us: float = 0.0) -> StepTables:
+    """Steps of `step_us` and `row_us` for every row of the fullest rank: for tests and theory."""
+    x = np.array([[1.0, 2.0]])
+    none = np.zeros((1, 2))
+    return StepTables(
+        x, x * row_us, x, none[None], none, x, none,
+        np.zeros((1, 1, len(TERM_FIELDS))), np.zeros(1), np.array([float(step_us)]), np.zeros(1),
+    )  # fmt: skip
+
+
+def _padded_to(counts: FloatArray, times: FloatArray, size: int) -> tuple[FloatArray, FloatArray]:
+    """`size` points: beyond the last given one times are in proportion to the count, as they are
+    when a table is asked beyond its end."""
+    factor = 2.0 ** np.arange(1, size - len(counts) + 1)
+    return (
+        np.concatenate([counts, counts[-1] * factor]),
+        np.concatenate([times, times[-1] * factor]),
+    )
+
+
+def _padded(tables: Sequence[tuple[FloatArray, FloatArray]]) -> tuple[FloatArray, FloatArray]:
+    size = max(2, *(len(counts) for counts, _ in tables))
+    both = [_padded_to(counts, times, size) for counts, times in tables]
+    return np.stack([x for x, _ in both]), np.stack([y for _, y in both])
+
+
+@njit(**INTERNAL)
+def _locate(x: Any, count: float) -> tuple[int, float]:
+    """Left point of the interval of `count`, and the weight of the right one."""
+    last = len(x) - 1
+    if count <= x[0]:
+        return 0, 0.0
+    if count >= x[last]:
+        return last, 0.0
+    low, high = 0, last
+    while high - low > 1:
+        middle = (low + high) // 2
+        if x[middle] <= count:
+            low = middle
+        else:
+            high = middle
+    return low, (count - x[low]) / (x[high] - x[low])
+
+
+@njit(**INTERNAL)
+def _table(x: Any, y: Any, count: float) -> float:
+    if count <= 0:
+        return 0.0
+    last = len(x) - 1
+    if count > x[last]:
+        return y[last] * count / x[last]
+    i, w = _locate(x, count)
+    return y[i] if w == 0.0 else y[i] + w * (y[i + 1] - y[i])
+
+
+@njit(**INTERNAL)
+def _attention_us(terms: Any, rows: float, context: float, prompt: float, pairs: float) -> float:
+    total = 0.0
+    for q in range(len(terms)):
+        layers, window = terms[q, 0], terms[q, 1]
+        if layers == 0:
+            continue
+        time = 0.0
+        if rows > 0:
+            seen = min(context, rows * window) if window > 0 else context
+            time += terms[q, 2] + terms[q, 3] * (seen + terms[q, 4] * rows)
+        if prompt > 0:
+            inside = pairs
+            if window > 0:
+                length = max(2.0 * pairs / prompt - 1.0, 1.0)
+                n = min(length, window)
+                inside = prompt / length * (n * (n + 1.0) / 2.0 + (length - n) * n)
+            a, b = terms[q, 6] * prompt, terms[q, 7] * inside
+            high, low = max(a, b), min(a, b)
+            if high > 0:
+                high *= (1.0 + (low / high) ** terms[q, 8]) ** (1.0 / terms[q, 8])
+            time += terms[q, 5] + high
+        total += layers * time
+    return total
+
+
+@njit(**INTERNAL)
+def _moe_us(tables: Any, m: int, total: float, shares: Any) -> float:
+    """All MoE layers for `total` tokens, a share of them from each domain.
+
+    A step of mixed tokens is better balanced than the steps of its domains on their own. What the
+    mean over domains lies too high is known for equal shares; for others it is taken in proportion
+    to 1 - sum of squared shares, which is 0 for one domain alone.
+    """
+    x = tables.moe_x[m]
+    domains = tables.moe_us.shape[1]
+    if domains == 1:
+        return _table(x, tables.moe_us[m, 0], total)
+    mean, evenly, squares = 0.0, 0.0, 0.0
+    for d in range(domains):
+        time = _table(x, tables.moe_us[m, d], total)
+        mean += shares[d] * time
+        evenly += time / domains
+        squares += shares[d] * shares[d]
+    gap = evenly - _table(x, tables.even_us[m], total)
+    return mean - gap * (1.0 - squares) / (1.0 - 1.0 / domains)
+
+
+@njit(**INTERNAL)
+def step_us(
+    tables: Any,
+    m: int,
+    ranks: Any,
+    first: int,
+    last: int,
+    drafts: int,
+    extra_context: float,
+    shares: Any,
+) -> tuple[float, float, float]:
+    """Microseconds of a step of ranks `first` to `last`, as their sums in `ranks` say; and what the
+    mean rank and the slowest one compute on their own.
+
+    drafts: further tokens that each decoding sequence verifies. They are rows like others; cached
+    tokens are read once more for each with `extra_context` 1, not again with 0.
+    """
+    slowest, mean, sampled, total, prefill = 0.0, 0.0, 0.0, 0.0, False
+    for rank in range(first, last):
+        rows = ranks[rank].decode_rows * (1.0 + drafts)
+        prompt = float(ranks[rank].prefill_rows)
+        if rows + prompt == 0:
+            continue
+        context = ranks[rank].decode_context * (1.0 + extra_context * drafts)
+        time = _table(tables.row_x[m], tables.row_us[m], rows + prompt)
+        time += _attention_us(tables.terms[m], rows, context, prompt, ranks[rank].prefill_pairs)
+        slowest = max(slowest, time)
+        mean += time
+        sampled = max(sampled, rows + ranks[rank].prefill_sequences)
+        total += rows + prompt
+        prefill = prefill or prompt > 0
+    if total == 0:
+        return 0.0, 0.0, 0.0
+    time = slowest + _moe_us(tables, m, total, shares)
+    time += _table(tables.head_x[m], tables.head_us[m], sampled)
+    if prefill:
+        time = max(time, tables.eager_us[m])
+    time += tables.host_us[m] + tables.sequence_us[m] * sampled
+    return time, mean / (last - first), slowest
