@@ -20,7 +20,10 @@ class EngineProfile:
     sampling, output), whatever the batch. sequence_host_us: the same for every sequence of it.
     eager_layer_us: host time to enqueue one layer where no CUDA graph is replayed; a step with
     prompt tokens takes at least that many microseconds a layer.
-    request_ms: time of a request outside the engine's steps (HTTP, tokenising, detokenising).
+    request_ms, prompt_token_us: time of a request outside the engine's steps (HTTP, scheduler
+    queues, first answer back), and of tokenising, a prompt token.
+    steps_ahead: steps already decided on when a request arrives (1 where scheduling overlaps the
+    GPU's work).
     prefill_policy: "mixed" puts prompt chunks and decodes into one step (chunked prefill),
     "prefill_first" runs waiting prompts in steps of their own while decodes wait.
     max_batch_tokens, max_sequences: the engine's defaults for a DP rank.
@@ -33,6 +36,8 @@ class EngineProfile:
     sequence_host_us: float
     eager_layer_us: float
     request_ms: float
+    prompt_token_us: float
+    steps_ahead: int
     prefill_policy: PrefillPolicy
     max_batch_tokens: int
     max_sequences: int
@@ -51,6 +56,8 @@ ENGINES: Mapping[str, EngineProfile] = {
             sequence_host_us=5.0,
             eager_layer_us=100.0,
             request_ms=10.0,
+            prompt_token_us=2.0,
+            steps_ahead=1,
             prefill_policy="mixed",
             max_batch_tokens=8192,
             max_sequences=1024,
@@ -63,6 +70,8 @@ ENGINES: Mapping[str, EngineProfile] = {
             sequence_host_us=5.0,
             eager_layer_us=100.0,
             request_ms=10.0,
+            prompt_token_us=2.0,
+            steps_ahead=1,
             prefill_policy="prefill_first",
             max_batch_tokens=8192,
             max_sequences=1024,
@@ -75,6 +84,8 @@ ENGINES: Mapping[str, EngineProfile] = {
             sequence_host_us=5.0,
             eager_layer_us=100.0,
             request_ms=10.0,
+            prompt_token_us=2.0,
+            steps_ahead=1,
             prefill_policy="mixed",
             max_batch_tokens=8192,
             max_sequences=2048,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from moesim.serving.deployment import Deployment
 
 GB = 1e9
+HBM_BYTES_PER_GB = float(2**30)
+"""A GPU sold with 80 GB has 80 x 2**30 bytes: an H100 reports 81,559 MiB, an H200 143,771 MiB."""
 ACTIVATION_BYTES = 2
 
 
@@ -102,7 +104,7 @@ def gpu_memory(deployment: Deployment) -> GpuMemory:
     )
     activations = rows * width * ACTIVATION_BYTES
     activations += deployment.max_sequences * model.vocab_size * 4.0 / tp
-    total = min(gpu.hbm_gb for gpu in deployment.cluster.gpus) * GB
+    total = min(gpu.hbm_gb for gpu in deployment.cluster.gpus) * HBM_BYTES_PER_GB
     return GpuMemory(
         total_bytes=total,
         usable_bytes=total * deployment.memory_fraction,

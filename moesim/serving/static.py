@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,6 +83,7 @@ class _Request:
     sent_us: float
     done_prompt: int = 0
     produced: int = 0
+    ready_us: float = 0.0
     first_us: float = 0.0
 
 
@@ -99,10 +101,11 @@ class _Rank:
 def run_load_test(cost: StepCost, test: LoadTest) -> StaticResult:
     """Run the test on one deployment.
 
-    A request is admitted when the KV cache has room for its whole prompt and answer, so nothing is
-    ever preempted. Requests go to the DP rank with the fewest. Prompts are served in order, in
-    chunks of what the step's token budget leaves ("mixed"), or in steps of their own
-    ("prefill_first"). The profile's `request_ms` is added to every TTFT.
+    A request reaches the scheduler after `request_ms` and its tokenising, and is admitted to the
+    first step decided on thereafter, `steps_ahead` steps before that step runs, when the KV cache
+    has room for its whole prompt and answer, so nothing is ever preempted. Requests go to the DP
+    rank with the fewest. Prompts are served in order, in chunks of what the step's token budget
+    leaves ("mixed"), or in steps of their own ("prefill_first").
 
     Raises InfeasibleError where one request does not fit into the KV cache.
     """
@@ -131,7 +134,7 @@ def run_load_test(cost: StepCost, test: LoadTest) -> StaticResult:
                 engine.send(new)
                 sent += 1
     return StaticResult(
-        ttft_ms=ttft / 1e3 + deployment.engine.request_ms,
+        ttft_ms=ttft / 1e3,
         tpot_ms=tpot / 1e3,
         duration_s=engine.now_us / 1e6,
         output_tokens=int(answers.sum()),
@@ -144,14 +147,24 @@ class _Engine:
         deployment = cost.deployment
         self.budget = deployment.max_batch_tokens
         self.max_sequences = deployment.max_sequences
-        self.mixed = deployment.engine.prefill_policy == "mixed"
+        self.profile = deployment.engine
+        self.mixed = self.profile.prefill_policy == "mixed"
+        # Starts of the last steps: a step was decided on when the oldest of them started.
+        self.starts_us = deque([0.0], maxlen=1 + self.profile.steps_ahead)
 
     def send(self, request: _Request) -> None:
+        delay = self.profile.request_ms * 1e3 + self.profile.prompt_token_us * request.prompt
+        request.ready_us = request.sent_us + delay
         rank = min(self.ranks, key=lambda r: len(r.waiting) + len(r.prompts) + len(r.running))
         rank.waiting.append(request)
 
     def step(self) -> list[_Request]:
         """One step with prompts in it, or as many decode steps as nothing else happens in."""
+        if not any(rank.prompts or rank.running for rank in self.ranks):
+            first = min(rank.waiting[0].ready_us for rank in self.ranks if rank.waiting)
+            self.now_us = max(self.now_us, first)
+            self.starts_us.clear()
+        self.starts_us.append(self.now_us)
         for rank in self.ranks:
             self._admit(rank)
         prefill = any(rank.prompts for rank in self.ranks)
@@ -182,21 +195,37 @@ class _Engine:
     def _decode(self) -> list[_Request]:
         left = min(q.answer - q.produced for rank in self.ranks for q in rank.running)
         decode = [len(rank.running) for rank in self.ranks]
-        context = [
-            sum(q.prompt + q.produced + (left - 1) / 2.0 for q in rank.running)
-            for rank in self.ranks
-        ]
         none = [0.0] * len(self.ranks)
-        self.now_us += left * self.cost.one_us(decode, context, none, none, none)
+
+        def step_us(ahead: float) -> float:
+            context = [
+                sum(q.prompt + q.produced + ahead for q in rank.running) for rank in self.ranks
+            ]
+            return self.cost.one_us(decode, context, none, none, none)
+
+        coming = [r.waiting[0].ready_us for r in self.ranks if r.waiting and self._fits(r)]
+        if coming:
+            until = max(0.0, min(coming) - self.now_us)
+            left = min(left, ceil(until / step_us(0.0)) + 1)
+        time = step_us((left - 1) / 2.0)
+        for k in range(max(1, left - self.profile.steps_ahead), left):
+            self.starts_us.append(self.now_us + k * time)
+        self.now_us += left * time
         return [q for rank in self.ranks for q in self._produce(rank, left)]
 
     def _admit(self, rank: _Rank) -> None:
-        while rank.waiting and len(rank.running) + len(rank.prompts) < self.max_sequences:
-            need = rank.waiting[0].prompt + rank.waiting[0].answer
-            if rank.reserved + need > rank.capacity:
+        while rank.waiting and self._fits(rank):
+            if rank.waiting[0].ready_us > self.starts_us[0]:
                 return
-            rank.reserved += need
-            rank.prompts.append(rank.waiting.popleft())
+            request = rank.waiting.popleft()
+            rank.reserved += request.prompt + request.answer
+            rank.prompts.append(request)
+
+    def _fits(self, rank: _Rank) -> bool:
+        if len(rank.running) + len(rank.prompts) >= self.max_sequences:
+            return False
+        need = rank.waiting[0].prompt + rank.waiting[0].answer
+        return rank.reserved + need <= rank.capacity
 
     def _chunks(self, rank: _Rank) -> list[tuple[_Request, int]]:
         left = self.budget - (len(rank.running) if self.mixed else 0)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moesim.cost.calibration import calibration_names, load_calibration
 from moesim.cost.curves import FloatArray, power_mean_max, weakest
 from moesim.cost.dense import GEMM_SHARPNESS, KV_ELEMENT_BYTES, causal_pairs
 from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF, calibration_of_gpu
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 ELEMENT_BYTES = 2.0
 SMALL_KERNELS = 4
 SMALL_KERNEL_US = 2.0
+LINEAR_ATTENTION_KERNELS = 6
 HBM_EFFICIENCY = 0.85
 GRID_PER_OCTAVE = 4
 
@@ -131,10 +133,7 @@ class StepCost:
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
         gpu = deployment.gpu
-        types = {g.name for g in deployment.cluster.gpus}
-        self.calibration: Calibration = deployment.calibration or calibration_of_gpu(
-            gpu, deployment.cluster.calibration, len(types) == 1
-        )
+        self.calibration: Calibration = deployment.calibration or calibration_of(deployment)
         self.notes: list[str] = []
         self._bases: list[Basis] = [deployment.engine.basis, "assumed"]
         self._hbm = gpu.hbm_gb_per_s * HBM_EFFICIENCY * 1e3
@@ -283,7 +282,7 @@ class StepCost:
         )
         width = spec.qk_nope_head_dim + rope + spec.v_head_dim
         return AttentionTerms(
-            num_layers=model.num_hidden_layers,
+            num_layers=model.num_kv_layers,
             window=0,
             decode_launch_us=decode.launch_us,
             us_per_seen=float(seen),
@@ -304,7 +303,7 @@ class StepCost:
         layers, moe_layers = model.num_hidden_layers, model.num_moe_layers
         small = SMALL_KERNELS * SMALL_KERNEL_US + 8.0 * rows * hidden * ELEMENT_BYTES / self._hbm
         parts = {
-            "projections": layers * self._projections_us(rows),
+            "projections": model.num_kv_layers * self._projections_us(rows),
             "elementwise": layers * small,
             "router": moe_layers * router.time_us(rows, model.num_experts, hidden),
         }
@@ -312,6 +311,9 @@ class StepCost:
             parts["shared_experts"] = moe_layers * self._ffn_us(
                 rows, model.shared_intermediate_size
             )
+        linear = len(model.attention.linear_layer_ids)
+        if linear:
+            parts["linear_attention"] = linear * self._linear_attention_us(rows)
         if layers > moe_layers:
             parts["dense_ffn"] = (layers - moe_layers) * self._ffn_us(
                 rows, model.dense_intermediate_size
@@ -341,6 +343,15 @@ class StepCost:
         kv_heads = ceil(spec.num_kv_heads / d.tp)
         qkv = gemm.time_us(rows, (heads + 2 * kv_heads) * spec.head_dim, hidden)
         return np.asarray(qkv + gemm.time_us(rows, hidden, heads * spec.head_dim), np.float64)
+
+    def _linear_attention_us(self, rows: FloatArray) -> FloatArray:
+        """One layer of linear attention: its projections, and its small kernels' launches. Its
+        state, read and written once a sequence, is not in the model's description and ignored."""
+        d, model = self.deployment, self.deployment.model
+        width = max(1, model.attention.linear_layer_params // (model.hidden_size * d.tp))
+        gemm = self.calibration.dense.gemm(d.dense_dtype)
+        kernels = LINEAR_ATTENTION_KERNELS * SMALL_KERNEL_US
+        return np.asarray(gemm.time_us(rows, width, model.hidden_size) + kernels, np.float64)
 
     def _tp_comm_us(self, rows: FloatArray) -> FloatArray:
         """All-reduces over TP: one after attention, one after dense layers; the embedding's."""
@@ -377,7 +388,7 @@ class StepCost:
             load_of_trace(d.trace)
             if d.trace is not None
             else assumed_load(model.num_experts, model.top_k)
-        )
+        ).spread(d.imbalance_scale)
         gpu_of_slot, expert_of_slot, share = self._slots(len(load.inclusion))
         width = max(1, model.moe_intermediate_size // d.moe_tp)
         work = layer_us(
@@ -458,6 +469,16 @@ class StepCost:
             share = rows * model.vocab_size * ELEMENT_BYTES * (d.tp - 1) / d.tp
             time = time + self._curve("all_gather", d.tp).time_us(share)
         return np.asarray(time + SMALL_KERNELS * SMALL_KERNEL_US, dtype=np.float64)
+
+
+def calibration_of(deployment: Deployment) -> Calibration:
+    """The engine's own kernels on its GPU ("h200-vllm") where they are bundled, completed by the
+    GPU's calibration and datasheet figures."""
+    gpu = deployment.gpu
+    types = {g.name for g in deployment.cluster.gpus}
+    general = calibration_of_gpu(gpu, deployment.cluster.calibration, len(types) == 1)
+    own = f"{gpu.name.split('-')[0]}-{deployment.engine.name}"
+    return load_calibration(own).completed_by(general) if own in calibration_names() else general
 
 
 def _grid(last: float) -> FloatArray:
