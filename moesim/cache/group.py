@@ -88,7 +88,14 @@ def plan_group(
         planned = plan_cache(work, rates, here)
         size = float(planned.memory.slot_bytes)
         figures = result(f"GPU {g}", planned.timeline, size)
-        plans.append(replace(planned.plan, predicted=asdict(figures)))
+        plans.append(
+            replace(
+                planned.plan,
+                predicted=asdict(figures)
+                | {"batch_size": request.batch_size, "context_tokens": request.context_tokens},
+                provenance={"seed": request.seed, "max_steps": request.max_steps},
+            )
+        )
         results.append(figures)
         notes += [n for n in work.notes if n not in notes]
         if progress is not None:

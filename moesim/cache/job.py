@@ -187,7 +187,13 @@ def run_cache(
             "basis": rates.basis,
             **_prediction(work, planned.plan),
         },
-        provenance={"trace_hash": trace.content_hash(), "seed": options.seed},
+        provenance={
+            "trace_hash": trace.content_hash(),
+            "seed": options.seed,
+            "max_steps": options.max_steps,
+            "expert_dtype": options.expert_dtype,
+            "host": options.host,
+        },
     )
     return CacheJob(
         request,

@@ -174,6 +174,18 @@ def load_cache_plan(path: str | os.PathLike[str]) -> CachePlan:
         raise FormatError(f"{file}: {error.cause}", error.remedy) from None
 
 
+def is_cache_plan(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a cache plan by itself; False as well for what cannot be read."""
+    file = Path(path)
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            return False
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(raw, dict) and raw.get("format") == FORMAT
+
+
 def parse_cache_plan(raw: Any) -> CachePlan:
     """Build a CachePlan from parsed JSON; FormatError names the field that is wrong."""
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:

@@ -17,7 +17,8 @@ def simulate(
         str, typer.Option(help="Trace file, trace directory, or sample:NAME.", metavar="TRACE")
     ],
     plan: Annotated[
-        Path | None, typer.Option(help="Plan file; without one, the linear placement.")
+        Path | None,
+        typer.Option(help="Plan or cache plan file; without one, the linear placement."),
     ] = None,
     cluster: Annotated[
         str | None,
@@ -30,7 +31,11 @@ def simulate(
         str | None, typer.Option(help="Preset or config.json; default: the one the trace names.")
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(help="Solvers to simulate beside, as linear,eplb.")
+        str | None,
+        typer.Option(
+            help="Solvers to simulate beside, as linear,eplb; with a cache plan, policies, as"
+            " resident,lru."
+        ),
     ] = None,
     phase: Annotated[
         str | None, typer.Option(help="prefill or decode.", show_default="the plan's or trace's")
@@ -142,6 +147,27 @@ def simulate(
         float | None,
         typer.Option(help="Leave alone what is balanced at least so well.", show_default="never"),
     ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload/--no-offload",
+            help="Simulate the plan's caches, or take all experts as in GPU memory.",
+        ),
+    ] = True,
+    batching: Annotated[
+        str | None,
+        typer.Option(
+            help="With a cache plan, which waiting requests decode together: fifo, pre-gated or"
+            " predicted (fewest experts)."
+        ),
+    ] = None,
+    pool: Annotated[
+        int | None, typer.Option(help="Requests to choose from.", show_default="32", min=1)
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Steps a request is held back at most.", show_default="16", min=1),
+    ] = None,
     rebalance_solver: Annotated[str, typer.Option(help="Method of the new placements.")] = "eplb",
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.", min=0)] = 0,
     timeline: Annotated[
@@ -160,6 +186,7 @@ def simulate(
     """
     from moesim.cli.progress import progress_bar
     from moesim.cli.simulate_input import (
+        batching_of,
         choice,
         drop_policy,
         fault_spec,
@@ -176,7 +203,7 @@ def simulate(
     writable(timeline, plot)
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
-    loaded = load_inputs(trace, plan, cluster, gpus, model)
+    loaded = load_inputs(trace, plan, cluster, gpus, model, offload)
     request = SimRequest(
         trace=loaded.trace,
         cluster=loaded.cluster,
@@ -209,6 +236,8 @@ def simulate(
             rebalance_above,
         ),
         rebalance_solver=rebalance_solver,
+        caches=loaded.caches,
+        batching=batching_of(batching, pool, patience),
         timeline_steps=timeline_steps if timeline is not None else 0,
         slow=tuple(parse_slow(text, loaded.cluster.num_gpus) for text in slow or ()),
         speed_sigma=speed_spread,

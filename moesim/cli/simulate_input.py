@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from moesim.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
+    from moesim.cache.batching import Batching
+    from moesim.cache.plan import CachePlan
     from moesim.cluster import Cluster
     from moesim.modelspec import ModelSpec
     from moesim.plan import Plan
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from moesim.sim.capacity import DropPolicy
     from moesim.sim.rebalance import Rebalance
     from moesim.trace.format import Trace
+
+DEFAULT_POOL = 32
+DEFAULT_PATIENCE = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,12 +33,24 @@ class Inputs:
     cluster: Cluster
     model: ModelSpec
     defaults: dict[str, str] = field(default_factory=dict)
+    caches: tuple[CachePlan, ...] = ()
 
 
 def load_inputs(
-    trace: str, plan: Path | None, cluster: str | None, gpus: int | None, model: str | None
+    trace: str,
+    plan: Path | None,
+    cluster: str | None,
+    gpus: int | None,
+    model: str | None,
+    offload: bool = True,
 ) -> Inputs:
-    """Read all files. The cluster defaults to the plan's by name, the GPUs to the plan's number."""
+    """Read all files. The cluster defaults to the plan's by name, the GPUs to the plan's number.
+
+    `plan` may be a cache plan by itself, for one GPU; `offload` False leaves the caches of a plan
+    out. Raises InputError where a cache plan is all there is and is to be left out.
+    """
+    from moesim.cache.group import parse_group
+    from moesim.cache.plan import is_cache_plan, load_cache_plan
     from moesim.cluster import DEFAULT_CLUSTER, cluster_names, load_cluster
     from moesim.model import load_model
     from moesim.plan import load_plan
@@ -41,7 +58,24 @@ def load_inputs(
 
     defaults: dict[str, str] = {}
     loaded = load_token_trace(trace, "moesim simulate")
-    made = load_plan(plan) if plan is not None else None
+    made: Plan | None = None
+    caches: tuple[CachePlan, ...] = ()
+    if plan is not None and is_cache_plan(plan):
+        if not offload:
+            raise InputError(
+                f"{plan} holds nothing but a cache plan, and --no-offload leaves it out",
+                "give a plan of moesim plan, or none for the linear placement",
+            )
+        caches = (load_cache_plan(plan),)
+        gpus = 1 if gpus is None else gpus
+        if cluster is None:
+            cluster = _cluster_with(caches[0].gpu)
+            defaults["cluster"] = cluster
+        model = model or caches[0].model or None
+    elif plan is not None:
+        made = load_plan(plan)
+        if made.cache is not None and offload:
+            caches = parse_group(made.cache)
     if cluster is None:
         planned = str(made.provenance.get("cluster", "")) if made is not None else ""
         cluster = planned if planned in cluster_names() else DEFAULT_CLUSTER
@@ -63,7 +97,37 @@ def load_inputs(
             f"the trace is of {name!r}, whose sizes are not known",
             "name a preset or a Hugging Face config.json with --model",
         ) from None
-    return Inputs(loaded, made, load_cluster(cluster, num_gpus=gpus), spec, defaults)
+    return Inputs(loaded, made, load_cluster(cluster, num_gpus=gpus), spec, defaults, caches)
+
+
+def _cluster_with(gpu: str) -> str:
+    """A bundled cluster of GPUs called `gpu`. Raises InputError."""
+    from moesim.cluster import cluster_names, load_cluster
+
+    for name in cluster_names():
+        if load_cluster(name, num_gpus=1).gpus[0].name == gpu:
+            return name
+    raise InputError(
+        f"no bundled cluster has GPUs of the type {gpu!r:.40} that the cache plan is for",
+        "name one with --cluster (moesim topology list)",
+    )
+
+
+def batching_of(order: str | None, pool: int | None, patience: int | None) -> Batching | None:
+    """How batches are to be formed. Raises InputError for options without an order."""
+    from moesim.cache.batching import Batching
+
+    if order is None:
+        if pool is not None or patience is not None:
+            raise InputError(
+                "a pool of requests was given, but not how to batch them", "add --batching"
+            )
+        return None
+    return Batching(
+        order,  # type: ignore[arg-type]
+        DEFAULT_POOL if pool is None else pool,
+        DEFAULT_PATIENCE if patience is None else patience,
+    )
 
 
 def drop_policy(

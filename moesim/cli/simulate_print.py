@@ -72,6 +72,7 @@ def print_report(request: SimRequest, report: SimReport) -> None:
     _print_steps(console, report)
     _print_gpus(console, first)
     _print_links(console, report, first)
+    _print_offload(console, report)
     _print_faults(console, report.results)
     _print_rebalance(console, report.results)
     typer.echo(f"times rest on {report.basis} figures: " + "; ".join(report.notes))
@@ -129,6 +130,39 @@ def _print_gpus(console: Console, result: SimResult) -> None:
     console.print("GPU busy with kernels")
     for gpu, share in enumerate(busy.tolist()):
         console.print(f"  GPU {gpu:<3} {share:6.1%} {'#' * round(share * BAR)}", highlight=False)
+
+
+def _print_offload(console: Console, report: SimReport) -> None:
+    for name, result in report.results.items():
+        found = result.extra.get("offload")
+        if found is None:
+            continue
+        share = {k: found[k] / max(1, found["accesses"]) for k in ("staged", "fetched", "on_cpu")}
+        console.print(
+            f"{name}: {found['hit_rate']:.1%} of {found['accesses']:,} expert accesses in GPU"
+            f" memory, {share['staged']:.1%} prefetched, {share['fetched']:.1%} fetched,"
+            f" {share['on_cpu']:.1%} on the CPU; waiting for experts"
+            f" {found['stall_us']:,.1f} us a step; {found['bytes_from_dram'] / 1e6:,.0f} MB from"
+            f" DRAM, {found['bytes_from_nvme'] / 1e6:,.0f} MB from NVMe,"
+            f" {found['wasted']:,} prefetches for nothing; copying"
+            f" {max(found['copying_by_gpu']):.0%} of the time",
+            highlight=False,
+        )
+        batching = result.extra.get("batching")
+        if batching is not None:
+            wait = batching["wait_ms"]
+            console.print(
+                f"  batches of {batching['order']} order from {batching['pool']} requests:"
+                f" {batching['experts_per_layer_and_step']:.1f} experts a layer and step; between"
+                f" two tokens a request waits {wait['mean']:,.1f} ms, p99 {wait['p99']:,.1f} ms",
+                highlight=False,
+            )
+    expected = report.details.get("cache_plan_predicted")
+    if expected is not None:
+        console.print(
+            f"the cache plan predicted {expected['tokens_per_s']:,.1f} tokens/s over its"
+            f" {expected['num_tokens']:,} held-out tokens"
+        )
 
 
 def _print_faults(console: Console, results: dict[str, SimResult]) -> None:

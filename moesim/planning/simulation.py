@@ -42,6 +42,8 @@ from moesim.trace.batches import (
 from moesim.trace.format import DECODE, PREFILL, Trace
 
 if TYPE_CHECKING:
+    from moesim.cache.batching import Batching
+    from moesim.cache.plan import CachePlan
     from moesim.cluster import Cluster
     from moesim.modelspec import ModelSpec
 
@@ -77,7 +79,9 @@ class SimRequest:
     take the trace's domains one after the other. num_chunks: None tries DEGREES. reduce: share of
     the hidden size that is exchanged (BigMac). slow, speed_*: see GpuSpeeds. rebalance: the first
     placement is simulated once more, placing anew with `rebalance_solver` on the way.
-    network_scale: all links are taken as so many times faster, for what-if studies.
+    network_scale: all links are taken as so many times faster, for what-if studies. caches: one
+    cache plan a GPU, where experts do not all fit; the steps are then those of a decode stream.
+    batching: how its batches are formed, None for a request a place of the batch.
     """
 
     trace: Trace
@@ -107,6 +111,8 @@ class SimRequest:
     rebalance: Rebalance | None = None
     rebalance_solver: str = "eplb"
     network_scale: float = 1.0
+    caches: tuple[CachePlan, ...] = ()
+    batching: Batching | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,12 +138,21 @@ def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimRep
     Raises MismatchError where trace, plan, model and cluster do not belong together,
     UnknownNameError for names and InputError for numbers that cannot be used.
     """
+    if request.caches:
+        from moesim.planning.offloaded import simulate_offloaded
+
+        return simulate_offloaded(request, progress=progress)
+    if request.batching is not None:
+        raise InputError(
+            "requests are regrouped for the cache of a plan, and there is none",
+            "give a plan of moesim cache, or one made with plan --offload",
+        )
     trace, model = request.trace, request.model
     defaults: dict[str, str] = {}
     notices: list[str] = []
     check_model(trace, model, notices)
     phase, batch_tokens = _workload(request, defaults)
-    models, notes = _models(request, phase, defaults)
+    models, notes = build_models(request, phase, defaults)
     placements, counts, held_out = _placements(request, phase, batch_tokens, defaults, notices)
     batches = _batches(request, held_out, phase, batch_tokens, notices)
     timeline = None
@@ -192,13 +207,7 @@ class _Runner:
         if request.fidelity == "analytic":
             return run_analytic(models, trace, self.batches, placement, progress=progress)
         schedule = self.schedule
-        speeds = GpuSpeeds(
-            models.num_gpus,
-            request.slow,
-            request.speed_sigma,
-            request.speed_period_us,
-            request.seed,
-        )
+        speeds = speeds_of(request)
         speed = None if speeds.nominal else speeds
         if anew and request.rebalance is not None:
             return RebalanceRun(
@@ -262,6 +271,17 @@ class _Runner:
             num_groups=request.model.n_group,
             seed=request.seed,
         )
+
+
+def speeds_of(request: SimRequest) -> GpuSpeeds:
+    """The speeds in time that `request` asks for."""
+    return GpuSpeeds(
+        request.cluster.num_gpus,
+        request.slow,
+        request.speed_sigma,
+        request.speed_period_us,
+        request.seed,
+    )
 
 
 def _schedule(
@@ -376,7 +396,7 @@ def _check_closed_form(request: SimRequest) -> None:
             raise InputError(f"{name}: the analytic cost has no such thing", "use --fidelity event")
 
 
-def _models(
+def build_models(
     request: SimRequest, phase: Phase, defaults: dict[str, str]
 ) -> tuple[Models, tuple[str, ...]]:
     cluster, model = request.cluster, request.model

@@ -40,15 +40,20 @@ def breakdown(run: StepRun) -> Breakdown:
     """Split the time of every GPU from the tasks of a finished step."""
     code = {name: i for i, name in enumerate(CATEGORIES)}
     num_gpus = run.program.num_gpus
-    kernels = [t for t in run.program.tasks if t.flow is None]
+    kernels = [
+        (t.gpu, code[t.category], start, end)
+        for t in run.program.tasks
+        if t.flow is None
+        for _, start, end in t.spans
+    ]
     comms = sorted(
         (t.start_us, t.end_us, code[t.category]) for t in run.program.tasks if t.flow is not None
     )
-    gpu = np.array([t.gpu for t in kernels], np.int64)
+    gpu = np.array([k[0] for k in kernels], np.int64)
     order = np.argsort(gpu, kind="stable")
     indptr = np.searchsorted(gpu[order], np.arange(num_gpus + 1))
-    spans = np.array([(t.start_us, t.end_us) for t in kernels]).reshape(-1, 2)[order]
-    kind = np.array([code[t.category] for t in kernels], np.int64)[order]
+    spans = np.array([k[2:] for k in kernels]).reshape(-1, 2)[order]
+    kind = np.array([k[1] for k in kernels], np.int64)[order]
     segment, segment_kind = _segments(comms)
     us, hidden = _split(num_gpus, indptr, spans, kind, segment, segment_kind)
     waiting = np.maximum(run.us - us.sum(axis=1), 0.0)

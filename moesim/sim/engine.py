@@ -46,11 +46,20 @@ class NominalSpeed:
         return start_us + work_us
 
 
+class ExpertRunner(Protocol):
+    """What runs routed experts where they take more than their own time."""
+
+    def start(self, task: Task) -> simpy.Event:
+        """Run the experts of a task of category `compute`; the event fires at its end."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Task:
     """One kernel (`gpu`, `work_us`) or one collective (`flow`, gpu ALL_GPUS).
 
-    `start_us` and `end_us` are -1 until the task has started or ended.
+    `start_us` and `end_us` are -1 until the task has started or ended. `parts`: (name, start, end)
+    of the kernels of a task that `Engine.experts` runs, None else; between them the GPU waits.
     """
 
     name: str
@@ -64,6 +73,14 @@ class Task:
     end_us: float = -1.0
     waits: int = 0
     followers: list[Task] = field(default_factory=list)
+    parts: list[tuple[str, float, float]] | None = None
+
+    @property
+    def spans(self) -> list[tuple[str, float, float]]:
+        """(name, start, end) of its parts, or of all of it."""
+        if self.parts is None:
+            return [(self.name, self.start_us, self.end_us)]
+        return self.parts
 
 
 class Program:
@@ -137,7 +154,10 @@ class StepRun:
 
 
 class Engine:
-    """Runs programs one after the other on one clock and one network."""
+    """Runs programs one after the other on one clock and one network.
+
+    `experts` runs the routed experts where it is set; else they take their `work_us`.
+    """
 
     def __init__(
         self,
@@ -149,6 +169,7 @@ class Engine:
         self.env = simpy.Environment()
         self.network = Network(self.env, num_links, record=record_links)
         self.speed: SpeedModel = speed or NominalSpeed()
+        self.experts: ExpertRunner | None = None
         self.num_events = 0
         self._left = 0
         self._done: simpy.Event | None = None
@@ -214,6 +235,8 @@ class Engine:
         if task.flow is not None:
             event = self.network.send(task.flow)
             self._sent.append(event)
+        elif self.experts is not None and task.category == "compute":
+            event = self.experts.start(task)
         else:
             end = self.speed.end_us(task.gpu, now, task.work_us)
             event = self.env.timeout(end - now)

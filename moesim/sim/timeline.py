@@ -17,7 +17,8 @@ from moesim.sim.links import LinkTable
 from moesim.sim.network import LinkUse, Network
 
 LINK_PROCESS = 1_000_000
-_STREAMS = {COMPUTE: 0, COMM: 1, INTRA_OUT: 2, INTRA_BACK: 3}
+COPY, CPU = "host copies", "CPU"
+_STREAMS = {COMPUTE: 0, COMM: 1, INTRA_OUT: 2, INTRA_BACK: 3, COPY: 4, CPU: 5}
 _MIN_SHARE = 1e-6
 
 
@@ -42,20 +43,31 @@ class Timeline:
         self._num_seen += 1
         for task in run.program.tasks:
             gpus = range(self.num_gpus) if task.gpu == ALL_GPUS else (task.gpu,)
+            args = {"step": step, "layer": task.layer}
             for gpu in gpus:
-                self._streams.add((gpu, task.stream))
-                self.events.append(
-                    _slice(
-                        task.name,
-                        task.category,
-                        task.start_us,
-                        task.end_us,
-                        gpu,
-                        _STREAMS[task.stream],
-                        {"step": step, "layer": task.layer},
-                    )
-                )
+                for name, start, end in task.spans:
+                    self._add(gpu, task.stream, name, task.category, start, end, args)
         self._add_links(history, run.end_us)
+
+    def add_spans(self, gpu: int, stream: str, spans: list[tuple[str, float, float]]) -> None:
+        """Rows beside a GPU's own streams: (name, start, end) in order of time, emptied here."""
+        if self._num_seen < self.num_steps:
+            for name, start, end in spans:
+                self._add(gpu, stream, name, "offload", start, end, {})
+        spans.clear()
+
+    def _add(
+        self,
+        gpu: int,
+        stream: str,
+        name: str,
+        category: str,
+        start: float,
+        end: float,
+        args: dict[str, Any],
+    ) -> None:
+        self._streams.add((gpu, stream))
+        self.events.append(_slice(name, category, start, end, gpu, _STREAMS[stream], args))
 
     def mark(self, name: str, at_us: float) -> None:
         """An instant that concerns all GPUs: a failure, a new plan."""

@@ -1,0 +1,1 @@
+"""Expert memory in the event simulation: caches, host links, NVMe, stalls."""
