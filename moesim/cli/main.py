@@ -31,13 +31,18 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "solver": ("solver", "app", "Placement methods."),
 }
 """Name: (module of moesim.cli, attribute, help)."""
+VARIANTS: dict[str, tuple[str, str, str]] = {
+    "simulate": ("--requests", "simulate_requests", "simulate_requests"),
+}
+"""Name: (option that makes it another command, module, attribute)."""
 
 _ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-def build_app(load: Collection[str]) -> typer.Typer:
-    """The command tree. Only the commands named in `load` are imported, so that `moesim --help`
-    and errors in the command line stay quick; the others show their help line alone."""
+def build_app(load: Collection[str], args: Sequence[str] = ()) -> typer.Typer:
+    """The command tree, with the variants of commands that `args` call for. Only the commands named
+    in `load` are imported, so that `moesim --help` and errors in the command line stay quick; the
+    others show their help line alone."""
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
@@ -52,6 +57,8 @@ def build_app(load: Collection[str]) -> typer.Typer:
         if name not in load:
             app.command(name, help=help_text)(_not_loaded)
             continue
+        if name in VARIANTS and any(a.partition("=")[0] == VARIANTS[name][0] for a in args):
+            _, module, attribute = VARIANTS[name]
         target = getattr(import_module(f"moesim.cli.{module}"), attribute)
         if isinstance(target, typer.Typer):
             app.add_typer(target, name=name)
@@ -89,7 +96,7 @@ def run(args: Sequence[str], *, debug: bool = False) -> int:
     their traceback with `debug`."""
     called = [a for a in args if a in COMMANDS][:1]
     try:
-        code = build_app(called)(list(args), standalone_mode=False, prog_name="moesim")
+        code = build_app(called, args)(list(args), standalone_mode=False, prog_name="moesim")
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code

@@ -74,6 +74,7 @@ def advance(
             return ALL_DONE
         if now >= clock.bin_us[0] * clock.series.shape[1]:
             return SERIES_FULL
+        _count_waiting(ranks, inst, clock, now)
         clock.now_us[0] = now
         for i in range(len(inst)):
             if inst[i].busy_until_us == now:
@@ -112,6 +113,17 @@ def _nothing_left(ranks: Any) -> bool:
         if ranks[rank].num_waiting > 0 or ranks[rank].num_running > 0:
             return False
     return True
+
+
+@njit(**INTERNAL)
+def _count_waiting(ranks: Any, inst: Any, clock: Any, now: float) -> None:
+    """Add what waited since the last instant to the series."""
+    since = clock.now_us[0]
+    place = int(since / clock.bin_us[0])
+    for i in range(len(inst)):
+        m = 1 if inst[i].role == DECODE else 0
+        for rank in range(inst[i].first_rank, inst[i].last_rank):
+            clock.series[m, place, 5] += ranks[rank].num_waiting * (now - since)
 
 
 @njit(**INTERNAL)
@@ -193,11 +205,10 @@ def _begin_step(
     inst[i].steps += 1
     clock.counts[NUM_STEPS] += 1
     clock.drafts[drafts] += 1
-    running, waiting, kv = 0, 0, 0.0
+    running, kv = 0, 0.0
     prompt = 0
     for rank in range(first, last):
         running += ranks[rank].num_running
-        waiting += ranks[rank].num_waiting
         prompt += ranks[rank].prefill_rows
         idle = ranks[rank].free_blocks + ranks[rank].num_evictable * cfg.hash_blocks
         used = 1.0 - idle / ranks[rank].total_blocks
@@ -209,7 +220,6 @@ def _begin_step(
     row[2] += 1
     row[3] += time
     row[4] += running * time
-    row[5] += waiting * time
     row[6] += kv * time
     row[7] += mean
     row[8] += slowest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -134,6 +135,28 @@ class Requests:
             block_ids=dense,
             block_indptr=self.block_indptr[: count + 1],
         )
+
+    def content_hash(self) -> str:
+        """sha256 of times, lengths, priorities and content of the requests."""
+        digest = hashlib.sha256()
+        for name in (
+            "arrival_s", "prompt_tokens", "output_tokens", "priority", "block_ids", "block_indptr",
+        ):  # fmt: skip
+            digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        return digest.hexdigest()
+
+    def with_priorities(self, shares: list[float], seed: int = 0) -> Requests:
+        """The same requests with priorities 0, 1, ... drawn in these shares. Raises InputError."""
+        weights = np.asarray(shares, np.float64)
+        valid = len(weights) and np.all(np.isfinite(weights) & (weights >= 0)) and weights.sum() > 0
+        if not valid or len(weights) > MAX_PRIORITIES:
+            raise InputError(
+                f"priorities in shares {shares!s:.80}",
+                f"give 1 to {MAX_PRIORITIES} numbers of 0 or more, the most urgent first",
+            )
+        rng = np.random.default_rng(seed)
+        drawn = rng.choice(len(weights), len(self), p=weights / weights.sum())
+        return replace(self, priority=drawn.astype(np.int64))
 
     def describe(self) -> dict[str, object]:
         """Figures for reports: number, span, rate, lengths."""

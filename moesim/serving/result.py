@@ -131,11 +131,11 @@ class ServingResult:
     def __len__(self) -> int:
         return len(self.status)
 
-    def latencies(self, level: int | None = None) -> dict[str, float | None]:
-        """Every figure of `slo.METRICS`, over finished requests, of one level or of all."""
+    def latencies(self, among: npt.NDArray[np.bool_] | None = None) -> dict[str, float | None]:
+        """Every figure of `slo.METRICS`, over finished requests, or some of them by mask [R]."""
         own = self.status == FINISHED
-        if level is not None:
-            own = own & (self.level == level)
+        if among is not None:
+            own = own & among
         return _latencies({name: getattr(self, f"{name}_s")[own] for name in LATENCIES})
 
     def goodput(self, slo: Slo) -> dict[str, float]:

@@ -40,9 +40,10 @@ SERIES = (
     "rank_mean_us",
     "rank_max_us",
 )
-"""Sums over the steps that begin in a bin. busy_us: step times; running_us, waiting_us, kv_us: step
-times weighted with running sequences, waiting requests and the share of the KV cache in use (mean
-over ranks); rank_mean_us, rank_max_us: what the mean and the slowest rank compute on their own."""
+"""Sums over what begins in a bin. busy_us: step times; running_us, kv_us: step times weighted with
+running sequences and the share of the KV cache in use (mean over ranks); waiting_us: time weighted
+with waiting requests; rank_mean_us, rank_max_us: what the mean and the slowest rank compute on
+their own."""
 
 
 SETTINGS = np.dtype(

@@ -1,0 +1,227 @@
+"""A served run as JSON: figures, their basis, and where the inputs came from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moesim.serving.memory import gpu_memory
+from moesim.serving.slo import LATENCIES
+from moesim.serving.state import FINISHED
+
+if TYPE_CHECKING:
+    from moesim.serving.config import ServingConfig
+    from moesim.serving.deployment import Deployment
+    from moesim.serving.requests import Requests
+    from moesim.serving.result import ServingResult
+    from moesim.serving.slo import Slo
+
+FORMAT = "moesim-serving-run"
+VERSION = 1
+QUANTILES = 101
+SERIES_POINTS = 512
+
+
+def run_record(
+    deployment: Deployment,
+    requests: Requests,
+    config: ServingConfig,
+    result: ServingResult,
+    *,
+    slo: Slo | None = None,
+    defaults: dict[str, str] | None = None,
+    notices: tuple[str, ...] = (),
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """The run as `moesim simulate --requests --json` prints it. Times in seconds; `cdf` holds
+    QUANTILES quantiles of each latency; `provenance.run` alone differs between equal runs."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": deployment.model.name,
+        "num_gpus": result.num_gpus,
+        "deployment": describe_deployment(deployment),
+        "decode_deployment": (
+            None if config.decode is None else describe_deployment(config.decode)
+        ),
+        "service": _service(config),
+        "requests": requests.describe(),
+        "counts": result.counts(),
+        "metrics": dict(result.metrics),
+        "by_level": _by_level(requests, result),
+        "slo": None if slo is None else _slo(slo, result),
+        "cdf": _cdf(result),
+        "bin_s": result.bin_s,
+        "series": _series(result),
+        "basis": result.basis,
+        "predictions": predictions(deployment, requests, config, result),
+        "defaults": defaults or {},
+        "notices": list(notices),
+        "provenance": _provenance(deployment, requests, config, seconds),
+    }
+
+
+def describe_deployment(deployment: Deployment) -> dict[str, Any]:
+    """Parallelism, precisions, limits and memory of one replica."""
+    memory = gpu_memory(deployment)
+    names = (
+        "num_gpus", "tp", "dp", "pp", "ep", "moe_tp", "expert_dtype", "dense_dtype", "kv_dtype",
+        "max_batch_tokens", "max_sequences", "memory_fraction", "moe_comm",
+    )  # fmt: skip
+    return {
+        "name": deployment.name,
+        "cluster": deployment.cluster.name,
+        "gpu": deployment.gpu.name,
+        "engine": deployment.engine.name,
+        **{name: getattr(deployment, name) for name in names},
+        "planned": deployment.plan is not None,
+        "weights_gb_per_gpu": memory.weight_bytes / 1e9,
+        "kv_cache_gb_per_gpu": memory.kv_cache_bytes / 1e9,
+        "kv_tokens_per_rank": memory.kv_token_capacity,
+    }
+
+
+def predictions(
+    deployment: Deployment, requests: Requests, config: ServingConfig, result: ServingResult
+) -> list[str]:
+    """What each part of the figures rests on."""
+    out = [f"requests: {requests.basis} ({requests.source})"]
+    out.append(f"step times: {result.basis} at the weakest part")
+    out += [f"step times: {note}" for note in result.notes]
+    engine = deployment.engine
+    out.append(f"engine's host time and request overhead: {engine.basis} ({engine.name})")
+    routing = config.routing
+    if routing is None:
+        what = "a routing trace" if deployment.trace is not None else "assumed popularity"
+        out.append(f"load of experts: {what}")
+    else:
+        out.append(
+            f"load of experts: routing trace by domain ({len(routing.groups)} told apart);"
+            " mixes interpolated"
+        )
+        if routing.drift_s < math.inf:
+            out.append("drift of the domains: assumed form")
+    if config.decode is not None:
+        out.append("transfer of KV caches: assumed rate and latency")
+    if config.speculation is not None:
+        out.append("accepted drafts and cost of drafting: assumed")
+    return out
+
+
+def _service(config: ServingConfig) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in (
+            "replicas", "router", "block_size", "prefix_cache", "chunk_tokens", "prefill_first",
+            "seed",
+        )
+    }  # fmt: skip
+    if config.decode is not None:
+        out["decode_replicas"] = config.decode_replicas
+        out["transfer_gb_per_s"] = config.transfer_gb_per_s
+        out["transfer_latency_us"] = config.transfer_latency_us
+    if config.speculation is not None:
+        out["speculation"] = asdict(config.speculation)
+    out["levels"] = [asdict(level) for level in config.levels]
+    out["until_s"] = config.until_s if config.until_s < math.inf else None
+    if config.routing is not None:
+        routing = config.routing
+        out["domains"] = {
+            name: float(weight)
+            for (name, _), weight in zip(routing.groups, routing.weights(), strict=True)
+        }
+        out["drift_s"] = routing.drift_s if routing.drift_s < math.inf else None
+    return out
+
+
+def _by_level(requests: Requests, result: ServingResult) -> list[dict[str, Any]]:
+    """Latencies by priority as requested, the first the most urgent; none where all are alike."""
+    values = np.unique(requests.priority)
+    if len(values) < 2:
+        return []
+    out = []
+    for value in values.tolist():
+        own = requests.priority == value
+        ended = own & (result.status == FINISHED)
+        row: dict[str, Any] = {"priority": value, "requests": int(own.sum())}
+        row["finished"] = int(ended.sum())
+        row["degraded"] = int((own & (result.degraded > 0)).sum())
+        row |= result.latencies(ended)
+        out.append(row)
+    return out
+
+
+def _slo(slo: Slo, result: ServingResult) -> dict[str, Any]:
+    missed = slo.missed(result.metrics)
+    return {
+        "text": str(slo),
+        "promises": [
+            {"latency": b.latency, "stat": b.stat, "limit_s": b.limit_s} for b in slo.bounds
+        ],
+        "goodput": result.goodput(slo),
+        "missed": [
+            {"promise": str(b), "limit_s": b.limit_s, "value_s": result.metrics[b.name]}
+            for b in missed
+        ],
+    }
+
+
+def _cdf(result: ServingResult) -> dict[str, list[float]]:
+    ended = result.status == FINISHED
+    levels = np.linspace(0, 100, QUANTILES)
+    out = {}
+    for name in LATENCIES:
+        values = getattr(result, f"{name}_s")[ended]
+        values = values[np.isfinite(values)]
+        out[name] = np.percentile(values, levels).tolist() if len(values) else []
+    return out
+
+
+def _series(result: ServingResult) -> dict[str, dict[str, list[float]]]:
+    """The series, thinned to about SERIES_POINTS points by means of neighbours."""
+    out: dict[str, dict[str, list[float]]] = {}
+    for role, columns in result.series.items():
+        length = len(columns["time_s"])
+        starts = np.arange(0, length, max(1, math.ceil(length / SERIES_POINTS)))
+        sizes = np.diff(np.append(starts, length))
+        out[role] = {
+            name: (
+                values[starts] if name == "time_s" else np.add.reduceat(values, starts) / sizes
+            ).tolist()
+            for name, values in columns.items()
+        }
+    return out
+
+
+def _provenance(
+    deployment: Deployment, requests: Requests, config: ServingConfig, seconds: float | None
+) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    trace = config.routing.trace if config.routing is not None else deployment.trace
+    return {
+        "requests_hash": requests.content_hash(),
+        "cluster": deployment.cluster.name,
+        "cluster_hash": deployment.cluster.cluster_hash(),
+        "trace": None if trace is None else trace.content_hash(),
+        "plan_hash": (
+            None
+            if deployment.plan is None
+            else hashlib.sha256(
+                np.ascontiguousarray(deployment.plan.placement.physical_to_logical).tobytes()
+            ).hexdigest()
+        ),
+        "moesim": version("moesim"),
+        "run": {
+            "command": " ".join(sys.argv),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "seconds": None if seconds is None else round(seconds, 3),
+        },
+    }
