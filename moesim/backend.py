@@ -214,7 +214,8 @@ class _Dask:
                 if not flying:
                     return
                 try:
-                    done = wait(list(flying), timeout=POLL_S, return_when="FIRST_COMPLETED").done
+                    with self._client.as_current():
+                        done = wait(list(flying), POLL_S, "FIRST_COMPLETED").done
                 except TimeoutError:
                     done = set()
                 for future in done:
