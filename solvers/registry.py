@@ -22,6 +22,17 @@ SOLVERS: dict[str, tuple[str, str, str]] = {
         "LocalSearch",
         "swaps and replica moves on batch-by-batch load, traffic or time (default)",
     ),
+    "moetuner": (
+        "ilp.moetuner",
+        "MoETuner",
+        "MoETuner's two programs: even clusters, then traffic between layers",
+    ),
+    "exflow": ("ilp.exflow", "ExFlow", "ExFlow's affinity of adjacent layers; ignores load"),
+    "transmissions": (
+        "ilp.transmissions",
+        "Transmissions",
+        "experts near the GPUs whose tokens choose them; ignores load",
+    ),
     "ilp": (
         "ilp.solver",
         "JointIlp",

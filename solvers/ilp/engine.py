@@ -238,7 +238,10 @@ class IlpModel:
         seed: int,
         _stop: Callable[[], bool],
     ) -> tuple[Outcome, FloatArray | None, float]:
+        """CBC says infeasible, too, when it runs out of time before its first relaxation is solved;
+        that is believed only of models without a start that ended before their time."""
         pulp = self._pulp
+        began = time.monotonic()
         start = self._full_start()
         if start is not None:
             for variable, value in zip(self.variables, start, strict=True):
@@ -260,6 +263,8 @@ class IlpModel:
             )
             text = log.read_text(errors="replace")
         if self.problem.status == pulp.LpStatusInfeasible:
+            if start is not None or time.monotonic() - began >= time_limit_s:
+                return Outcome.TIME_LIMIT, start, -math.inf
             return Outcome.INFEASIBLE, None, math.inf
         whole = any(v.cat == "Integer" for v in self.variables)
         found = self.problem.sol_status in (
