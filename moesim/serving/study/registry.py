@@ -12,6 +12,7 @@ EVALUATORS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "PlanEvaluator"),
     "step": ("step", "StepEvaluator"),
     "static": ("static", "StaticEvaluator"),
+    "requests": ("requests", "RequestsEvaluator"),
     "cache": ("cache", "CacheEvaluator"),
 }
 """Name: (module of moesim.serving.study.evaluators, class)."""

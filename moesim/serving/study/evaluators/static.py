@@ -71,7 +71,10 @@ class DeploymentParams(Params):
         known = {n: out.get(n, 1) for n in ("dp", "pp", "replicas")}
         if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in known.values()):
             return raw
-        others = known["dp"] * known["pp"] * known["replicas"]
+        decode = out.get("decode_replicas", 0)
+        if isinstance(decode, bool) or not isinstance(decode, int) or decode < 0:
+            return raw
+        others = known["dp"] * known["pp"] * (known["replicas"] + decode)
         gpus, tp = out.get("gpus"), out.get("tp")
         if gpus is None:
             out.setdefault("tp", 1)
@@ -81,13 +84,13 @@ class DeploymentParams(Params):
             if gpus % others:
                 raise ValueError(
                     f"{gpus} GPUs do not divide over dp {known['dp']} x pp {known['pp']} x"
-                    f" replicas {known['replicas']}"
+                    f" replicas {known['replicas'] + decode}"
                 )
             out["tp"] = gpus // others
         elif isinstance(tp, int) and isinstance(gpus, int) and tp * others != gpus:
             raise ValueError(
                 f"tp {tp} x dp {known['dp']} x pp {known['pp']} x replicas"
-                f" {known['replicas']} is not {gpus} GPUs"
+                f" {known['replicas'] + decode} is not {gpus} GPUs"
             )
         return out
 
