@@ -182,6 +182,8 @@ def simulate(
     """Replay held-out requests of a trace through a plan: time per step, where it goes, load of
     GPUs and links.
 
+    With --requests FILE it serves requests instead: moesim simulate --requests FILE --help.
+
     Example: moesim simulate --trace sample:debian-moe --plan plan.json --compare linear,eplb
     """
     from moesim.cli.progress import progress_bar

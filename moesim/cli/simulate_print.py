@@ -63,10 +63,12 @@ def print_report(request: SimRequest, report: SimReport) -> None:
     cluster = request.cluster
     first = next(iter(report.results.values()))
     typer.echo(
-        f"{request.model.name} on {cluster.num_gpus} GPUs of {cluster.num_nodes}"
-        f" node{'s' if cluster.num_nodes > 1 else ''} of {cluster.name}: {len(first.step_us)}"
-        f" {report.phase} steps of {first.tokens.mean():.0f} tokens from {report.num_requests}"
-        f" held-out requests; {first.fidelity}, {first.schedule}, {first.exchange}"
+        f"{request.model.name} on {_count(cluster.num_gpus, 'GPU')} of"
+        f" {_count(cluster.num_nodes, 'node')} of {cluster.name}:"
+        f" {_count(len(first.step_us), f'{report.phase} step')} of"
+        f" {_count(round(first.tokens.mean()), 'token')} from"
+        f" {_count(report.num_requests, 'held-out request')}; {first.fidelity},"
+        f" {first.schedule}" + (f", {first.exchange}" if cluster.num_gpus > 1 else "")
     )
     console = Console(soft_wrap=True)
     _print_steps(console, report)
@@ -76,6 +78,10 @@ def print_report(request: SimRequest, report: SimReport) -> None:
     _print_faults(console, report.results)
     _print_rebalance(console, report.results)
     typer.echo(f"times rest on {report.basis} figures: " + "; ".join(report.notes))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _print_steps(console: Console, report: SimReport) -> None:
@@ -96,7 +102,7 @@ def _print_steps(console: Console, report: SimReport) -> None:
             label = f"  {LABELS.get(part, part)}"
             table.add_row(label, *(f"{value:,.1f}" for value in values))
     uneven = [d["stragglers"]["token_waiting_us"] for d in data.values() if "stragglers" in d]
-    if len(uneven) == len(data):
+    if len(uneven) == len(data) and max(uneven) > 0:
         table.add_row("  (waiting that uneven tokens explain)", *(f"{us:,.1f}" for us in uneven))
     if any(d["overlapped_us"] > 0 for d in data.values()):
         row = (f"{d['overlapped_us']:,.1f}" for d in data.values())

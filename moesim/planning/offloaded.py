@@ -86,7 +86,9 @@ def simulate_offloaded(request: SimRequest, *, progress: Progress | None = None)
     collectives = tuple(n for n in notes if n.startswith("collectives")) * (cluster.num_gpus > 1)
     details: dict[str, Any] = {}
     predicted = first.predicted.get("tokens_per_s")
-    if cluster.num_gpus == 1 and isinstance(predicted, float):
+    same = request.batching is None and first.predicted.get("batch_size") == batch
+    same = same and first.gpu == cluster.gpus[0].name
+    if cluster.num_gpus == 1 and same and isinstance(predicted, float):
         details["cache_plan_predicted"] = {
             "tokens_per_s": predicted,
             "hit_rate": first.predicted.get("hit_rate"),

@@ -348,10 +348,14 @@ def check_plan(plan: Plan, trace: Trace, cluster: Cluster) -> None:
     size = (placement.num_gpus, placement.num_nodes)
     if size != (cluster.num_gpus, cluster.num_nodes):
         raise MismatchError(
-            f"the plan is for {size[0]} GPUs in {size[1]} nodes, {cluster.name} has"
-            f" {cluster.num_gpus} in {cluster.num_nodes}",
+            f"the plan is for {_size(*size)}, {cluster.name} has"
+            f" {_size(cluster.num_gpus, cluster.num_nodes)}",
             "use --gpus and --cluster as the plan was made for, or make a new plan",
         )
+
+
+def _size(gpus: int, nodes: int) -> str:
+    return f"{gpus} GPU{'s' * (gpus != 1)} in {nodes} node{'s' * (nodes != 1)}"
 
 
 def _workload(request: SimRequest, defaults: dict[str, str]) -> tuple[Phase, int]:

@@ -33,6 +33,7 @@ class Timeline:
         self._streams: set[tuple[int, str]] = set()
         self._used_links: set[int] = set()
         self._num_seen = 0
+        self._marked = False
 
     def add(self, run: StepRun, step: int, network: Network) -> None:
         """Add a finished step, and what the links carried since the last one."""
@@ -71,12 +72,14 @@ class Timeline:
 
     def mark(self, name: str, at_us: float) -> None:
         """An instant that concerns all GPUs: a failure, a new plan."""
+        row = self.links.num_links
+        self._marked = True
         self.events.append(
-            {"name": name, "ph": "i", "s": "g", "ts": at_us, "pid": LINK_PROCESS, "tid": 0}
+            {"name": name, "ph": "i", "s": "g", "ts": at_us, "pid": LINK_PROCESS, "tid": row}
         )
 
     def to_json(self) -> str:
-        """The whole file. The same run gives the same bytes."""
+        """The whole file, in order of time. The same run gives the same bytes."""
         head = [_meta("process_name", gpu, 0, f"GPU {gpu}") for gpu in range(self.num_gpus)]
         head += [_meta("thread_name", g, _STREAMS[s], s) for g, s in sorted(self._streams)]
         head.append(_meta("process_name", LINK_PROCESS, 0, "links"))
@@ -84,7 +87,10 @@ class Timeline:
             _meta("thread_name", LINK_PROCESS, i, self.links.names[i])
             for i in sorted(self._used_links)
         ]
-        body = {"traceEvents": [*head, *self.events], "displayTimeUnit": "ns"}
+        if self._marked:
+            head.append(_meta("thread_name", LINK_PROCESS, self.links.num_links, "events"))
+        events = sorted(self.events, key=lambda e: (e["ts"], e["pid"], e["tid"]))
+        body = {"traceEvents": [*head, *events], "displayTimeUnit": "ns"}
         return json.dumps(body, separators=(",", ":"), allow_nan=False)
 
     def _add_links(self, history: list[LinkUse], end_us: float) -> None:
