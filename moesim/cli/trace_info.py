@@ -34,19 +34,26 @@ def info(
     offload: Annotated[
         bool, typer.Option("--offload", help="How well expert caches would do: SRP, SCH, sparsity.")
     ] = False,
+    backend: Annotated[
+        str,
+        typer.Option(help="serial, local, local:4, dask://host:port or ray://host:port."),
+    ] = "serial",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Statistics of a trace: skew, affinity, co-activation, drift, domains, requests.
 
-    One pass in bounded memory, so that traces larger than memory can be looked at. Of a load
-    trace (expert counts only) the skew is shown.
+    One pass in bounded memory, so that traces larger than memory can be looked at; with --backend
+    its parts are counted side by side, and workers elsewhere have to reach the trace by its path.
+    Of a load trace (expert counts only) the skew is shown.
 
     Example: moesim trace info sample:debian-moe --plot load.png
     """
+    from moesim.backend import open_backend
     from moesim.cli.progress import progress_bar
     from moesim.errors import InputError
     from moesim.trace.format import LoadTrace, load_trace, require_tokens
-    from moesim.trace.stats import load_stats, trace_stats
+    from moesim.trace.parallel import trace_stats_on
+    from moesim.trace.stats import load_stats
 
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
@@ -59,8 +66,8 @@ def info(
         sample = f"counts of {counts.num_steps:,} steps"
         load = counts.load
     else:
-        with progress_bar("counting") as progress:
-            stats = trace_stats(loaded, progress)
+        with open_backend(backend) as opened, progress_bar("counting") as progress:
+            stats = trace_stats_on(opened, loaded, progress)
         batches = _batches(loaded, stats, min(gpus, loaded.num_experts))
         report = stats.to_dict()
         report["batch_imbalance"] = [_plain(b) for b in batches]

@@ -6,8 +6,8 @@ tokens plus 12 bytes a request; it does not grow with the number of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,11 +70,13 @@ def request_half(request_ids: npt.NDArray[Any]) -> IntArray:
     return np.asarray((hashed >> np.uint64(17)) & np.uint64(1), dtype=np.int64)
 
 
-def count_trace(trace: Trace, progress: Progress | None = None) -> TraceCounts:
+def count_trace(
+    trace: Trace, progress: Progress | None = None, tokens: slice | None = None
+) -> TraceCounts:
     """Count a trace in one pass. `progress(done, total)` is called with tokens after each chunk.
 
     Pair counts are left out, with a notice, where they would need more than 2^28 cells; domain
-    counts above 2^26 cells.
+    counts above 2^26 cells. tokens: count a part alone, of which `merge_counts` makes the whole.
     """
     from moesim.trace.kernels import count_load, count_pairs, count_reuse
 
@@ -101,7 +103,9 @@ def count_trace(trace: Trace, progress: Progress | None = None) -> TraceCounts:
     domain_tokens = np.zeros(num_domains, np.int64)
     num_follows = num_prefill = 0
     lengths = _RequestLengths()
-    for part in iter_chunks(num_tokens, chunk_tokens(num_layers, trace.top_k)):
+    begin, end, _ = (tokens or slice(None)).indices(num_tokens)
+    for chunk in iter_chunks(end - begin, chunk_tokens(num_layers, trace.top_k)):
+        part = slice(begin + chunk.start, begin + chunk.stop)
         first = max(0, part.start - 1)
         rows = np.array(trace.expert_ids[first : part.stop], order="C")
         ids = rows[part.start - first :]
@@ -124,11 +128,11 @@ def count_trace(trace: Trace, progress: Progress | None = None) -> TraceCounts:
         lengths.add(requests[part.start - first :])
         drop_pages(*trace.arrays().values())
         if progress is not None:
-            progress(part.stop, num_tokens)
+            progress(chunk.stop, end - begin)
     request_ids, request_lengths = lengths.result()
     shape = (-1, 2, num_layers, num_experts)
     return TraceCounts(
-        num_tokens=num_tokens,
+        num_tokens=end - begin,
         window_load=window_load.reshape(shape),
         domain_load=None if domain_load is None else domain_load.reshape(shape),
         domain_tokens=domain_tokens,
@@ -143,6 +147,42 @@ def count_trace(trace: Trace, progress: Progress | None = None) -> TraceCounts:
     )
 
 
+def merge_counts(parts: Iterable[TraceCounts]) -> TraceCounts:
+    """The counts of a trace from those of parts that cover it once, in any order.
+
+    At most two parts are held at a time. Raises ValueError without parts.
+    """
+    total: TraceCounts | None = None
+    lengths = _RequestLengths()
+    for part in parts:
+        lengths.add_counted(part.request_ids, part.request_lengths)
+        total = part if total is None else _sum(total, part)
+    if total is None:
+        raise ValueError("no parts to merge")
+    ids, counted = lengths.result()
+    return replace(total, request_ids=ids, request_lengths=counted)
+
+
+def _sum(a: TraceCounts, b: TraceCounts) -> TraceCounts:
+    """Both parts' counts; requests aside."""
+
+    def both(x: npt.NDArray[Any] | None, y: npt.NDArray[Any] | None) -> Any:
+        return None if x is None or y is None else x + y
+
+    return replace(
+        a,
+        num_tokens=a.num_tokens + b.num_tokens,
+        window_load=a.window_load + b.window_load,
+        domain_load=both(a.domain_load, b.domain_load),
+        domain_tokens=a.domain_tokens + b.domain_tokens,
+        between=both(a.between, b.between),
+        within=both(a.within, b.within),
+        shared=a.shared + b.shared,
+        num_follows=a.num_follows + b.num_follows,
+        num_prefill=a.num_prefill + b.num_prefill,
+    )
+
+
 class _RequestLengths:
     """Tokens by request id, merged now and then so that memory follows the requests."""
 
@@ -152,7 +192,9 @@ class _RequestLengths:
         self._pending = 0
 
     def add(self, request_ids: npt.NDArray[Any]) -> None:
-        ids, lengths = np.unique(request_ids, return_counts=True)
+        self.add_counted(*np.unique(request_ids, return_counts=True))
+
+    def add_counted(self, ids: npt.NDArray[Any], lengths: IntArray) -> None:
         self._ids.append(ids)
         self._lengths.append(lengths)
         self._pending += len(ids)

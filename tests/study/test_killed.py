@@ -139,3 +139,18 @@ def test_a_killed_dask_worker_changes_nothing(
     keys = journaled(folder)
     assert len(set(keys)) == len(keys) == NUM_POINTS
     assert (folder / "study.json").read_bytes() == whole
+
+
+def test_statistics_of_a_directory_trace_on_dask(
+    tmp_path: Path, dask_cluster: tuple[str, list[subprocess.Popen[bytes]]]
+) -> None:
+    from moesim.trace.format import load_trace, save_trace
+
+    save_trace(load_trace("sample:debian-moe"), tmp_path / "trace")
+    info = [*MAIN[:-1], "trace", "info", str(tmp_path / "trace"), "--json"]
+    found = [
+        subprocess.run([*info, *more], capture_output=True, check=True, timeout=120).stdout
+        for more in ([], ["--backend", f"dask://{dask_cluster[0]}"])
+    ]
+    assert found[0] == found[1]
+    assert json.loads(found[0])["num_tokens"] > 0
