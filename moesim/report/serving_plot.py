@@ -88,12 +88,14 @@ def _distribution(axes: Any, record: dict[str, Any], name: str, label: str, colo
     metrics = record["metrics"]
     for stat in ("p50", "p99"):
         value = metrics[f"{name}_{stat}"] * scale
+        late = value > 0.7 * values[-1] * scale
         axes.plot([value], [float(stat[1:])], "o", color=colour, ms=4)
         axes.annotate(
-            f"{stat} {value:,.3g}",
+            f"{stat} {value:,.0f}" if value >= 100 else f"{stat} {value:.3g}",
             (value, float(stat[1:])),
             textcoords="offset points",
-            xytext=(6, -9),
+            xytext=(-6, 4) if late else (6, -9),
+            ha="right" if late else "left",
             fontsize=8,
         )
     for bound in _promises(record, name):

@@ -117,13 +117,23 @@ def _nothing_left(ranks: Any) -> bool:
 
 @njit(**INTERNAL)
 def _count_waiting(ranks: Any, inst: Any, clock: Any, now: float) -> None:
-    """Add what waited since the last instant to the series."""
-    since = clock.now_us[0]
-    place = int(since / clock.bin_us[0])
+    """Add those that waited since the last instant to the series."""
     for i in range(len(inst)):
-        m = 1 if inst[i].role == DECODE else 0
+        waiting = 0
         for rank in range(inst[i].first_rank, inst[i].last_rank):
-            clock.series[m, place, 5] += ranks[rank].num_waiting * (now - since)
+            waiting += ranks[rank].num_waiting
+        if waiting > 0:
+            m = 1 if inst[i].role == DECODE else 0
+            _spread(clock, m, 5, clock.now_us[0], now, float(waiting))
+
+
+@njit(**INTERNAL)
+def _spread(clock: Any, m: int, column: int, start: float, end: float, value: float) -> None:
+    """Add `value` x time from start to end to a column of the series, bin by bin."""
+    width = clock.bin_us[0]
+    for place in range(int(start / width), int(end / width) + 1):
+        inside = min(end, (place + 1) * width) - max(start, place * width)
+        clock.series[m, place, column] += max(inside, 0.0) * value
 
 
 @njit(**INTERNAL)
@@ -200,13 +210,7 @@ def _begin_step(
     drafts, time, mean, slowest = choose_drafts(
         cfg, expected, tables, m, ranks, first, last, shares
     )
-    inst[i].busy_until_us = now + time
-    inst[i].drafts = drafts
-    inst[i].steps += 1
-    clock.counts[NUM_STEPS] += 1
-    clock.drafts[drafts] += 1
-    running, kv = 0, 0.0
-    prompt = 0
+    running, prompt, kv = 0, 0, 0.0
     for rank in range(first, last):
         running += ranks[rank].num_running
         prompt += ranks[rank].prefill_rows
@@ -214,15 +218,16 @@ def _begin_step(
         used = 1.0 - idle / ranks[rank].total_blocks
         clock.peak_kv[m] = max(clock.peak_kv[m], used)
         kv += used / (last - first)
-    place = int(now / clock.bin_us[0])
-    row = clock.series[m, place]
-    row[1] += prompt
-    row[2] += 1
-    row[3] += time
-    row[4] += running * time
-    row[6] += kv * time
-    row[7] += mean
-    row[8] += slowest
+    inst[i].began_us = now
+    inst[i].busy_until_us = now + time
+    inst[i].drafts = drafts
+    inst[i].running = running
+    inst[i].prompt_tokens = prompt
+    inst[i].kv_used = kv
+    inst[i].rank_mean_us = mean
+    inst[i].rank_max_us = slowest
+    clock.counts[NUM_STEPS] += 1
+    clock.drafts[drafts] += 1
 
 
 @njit(**INTERNAL)
@@ -288,8 +293,16 @@ def _end_step(
                 running[1, rank, kept] = 0
                 kept += 1
         ranks[rank].num_running = kept
-    place = min(int(now / clock.bin_us[0]), clock.series.shape[1] - 1)
-    clock.series[m, place, 0] += produced
+    row = clock.series[m, int(now / clock.bin_us[0])]
+    row[0] += produced
+    row[1] += inst[i].prompt_tokens
+    row[2] += 1
+    row[7] += inst[i].rank_mean_us
+    row[8] += inst[i].rank_max_us
+    began = inst[i].began_us
+    _spread(clock, m, 3, began, now, 1.0)
+    _spread(clock, m, 4, began, now, float(inst[i].running))
+    _spread(clock, m, 6, began, now, inst[i].kv_used)
 
 
 @njit(**INTERNAL)

@@ -40,10 +40,10 @@ SERIES = (
     "rank_mean_us",
     "rank_max_us",
 )
-"""Sums over what begins in a bin. busy_us: step times; running_us, kv_us: step times weighted with
-running sequences and the share of the KV cache in use (mean over ranks); waiting_us: time weighted
-with waiting requests; rank_mean_us, rank_max_us: what the mean and the slowest rank compute on
-their own."""
+"""Sums over the time of a bin: tokens and steps when the step ends; busy_us: time in steps;
+running_us, waiting_us, kv_us: time weighted with running sequences, waiting requests, and the share
+of the KV cache in use (mean over ranks, as the step began); rank_mean_us, rank_max_us: what the
+mean and the slowest rank compute on their own."""
 
 
 SETTINGS = np.dtype(
@@ -136,12 +136,17 @@ INSTANCE = np.dtype(
         ("max_tokens", "i8"),
         ("max_sequences", "i8"),
         ("drafts", "i8"),
-        ("steps", "i8"),
+        ("prompt_tokens", "i8"),
+        ("running", "i8"),
+        ("kv_used", "f8"),
+        ("rank_mean_us", "f8"),
+        ("rank_max_us", "f8"),
+        ("began_us", "f8"),
         ("busy_until_us", "f8"),
     ]
 )
-"""An instance: ranks first_rank to last_rank (excluded). busy_until_us is infinite while idle;
-drafts: draft tokens of the step in progress."""
+"""An instance: ranks first_rank to last_rank (excluded). busy_until_us is infinite while idle; the
+fields before it, from drafts on, are of the step in progress."""
 
 REFS, NEWER, OLDER = 0, 1, 2
 """Planes of `prefix` [3, ranks, hashes + 1] int32, the last column the sentinel of the list of
