@@ -91,13 +91,12 @@ def significant(value: float, digits: int = 4) -> str:
     """A figure for readers: so many significant digits, thousands separated."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
-    places = digits - 1 - math.floor(math.log10(abs(value)))
-    if places < -3 and abs(value) >= 1e15:
-        return f"{value:.{digits - 1}e}"
-    if abs(value) < 1e-4:
+    power = math.floor(math.log10(abs(value)))
+    if power < -4:
         return f"{value:.{digits - 1}g}"
-    rounded = round(value, places)
-    return f"{rounded:,.{max(0, places)}f}"
+    rounded = round(value, digits - 1 - power)
+    power = math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{max(0, digits - 1 - power)}f}"
 
 
 def minus(text: str) -> str:
@@ -163,17 +162,14 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     gaps = [abs(b - a) for a, b in zip(values, list(values)[1:], strict=False) if b != a]
     if not gaps:
         return [significant(v, 3) for v in values]
-    if (
-        max(abs(v) for v in values) >= 1e3 * min(gaps)
-        and min(values) > 0
-        and max(gaps) > 3 * min(gaps)
-    ):
-        return [short(v) for v in values]
+    most = max(abs(v) for v in values)
+    if most >= 1e5 or (max(gaps) > 3 * min(gaps) and most >= 1e3 * min(gaps)):
+        brief = [short(v) for v in values]
+        if len(set(brief)) == len(brief):
+            return brief
     places = max(0, -math.floor(math.log10(min(gaps)) + 1e-9))
     if any(abs(v * 10**places - round(v * 10**places)) > 1e-6 for v in values):
         places += 1
-    if max(abs(v) for v in values) >= 1e5:
-        return [short(v) for v in values]
     return [minus(f"{v:,.{places}f}") for v in values]
 
 

@@ -56,7 +56,7 @@ def find_trace(plan: Plan) -> tuple[Trace | None, str]:
 def _named(plan: Plan) -> str | None:
     run = plan.provenance.get("run")
     words = str(run.get("command", "")).split() if isinstance(run, dict) else []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == "--trace" and following:
             return following
         if word.startswith("--trace="):
