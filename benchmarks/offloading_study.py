@@ -221,7 +221,9 @@ def main() -> None:
         file.write_text(json.dumps(results, indent=1) + "\n")
     from offloading_text import render
 
-    (options.out / "README.md").write_text(render(results, RATIOS, GPU))
+    batching = options.out / "batching.json"
+    found = json.loads(batching.read_text()) if batching.exists() else None
+    (options.out / "README.md").write_text(render(results, RATIOS, GPU, found))
 
 
 if __name__ == "__main__":
