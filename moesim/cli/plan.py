@@ -84,6 +84,30 @@ def plan(
     ignore_memory: Annotated[
         bool, typer.Option("--ignore-memory", help="Plan even if the weights do not fit.")
     ] = False,
+    robust: Annotated[
+        str | None,
+        typer.Option(
+            help="Make the worst small, not the mean: worst-domain, or cvar:0.9 for the worst"
+            " tenth of batches.",
+        ),
+    ] = None,
+    old_plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Plan in use: move experts only where that gains more than it costs."
+        ),
+    ] = None,
+    steps_between_moves: Annotated[
+        float | None,
+        typer.Option(help="With --from: steps that a move is spread over.", show_default="1000"),
+    ] = None,
+    home_ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="Evaluate predicted home ranks too: predicted, domain, tokens, prefix, oracle.",
+            show_default="contiguous",
+        ),
+    ] = None,
     offload: Annotated[
         bool,
         typer.Option("--offload", help="Experts may exceed GPU memory: plan each GPU's cache."),
@@ -109,7 +133,11 @@ def plan(
     from moesim.cli.progress import progress_bar
     from moesim.cluster import load_cluster
     from moesim.cost.step import KINDS_OF
+    from moesim.plan import load_plan
+    from moesim.planning.home_ranks import HOME_RANKS
     from moesim.planning.make import DEFAULT_CLUSTER, PlanRequest, make_plan
+    from moesim.planning.migration import DEFAULT_STEPS
+    from moesim.planning.robust import parse_robust
     from moesim.trace.format import load_token_trace
 
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -121,6 +149,8 @@ def plan(
         raise InputError(
             f"--time-limit {time_limit} is not a number of seconds", "give seconds, such as 60"
         )
+    if steps_between_moves is not None and old_plan is None:
+        raise InputError("--steps-between-moves without --from", "name the plan in use with --from")
     loaded = load_token_trace(trace, "moesim plan")
     request = PlanRequest(
         trace=loaded,
@@ -140,6 +170,10 @@ def plan(
         seed=seed,
         time_limit_s=time_limit,
         check_memory=not (ignore_memory or offload),
+        robust=parse_robust(robust) if robust is not None else None,
+        old_plan=load_plan(old_plan) if old_plan is not None else None,
+        steps_between_moves=DEFAULT_STEPS if steps_between_moves is None else steps_between_moves,
+        home_ranks=_choice("home ranks", home_ranks, HOME_RANKS),
     )
     with stoppable() as stop, progress_bar("searching layers") as progress:
         result = make_plan(request, progress=progress, stop=stop)
@@ -242,8 +276,14 @@ def _print(result: PlanResult, out: Path, plot: Path | None) -> None:
     for name, label, form, factor in rows:
         cells = [_cell(c.figures[name], form, factor) for c in result.candidates]
         table.add_row(label, *cells)
-    Console(soft_wrap=True).print(table)
+    for label, texts in result.rows:
+        table.add_row(label, *(texts.get(c.name, "") for c in result.candidates))
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, 40 + 20 * len(result.candidates))
+    console.print(table)
     _print_verdict(result)
+    for line in result.lines:
+        typer.echo(line)
     _print_bound(result)
     if result.step is not None:
         typer.echo(

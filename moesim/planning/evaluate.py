@@ -111,8 +111,12 @@ def measure(
     dedup: Dedup,
     step: StepModel | None,
     speed: FloatArray | None = None,
+    homes: Callable[[Batches], npt.NDArray[np.int32]] | None = None,
 ) -> Measured:
-    """Route the whole sample through `placement`, a few batches at a time."""
+    """Route the whole sample through `placement`, a few batches at a time.
+
+    homes: home GPU of every token of some batches; default `home_ranks`.
+    """
     batches = sample.batches
     cells = trace.num_layers * placement.num_gpus**2
     chunk = max(1, CHUNK_CELLS // cells)
@@ -127,7 +131,7 @@ def measure(
             batches.phase,
             batches.batch_tokens,
         )
-        home = home_ranks(trace, part, placement.num_gpus)
+        home = homes(part) if homes else home_ranks(trace, part, placement.num_gpus)
         routed = route(trace, part, placement, policy=policy, dedup=dedup, home=home)
         tokens = routed.gpu_tokens(placement.num_gpus)
         load += tokens[: max(0, sample.num_main - start)].sum(axis=0)

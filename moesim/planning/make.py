@@ -27,10 +27,21 @@ from moesim.planning.evaluate import (
     figures,
     measure,
 )
+from moesim.planning.migration import DEFAULT_STEPS
+from moesim.planning.refine import (
+    Data,
+    check_request,
+    predicted_homes,
+    price_line,
+    refine,
+    robust_figures,
+)
+from moesim.planning.robust import Robust
 from moesim.planning.traffic import sample_traffic
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import OBJECTIVES, Objective, Problem, Progress, Solution, Stop, never
 from moesim.solvers.bounds import LP_LAYERS, Bound, lower_bound
+from moesim.solvers.migration import slots_in_use
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import get_solver
 from moesim.trace.batches import Phase, index_requests, split_requests
@@ -53,7 +64,10 @@ class PlanRequest:
     """What is asked for; None means the stated default.
 
     slots: per GPU slot counts, or None for (experts + redundant) / GPUs each. network_scale:
-    all links are taken as so many times faster, for what-if studies.
+    all links are taken as so many times faster, for what-if studies. robust: make the worst small
+    instead of the mean. old_plan: what runs now, to be moved away from where that is worth it over
+    steps_between_moves. home_ranks: contiguous (None), or how to predict them (see
+    `moesim.planning.home_ranks`), in further rows of the evaluation.
     """
 
     trace: Trace
@@ -72,6 +86,10 @@ class PlanRequest:
     seed: int = 0
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
     check_memory: bool = True
+    robust: Robust | None = None
+    old_plan: Plan | None = None
+    steps_between_moves: float = DEFAULT_STEPS
+    home_ranks: str | None = None
     network_scale: float = 1.0
 
 
@@ -90,7 +108,8 @@ class PlanResult:
     """The plan, its baselines, and what was assumed on the way.
 
     defaults: what was left out of the request, by name, as text. notices: what the user should
-    know. improvement: chosen minus EPLB of each figure, paired.
+    know. improvement: chosen minus EPLB of each figure, paired. rows: further rows of text, by
+    label and candidate; lines: what robustness or a move is worth.
     """
 
     plan: Plan
@@ -103,6 +122,8 @@ class PlanResult:
     improvement: dict[str, Figure]
     seconds: dict[str, float] = field(default_factory=dict)
     bound_kind: str = ""
+    rows: tuple[tuple[str, dict[str, str]], ...] = ()
+    lines: tuple[str, ...] = ()
 
 
 def make_plan(
@@ -123,13 +144,16 @@ def make_plan(
     trace = _one_domain(trace, request.domain)
     phase, batch_tokens = _workload(request, trace, defaults)
     step, objective = _step_model(request, phase, defaults, notices)
-    capacity = slots_of(trace.num_experts, cluster.num_gpus, request)
+    capacity = _capacity(request, trace, defaults)
     if request.check_memory and request.model is not None:
         check_memory(request.model, cluster, capacity)
     index, notice = index_requests(trace, phase)
     if notice:
         notices.append(notice)
     tune, held_out = split_requests(index)
+    dedup = step.dedup if step is not None else (request.dedup or "gpu")
+    data = Data(trace, tune, held_out, phase, batch_tokens, step, dedup)
+    predictor = check_request(request, data, objective)
     seconds = {}
     clock = time.monotonic()
     counts = tuning_counts(trace, tune, phase, batch_tokens, request.seed)
@@ -158,13 +182,14 @@ def make_plan(
         name: get_solver(name).solve(problem, progress=progress if name == request.solver else None)
         for name in names
     }
+    refined = refine(request, problem, solved, data, progress)
     seconds["solving"] = time.monotonic() - clock
     clock = time.monotonic()
     evaluate = PlacementCost(problem)
     layer_values = {n: evaluate.layer_values(s.placement) for n, s in solved.items()}
     bound = lower_bound(
         problem,
-        layer_values=layer_values[request.solver],
+        layer_values=layer_values[refined.chosen],
         lp_layers=0 if stop() else LP_LAYERS,
     )
     bound = _joined(bound, solved[request.solver])
@@ -172,7 +197,7 @@ def make_plan(
         n: replace(s, objective_value=float(layer_values[n].mean()), bound=bound.value)
         for n, s in solved.items()
     }
-    solved[request.solver] = _ended(solved[request.solver], request, stop(), notices)
+    solved[refined.chosen] = _ended(solved[refined.chosen], request, stop(), notices)
     seconds["bound"] = time.monotonic() - clock
     clock = time.monotonic()
     sample = draw_sample(trace, held_out, phase, batch_tokens, request.seed)
@@ -188,15 +213,42 @@ def make_plan(
             sample,
             solution.placement,
             policy=request.replica_policy,
-            dedup=step.dedup if step is not None else (request.dedup or "gpu"),
+            dedup=dedup,
             step=step,
             speed=problem.speed,
         )
         candidates.append(Candidate(name, solution, measured, figures(sample, measured)))
-    seconds["evaluation"] = time.monotonic() - clock
     by_name = {c.name: c for c in candidates}
-    chosen, reference = by_name[request.solver], by_name[baseline]
-    notices += [f"{c.name}: {note}" for c in candidates for note in c.solution.notes]
+    chosen, reference = by_name[refined.chosen], by_name[baseline]
+    if predictor is not None:
+        for label, homes in predicted_homes(request, data, chosen.solution, predictor).items():
+            measured = measure(
+                trace,
+                sample,
+                chosen.solution.placement,
+                policy=request.replica_policy,
+                dedup=dedup,
+                step=step,
+                speed=problem.speed,
+                homes=homes,
+            )
+            found = figures(sample, measured)
+            candidates.append(Candidate(label, chosen.solution, measured, found))
+        refined.evaluation["home_ranks"] = {"predictor": predictor, "placement": chosen.name}
+    if request.robust is not None:
+        robust_figures(refined, request, problem, solved, data)
+        plain = by_name[request.solver]
+        figure = "imbalance" if objective == "balance" else "step_us"
+        price = difference(
+            sample, by_name[f"{request.solver}, robust"].measured, plain.measured, figure
+        )
+        if price is not None:
+            what = {"imbalance": "imbalance", "step_us": "MoE time"}[figure]
+            base = plain.figures[figure].value
+            refined.lines.append(price_line(request.robust, price, base, what))
+            refined.evaluation["robust"]["price"] = {"figure": figure, **price.to_json()}
+    seconds["evaluation"] = time.monotonic() - clock
+    notices += [f"{c.name}: {note}" for c in by_name.values() for note in c.solution.notes]
     improvement = {
         name: delta
         for name in chosen.figures
@@ -221,6 +273,7 @@ def make_plan(
             "num_batches": sample.num_main,
             "basis": step.basis if step is not None else None,
             "plans": {c.name: {n: f.to_json() for n, f in c.figures.items()} for c in candidates},
+            **refined.evaluation,
         },
         provenance=_provenance(request, trace, step, seconds),
     )
@@ -235,6 +288,8 @@ def make_plan(
         improvement,
         seconds,
         bound.kind,
+        tuple(refined.rows),
+        tuple(refined.lines),
     )
 
 
@@ -260,6 +315,18 @@ def _ended(
             + "; more time may give a better plan (--time-limit)"
         )
     return solution
+
+
+def _capacity(
+    request: PlanRequest, trace: Trace, defaults: dict[str, str]
+) -> npt.NDArray[np.int64]:
+    """[G] slots: those asked for, else those of the plan in use, else one an expert."""
+    old, asked = request.old_plan, request.slots is not None or request.redundant_experts
+    if old is not None and not asked and old.placement.num_gpus == request.cluster.num_gpus:
+        capacity = slots_in_use(old.placement)
+        defaults["slots"] = f"{int(capacity.sum())} a layer, as the plan in use has"
+        return capacity
+    return slots_of(trace.num_experts, request.cluster.num_gpus, request)
 
 
 def slots_of(num_experts: int, num_gpus: int, request: PlanRequest) -> npt.NDArray[np.int64]:
@@ -386,6 +453,20 @@ def _step_model(
     return faster_step(step, request.network_scale), objective
 
 
+def _asked_beyond(request: PlanRequest) -> dict[str, Any]:
+    """Options of `moesim.planning.refine` that were given."""
+    out: dict[str, Any] = {}
+    if request.robust is not None:
+        out["robust"] = str(request.robust)
+    if request.home_ranks is not None:
+        out["home_ranks"] = request.home_ranks
+    if request.old_plan is not None:
+        table = request.old_plan.placement.physical_to_logical
+        out["from"] = hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()[:16]
+        out["steps_between_moves"] = request.steps_between_moves
+    return out
+
+
 def _provenance(
     request: PlanRequest, trace: Trace, step: StepModel | None, seconds: dict[str, float]
 ) -> dict[str, Any]:
@@ -408,6 +489,7 @@ def _provenance(
             "time_limit_s",
         )
     }
+    options |= _asked_beyond(request)
     return {
         "trace": trace.content_hash(),
         "cluster": request.cluster.name,
