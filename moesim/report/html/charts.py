@@ -37,6 +37,7 @@ NAMES = 142.0
 VALUES = 52.0
 BAR = 16.0
 MAX_POINTS = 400
+CROWDED = 150
 SHAPES = ("circle", "square", "diamond", "triangle")
 
 
@@ -204,7 +205,7 @@ def lines(title: str, series: Sequence[Line], axes: Axes) -> Markup:
                 "path",
                 hint(line.name),
                 d=_path(line, plane),
-                class_=f"mark line l{line.series}",
+                class_=f"mark line{' thin' if len(line.x) > CROWDED else ''} l{line.series}",
                 stroke_dasharray=DASHES[line.series % len(DASHES)],
             )
         )

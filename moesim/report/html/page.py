@@ -17,7 +17,9 @@ from moesim.report.html.parts import BASES, Figure, Figures, Note, Section
 from moesim.report.html.plan_section import plan_section, plan_views
 from moesim.report.html.provenance_section import provenance_section
 from moesim.report.html.runs import Run
+from moesim.report.html.serving_section import serving_section
 from moesim.report.html.simulation_section import simulation_section
+from moesim.report.html.study_section import study_section
 from moesim.report.html.traces import maps_of
 from moesim.report.html.validation_section import cache_validation_section, validation_section
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 MAX_PAGE_BYTES = 5_000_000
 SECTIONS: dict[str, Callable[[Run], Section]] = {
     "moesim-simulation": simulation_section,
+    "moesim-serving-run": serving_section,
+    "moesim-study": study_section,
     "moesim-cache-run": cache_section,
     "moesim-cache-plan": cache_section,
     "moesim-validation": validation_section,

@@ -48,9 +48,12 @@ class Run:
     @property
     def model(self) -> str:
         """The model's name, empty where the file does not say."""
-        if self.format == "moesim-cache-run":
-            return self.data.text("model", "") or self.data.child("plan").text("model", "")
-        return self.data.text("model", "")
+        if self.format == "moesim-study":
+            fixed = self.data.maybe("fixed")
+            return fixed.text("model", "") if fixed is not None else ""
+        origin = self.data.maybe("provenance") if self.format == "moesim-plan" else None
+        named = origin.text("model", "") if origin is not None else ""
+        return named or self.data.text("model", "")
 
 
 def load_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -138,10 +141,22 @@ def _one_model(runs: Iterable[Run]) -> None:
     first: dict[str, Run] = {}
     for run in runs:
         if run.model:
-            first.setdefault(run.model, run)
+            first.setdefault(_known_as(run.model), run)
     if len(first) > 1:
-        said = ", ".join(f"{model[:60]} ({run.name})" for model, run in first.items())
+        said = ", ".join(f"{run.model[:60]} ({run.name})" for run in first.values())
         raise MismatchError(f"the runs are of different models: {said}", "make one report a model")
+
+
+def _known_as(model: str) -> str:
+    """The preset that `model` is a name of, or `model` itself; a run cannot name a file."""
+    from moesim.errors import UnknownNameError
+    from moesim.model import load_model, preset_aliases
+
+    try:
+        preset_aliases(model)
+    except UnknownNameError:
+        return model.casefold()
+    return load_model(model).name.casefold()
 
 
 def _finite(text: str) -> float:

@@ -88,9 +88,12 @@ def fit(text: str, width: float, size: float = FONT) -> str:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """A figure for readers: so many significant digits, thousands separated."""
+    """A figure for readers: so many significant digits, thousands separated; whole numbers below a
+    million in full."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
+    if value == int(value) and abs(value) < 1e6:
+        return f"{value:,.0f}"
     power = math.floor(math.log10(abs(value)))
     if power < -4:
         return f"{value:.{digits - 1}g}"

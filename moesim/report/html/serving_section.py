@@ -1,0 +1,273 @@
+"""Served requests: latencies as distributions, throughput, queues and memory over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from moesim.report.html.charts import Axes, Line, legend, lines, percent
+from moesim.report.html.fields import Fields
+from moesim.report.html.parts import Card, Cards, Figure, Figures, Note, Section, Table, TableBlock
+from moesim.report.html.runs import Run
+from moesim.report.html.svg import significant
+
+LATENCIES = (
+    ("ttft", "Time to first token", 0),
+    ("tpot", "Time per output token", 1),
+    ("e2e", "End to end", 2),
+)
+STATS = ("mean", "p50", "p90", "p95", "p99", "max")
+WIDE = 30.0
+"""Largest over smallest drawn value from which a latency axis is logarithmic."""
+ROLES = {"serving": "", "decode": ", decoding engines"}
+OVER_TIME: tuple[tuple[str, tuple[tuple[str, str, int, float], ...], str], ...] = (
+    (
+        "Tokens a second",
+        (
+            ("output_tokens_per_s", "output tokens", 0, 1.0),
+            ("prompt_tokens_per_s", "prompt tokens", 1, 1.0),
+        ),
+        "tokens a second",
+    ),
+    (
+        "Requests running and waiting",
+        (("running", "running", 0, 1.0), ("waiting", "waiting", 1, 1.0)),
+        "requests",
+    ),
+    (
+        "GPUs and KV cache in use",
+        (("busy", "GPU time in steps", 0, 100.0), ("kv_used", "KV cache", 2, 100.0)),
+        "share (%)",
+    ),
+)
+"""Title, (column, name, series, factor) of each line, and the axis."""
+METRICS = (
+    ("requests_per_s", "requests finished a second", 1.0),
+    ("output_tokens_per_s", "output tokens a second", 1.0),
+    ("output_tokens_per_s_per_gpu", "output tokens a second a GPU", 1.0),
+    ("total_tokens_per_s_per_gpu", "prompt and output tokens a second a GPU", 1.0),
+    ("gpu_utilisation", "GPU time in steps (%)", 100.0),
+    ("rank_balance", "ranks' mean over slowest (%)", 100.0),
+    ("kv_used_mean", "KV cache in use, mean (%)", 100.0),
+    ("kv_used_peak", "KV cache in use, peak (%)", 100.0),
+    ("queue_mean", "requests waiting, mean", 1.0),
+    ("queue_peak_on_a_rank", "requests waiting on one rank, most", 1.0),
+    ("queue_s_mean", "wait in the queue, mean (ms)", 1e3),
+    ("queue_s_p99", "wait in the queue, p99 (ms)", 1e3),
+    ("running_mean", "requests running, mean", 1.0),
+    ("step_ms_mean", "a step of the engine, mean (ms)", 1.0),
+    ("steps", "steps", 1.0),
+    ("preemptions", "preemptions", 1.0),
+    ("shortened", "requests shortened", 1.0),
+    ("demoted", "requests demoted", 1.0),
+    ("prefix_hit_share", "prompt tokens found in the prefix cache (%)", 100.0),
+    ("drafts_mean", "drafted tokens a step, mean", 1.0),
+    ("drafts_accepted_share", "drafted tokens accepted (%)", 100.0),
+    ("decode_kv_used_mean", "KV cache of decoding engines, mean (%)", 100.0),
+    ("decode_kv_used_peak", "KV cache of decoding engines, peak (%)", 100.0),
+)
+"""Figure, name for readers with its unit, factor."""
+
+
+def serving_section(run: Run) -> Section:
+    """One `moesim simulate --requests --json`."""
+    data = run.data
+    metrics, basis = data.child("metrics"), data.text("basis", "assumed")
+    where = (data.maybe("deployment") or Fields({}, run.name)).text("name", "the deployment")
+    section = Section(f"Requests served by {where}", sources=(run.name,))
+    section.lead = _lead(data)
+    cards = _cards(data, metrics, basis)
+    section.headline = cards[:1]
+    section.blocks.append(Cards(cards))
+    section.blocks.append(Figures(_distributions(data, basis)))
+    section.blocks.append(_latencies(metrics, basis))
+    section.blocks.append(Figures(_over_time(data, basis)))
+    section.blocks.append(_table(metrics, basis))
+    section.blocks += _levels(data, basis)
+    section.blocks += [Note(text) for text in data.texts("notices")]
+    return section
+
+
+def _lead(data: Fields) -> str:
+    asked = data.child("requests")
+    counts = data.maybe("counts") or Fields({}, "counts")
+    text = (
+        f"{asked.whole('num_requests', 0):,} requests of {asked.text('source', '')}"
+        f" ({asked.text('basis', 'assumed')}) arrive at"
+        f" {significant(asked.number('rate_per_s', 0.0), 3)} a second over"
+        f" {significant(asked.number('span_s', 0.0), 4)} s."
+    )
+    prompt, output = asked.maybe("prompt_tokens"), asked.maybe("output_tokens")
+    if prompt is not None and output is not None:
+        text += (
+            f" Prompts have {significant(prompt.number('mean', 0.0))} tokens and answers"
+            f" {significant(output.number('mean', 0.0))}, on average."
+        )
+    said = [f"{counts.whole(k):,} {k}" for k in counts.raw if counts.number(k)]
+    return f"{text} Of the requests, {', '.join(said)}." if said else text
+
+
+def _cards(data: Fields, metrics: Fields, basis: str) -> list[Card]:
+    cards = []
+    slo = data.maybe("slo")
+    if slo is not None:
+        good, missed = slo.child("goodput"), slo.children("missed")
+        kept = "kept" if not missed else "missed: " + ", ".join(m.text("promise") for m in missed)
+        cards.append(
+            Card(
+                "requests that keep their promises",
+                percent(good.number("share")),
+                f"{slo.text('text', '')}; promises over all requests {kept}",
+                basis,
+            )
+        )
+    for name, label, _ in LATENCIES[:2]:
+        if metrics.has(f"{name}_p99"):
+            value, unit = _timed(metrics.number(f"{name}_p99"))
+            median, median_unit = _timed(metrics.number(f"{name}_p50", 0.0))
+            detail = f"median {significant(median, 3)} {median_unit}"
+            cards.append(
+                Card(f"{label.lower()}, p99", f"{significant(value, 3)} {unit}", detail, basis)
+            )
+    if metrics.has("output_tokens_per_s_per_gpu"):
+        gpus = data.whole("num_gpus", 0)
+        rate = significant(metrics.number("output_tokens_per_s_per_gpu"), 3)
+        cards.append(Card("output tokens a second a GPU", rate, f"on {gpus} GPUs", basis))
+    return cards
+
+
+def _timed(seconds: float) -> tuple[float, str]:
+    return (seconds * 1e3, "ms") if seconds < 1 else (seconds, "s")
+
+
+def _distributions(data: Fields, basis: str) -> list[Figure]:
+    quantiles = data.child("cdf")
+    limits = _limits(data)
+    out = []
+    for name, title, series in LATENCIES:
+        values = quantiles.numbers(name)
+        if len(values) < 2:
+            continue
+        if any(b < a for a, b in pairwise(values)):
+            raise quantiles.bad(name, "quantiles in ascending order")
+        factor, unit = (1e3, "ms") if values[-1] < 1 else (1.0, "s")
+        shares = [100 * i / (len(values) - 1) for i in range(len(values))]
+        drawn = Line(title, [v * factor for v in values], shares, series)
+        low = values[max(1, len(values) // 100)]
+        wide = low > 0 and values[-1] / low > WIDE
+        marks = [(limit * factor, said) for latency, limit, said in limits if latency == name]
+        axes = Axes(
+            f"{title.lower()} ({unit})",
+            "requests up to it (%)",
+            log_x=wide,
+            y_range=(0.0, 100.0),
+            marks_x=marks,
+        )
+        rows = [
+            [f"{share:g}%", significant(value * factor)]
+            for share, value in zip(shares, values, strict=True)
+        ]
+        out.append(
+            Figure(
+                title,
+                lines(title, [drawn], axes),
+                Table(["requests", f"up to ({unit})"], rows),
+                "Of finished requests." + (" The axis is logarithmic." if wide else ""),
+                basis,
+            )
+        )
+    return out
+
+
+def _limits(data: Fields) -> list[tuple[str, float, str]]:
+    slo = data.maybe("slo")
+    if slo is None:
+        return []
+    return [
+        (b.text("latency"), b.number("limit_s"), f"promise{' ' + stat if stat else ''}")
+        for b in slo.children("promises")
+        for stat in (b.text("stat", ""),)
+    ]
+
+
+def _latencies(metrics: Fields, basis: str) -> TableBlock:
+    rows = []
+    for name, title, _ in LATENCIES:
+        values = [
+            metrics.number(f"{name}_{s}") * 1e3 if metrics.has(f"{name}_{s}") else None
+            for s in STATS
+        ]
+        rows.append(
+            [f"{title.lower()} (ms)", *("–" if v is None else significant(v) for v in values)]
+        )
+    return TableBlock("Latencies of finished requests", Table(["", *STATS], rows), basis)
+
+
+def _over_time(data: Fields, basis: str) -> list[Figure]:
+    roles = dict(data.child("series").members())
+    last = max((t[-1] for r in roles.values() if (t := r.numbers("time_s"))), default=0.0)
+    factor, unit = (1 / 60, "min") if last > 600 else (1.0, "s")
+    out = []
+    for title, columns, axis in OVER_TIME:
+        drawn, names = [], []
+        table: dict[float, list[str]] = {}
+        for k, (role, series) in enumerate(roles.items()):
+            times = [t * factor for t in series.numbers("time_s")]
+            for column, name, number, scale in columns:
+                values = [v * scale for v in series.numbers(column)]
+                if len(values) != len(times):
+                    raise series.bad(column, "as long as time_s")
+                if len(values) < 2:
+                    continue
+                said = name + ROLES.get(role, f", {role}")
+                drawn.append(Line(said, times, values, (number + 3 * k) % 8))
+                names.append(said)
+                stride = max(1, len(times) // 40)
+                for at, value in list(zip(times, values, strict=True))[::stride]:
+                    table.setdefault(at, []).append(significant(value, 3))
+        if not drawn:
+            continue
+        rows = [
+            [significant(at, 3), *row]
+            for at, row in sorted(table.items())
+            if len(row) == len(names)
+        ]
+        out.append(
+            Figure(
+                title,
+                lines(title, drawn, Axes(f"time ({unit})", axis)),
+                Table([f"time ({unit})", *names], rows),
+                f"Means over {significant(data.number('bin_s', 0.0), 3)} s.",
+                basis,
+                legend([(line.name, line.series) for line in drawn], "line"),
+            )
+        )
+    return out
+
+
+def _table(metrics: Fields, basis: str) -> TableBlock:
+    rows = [
+        [label, significant(metrics.number(name) * factor)]
+        for name, label, factor in METRICS
+        if metrics.has(name)
+    ]
+    return TableBlock("Throughput, use and queues", Table(["figure", "value"], rows), basis)
+
+
+def _levels(data: Fields, basis: str) -> Sequence[TableBlock]:
+    rows = [
+        [
+            str(level.whole("priority")),
+            f"{level.whole('requests', 0):,}",
+            f"{level.whole('finished', 0):,}",
+            *(
+                significant(level.number(f"{name}_p99") * 1e3) if level.has(f"{name}_p99") else "–"
+                for name, *_ in LATENCIES
+            ),
+        ]
+        for level in data.children("by_level")
+    ]
+    if not rows:
+        return []
+    columns = ["priority", "requests", "finished", *(f"{n}, p99 (ms)" for n, *_ in LATENCIES)]
+    return [TableBlock("By priority, the first the most urgent", Table(columns, rows), basis)]
