@@ -1,0 +1,103 @@
+"""Memory of one GPU of a deployment, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moesim.cluster import load_cluster
+from moesim.errors import InfeasibleError
+from moesim.model import load_model
+from moesim.serving.deployment import deploy
+from moesim.serving.memory import gpu_memory, kv_bytes_per_token_per_gpu, require_fit
+
+
+def test_latent_cache_of_deepseek_v3_is_whole_on_every_tensor_parallel_rank() -> None:
+    # 61 layers x (512 latent + 64 rotary) elements x 2 bytes.
+    for tp in (1, 2, 8):
+        deployment = deploy("DeepSeek-V3", tp=tp, dp=8 // tp)
+        assert kv_bytes_per_token_per_gpu(deployment) == 61 * 576 * 2 == 70_272
+    fp8 = deploy("DeepSeek-V3", tp=8, kv_dtype="fp8")
+    assert kv_bytes_per_token_per_gpu(fp8) == 35_136
+
+
+@pytest.mark.parametrize(("tp", "heads"), [(1, 4), (2, 2), (4, 1), (8, 1), (16, 1)])
+def test_grouped_query_cache_is_cut_by_heads_and_replicated_beyond_them(
+    tp: int, heads: int
+) -> None:
+    # Qwen3-30B-A3B: 48 layers, 4 KV heads of 128; keys and values of 2 bytes.
+    deployment = deploy("Qwen3-30B-A3B", tp=tp)
+    assert kv_bytes_per_token_per_gpu(deployment) == 48 * 2 * heads * 128 * 2
+
+
+def test_pipeline_stages_share_the_layers_of_the_cache() -> None:
+    # 61 layers over 4 stages: the fullest has 16.
+    deployment = deploy("DeepSeek-V3", tp=2, pp=4)
+    assert kv_bytes_per_token_per_gpu(deployment) == 16 * 576 * 2
+
+
+def test_weights_of_mixtral_by_hand() -> None:
+    # Mixtral-8x7B on 2 GPUs, bf16: experts 32 x 8 x 3 x 4096 x 14336, cut in two either way;
+    # attention 32 x 2 x 4096 x 128 x (32 + 8), two tables of 32000 x 4096; routers are whole.
+    experts = 32 * 8 * 3 * 4096 * 14336 * 2
+    attention = 32 * 2 * 4096 * 128 * 40 * 2
+    tables = 2 * 32000 * 4096 * 2
+    routers = 32 * 4096 * 8 * 2
+    cut = gpu_memory(deploy("Mixtral-8x7B", tp=2))
+    whole = gpu_memory(deploy("Mixtral-8x7B", tp=2, ep=2, moe_tp=1))
+    for memory in (cut, whole):
+        assert memory.expert_weight_bytes == experts / 2
+        assert memory.other_weight_bytes == attention / 2 + tables / 2 + routers
+    # Attention DP holds attention and tables twice over, experts once.
+    dp = gpu_memory(deploy("Mixtral-8x7B", dp=2))
+    assert dp.expert_weight_bytes == experts / 2
+    assert dp.other_weight_bytes == attention + tables + routers
+
+
+def test_all_gpus_of_deepseek_v3_hold_its_671_billion_parameters() -> None:
+    # Tensor parallel over 8: each GPU an eighth of about 671 GB at fp8, and tables of 16 bits.
+    memory = gpu_memory(deploy("DeepSeek-V3", tp=8))
+    assert memory.weight_bytes * 8 == pytest.approx(675e9, rel=0.005)
+
+
+def test_capacity_is_what_is_left_over_the_bytes_of_a_token() -> None:
+    memory = gpu_memory(deploy("DeepSeek-V3", "h200-sxm-ib", tp=8, memory_fraction=0.9))
+    assert memory.total_bytes == 141 * 2**30
+    left = memory.usable_bytes - memory.weight_bytes
+    left -= memory.activation_bytes + memory.runtime_bytes
+    assert memory.kv_token_capacity == int(left // 70_272)
+    assert 400_000 < memory.kv_token_capacity < 800_000
+
+
+def test_deepseek_v3_does_not_fit_eight_h100s_and_the_error_has_the_numbers() -> None:
+    with pytest.raises(InfeasibleError) as error:
+        require_fit(deploy("DeepSeek-V3", "h100-sxm-ib", tp=8, max_batch_tokens=8192))
+    assert "77.3 GB for the engine" in error.value.cause  # 80 x 2**30 x 0.9 = 77.3e9
+    assert "weights take 84.3" in error.value.cause
+    assert "more GPUs" in error.value.remedy
+
+
+def test_require_fit_wants_room_for_the_tokens_asked_for() -> None:
+    deployment = deploy("DeepSeek-V3", tp=8)
+    capacity = gpu_memory(deployment).kv_token_capacity
+    assert require_fit(deployment, capacity).kv_token_capacity == capacity
+    with pytest.raises(InfeasibleError, match=f"{capacity + 1:,} are needed"):
+        require_fit(deployment, capacity + 1)
+
+
+def test_more_memory_holds_more_and_narrower_weights_leave_more() -> None:
+    h100 = gpu_memory(deploy("Qwen3-235B-A22B-FP8", "h100-sxm-ib", tp=8))
+    h200 = gpu_memory(deploy("Qwen3-235B-A22B-FP8", "h200-sxm-ib", tp=8))
+    assert h200.kv_token_capacity > h100.kv_token_capacity > 0
+    wide = gpu_memory(deploy("Qwen3-235B-A22B", "h200-sxm-ib", tp=8))
+    assert h200.kv_token_capacity > wide.kv_token_capacity
+
+
+def test_the_smallest_gpu_of_a_mixed_cluster_counts() -> None:
+    cluster = load_cluster("h200-sxm-ib", 8)
+    small = load_cluster("h100-sxm-ib", 8).gpus[0]
+    mixed = replace(cluster, gpus=(small, *cluster.gpus[1:]))
+    memory = gpu_memory(deploy("Qwen3-30B-A3B", mixed, tp=8))
+    assert memory.total_bytes == 80 * 2**30
+    assert load_model("Qwen3-30B-A3B").kv_bytes_per_token() == 98_304
