@@ -41,6 +41,42 @@ def place_by_counts(
     return get_solver(solver).solve(problem).placement
 
 
+def place_on_survivors(
+    solver: str,
+    counts: npt.NDArray[Any],
+    capacity: IntArray,
+    cluster: Cluster,
+    *,
+    num_groups: int = 1,
+    seed: int = 0,
+) -> Placement:
+    """`place_by_counts` on the GPUs with slots alone, those of the others left empty.
+
+    Methods that want nodes and GPUs alike can so be used while GPUs are down; nodes that have lost
+    unequal numbers of GPUs count as one.
+    """
+    up = np.flatnonzero(capacity > 0)
+    if len(up) == len(capacity):
+        return place_by_counts(solver, counts, capacity, cluster, num_groups=num_groups, seed=seed)
+    left = np.unique(np.asarray(cluster.node_of_gpu)[up], return_counts=True)[1]
+    same = len(set(left.tolist())) == 1
+    problem = Problem(
+        counts=np.asarray(counts, np.float32),
+        capacity=capacity[up],
+        num_nodes=len(left) if same else 1,
+        speed=np.asarray(cluster.speed_factor, np.float64)[up],
+        num_groups=num_groups if same else 1,
+        seed=seed,
+    )
+    found = get_solver(solver).solve(problem).placement
+    own = found.physical_to_logical.reshape(found.num_layers, len(up), -1)
+    table = np.full((found.num_layers, len(capacity), own.shape[2]), EMPTY, np.int32)
+    table[:, up] = own
+    return Placement(
+        table.reshape(found.num_layers, -1), len(capacity), cluster.num_nodes, found.num_experts
+    )
+
+
 def capacity_of(placement: Placement) -> IntArray:
     """[G] slots of each GPU that hold an expert in some layer."""
     filled = (placement.physical_to_logical != EMPTY).reshape(

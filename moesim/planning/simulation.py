@@ -13,7 +13,7 @@ import numpy.typing as npt
 from moesim.cost.curves import weakest
 from moesim.errors import InputError, MismatchError
 from moesim.plan import Placement, Plan, ReplicaPolicy
-from moesim.planning.baselines import capacity_of, place_by_counts
+from moesim.planning.baselines import capacity_of, place_by_counts, place_on_survivors
 from moesim.planning.make import DEFAULT_BATCH_TOKENS
 from moesim.planning.tuning import tuning_counts
 from moesim.sim.analytic import run_analytic
@@ -209,21 +209,19 @@ class _Runner:
         schedule = self.schedule
         speeds = speeds_of(request)
         speed = None if speeds.nominal else speeds
-        if anew and request.rebalance is not None:
+        spec = request.faults
+        if anew and request.rebalance is not None and spec.none:
             return RebalanceRun(
                 models,
                 schedule,
                 trace,
                 placement,
                 request.rebalance,
-                lambda counts: self._place(
-                    request.rebalance_solver, counts, capacity_of(placement)
-                ),
+                self._place_window,
                 self._mover(),
                 speed,
                 timeline,
             ).run(self.batches, progress)
-        spec = request.faults
         if not spec.none:
             return FaultRun(
                 models,
@@ -243,6 +241,8 @@ class _Runner:
                 lambda capacity: self._place("greedy", self.counts, capacity),
                 speed,
                 timeline,
+                request.rebalance if anew else None,
+                self._place_window,
             ).run(self.batches, progress)
         return run_event(
             models,
@@ -258,6 +258,18 @@ class _Runner:
     def _mover(self) -> Mover:
         request = self.request
         return build_mover(request.cluster, self.models.links, float(request.model.expert_bytes()))
+
+    def _place_window(self, counts: npt.NDArray[Any], capacity: npt.NDArray[np.int64]) -> Placement:
+        """The rebalancing solver on the GPUs that have slots, as if there were no others."""
+        request = self.request
+        return place_on_survivors(
+            request.rebalance_solver,
+            counts,
+            capacity,
+            request.cluster,
+            num_groups=request.model.n_group,
+            seed=request.seed,
+        )
 
     def _place(
         self, solver: str, counts: npt.NDArray[Any], capacity: npt.NDArray[np.int64]
@@ -381,8 +393,6 @@ def _workload(request: SimRequest, defaults: dict[str, str]) -> tuple[Phase, int
         raise InputError(f"--context-tokens {request.context_tokens}", "give at least 1")
     if request.fidelity == "analytic":
         _check_closed_form(request)
-    if request.rebalance is not None and not request.faults.none:
-        raise InputError("rebalancing together with faults", "simulate one of the two at a time")
     return phase, batch_tokens
 
 

@@ -4,6 +4,10 @@ A step that a GPU fails in is lost whole and run again with the same tokens once
 that every token is served exactly once (INV-1). Tokens whose home rank is down go to the others in
 turn; what their caches held is taken as recovered by other means (not modelled). Faults that happen
 while a recovery is under way are looked at when it is over.
+
+Experts may be placed anew on the way (`rebalance`): on the GPUs that are up, from the loads of the
+last steps. A fault, or a GPU that is back, ends an asynchronous move that is under way: layers that
+have arrived stay, the others are planned again when it is time.
 """
 
 from __future__ import annotations
@@ -18,13 +22,20 @@ import numpy.typing as npt
 
 from moesim.cost.routing import Routed, home_ranks
 from moesim.errors import InfeasibleError, InputError
-from moesim.plan import Placement
+from moesim.plan import EMPTY, Placement
 from moesim.sim.engine import Engine, SpeedModel, StepRun
 from moesim.sim.event import Progress, Tally, run_step
 from moesim.sim.faults import Fault, FaultClock, Recovery, reloaded, without_gpus
 from moesim.sim.migrate import Mover, holdings, plan_moves
 from moesim.sim.network import on_event
 from moesim.sim.prepare import Models, Step, limited, one_batch, routed_by, timed_step
+from moesim.sim.rebalance import (
+    Rebalance,
+    Rebalancer,
+    WindowPlanner,
+    load_counts,
+    slot_table,
+)
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.base import Schedule
 from moesim.sim.timeline import Timeline
@@ -79,6 +90,8 @@ class FaultRun:
     planner: Planner | None = None
     speed: SpeedModel | None = None
     timeline: Timeline | None = None
+    rebalance: Rebalance | None = None
+    window_planner: WindowPlanner | None = None
     outages: list[Outage] = field(default_factory=list)
     down: dict[int, float] = field(default_factory=dict)
     rejoining: dict[int, bool] = field(default_factory=dict)
@@ -87,12 +100,16 @@ class FaultRun:
     engine: Engine = field(init=False)
     tally: Tally = field(init=False)
     base: Table = field(init=False)
+    own_slots: int = field(init=False)
     current: Placement = field(init=False)
     held: list[list[set[int]]] = field(init=False)
+    anew: Rebalancer | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.recovery.on_loss == "replan" and self.planner is None:
             raise InputError("a new plan is wanted, but there is no planner", "give a planner")
+        if self.rebalance is not None and self.window_planner is None:
+            raise InputError("placing anew is wanted, but there is no planner", "give a planner")
         if self.schedule.coherent:
             raise InputError(
                 f"faults with the {self.schedule.name} schedule", "use --schedule sequential"
@@ -105,13 +122,18 @@ class FaultRun:
             self.models.links.num_links, speed=self.speed, record_links=self.timeline is not None
         )
         self.tally = Tally(self.models, self.schedule.name)
-        self.base = self._table(self.placement)
+        self.base = slot_table(self.placement)
+        self.own_slots = self.base.shape[2]
         self.current, self.held = self.placement, holdings(self.base)
+        if self.rebalance is not None and self.window_planner is not None:
+            node = np.asarray(self.models.cluster.node_of_gpu)
+            self.anew = Rebalancer(self.rebalance, self.window_planner, self.mover, engine, node)
         for fault in self.link_faults:
             self._change_links(fault)
         served_us = 0.0
         for b in range(len(batches)):
             while True:
+                self._take_up()
                 self._catch_up()
                 step = self._prepare(one_batch(batches, b))
                 run = self._attempt(step)
@@ -126,9 +148,11 @@ class FaultRun:
                     outage.recovered_us = run.end_us
             if self.timeline is not None:
                 self.timeline.add(run, b, engine.network)
+            if self.anew is not None:
+                self._place_anew(self.anew, one_batch(batches, b), b + 1, len(batches))
             if progress is not None:
                 progress(b + 1, len(batches))
-        extra = {
+        extra: dict[str, Any] = {
             "faults": {
                 "availability": served_us / max(engine.now_us, 1e-300),
                 "steps_retried": self.retried,
@@ -137,7 +161,37 @@ class FaultRun:
                 "outages": [outage.to_json() for outage in self.outages],
             }
         }
+        if self.anew is not None:
+            extra["rebalance"] = self.anew.figures(self.tally.balancedness)
         return self.tally.result(engine, extra)
+
+    def _place_anew(self, anew: Rebalancer, batch: Batches, done: int, total: int) -> None:
+        """Count a step's loads; begin to place anew on the GPUs that are up if it is time."""
+        anew.record(load_counts(self.trace, batch))
+        if done % anew.policy.every_steps or done == total or not anew.due(self.tally.balancedness):
+            return
+        dead = sorted(self.down)
+        capacity = self._capacity(dead)
+        if int(capacity.max()) > self.own_slots + self.recovery.spare_slots:
+            anew.num_skipped += 1
+            return
+        anew.begin(self.held, anew.wanted(capacity))
+
+    def _take_up(self) -> None:
+        """Serve from layers that have been placed anew."""
+        if self.anew is None or not self.anew.arrived:
+            return
+        table = slot_table(self.current)
+        for layer, row in self.anew.arrived:
+            width = max(table.shape[2], self.base.shape[2], row.shape[1])
+            table, self.base = _widened(table, width), _widened(self.base, width)
+            table[layer] = _widened(row[None], width)[0]
+            for gpu in range(self.models.num_gpus):
+                if gpu not in self.down:
+                    self.base[layer, gpu] = table[layer, gpu]
+            self.held[layer] = holdings(table[layer : layer + 1])[0]
+        self.anew.arrived.clear()
+        self._serve_from(table)
 
     def _attempt(self, step: Step) -> StepRun | None:
         """Run one step; None if a GPU failed in it."""
@@ -163,6 +217,8 @@ class FaultRun:
                 self._load_returned(gpu)
         ready = sorted(g for g, loaded in self.rejoining.items() if loaded)
         if ready:
+            if self.anew is not None:
+                self.anew.abandon()
             for gpu in ready:
                 del self.down[gpu], self.rejoining[gpu]
                 for layer in range(len(self.held)):
@@ -173,6 +229,9 @@ class FaultRun:
 
     def _apply(self, fault: Fault, wasted_us: float = 0.0) -> None:
         """GPUs go down: notice, place what they held, form the group again."""
+        self._take_up()
+        if self.anew is not None:
+            self.anew.abandon()
         hit = [g for g in fault.gpus if g not in self.down]
         for gpu in fault.gpus:
             self.down[gpu] = max(fault.until_us, self.down.get(gpu, 0.0))
@@ -231,8 +290,11 @@ class FaultRun:
             self.moved_bytes += (from_gpus, from_host)
             self.engine.transfer(self.mover.flows(moves))
         self.held = holdings(wanted)
+        self._serve_from(wanted)
+
+    def _serve_from(self, table: Table) -> None:
         self.current = Placement(
-            np.ascontiguousarray(wanted.reshape(wanted.shape[0], -1)),
+            np.ascontiguousarray(table.reshape(table.shape[0], -1)),
             self.placement.num_gpus,
             self.placement.num_nodes,
             self.placement.num_experts,
@@ -256,7 +318,7 @@ class FaultRun:
             if not math.isfinite(max(self.down.values())):
                 raise InfeasibleError(cause, "it never comes back: use --on-loss reload or replan")
             return None
-        limit = self.base.shape[2] + policy.spare_slots
+        limit = self.own_slots + policy.spare_slots
         if self.planner is not None and policy.on_loss == "replan":
             self.engine.wait(policy.plan_us)
             return self._replanned(self.planner, dead, limit)
@@ -270,17 +332,25 @@ class FaultRun:
 
     def _replanned(self, planner: Planner, dead: list[int], limit: int) -> Table:
         """The planner's placement on as many slots as there are, more where experts need them."""
-        gpus, experts = self.models.num_gpus, self.placement.num_experts
-        up = gpus - len(dead)
-        each = max(self.base.shape[2], -(-experts // up))
+        capacity = self._capacity(dead)
+        each = int(capacity.max())
         if each > limit:
             raise InfeasibleError(
-                f"{experts} experts need {each} slots on each of {up} GPUs, {limit} fit",
+                f"{self.placement.num_experts} experts need {each} slots on each of"
+                f" {int((capacity > 0).sum())} GPUs, {limit} fit",
                 "give more spare slots, or use --on-loss wait",
             )
-        capacity = np.full(gpus, each, np.int64)
+        if self.anew is not None and self.anew.window:
+            return self.anew.wanted(capacity)
+        return slot_table(planner(capacity))
+
+    def _capacity(self, dead: list[int]) -> npt.NDArray[np.int64]:
+        """[G] slots of each GPU that is up: its own, more where the experts need them."""
+        up = self.models.num_gpus - len(dead)
+        each = max(self.own_slots, -(-self.placement.num_experts // up))
+        capacity = np.full(self.models.num_gpus, each, np.int64)
         capacity[dead] = 0
-        return self._table(planner(capacity))
+        return capacity
 
     def _wait_for(self, dead: list[int], outage: Outage) -> None:
         """Let time pass until all GPUs are back and loaded."""
@@ -330,14 +400,16 @@ class FaultRun:
 
         return timed_step(models, trace, batch, home, self.schedule.num_chunks, routing, drops)
 
-    def _table(self, placement: Placement) -> Table:
-        return placement.physical_to_logical.reshape(
-            placement.num_layers, placement.num_gpus, -1
-        ).copy()
-
     def _mark(self, name: str) -> None:
         if self.timeline is not None:
             self.timeline.mark(name, self.engine.now_us)
+
+
+def _widened(table: Table, width: int) -> Table:
+    """Slots [L, G, S] with empty ones added up to `width`."""
+    out = np.full((*table.shape[:2], width), EMPTY, np.int32)
+    out[:, :, : table.shape[2]] = table
+    return out
 
 
 def bypass(routed: Routed, dead: list[int], node_of_gpu: npt.NDArray[np.int64]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import simpy
 
 from moesim.errors import InputError, MismatchError
 from moesim.plan import Placement
@@ -32,8 +33,9 @@ from moesim.trace.format import Trace
 from moesim.trace.kernels import count_load
 
 Table = npt.NDArray[np.int32]
-Planner = Callable[[npt.NDArray[np.float32]], Placement]
-"""From counts [W, L, E] of the window's steps to a placement with the same slots."""
+WindowPlanner = Callable[[npt.NDArray[np.float32], npt.NDArray[np.int64]], Placement]
+"""From counts [W, L, E] of the window's steps and slots of each GPU [G] (0 for one that is down) to
+a placement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,100 +69,72 @@ class Rebalance:
 
 
 @dataclass(slots=True, eq=False)
-class RebalanceRun:
-    """All state of a run that places anew; `run` goes through the batches."""
+class Rebalancer:
+    """The part of a run that places anew: a window of loads, a plan under way, what it cost.
 
-    models: Models
-    schedule: Schedule
-    trace: Trace
-    placement: Placement
+    `arrived` holds layers whose weights are all there: (layer, slots [G, S]), to be taken up by
+    whoever runs the steps.
+    """
+
     policy: Rebalance
-    planner: Planner
+    planner: WindowPlanner
     mover: Mover
-    speed: SpeedModel | None = None
-    timeline: Timeline | None = None
+    engine: Engine
+    node_of_gpu: npt.NDArray[np.int64]
+    window: deque[npt.NDArray[np.int64]] = field(default_factory=deque)
+    arrived: list[tuple[int, Table]] = field(default_factory=list)
+    moving: bool = False
     num_plans: int = 0
     num_skipped: int = 0
+    num_abandoned: int = 0
     stall_us: float = 0.0
     bytes_from_gpus: float = 0.0
     bytes_from_host: float = 0.0
-    engine: Engine = field(init=False)
-    tally: Tally = field(init=False)
-    slots: Table = field(init=False)
-    arrived: list[tuple[int, Table]] = field(init=False)
-    moving: bool = field(init=False)
+    _attempt: int = 0
+    _sent: list[simpy.Event] = field(default_factory=list)
 
-    def run(self, batches: Batches, progress: Progress | None = None) -> SimResult:
-        """Serve every batch, placing anew on the way.
+    def record(self, counts: npt.NDArray[np.int64]) -> None:
+        """Count the loads [L, E] of a step that has ended."""
+        self.window.append(counts)
+        while len(self.window) > self.policy.window_steps:
+            self.window.popleft()
+        self.engine.wait(self.policy.record_us)
+        self.stall_us += self.policy.record_us
 
-        Raises MismatchError where the planner's placement has other slots.
-        """
-        self.engine = engine = Engine(
-            self.models.links.num_links, speed=self.speed, record_links=self.timeline is not None
-        )
-        self.tally = Tally(self.models, self.schedule.name)
-        self.slots = _table(self.placement)
-        self.arrived, self.moving = [], False
-        window: deque[npt.NDArray[np.int64]] = deque(maxlen=self.policy.window_steps)
-        for b in range(len(batches)):
-            batch = one_batch(batches, b)
-            self._change_over()
-            step = step_work(self.models, self.trace, batch, self._current(), self.schedule)
-            run = run_step(engine, self.schedule, step.work)
-            self.tally.add(run, step)
-            self._stall(self.policy.record_us)
-            window.append(_counts(self.trace, batch))
-            if self.timeline is not None:
-                self.timeline.add(run, b, engine.network)
-            if (b + 1) % self.policy.every_steps == 0 and b + 1 < len(batches):
-                self._rebalance(np.array(window, np.float32))
-            if progress is not None:
-                progress(b + 1, len(batches))
-        extra = {
-            "rebalance": {
-                "mode": "async" if self.policy.asynchronous else "sync",
-                "every_steps": self.policy.every_steps,
-                "num_plans": self.num_plans,
-                "num_skipped": self.num_skipped,
-                "stall_us": self.stall_us,
-                "stall_share": self.stall_us / max(engine.now_us, 1e-300),
-                "bytes_from_gpus": self.bytes_from_gpus,
-                "bytes_from_host": self.bytes_from_host,
-                "balancedness_by_step": list(self.tally.balancedness),
-            }
-        }
-        return self.tally.result(engine, extra)
+    def wanted(self, capacity: npt.NDArray[np.int64]) -> Table:
+        """Slots [L, G, S] for the loads of the window."""
+        return slot_table(self.planner(np.array(self.window, np.float32), capacity))
 
-    def _rebalance(self, counts: npt.NDArray[np.float32]) -> None:
-        recent = self.tally.balancedness[-len(counts) :]
+    def due(self, balancedness: list[float]) -> bool:
+        """Whether to place anew now, by the balancedness of all steps so far."""
+        recent = balancedness[-len(self.window) :]
         if self.moving or float(np.mean(recent)) >= self.policy.threshold:
             self.num_skipped += 1
-            return
-        target = _table(self.planner(counts))
-        if target.shape != self.slots.shape:
-            raise MismatchError(
-                f"the new placement has {target.shape[2]} slots a GPU, {self.slots.shape[2]} exist",
-                "plan for the slots that there are",
-            )
+            return False
+        return True
+
+    def begin(self, held: list[list[set[int]]], target: Table) -> None:
+        """Move weights so that `target` [L, G, S] is held; synchronous ones are there on return."""
         self.num_plans += 1
-        moves = plan_moves(
-            holdings(self.slots), target, np.asarray(self.models.cluster.node_of_gpu)
-        )
+        moves = plan_moves(held, target, self.node_of_gpu)
         from_gpus, from_host = self.mover.bytes(moves)
         self.bytes_from_gpus += from_gpus
         self.bytes_from_host += from_host
         by_layer = [[m for m in moves if m.layer == layer] for layer in range(len(target))]
-        env, policy = self.engine.env, self.policy
-        if policy.asynchronous:
-            self.moving = True
+        env, policy, attempt = self.engine.env, self.policy, self._attempt
+        self.moving = True
 
         def work() -> Generator[Any, Any, None]:
             yield env.timeout(policy.plan_us)
             for layer, some in enumerate(by_layer):
+                if attempt != self._attempt:
+                    return
                 if some:
                     yield env.timeout(policy.layer_us)
-                    sent = [self.engine.network.send(flow) for flow in self.mover.flows(some)]
-                    yield env.all_of(sent)
+                    if attempt != self._attempt:
+                        return
+                    self._sent = [self.engine.network.send(flow) for flow in self.mover.flows(some)]
+                    yield env.all_of(self._sent)
                 self.arrived.append((layer, target[layer]))
             self.moving = False
 
@@ -170,10 +144,86 @@ class RebalanceRun:
             env.run(until=process)
             self.stall_us += self.engine.now_us - start
 
-    def _change_over(self) -> None:
-        for layer, row in self.arrived:
-            self.slots[layer] = row
-        self.arrived.clear()
+    def abandon(self) -> None:
+        """Drop a plan under way: layers that have arrived stay, weights on their way are lost."""
+        if not self.moving:
+            return
+        self._attempt += 1
+        self.engine.network.cancel(self._sent)
+        self._sent = []
+        self.moving = False
+        self.num_abandoned += 1
+
+    def figures(self, balancedness: list[float]) -> dict[str, Any]:
+        """What placing anew did and cost up to now."""
+        return {
+            "mode": "async" if self.policy.asynchronous else "sync",
+            "every_steps": self.policy.every_steps,
+            "num_plans": self.num_plans,
+            "num_skipped": self.num_skipped,
+            "num_abandoned": self.num_abandoned,
+            "stall_us": self.stall_us,
+            "stall_share": self.stall_us / max(self.engine.now_us, 1e-300),
+            "bytes_from_gpus": self.bytes_from_gpus,
+            "bytes_from_host": self.bytes_from_host,
+            "balancedness_by_step": list(balancedness),
+        }
+
+
+@dataclass(slots=True, eq=False)
+class RebalanceRun:
+    """All state of a run that places anew; `run` goes through the batches."""
+
+    models: Models
+    schedule: Schedule
+    trace: Trace
+    placement: Placement
+    policy: Rebalance
+    planner: WindowPlanner
+    mover: Mover
+    speed: SpeedModel | None = None
+    timeline: Timeline | None = None
+    engine: Engine = field(init=False)
+    tally: Tally = field(init=False)
+    slots: Table = field(init=False)
+
+    def run(self, batches: Batches, progress: Progress | None = None) -> SimResult:
+        """Serve every batch, placing anew on the way.
+
+        Raises MismatchError where the planner's placement has other slots.
+        """
+        self.engine = engine = Engine(
+            self.models.links.num_links, speed=self.speed, record_links=self.timeline is not None
+        )
+        self.tally = tally = Tally(self.models, self.schedule.name)
+        self.slots = slot_table(self.placement)
+        node = np.asarray(self.models.cluster.node_of_gpu)
+        anew = Rebalancer(self.policy, self.planner, self.mover, engine, node)
+        capacity = (self.slots != -1).sum(axis=2).max(axis=0).astype(np.int64)
+        for b in range(len(batches)):
+            batch = one_batch(batches, b)
+            for layer, row in anew.arrived:
+                self.slots[layer] = row
+            anew.arrived.clear()
+            step = step_work(self.models, self.trace, batch, self._current(), self.schedule)
+            run = run_step(engine, self.schedule, step.work)
+            tally.add(run, step)
+            anew.record(load_counts(self.trace, batch))
+            if self.timeline is not None:
+                self.timeline.add(run, b, engine.network)
+            more = (b + 1) % self.policy.every_steps == 0 and b + 1 < len(batches)
+            if more and anew.due(tally.balancedness):
+                target = anew.wanted(capacity)
+                if target.shape != self.slots.shape:
+                    raise MismatchError(
+                        f"the new placement has {target.shape[2]} slots a GPU,"
+                        f" {self.slots.shape[2]} exist",
+                        "plan for the slots that there are",
+                    )
+                anew.begin(holdings(self.slots), target)
+            if progress is not None:
+                progress(b + 1, len(batches))
+        return tally.result(engine, {"rebalance": anew.figures(tally.balancedness)})
 
     def _current(self) -> Placement:
         return Placement(
@@ -183,18 +233,15 @@ class RebalanceRun:
             self.placement.num_experts,
         )
 
-    def _stall(self, us: float) -> None:
-        self.engine.wait(us)
-        self.stall_us += us
 
-
-def _table(placement: Placement) -> Table:
+def slot_table(placement: Placement) -> Table:
+    """[L, G, S] slots of every GPU."""
     return placement.physical_to_logical.reshape(
         placement.num_layers, placement.num_gpus, -1
     ).copy()
 
 
-def _counts(trace: Trace, batch: Batches) -> npt.NDArray[np.int64]:
+def load_counts(trace: Trace, batch: Batches) -> npt.NDArray[np.int64]:
     """[L, E] tokens of each expert in one batch."""
     out = np.zeros((1, trace.num_layers, trace.num_experts), np.int64)
     count_load(

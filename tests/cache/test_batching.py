@@ -131,6 +131,7 @@ def test_kernel_is_the_reference(
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), order=st.sampled_from(["fifo", "pre-gated", "predicted"]))
 def test_inv1_every_token_once_and_in_order(toys: ModuleType, seed: int, order: Order) -> None:
+    """INV-1: every token of every request, once, in order of position."""
     trace = toys.random_trace(seed, num_requests=5, tokens=7)
     requests = toys.all_requests(trace)
     stream = pooled_stream(trace, requests, 2, Batching(order, 4), fit=requests, seed=seed)

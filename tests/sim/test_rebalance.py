@@ -9,7 +9,7 @@ import pytest
 
 from moesim.errors import InputError, MismatchError
 from moesim.plan import Placement
-from moesim.planning.baselines import capacity_of, place_by_counts
+from moesim.planning.baselines import place_by_counts
 from moesim.sim.event import run_event
 from moesim.sim.migrate import build_mover
 from moesim.sim.rebalance import Rebalance, RebalanceRun
@@ -17,8 +17,8 @@ from moesim.sim.schedules.sequential import Sequential
 
 
 def rebalanced(models, trace, batches, placement, policy, planner=None, expert_bytes=1e6):
-    def eplb(counts):
-        return place_by_counts("eplb", counts, capacity_of(placement), models.cluster)
+    def eplb(counts, capacity):
+        return place_by_counts("eplb", counts, capacity, models.cluster)
 
     run = RebalanceRun(
         models,
@@ -50,7 +50,7 @@ def test_same_placement_moves_nothing(setting) -> None:
     """A plan equal to the present one costs its computing time alone: 2 x 500 us."""
     models, trace, batches, placement = setting
     policy = Rebalance(3, plan_us=500.0)
-    result, _ = rebalanced(models, trace, batches, placement, policy, lambda _: placement)
+    result, _ = rebalanced(models, trace, batches, placement, policy, lambda *_: placement)
     figures = result.extra["rebalance"]
     assert figures["num_plans"] == 2
     assert figures["bytes_from_gpus"] == figures["bytes_from_host"] == 0
@@ -67,7 +67,7 @@ def test_swapping_two_gpus_by_hand(setting) -> None:
     table[1, [0, 1]] = table[1, [1, 0]]
     swapped = Placement(table.reshape(3, -1), 8, 1, 64)
     policy = Rebalance(4, plan_us=0.0, layer_us=100.0)
-    result, run = rebalanced(models, trace, batches, placement, policy, lambda _: swapped)
+    result, run = rebalanced(models, trace, batches, placement, policy, lambda *_: swapped)
     figures = result.extra["rebalance"]
     assert figures["bytes_from_gpus"] == 16e6
     assert figures["stall_us"] == pytest.approx(100 + 2.8 + 8e6 / 285.1e3, rel=1e-3)
@@ -89,7 +89,7 @@ def test_async_does_not_stop_serving(trace, batches_of, models_of, linear_of) ->
     for beside in (False, True):
         policy = Rebalance(4, plan_us=10.0, layer_us=0.0, asynchronous=beside)
         results[beside], _ = rebalanced(
-            models, trace, batches, placement, policy, lambda _: rolled, 1e6
+            models, trace, batches, placement, policy, lambda *_: rolled, 1e6
         )
         figures = results[beside].extra["rebalance"]
         assert figures["bytes_from_gpus"] == 3 * 64 * 1e6
@@ -139,7 +139,7 @@ def test_other_slots_are_refused(setting) -> None:
     wide = np.concatenate([wide, np.roll(wide, 1, axis=1)], axis=2).reshape(3, -1)
     bigger = Placement(np.ascontiguousarray(wide), 8, 1, 64)
     with pytest.raises(MismatchError, match="slots"):
-        rebalanced(models, trace, batches, placement, Rebalance(2), lambda _: bigger)
+        rebalanced(models, trace, batches, placement, Rebalance(2), lambda *_: bigger)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,6 @@ WRONG = [
     pytest.param(["--mtbf", "-1"], "above 0", id="mtbf"),
     pytest.param(["--rebalance-async"], "--rebalance-every", id="rebalance"),
     pytest.param(["--drift"], "--drift", id="no domains"),
-    pytest.param(["--rebalance-every", "1", "--fault", "gpu:1@1"], "one of the two", id="both"),
     pytest.param(["--timeline", "/nowhere/x.json"], "folder that exists", id="timeline"),
     pytest.param(["--plan", "/nowhere.json"], "moesim plan", id="no plan"),
 ]
