@@ -20,7 +20,7 @@ MODEL = "debian-olmoe"
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, build: Any) -> SimpleNamespace:
-    """A folder with plan.json, plan-run.json, simulation.json, cache.json, and the trace."""
+    """A folder with the results of five commands, each named by what it is, and the trace."""
     folder = tmp_path_factory.mktemp("runs")
     rng = np.random.default_rng(5)
     taste = 0.7 * rng.standard_normal((LAYERS, EXPERTS))
@@ -42,6 +42,16 @@ def made(tmp_path_factory: pytest.TempPathFactory, build: Any) -> SimpleNamespac
             *("--prefetch", "none", "--cpu", "off", "--plot", str(folder / "speed.svg")),
         ],
     }
+    promise = ["--model", MODEL, "--slo", "tpot_p99<50ms"]
+    files["serving"] = [
+        *("simulate", "--requests", "poisson:rate=20,requests=60,prompt=200,output=20"),
+        *(*promise, "--gpus", "2"),
+    ]
+    files["study"] = [
+        *("whatif", "--evaluator", "static", *promise, "--gpus", "1,2", "--minimize", "cost"),
+        *("--vary", "concurrency=4,16", "--backend", "serial", "--set", "output_tokens=16"),
+        *("--out", str(folder / "written.txt"), "--journal", str(folder / "journal.txt")),
+    ]
     for name, arguments in files.items():
         (folder / f"{name}.json").write_text(_printed([*arguments, "--json"]))
     (folder / "speed.svg").unlink()

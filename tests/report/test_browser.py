@@ -142,7 +142,7 @@ def test_the_style_sheet_passes_the_page_s_own_policy(browser: Browser) -> None:
 def test_every_chart_is_drawn_whole_and_legible(browser: Browser, width: int) -> None:
     browser.show(width)
     charts = browser.ask(CHARTS)
-    assert len(charts) >= 15
+    assert len(charts) >= 24
     for chart in charts:
         assert chart["title"]
         assert chart["width"] > 250, chart
@@ -161,6 +161,9 @@ def test_charts_hold_as_many_marks_as_there_are_data(browser: Browser) -> None:
     assert marks["Busiest GPU of a batch and layer"] == 3
     assert marks["Where the MoE time of a step goes"] == 3 * 3
     assert marks["How long a step takes"] == 3
+    assert marks["Time to first token"] == 1
+    # 4 points, and the answer once more.
+    assert marks["Pareto front"] == 5
     # 8 cases of 3 layers each.
     assert marks["Time of a layer, predicted against measured"] == 24
 

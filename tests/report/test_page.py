@@ -61,6 +61,8 @@ def test_the_page_has_every_section_and_every_chart_its_table(page: Path) -> Non
         "Plan: debian-olmoe on 4 GPUs",
         "Simulated steps on h100-sxm-ib",
         "Experts in memory on l40s",
+        "Requests served by debian-olmoe on 2 x h100-sxm",
+        "Study: least cost_usd_per_hour with tpot_p99<50ms",
         "Predicted and measured on a GPU",
         "Provenance",
     ):
@@ -98,6 +100,10 @@ def test_the_figures_on_the_page_are_those_of_the_files(page: Path, made: Simple
     simulated = json.loads((made.folder / "simulation.json").read_text())
     assert f"{simulated['plans']['plan']['tokens_per_s']:,.0f}" in text
     assert plan["provenance"]["trace"] in text
+    served = json.loads((made.folder / "serving.json").read_text())
+    assert f"{served['metrics']['ttft_p90'] * 1e3:.4g}" in text
+    study = json.loads((made.folder / "study.json").read_text())
+    assert f"{len(study['pareto']['points'])}\nof 4 points evaluated" in text
 
 
 def test_every_figure_says_what_it_rests_on(page: Path) -> None:
@@ -178,7 +184,7 @@ def test_names_from_files_are_escaped_everywhere(
 
     runs = {
         n: spoil(json.loads((made.folder / f"{n}.json").read_text()))
-        for n in ("plan", "plan-run", "simulation", "cache")
+        for n in ("plan", "plan-run", "simulation", "cache", "serving", "study")
     }
     runs["validation"] = spoil(copy.deepcopy(validation))
     runs["simulation"]["plans"] = renamed(runs["simulation"]["plans"])
@@ -235,6 +241,12 @@ def test_a_plan_of_320_gpus_and_58_layers_stays_small(tmp_path: Path, build: Any
         ("cache", ("results", 0, "tokens_per_s"), "results[0].tokens_per_s must be a finite"),
         ("cache", ("plan",), "plan must be an object"),
         ("plan", ("placement", "physical_to_logical"), "placement.physical_to_logical"),
+        ("serving", ("metrics", "ttft_p99"), "metrics.ttft_p99 must be a finite number"),
+        ("serving", ("cdf", "ttft"), "cdf.ttft must be a list"),
+        ("serving", ("series", "serving", "busy"), "series.serving.busy must be a list"),
+        ("study", ("points",), "points must be a list"),
+        ("study", ("points", 0, "figures"), "points[0].figures must be an object"),
+        ("study", ("pareto", "axes"), "pareto.axes must be a list"),
         ("plan", ("evaluation", "plans", "eplb", "step_us"), "eplb.step_us must be an object"),
     ],
 )

@@ -36,7 +36,7 @@ def test_every_format_is_recognised_and_its_newer_version_refused(
     kind: str, tmp_path: Path
 ) -> None:
     newest = FORMATS[kind][0]
-    data = {"format": kind, "version": newest, "model": "m", "plan": {}}
+    data = {"format": kind, "version": newest, "model": "m", "fixed": {"model": "m"}}
     (run,), passed = load_runs([write(tmp_path, "a.json", data)])
     assert run.format == kind
     assert run.model == "m"
@@ -109,6 +109,22 @@ def test_runs_of_several_models_are_refused(tmp_path: Path) -> None:
     b = write(tmp_path, "b.json", SIMULATION | {"model": "other"})
     with pytest.raises(MismatchError, match=r"m \(a.json\), other \(b.json\)"):
         load_runs([a, b])
+
+
+def test_names_of_one_preset_are_one_model(tmp_path: Path) -> None:
+    names = ("Qwen3-30B-A3B", "qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B")
+    paths = [
+        write(tmp_path, f"{i}.json", SIMULATION | {"model": name}) for i, name in enumerate(names)
+    ]
+    assert len(load_runs(paths)[0]) == 3
+    several = {"format": "moesim-study", "version": 1, "axes": {"model": ["a", "b"]}, "fixed": {}}
+    assert len(load_runs([*paths, write(tmp_path, "study.json", several)])[0]) == 4
+
+
+def test_a_model_s_name_is_never_opened_as_a_file(tmp_path: Path) -> None:
+    named = SIMULATION | {"model": str(write(tmp_path, "config.json", "{"))}
+    (run,), _ = load_runs([write(tmp_path, "a.json", named)])
+    assert run.model.endswith("config.json")
 
 
 @pytest.mark.parametrize("value", ["x", True, None, [], {}, 1e301])

@@ -53,6 +53,8 @@ def of_class(drawing: str, name: str) -> list[ET.Element]:
         (1.2345, "1.234"),
         (0.9999999, "1.000"),
         (1262.7984, "1,263"),
+        (12, "12"),
+        (445164, "445,164"),
         (2465212.1, "2,465,000"),
         (0.0012345, "0.001234"),
         (-2.9, "-2.900"),
@@ -183,7 +185,7 @@ def test_a_small_map_has_a_cell_and_a_hint_for_every_value() -> None:
     drawing = heat_map("t", values, Side("row", "ab"), Side("column", "xyz"), Colours(5.0), "u")
     cells = of_class(drawing, "mark")
     assert len(cells) == 6
-    assert cells[4][0].text == "row b, column y: 4.00 u"
+    assert cells[4][0].text == "row b, column y: 4 u"
 
 
 def test_a_large_map_is_drawn_coarser_and_small_in_bytes() -> None:
