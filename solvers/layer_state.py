@@ -30,6 +30,7 @@ class LayerState:
         self.load = np.stack([self._row(g, self.slots[g]) for g in range(len(slots))])
         self.tokens: Any = None
         self.per_message = 0.0
+        self._hits: FloatArray | None = None
         traffic = objective.problem.traffic
         if objective.net is not None and traffic is not None:
             problem = objective.problem
@@ -76,11 +77,48 @@ class LayerState:
 
     def home_hits(self) -> FloatArray:
         """[E, G]: sampled choices of each expert by the token's home; zeros without messages."""
-        hits = np.zeros((self.objective.problem.num_experts, len(self.slots)))
-        if self.tokens is not None:
-            expert = np.repeat(np.arange(len(hits)), np.diff(self.tokens.indptr))
-            np.add.at(hits, (expert, self.tokens.home[self.tokens.token]), 1)
-        return hits
+        if self._hits is None:
+            hits = np.zeros((self.objective.problem.num_experts, len(self.slots)))
+            if self.tokens is not None:
+                expert = np.repeat(np.arange(len(hits)), np.diff(self.tokens.indptr))
+                np.add.at(hits, (expert, self.tokens.home[self.tokens.token]), 1)
+            self._hits = hits
+        return self._hits
+
+    def near(self) -> FloatArray:
+        """[G, G]: what part of a message two choices of one token save by where they are: all of
+        it on one GPU; with dedup per node, on one node the part that is between nodes."""
+        near = np.eye(len(self.slots))
+        if self.objective.net is not None and self.objective.net.dedup == 2:
+            node = self.objective.net.node_of
+            cost = self.objective.net.pair_us
+            same = node[:, None] == node[None, :]
+            inside = cost[same & (near < 1)]
+            least, most = float(inside.mean()) if inside.size else 0.0, float(cost.max())
+            near[same] = np.maximum(near[same], most / max(least + most, 1e-12))
+        return near
+
+    def message_terms(
+        self, experts: IntArray, gpus: IntArray, staying: IntArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """(alone [n, len(gpus)], apart [n, n]): an estimate of messages, in microseconds, by which
+        to choose moves. For the content of n slots: `alone` what it costs on each of `gpus`, by the
+        homes of its tokens and the experts of `staying` [G, S], the slots that are not dealt;
+        `apart` what two of them cost that share nothing (see `near`). Shares of replicas."""
+        if self.tokens is None:
+            return np.zeros((len(experts), len(gpus))), np.zeros((len(experts), len(experts)))
+        num_experts = len(self.work[0]) - 1
+        count = np.maximum(np.bincount(self.slots.ravel(), minlength=num_experts + 1), 1)
+        both = np.zeros((num_experts + 1, num_experts + 1))
+        both[:-1, :-1] = self.tokens.together / np.outer(count[:-1], count[:-1])
+        np.fill_diagonal(both, 0.0)
+        hits = np.vstack([self.home_hits(), np.zeros(len(self.slots))])[experts]
+        pair_us = self.objective.net.pair_us
+        alone = hits @ (pair_us[:, gpus] / max(float(pair_us.max()), 1e-12))
+        alone /= count[experts][:, None]
+        company = np.stack([both[experts][:, row].sum(axis=1) for row in staying], axis=1)
+        alone -= company @ self.near()[:, gpus]
+        return self.per_message * alone, self.per_message * both[np.ix_(experts, experts)]
 
     def accept(self, gpus: IntArray, rows: IntArray) -> bool:
         """Take the new contents `rows` [len(gpus), S] of `gpus` if that improves the objective."""
@@ -98,3 +136,11 @@ class LayerState:
             return False
         self.slots, self.load, self.messages_us, self.value = slots, load, messages, value
         return True
+
+
+def draw_gpus(state: LayerState, size: int, rng: np.random.Generator) -> IntArray:
+    """`size` GPUs, in order: the first by how often each is the costliest, the others evenly."""
+    num_gpus = len(state.slots)
+    first = int(rng.choice(num_gpus, p=state.blame()))
+    rest = np.delete(np.arange(num_gpus), first)
+    return np.sort(np.append(rng.choice(rest, size - 1, replace=False), first))

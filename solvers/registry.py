@@ -22,6 +22,11 @@ SOLVERS: dict[str, tuple[str, str, str]] = {
         "LocalSearch",
         "swaps and replica moves on batch-by-batch load, traffic or time (default)",
     ),
+    "lns": (
+        "lns",
+        "LargeNeighbourhoodSearch",
+        "local_search, then the contents of two or three GPUs dealt anew, exactly",
+    ),
     "moetuner": (
         "ilp.moetuner",
         "MoETuner",

@@ -18,7 +18,7 @@ from moesim.solvers.objective import make_net
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 CLUSTER_SHARE = 0.6
-CLUSTER_GAP = 1e-4
+CLUSTER_GAP = 1e-3
 
 
 class MoETuner:
@@ -103,7 +103,7 @@ def even_clusters(
     engine: str | None = None,
 ) -> tuple[IntArray, Outcome]:
     """[E] cluster of each expert, all of the size they have in `start` [E], with the least
-    largest sum of `load` [E], to within 0.01%.
+    largest sum of `load` [E], to within 0.1%.
 
         minimise t  with  sum_c x[e, c] = 1, sum_e x[e, c] = size[c], t >= sum_e load[e] x[e, c]
     """

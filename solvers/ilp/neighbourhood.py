@@ -8,10 +8,10 @@ freed ones:
     minimise sum_c |c| t[c] / B  +  m (sum_ig r[i, g] x[i, g] + sum_ij a[i, j] d[i, j])
 
 o[c] is the costliest of the other GPUs. The second term stands for messages, which are not linear
-in x: m is the microseconds of messages a sampled choice, r[i, g] the choices of i from homes other
-than g, a[i, j] the tokens that chose both, d[i, j] >= x[i, g] - x[j, g] whether they are apart. It
-is the estimate that the local search screens swaps by. What comes out is judged by the exact
-objective, and dropped if that has not improved.
+in x: m is the microseconds of messages a sampled choice, r[i, g] the choices of i from other homes
+less the tokens that i shares with what stays near g, a[i, j] the tokens that chose both, and
+d[i, j] >= x[i, g] - x[j, g] whether they are apart (on nodes, for a part of a, with dedup per
+node). What comes out is judged by the exact objective, and dropped if that has not improved.
 """
 
 from __future__ import annotations
@@ -135,18 +135,26 @@ def _messages(
     items: list[tuple[int, int]],
     place: list[list[Any]],
 ) -> None:
-    unit = state.per_message
-    hits = state.home_hits()
-    total = hits.sum(axis=1)
-    held = np.bincount(state.slots.ravel(), minlength=len(hits) + 1)
-    for i, (expert, _) in enumerate(items):
-        for g, gpu in enumerate(gpus):
-            remote = (total[expert] - hits[expert, gpu]) / held[expert]
-            model.cost(place[i][g], unit * remote)
-        for j, (other, _) in enumerate(items[:i]):
-            both = float(state.tokens.together[expert, other]) / (held[expert] * held[other])
-            if both > 0 and other != expert:
-                apart: list[tuple[Terms, float]] = [
-                    ([(place[i][g], 1.0), (place[j][g], -1.0)], 0.0) for g in range(len(gpus))
-                ]
-                model.largest(apart, cost=unit * both)
+    staying = state.slots.copy()
+    staying[gpus] = state.objective.problem.num_experts
+    alone, apart = state.message_terms(np.array([e for e, _ in items]), gpus, staying)
+    near = state.near()[np.ix_(gpus, gpus)]
+    inside = float(near[near < 1].max(initial=0.0))
+    _, node = np.unique(state.objective.net.node_of[gpus], return_inverse=True)
+    groups = [[g] for g in range(len(gpus))]
+    nodes = [np.flatnonzero(node == n).tolist() for n in np.unique(node)]
+    for i in range(len(items)):
+        for g in range(len(gpus)):
+            model.cost(place[i][g], float(alone[i, g]))
+        for j in range(i):
+            for parts, share in ((groups, 1 - inside), (nodes, inside)):
+                if apart[i, j] > 0 and share > 0 and len(parts) > 1:
+                    differ: list[tuple[Terms, float]] = [
+                        (
+                            [(place[i][g], 1.0) for g in part]
+                            + [(place[j][g], -1.0) for g in part],
+                            0.0,
+                        )
+                        for part in parts
+                    ]
+                    model.largest(differ, cost=float(apart[i, j]) * share)

