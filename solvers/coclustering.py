@@ -14,6 +14,7 @@ experts matrix, and clusters have exactly as many experts as a GPU has slots.
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
 ROUNDS = 12
 PRICE_STEP = 0.5
+STARTS = 3
 
 
 class Coclustering:
@@ -78,12 +80,11 @@ def _place_layer(
     rounds = 1 if quick else ROUNDS
     together = co_activation(problem, layer)
     seed = problem.seed * 7919 + layer
+    place = embed(together, problem.num_gpus)[items]
     node = np.zeros(len(items), np.int64)
     if problem.num_nodes > 1:
-        place = embed(together, problem.num_nodes)[items]
         room = capacity.reshape(problem.num_nodes, per_node).sum(axis=1)
         node = balanced_clusters(place, room, share, seed, rounds)
-    place = embed(together, problem.num_gpus)[items]
     for n in range(problem.num_nodes):
         mine = np.flatnonzero(node == n)
         room = capacity[n * per_node : (n + 1) * per_node]
@@ -135,28 +136,57 @@ def balanced_clusters(
     """[n] cluster of each item: `room` [clusters] items each, near in `place` [n, d], and no
     cluster with more of `load` [n] than linear placement's fullest, if that can be had.
 
-    k-means whose assignment step is exact for given centres, sizes and prices of load.
+    k-means from a few starts, whose assignment step is exact for given centres, sizes and prices of
+    load.
     """
-    from scipy.cluster.vq import kmeans2
-    from scipy.optimize import linear_sum_assignment
-
-    num = len(place)
-    clusters = len(room)
+    num, clusters = len(place), len(room)
     if clusters == 1 or num == 0:
         return np.zeros(num, np.int64)
+    best = None
+    best_key = (np.inf, np.inf)
+    starts = STARTS if rounds > 1 else 1
+    for start in range(starts):
+        rng = np.random.default_rng([seed, start])
+        key, found = _cluster_from(_spread_centres(place, room, rng), place, room, load, rounds)
+        if best is None or key < best_key:
+            best, best_key = found, key
+    assert best is not None
+    return best
+
+
+def _spread_centres(place: FloatArray, room: Array, rng: np.random.Generator) -> FloatArray:
+    """[clusters, d]: k-means++ (D. Arthur, S. Vassilvitskii, SODA 2007) and Lloyd's k-means, larger
+    clusters given to larger rooms."""
+    from scipy.cluster.vq import kmeans2
+
+    num, clusters = len(place), len(room)
+    picked = [int(rng.integers(num))]
+    for _ in range(1, clusters):
+        far = ((place[:, None] - place[picked][None]) ** 2).sum(axis=2).min(axis=1)
+        weight = far / far.sum() if far.sum() > 0 else np.full(num, 1.0 / num)
+        picked.append(int(rng.choice(num, p=weight)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        centres, label = kmeans2(place, place[picked], minit="matrix", missing="warn")
+    size = np.bincount(label, minlength=clusters)
+    out = np.empty_like(centres)
+    out[np.argsort(-room, kind="stable")] = centres[np.argsort(-size, kind="stable")]
+    return out
+
+
+def _cluster_from(
+    centres: FloatArray, place: FloatArray, room: Array, load: FloatArray, rounds: int
+) -> tuple[tuple[float, float], npt.NDArray[np.int64]]:
+    """((load above the ceiling, sum of squared distances), clusters) of the best of `rounds`."""
+    from scipy.optimize import linear_sum_assignment
+
+    num, clusters = len(place), len(room)
     seats = np.repeat(np.arange(clusters), room)
-    centres, _ = (
-        kmeans2(place, min(clusters, num), minit="++", seed=seed, missing="warn")
-        if (num > clusters)
-        else (place.copy(), None)
-    )
-    if len(centres) < clusters:
-        centres = np.resize(centres, (clusters, place.shape[1]))
     mean = max(float(load.mean()), 1e-12)
     even = load.sum() * room / max(int(room.sum()), 1)
     ceiling = np.bincount(seats[:num], weights=load, minlength=clusters).max()
     price = np.zeros(clusters)
-    best: npt.NDArray[np.int64] | None = None
+    best = np.zeros(num, np.int64)
     best_key = (np.inf, np.inf)
     for _ in range(rounds):
         far = ((place[:, None] - centres[None]) ** 2).sum(axis=2)
@@ -165,14 +195,13 @@ def balanced_clusters(
         found = np.empty(num, np.int64)
         found[row] = seats[column]
         total = np.bincount(found, weights=load, minlength=clusters)
-        over = max(0.0, float(total.max() - ceiling * (1 + 1e-9)))
-        key = (over, float(far[np.arange(num), found].sum()))
-        if key < best_key:
-            best, best_key = found, key
         for c in range(clusters):
             members = place[found == c]
             if len(members):
                 centres[c] = members.mean(axis=0)
-        price += PRICE_STEP * (total / np.maximum(even, 1e-12) - 1)
-    assert best is not None
-    return best
+        spread = float(((place - centres[found]) ** 2).sum())
+        key = (max(0.0, float(total.max() - ceiling * (1 + 1e-9))), spread)
+        if key < best_key:
+            best, best_key = found, key
+        price = price + PRICE_STEP * (total / np.maximum(even, 1e-12) - 1)
+    return best_key, best
