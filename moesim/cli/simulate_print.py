@@ -178,7 +178,7 @@ def _print_faults(console: Console, results: dict[str, SimResult]) -> None:
             continue
         console.print(
             f"{name}: available {faults['availability']:.1%} of the time,"
-            f" {faults['steps_retried']} steps run again,"
+            f" {_count(faults['steps_retried'], 'step')} run again,"
             f" {faults['bytes_from_gpus'] / 1e6:,.0f} MB moved between GPUs and"
             f" {faults['bytes_from_host'] / 1e6:,.0f} MB from hosts"
         )

@@ -105,8 +105,8 @@ def test_back_in_the_next_plan(setting) -> None:
 
 
 def test_a_fault_ends_a_move_that_is_under_way(setting) -> None:
-    """Asynchronous, with 5 ms of host work a layer: the first plan begins after step 1 and is in
-    its first layer when GPU 5 fails. What was planned is dropped, and the next plan does not know the
+    """Asynchronous, 5 ms of host work a layer: the first plan begins after step 1 and is in
+    its first layer when GPU 5 fails. What was planned is dropped; the next plan does not know the
     GPU."""
     models, trace, batches, placement = setting
     policy = Rebalance(2, asynchronous=True, plan_us=0.0, layer_us=5000.0)

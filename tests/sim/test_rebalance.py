@@ -100,9 +100,27 @@ def test_async_does_not_stop_serving(trace, batches_of, models_of, linear_of) ->
     assert results[False].step_us[3] == pytest.approx(plain.step_us[3])
 
 
+def test_the_proportions_of_a_published_slowdown(trace, models_of, linear_of, batches_of) -> None:
+    """vLLM pull request 50647: 24 synchronous rearrangements turn 463.11 s into 1,466.50 s. Each then
+    stops serving for (1466.50 - 463.11) / 24 = 41.81 s per 463.11 / 24 = 19.30 s of serving, 2.1667
+    times as long. With stalls in that proportion to two of our steps, the same 24 make a run of 49
+    steps 1 + 24 x 2 x 2.1667 / 49 = 3.12 times longer (3.17 in the limit of no step after the last
+    plan)."""
+    models = models_of(8)
+    batches, placement = batches_of(trace, 49), linear_of(models)
+    plain = run_event(models, Sequential(), trace, batches, placement)
+    per_serving = (1466.50 - 463.11) / 463.11
+    stall = per_serving * 2 * float(plain.step_us.mean())
+    policy = Rebalance(2, plan_us=stall, layer_us=0.0)
+    result, _ = rebalanced(models, trace, batches, placement, policy, lambda *_: placement)
+    assert result.extra["rebalance"]["num_plans"] == 24
+    slower = result.elapsed_us / plain.elapsed_us
+    assert slower == pytest.approx(1 + 24 * 2 * per_serving / 49, rel=1e-9)
+    assert 49 / 48 * (slower - 1) + 1 == pytest.approx(1466.50 / 463.11, rel=1e-9)
+
+
 def test_better_balance_can_be_three_times_slower(setting) -> None:
-    """What vLLM's pull request 50647 is cited for (3.2 times slower at better balance): a new plan
-    every other step of a small model costs far more than balance can win back."""
+    """A new plan after every step of a small model costs far more than balance can win back."""
     models, trace, batches, placement = setting
     plain = run_event(models, Sequential(), trace, batches, placement)
     policy = Rebalance(2, window_steps=2, plan_us=100.0, layer_us=100.0)
