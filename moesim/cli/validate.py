@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 OUT_OF_TOLERANCE = 1
 MODES = ("graph", "eager", "both")
-OWN_CALIBRATION = "h200-torch"
+OWN_CALIBRATIONS = {2: "h200-torch", 4: "h200x4-torch"}
+"""By ranks; other numbers take the nearest."""
 
 
 def validate(
@@ -36,7 +37,7 @@ def validate(
         str | None,
         typer.Option(
             help="Calibration YAML or name; without one on CPUs nothing is predicted.",
-            show_default="h200-torch on H200s",
+            show_default="h200-torch or h200x4-torch on H200s",
         ),
     ] = None,
     cluster: Annotated[
@@ -182,7 +183,9 @@ def _predictor(
                 f"no bundled calibration holds what the replay does on {environment['device']}",
                 "measure one with moesim calibrate and give it as --calibration",
             )
-        calibration = OWN_CALIBRATION
+        ranks = int(environment["num_ranks"])
+        nearest = min(OWN_CALIBRATIONS, key=lambda known: abs(known - ranks))
+        calibration = OWN_CALIBRATIONS[nearest]
         say(f"no --calibration: the bundled {calibration} is used")
     return build_predictor(
         parse_shape(record["model"]),

@@ -1,16 +1,19 @@
 """Traces, plans and model shapes for the validation on hardware, into one folder to carry there.
 
     python verification/hardware/prepare.py OUT_FOLDER [--data ../shared/data] [--gpus 2]
+        [--redundant 8] [--model NAME]...
 
-Five models. Where a real token-level trace of the model exists it is used; otherwise the routing is
-drawn, and `about.json`, every trace's `meta.source` and hence every result say so:
+The models that calibration measures by default, or those named. Where a real token-level trace of the
+model exists it is used; otherwise the routing is drawn, and `about.json`, every trace's `meta.source`
+and hence every result say so:
 
 - deepseek-v2-lite, gpt-oss-20b: real traces of those models.
 - olmoe-1b-7b: a real trace of another model of the same routing shape (64 experts, top-8).
 - mixtral-8x7b: drawn token by token (Gumbel top-2) from the published expert popularity of
   Mixtral-8x7B by domain in layers 0, 7 and 15.
-- qwen3-30b-a3b: drawn (Gumbel top-8) from the popularity by domain of two layers of the real
-  64-expert trace put side by side, since no trace with 128 experts is at hand.
+- qwen3-30b-a3b, deepseek-v3: drawn (Gumbel top-8) from the popularity by domain of two or four
+  layers of the real 64-expert trace put side by side, since no trace with so many experts is at
+  hand.
 
 Plans are tuned on the tuning half of the requests; the replay draws from the held-out half.
 """
@@ -28,20 +31,27 @@ import numpy.typing as npt
 from moesim.cache.plan import load_cache_plan
 from moesim.cli.main import run
 from moesim.errors import InfeasibleError
-from moesim.plan import EMPTY, Placement, Plan
+from moesim.plan import EMPTY, Placement, Plan, load_plan
 from moesim.replay.cache_schedule import plan_schedule
 from moesim.replay.calibrate import DEFAULT_SHAPES
 from moesim.replay.cases import longest_first, pick_layers
 from moesim.replay.shape import ExpertShape
 from moesim.solvers.base import Problem, Traffic
 from moesim.solvers.registry import get_solver
-from moesim.trace.batches import RequestIndex, draw_batches, index_requests, split_requests
+from moesim.trace.batches import (
+    Phase,
+    RequestIndex,
+    draw_batches,
+    index_requests,
+    split_requests,
+)
 from moesim.trace.format import Trace, TraceMeta, load_token_trace, save_trace
 
 NUM_TUNING_BATCHES = 48
 TUNING_TOKENS = 2048
 TILT = 0.6
 DRAWN_TOKENS = 60_000
+SHAPES = {s.name: s for s in (*DEFAULT_SHAPES, ExpertShape("deepseek-v3", 7168, 2048, 256, 8))}
 OFFLOADED = "olmoe-1b-7b"
 CACHE_GB = (4, 6, 8)
 CACHE_TOKENS, CACHE_LAYERS = 96, 6
@@ -53,9 +63,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--redundant", type=int, help="slots a layer; default: 1/8 of the experts")
+    parser.add_argument("--model", action="append", choices=sorted(SHAPES), help="repeat")
     arguments = parser.parse_args()
     about = {}
-    for shape in DEFAULT_SHAPES:
+    for shape in [SHAPES[n] for n in arguments.model or [s.name for s in DEFAULT_SHAPES]]:
         folder = arguments.out / shape.name
         folder.mkdir(parents=True, exist_ok=True)
         trace, basis = make_trace(shape, arguments.data)
@@ -64,7 +76,9 @@ def main() -> None:
         save_trace(trace, folder / "trace.npz")
         (folder / "shape.json").write_text(json.dumps(shape.to_json()))
         shares = {}
-        for name, plan in make_plans(trace, shape, arguments.gpus).items():
+        (folder / "config.json").write_text(json.dumps(hf_config(trace, shape)))
+        plans = make_plans(trace, shape, arguments.gpus, arguments.redundant, folder)
+        for name, plan in plans.items():
             plan.save(folder / f"{name}.json")
             shares[name] = plan.evaluation["largest_gpu_share"]
         about[shape.name] = {"routing": basis, "plans": shares}
@@ -89,16 +103,39 @@ def make_trace(shape: ExpertShape, data: Path) -> tuple[Trace, str]:
         basis = "drawn from Mixtral-8x7B's published popularity by domain, layers 0, 7, 15"
         return draw_trace(real, shape, counts, (0, 7, 15), basis), basis
     counts = domain_counts(real)
-    paired = np.concatenate([counts, np.roll(counts, 1, axis=1)], axis=2)
-    basis = "drawn from the popularity of pairs of layers of a real 64-expert trace"
-    return draw_trace(real, shape, paired, real.meta.layer_ids, basis), basis
+    group = shape.num_experts // real.num_experts
+    joined = np.concatenate([np.roll(counts, i, axis=1) for i in range(group)], axis=2)
+    what = {2: "pairs", 4: "groups of four"}[group]
+    basis = f"drawn from the popularity of {what} of layers of a real 64-expert trace"
+    return draw_trace(real, shape, joined, real.meta.layer_ids, basis), basis
 
 
 def make_caches(trace: Trace, shape: ExpertShape, folder: Path) -> dict[str, float]:
     """Cache plans at several HBM sizes and, as the replay takes them, the schedules of the longest
     requests' tokens, on demand and one layer ahead. Returns slots a layer of each plan."""
     folder.mkdir(exist_ok=True)
-    config = {
+    picked = pick_layers(trace.num_layers, CACHE_LAYERS)
+    experts = np.asarray(trace.expert_ids[longest_first(trace, CACHE_TOKENS)])[:, picked]
+    layer_ids = tuple(trace.meta.layer_ids[i] for i in picked)
+    slots = {}
+    for size in CACHE_GB:
+        path = folder / f"hbm{size}.json"
+        command = ["cache", "--trace", str(folder.parent / "trace.npz"), "--hbm", str(size)]
+        command += ["--model", str(folder.parent / "config.json"), "--gpu", "h200-sxm"]
+        command += ["--policy", "lru", "--prefetch", "none", "--cpu", "off", "--out", str(path)]
+        if run([*command, "--json"]) != 0:
+            raise SystemExit(f"no cache plan of {size} GB")
+        plan = load_cache_plan(path)
+        slots[path.stem] = round(plan.num_slots / trace.num_layers, 2)
+        for lookahead in (0, 1):
+            schedule = plan_schedule(plan, experts, layer_ids, lookahead=lookahead)
+            schedule.save(folder / f"{path.stem}-{lookahead}.npz")
+    return slots
+
+
+def hf_config(trace: Trace, shape: ExpertShape) -> dict[str, Any]:
+    """A Hugging Face config with the trace's layers and the shape's experts."""
+    return {
         "model_type": "olmoe",
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.moe_intermediate_size,
@@ -110,24 +147,6 @@ def make_caches(trace: Trace, shape: ExpertShape, folder: Path) -> dict[str, flo
         "vocab_size": 50304,
         "torch_dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    picked = pick_layers(trace.num_layers, CACHE_LAYERS)
-    experts = np.asarray(trace.expert_ids[longest_first(trace, CACHE_TOKENS)])[:, picked]
-    layer_ids = tuple(trace.meta.layer_ids[i] for i in picked)
-    slots = {}
-    for size in CACHE_GB:
-        path = folder / f"hbm{size}.json"
-        command = ["cache", "--trace", str(folder.parent / "trace.npz"), "--hbm", str(size)]
-        command += ["--model", str(folder / "config.json"), "--gpu", "h200-sxm"]
-        command += ["--policy", "lru", "--prefetch", "none", "--cpu", "off", "--out", str(path)]
-        if run([*command, "--json"]) != 0:
-            raise SystemExit(f"no cache plan of {size} GB")
-        plan = load_cache_plan(path)
-        slots[path.stem] = round(plan.num_slots / trace.num_layers, 2)
-        for lookahead in (0, 1):
-            schedule = plan_schedule(plan, experts, layer_ids, lookahead=lookahead)
-            schedule.save(folder / f"{path.stem}-{lookahead}.npz")
-    return slots
 
 
 def trim(trace: Trace, source: dict[str, Any]) -> Trace:
@@ -174,21 +193,37 @@ def draw_trace(
     return Trace(ids, requests, positions, np.asarray(real.phases)[keep], meta)
 
 
-def make_plans(trace: Trace, shape: ExpertShape, num_gpus: int) -> dict[str, Plan]:
-    """Plans by name: two that ignore load, four solved, three bad on purpose."""
-    phase = "prefill" if (np.asarray(trace.phases) == 0).any() else "decode"
+def time_table(folder: Path, num_gpus: int) -> npt.NDArray[np.int32]:
+    """[L, E] what `moesim plan` makes of the folder's trace for least predicted time on H200s."""
+    out = folder / "time.json"
+    command = ["plan", "--trace", str(folder / "trace.npz"), "--model", str(folder / "config.json")]
+    command += ["--gpus", str(num_gpus), "--cluster", "h200-sxm-ib", "--objective", "time"]
+    command += ["--batch-tokens", str(TUNING_TOKENS * num_gpus), "--ignore-memory"]
+    if run([*command, "--out", str(out), "--json"]) != 0:
+        raise SystemExit("no plan for the least time")
+    return load_plan(out).placement.physical_to_logical
+
+
+def make_plans(
+    trace: Trace, shape: ExpertShape, num_gpus: int, redundant: int | None, folder: Path
+) -> dict[str, Plan]:
+    """Plans by name: two that ignore load, five solved, three bad on purpose."""
+    phase: Phase = "prefill" if (np.asarray(trace.phases) == 0).any() else "decode"
     tuning = split_requests(index_requests(trace, phase)[0])[0]
     plain = problem_of(trace, tuning, num_gpus, shape.num_experts, "balance")
-    roomy, eplb = with_replicas(trace, tuning, num_gpus, shape.num_experts)
+    slots = shape.num_experts // 8 if redundant is None else redundant
+    roomy, eplb = with_replicas(trace, tuning, num_gpus, shape.num_experts, slots)
     traffic = problem_of(trace, tuning, num_gpus, shape.num_experts, "traffic")
     load = plain.mean_load
     tables = {
         "linear": ("linear", solve("linear", plain)),
         "round_robin": ("round_robin", solve("round_robin", plain)),
-        "eplb": ("eplb", eplb),
+        "eplb": ("eplb", solve("eplb", plain)),
+        "eplb_redundant": ("eplb", eplb),
         "balanced": ("local_search", solve("local_search", plain)),
         "balanced_redundant": ("local_search", solve("local_search", roomy)),
         "traffic": ("local_search", solve("local_search", traffic)),
+        "time": ("local_search", time_table(folder, num_gpus)),
         "bad_hot": ("hottest experts together", hot_first(load, num_gpus)),
         "bad_tilt": ("first GPU given 60% of the load", tilted(load, num_gpus)),
         "bad_crowded": ("hottest 5/8 of the experts on the first half", crowded(load, num_gpus)),
@@ -241,11 +276,11 @@ def problem_of(
 
 
 def with_replicas(
-    trace: Trace, tuning: RequestIndex, num_gpus: int, num_experts: int
+    trace: Trace, tuning: RequestIndex, num_gpus: int, num_experts: int, redundant: int
 ) -> tuple[Problem, npt.NDArray[np.int32]]:
-    """A problem with redundant slots (1/8 of the experts, fewer where EPLB would need more
-    replicas of an expert than there are GPUs), and EPLB's table for it."""
-    extra = max(1, num_experts // 16)
+    """A problem with redundant slots (fewer than asked for where EPLB would need more replicas of
+    an expert than there are GPUs), and EPLB's table for it."""
+    extra = max(1, redundant // num_gpus)
     while True:
         problem = problem_of(trace, tuning, num_gpus, num_experts + extra * num_gpus, "balance")
         try:

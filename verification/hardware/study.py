@@ -1,11 +1,12 @@
 """The study of a validation on hardware, from its raw records: tables, plots, figures.
 
     python verification/hardware/study.py reports/hardware-h200x2 [--pack run1=FOLDER ...]
-        [--inputs FOLDER] [--calibration FILE_OR_NAME]
+        [--inputs FOLDER] [--calibration FILE_OR_NAME] [--fewer REPORT]
 
 `--pack` first compresses what a run wrote into the report's `raw/`. Then everything else is made
 from `raw/`: results.json, the plots, and the tables between markers in README.md. `--inputs` is
 what prepare.py wrote; with it the offloading is also predicted from the calibration alone.
+`--fewer` names the report of a host with fewer GPUs, whose errors are put beside these.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ from moesim.replay.shape import ExpertShape, parse_shape
 from moesim.replay.tables import load_raw, merge_raw
 from moesim.trace.format import load_token_trace
 
-MODELS = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite")
 CLUSTER = "h200-sxm-ib"
 APART = (0.0, 0.01, 0.02, 0.05, 0.1)
 OFFLOAD_LAYERS, OFFLOAD_TOKENS = 6, 96
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--pack", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--inputs", type=Path)
     parser.add_argument("--calibration", default="h200-torch")
+    parser.add_argument("--fewer", type=Path)
     arguments = parser.parse_args()
     raw = arguments.report / "raw"
     for item in arguments.pack:
@@ -68,6 +69,8 @@ def main() -> None:
         "offload": offload,
         "throttling": throttling(measured),
     }
+    if arguments.fewer is not None:
+        results["fewer"] = growth(arguments.fewer / "results.json", results)
     text = json.dumps(results, indent=1, allow_nan=False)
     (arguments.report / "results.json").write_text(text + "\n", encoding="utf-8")
     study_tables.fill(arguments.report / "README.md", results, calibration)
@@ -83,9 +86,36 @@ def pack(source: Path, target: Path) -> None:
         (target / f"{path.name}.gz").write_bytes(gzip.compress(data, 9, mtime=0))
 
 
+def models_of(raw: Path) -> list[str]:
+    """Models that the first run replayed, by the size of an expert."""
+    found = {}
+    for path in (raw / "run1").glob("*.json.gz"):
+        model = path.name.removesuffix(".json.gz")
+        if not model.startswith(("calibration", "offload")):
+            found[model] = parse_shape(load_measured(path)["model"]).expert_bytes
+    return sorted(found, key=lambda model: (found[model], model))
+
+
+def growth(before: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Errors of the models that both reports have, from CUDA graphs, by model and size."""
+    fewer = json.loads(before.read_text(encoding="utf-8"))["models"]
+    out = []
+    for model, entry in results["models"].items():
+        if model not in fewer:
+            continue
+        known = {g["tokens_per_rank"]: g for g in fewer[model]["groups"] if g["mode"] == "graph"}
+        for group in (g for g in entry["groups"] if g["mode"] == "graph"):
+            other = known[group["tokens_per_rank"]]
+            names = ("median_error", "p90_error", "bias", "spearman")
+            row = {"model": model, "tokens_per_rank": group["tokens_per_rank"]}
+            row |= {n: group[n] for n in names} | {f"fewer_{n}": other[n] for n in names}
+            out.append(row)
+    return out
+
+
 def compare_all(raw: Path, calibration: Calibration) -> list[Comparison]:
     out = []
-    for model in MODELS:
+    for model in models_of(raw):
         record = load_measured(raw / "run1" / f"{model}.json.gz")
         again = raw / "run2" / f"{model}.json.gz"
         cluster = load_cluster(CLUSTER, num_gpus=int(record["environment"]["num_ranks"]))
@@ -168,7 +198,7 @@ def disjoint(raw: Path, measured: dict[str, Any]) -> dict[str, int]:
     loads = {_load(r["hidden"], r["intermediate"], r["counts"]) for r in measured["tables"]["ffn"]}
     sizes = {(int(r["bytes"])) for r in measured["tables"]["all_to_all_v"]}
     out = {"loads": 0, "loads_in_both": 0, "messages": 0, "messages_in_both": 0}
-    for model in MODELS:
+    for model in models_of(raw):
         record = load_measured(raw / "run1" / f"{model}.json.gz")
         shape = parse_shape(record["model"])
         num_ranks = int(record["environment"]["num_ranks"])

@@ -16,9 +16,9 @@ from moesim.replay.compare import Case, Comparison, Group
 SIZES = (128, 1024, 8192)
 BAND = 0.10
 KINDS = {
-    "ours": ("balanced", "balanced_redundant", "traffic"),
+    "ours": ("balanced", "balanced_redundant", "traffic", "time"),
     "linear, round robin": ("linear", "round_robin"),
-    "EPLB": ("eplb",),
+    "EPLB": ("eplb", "eplb_redundant"),
     "bad on purpose": ("bad_hot", "bad_tilt", "bad_crowded"),
 }
 
@@ -28,7 +28,8 @@ def draw(folder: Path, found: Sequence[Comparison], offload: Sequence[dict[str, 
     _save(_scatter(found), folder / "layers.png")
     _save(_errors(found), folder / "errors.png")
     _save(_plans(found), folder / "plans.png")
-    _save(_offload(offload), folder / "offload.png")
+    if offload:
+        _save(_offload(offload), folder / "offload.png")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -45,7 +46,7 @@ def _band(axes: Axes, low: float, high: float) -> None:
 def _scatter(found: Sequence[Comparison]) -> Figure:
     figure = Figure(figsize=(10.5, 5.4), layout="constrained")
     for axes, mode in zip(figure.subplots(1, 2, sharey=True), ("graph", "eager"), strict=True):
-        _band(axes, 120, 25000)
+        _band(axes, 100, 50000)
         for number, comparison in enumerate(found):
             cases = [c for c in comparison.cases if c.mode == mode]
             axes.scatter(
@@ -57,13 +58,13 @@ def _scatter(found: Sequence[Comparison]) -> Figure:
                 label=comparison.model,
                 linewidths=0,
             )
-        axes.set(xscale="log", yscale="log", xlim=(150, 25000), ylim=(150, 25000), aspect="equal")
+        axes.set(xscale="log", yscale="log", xlim=(120, 40000), ylim=(120, 40000), aspect="equal")
         axes.set_xlabel("measured layer time (us)")
         axes.set_title({"graph": "in CUDA graphs", "eager": "launched call by call"}[mode])
         axes.grid(alpha=0.2)
     figure.axes[0].set_ylabel("predicted layer time (us)")
     figure.axes[0].legend(fontsize=8, loc="upper left")
-    figure.suptitle("Every layer, plan and batch on two H200s; band: within 10%")
+    figure.suptitle("Every layer, plan and batch; band: within 10%")
     return figure
 
 
@@ -123,8 +124,9 @@ def _plans(found: Sequence[Comparison]) -> Figure:
 def _plan_panel(axes: Axes, group: Group) -> None:
     base, ours = group.mean_us["linear"]
     for number, (kind, plans) in enumerate(KINDS.items()):
-        real = np.array([group.mean_us[p][0] / base for p in plans])
-        guess = np.array([group.mean_us[p][1] / ours for p in plans])
+        known = [p for p in plans if p in group.mean_us]
+        real = np.array([group.mean_us[p][0] / base for p in known])
+        guess = np.array([group.mean_us[p][1] / ours for p in known])
         axes.errorbar(
             real,
             guess,

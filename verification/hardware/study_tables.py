@@ -8,7 +8,14 @@ from typing import Any
 
 from moesim.cost.calibration import Calibration
 
-OURS = ("balanced", "traffic", "balanced_redundant")
+PLANS = {
+    "eplb": "EPLB",
+    "balanced": "balanced",
+    "time": "time",
+    "traffic": "traffic",
+    "eplb_redundant": "EPLB, redundant",
+    "balanced_redundant": "balanced, redundant",
+}
 
 
 def fill(path: Path, results: dict[str, Any], calibration: Calibration) -> None:
@@ -91,24 +98,49 @@ def phases(results: dict[str, Any], _: Calibration) -> str:
 
 
 def speedups(results: dict[str, Any], _: Calibration) -> str:
+    groups = [(m, g) for m, entry in results["models"].items() for g in entry["groups"]]
+    plans = [p for p in PLANS if any(p in g["mean_us"] for _, g in groups)]
+    versus = "eplb_redundant" if "eplb_redundant" in plans else "eplb"
+    against = [("balanced_redundant", versus)]
+    if "time" in plans:
+        against += [("balanced", "eplb"), ("time", "eplb")]
+    titles = [PLANS[p] for p in plans] + [f"{PLANS[a]} over {PLANS[b]}" for a, b in against]
     lines = [
-        "| model | tokens a rank | mode | EPLB | balanced | traffic | balanced, redundant |"
-        " balanced, redundant over EPLB | noise |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| model | tokens a rank | mode | {' | '.join(titles)} | noise |",
+        "|---|---|---|" + "---|" * (len(titles) + 1),
     ]
-    for model, entry in results["models"].items():
-        for mode in ("graph", "eager"):
-            for g in (g for g in entry["groups"] if g["mode"] == mode):
-                cells = [_ratio(g, "linear", p) for p in ("eplb", *OURS)]
-                cells.append(_ratio(g, "eplb", "balanced_redundant"))
-                lines.append(
-                    f"| {model} | {g['tokens_per_rank']:,} | {mode} | {' | '.join(cells)} |"
-                    f" {g['noise']:.1%} |"
-                )
+    for mode in ("graph", "eager"):
+        for model, g in ((m, g) for m, g in groups if g["mode"] == mode):
+            cells = [_ratio(g, "linear", p) for p in plans]
+            cells += [_ratio(g, b, a) for a, b in against]
+            lines.append(
+                f"| {model} | {g['tokens_per_rank']:,} | {mode} | {' | '.join(cells)} |"
+                f" {g['noise']:.1%} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def growth(results: dict[str, Any], _: Calibration) -> str:
+    lines = [
+        "| model | tokens a rank | median error, fewer GPUs | here | p90, fewer | here |"
+        " bias, fewer | here | Spearman, fewer | here |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results.get("fewer", []):
+        cells = [
+            f"{row[prefix + name]:{form}}"
+            for name, form in (("median_error", ".1%"), ("p90_error", ".1%"), ("bias", "+.1%"))
+            for prefix in ("fewer_", "")
+        ]
+        rhos = (row["fewer_spearman"], row["spearman"])
+        cells += ["" if rho is None else f"{rho:.2f}" for rho in rhos]
+        lines.append(f"| {row['model']} | {row['tokens_per_rank']:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _ratio(group: dict[str, Any], base: str, plan: str) -> str:
+    if plan not in group["mean_us"]:
+        return ""
     (measured, predicted), (own, ours) = group["mean_us"][base], group["mean_us"][plan]
     return f"{measured / own:.3f} ({predicted / ours:.3f})"
 
@@ -170,6 +202,7 @@ _TABLES = {
     "groups": groups,
     "phases": phases,
     "speedups": speedups,
+    "growth": growth,
     "offload": offload,
     "disjoint": disjoint,
     "throttling": throttling,

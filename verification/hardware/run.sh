@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # Calibrate and validate on one host's GPUs, in sections that can be run apart and resumed.
 #
-#   verification/hardware/run_h200x2.sh [--in DIR] [--out DIR] [--gpus N] [--only a,b]
+#   verification/hardware/run.sh [--in DIR] [--out DIR] [--gpus N] [--only a,b]
 #     [--calibrate a,b] [--stop-after S]
 #
-# DIR given to --in is what prepare.py wrote. Sections: environment, smoke, calibrate, one a model
-# (mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b, gpt-oss-20b, deepseek-v2-lite), offload, offload-plans,
-# summary. --calibrate names the only parts of the calibration to measure, as
+# DIR given to --in is what prepare.py wrote. Sections: environment, smoke, calibrate, one a model in
+# DIR (olmoe-1b-7b and so on), offload, offload-plans (where DIR has olmoe-1b-7b), summary. --calibrate names the only parts of the calibration to measure, as
 # launch,all_to_all_v,permute,ffn.
 # OUT in the environment is the default of --out, PYTHON and DEVICE choose the interpreter and cpu.
 # A section that would start after S seconds is skipped and said so. NVLink multicast stays off.
@@ -54,8 +53,8 @@ environment() {
 }
 
 smoke() {
-  local shape='{"name":"smoke","hidden_size":256,"moe_intermediate_size":128,"num_experts":64,"top_k":8,"dtype":"'
-  local folder=$in/olmoe-1b-7b
+  local shape='{"name":"smoke","hidden_size":256,"moe_intermediate_size":128,"num_experts":32,"top_k":4,"dtype":"'
+  local folder=$in/gpt-oss-20b
   for variant in "bf16 gpu split" "fp32 none nearest"; do
     set -- $variant
     $(ranks "$gpus" validate) --plan "$folder/linear.json" --plan "$folder/eplb.json" \
@@ -70,7 +69,7 @@ validate() {
   local folder=$in/$1 plans=() plan
   shift
   for plan in "$folder"/*.json; do
-    [ "$(basename "$plan")" = shape.json ] || plans+=(--plan "$plan")
+    case $(basename "$plan") in shape.json | config.json) ;; *) plans+=(--plan "$plan") ;; esac
   done
   $(ranks "$gpus" validate) "${plans[@]}" --trace "$folder/trace.npz" --shape "$folder/shape.json" \
     --tokens 128 1024 8192 --batches 2 --layers 8 --budget 0.2 --max-reps 15 --timeout 90 "$@"
@@ -80,11 +79,14 @@ export -f environment smoke validate ranks
 export in out gpus python device
 section environment 60 bash -c environment
 section smoke 120 bash -c smoke
+for shape in "$in"/*/shape.json; do parts="$parts --shape $shape"; done
 section calibrate 290 $(ranks "$gpus" calibrate) $parts --time-limit 230 --timeout 90 \
   --out "$out/calibration.json"
-for model in olmoe-1b-7b mixtral-8x7b gpt-oss-20b qwen3-30b-a3b deepseek-v2-lite; do
+for shape in "$in"/*/shape.json; do
+  model=$(basename "$(dirname "$shape")")
   section "$model" 130 bash -c "validate $model --time-limit 95 --out $out/$model.json"
 done
+[ -e "$in/olmoe-1b-7b/cache" ] || exit $failed
 section offload 120 $(ranks 1 offload) --time-limit 90 --timeout 90 --shape "$in/olmoe-1b-7b/shape.json" \
   --trace "$in/olmoe-1b-7b/trace.npz" --out "$out/offload.json"
 caches=()
