@@ -63,7 +63,8 @@ def check_possible(
     shortest = int(requests.prompt_tokens.min()) if not config.prefix_cache else 1
     chunk = min(shortest, deployment.max_batch_tokens)
     first_s = float(front.step_us(BatchShape.of(prefill_tokens=float(chunk)))) / 1e6
-    first_s += deployment.engine.request_ms / 1e3
+    engine = deployment.engine
+    first_s += (engine.request_ms * 1e3 + engine.prompt_token_us * shortest) / 1e6
     least = {
         "tpot": (step_s / tokens, f"a step of one sequence takes {step_s * 1e3:.3g} ms"),
         "ttft": (first_s, f"the shortest prompt alone takes {first_s * 1e3:.3g} ms"),

@@ -104,4 +104,5 @@ def preempt(
     req[r].computed = 0
     req[r].prefill_len = req[r].prompt + req[r].generated
     req[r].preempted += 1
+    req[r].queued_us = -1.0
     push_waiting(req, ranks, queues, rank, r, True)

@@ -151,6 +151,7 @@ def _arrive(
         clock.counts[NUM_DONE] += 1
         return
     req[r].rank = rank
+    req[r].queued_us = req[r].arrival_us
     _assign(req, ranks, cfg, rank, r)
     push_waiting(req, ranks, queues, rank, r, False)
     clock.counts[MOST_WAITING] = max(clock.counts[MOST_WAITING], ranks[rank].num_waiting)
@@ -186,21 +187,29 @@ def _begin_step(
     now: float,
 ) -> None:
     first, last = inst[i].first_rank, inst[i].last_rank
+    decided = now
+    if cfg.steps_ahead > 0 and inst[i].busy_until_us == now:
+        decided = inst[i].began_us
     tokens = 0
-    for rank in range(first, last):
-        tokens += plan_rank(
-            req,
-            ids,
-            ranks,
-            queues,
-            running,
-            prefix,
-            cfg,
-            rank,
-            inst[i].max_tokens,
-            inst[i].max_sequences,
-            now,
-        )
+    while tokens == 0:
+        for rank in range(first, last):
+            tokens += plan_rank(
+                req,
+                ids,
+                ranks,
+                queues,
+                running,
+                prefix,
+                cfg,
+                rank,
+                inst[i].max_tokens,
+                inst[i].max_sequences,
+                now,
+                decided,
+            )
+        if decided == now:
+            break
+        decided = now
     if tokens == 0:
         inst[i].busy_until_us = np.inf
         return
@@ -376,4 +385,5 @@ def _end_transfer(
     release(req, ids, ranks, prefix, sender, r)
     _unassign(req, ranks, cfg, sender, r)
     req[r].arrived = 1
+    req[r].queued_us = clock.now_us[0]
     push_waiting(req, ranks, queues, to, r, False)

@@ -42,6 +42,7 @@ class _Request:
     preempted: int = 0
     cached: int = 0
     start_us: float = nan
+    queued_us: float = -inf
     first_us: float = nan
     finish_us: float = nan
     rank: int = -1
@@ -69,6 +70,7 @@ class Rank:
     backlog: float = 0.0
     link_free_us: float = 0.0
     sending: int = 0
+    decided: float = 0.0
 
     def free(self) -> int:
         """Blocks that nothing holds."""
@@ -134,11 +136,13 @@ class Rank:
         self.plan.pop(victim, None)
         victim.computed, victim.to_compute = 0, victim.prompt + victim.generated
         victim.preempted += 1
+        victim.queued_us = -inf
         self.waiting.insert(0, victim)
         return victim
 
-    def make_plan(self, now: float) -> RankLoad:
-        """Tokens of every request in the next step."""
+    def make_plan(self, now: float, decided: float) -> RankLoad:
+        """Tokens of every request in the next step, of those queued by the time `decided`."""
+        self.decided = decided
         self.plan = {}
         before = len(self.running)
         budget = self.max_tokens
@@ -178,7 +182,10 @@ class Rank:
     def admit(self, budget: int, now: float) -> int:
         """Waiting requests by priority and arrival, until one has no room."""
         while budget > 0 and self.waiting and len(self.running) < self.max_sequences:
-            r = min(self.waiting, key=lambda w: w.priority)
+            known = [w for w in self.waiting if w.queued_us <= self.decided]
+            if not known:
+                break
+            r = min(known, key=lambda w: w.priority)
             if r.transferred:
                 count = 1
                 if not self.reserve(r, r.to_compute + 1):
@@ -207,7 +214,8 @@ class Rank:
 class Service:
     """front: instances (lists of ranks) that take requests; back: instances that decode what the
     front sends them, empty for none. front_us, back_us: times of their steps. router as in
-    `ServingConfig`; transfer: latency and microseconds a token."""
+    `ServingConfig`; transfer: latency and microseconds a token; steps_ahead: whether a step's
+    requests are decided on when the step before begins."""
 
     front: list[list[Rank]]
     front_us: StepTime
@@ -215,6 +223,7 @@ class Service:
     back_us: StepTime | None = None
     router: str = "least_loaded"
     transfer: tuple[float, float] = (0.0, 0.0)
+    steps_ahead: int = 0
 
     def run(self, requests: Requests) -> list[_Request]:
         """Serve everything; requests in their order."""
@@ -251,6 +260,7 @@ class Service:
                 rank = self.choose(self.front, r)
                 r.rank = rank.number
                 self.assign(rank, r, 1)
+                r.queued_us = self.env.now
                 rank.waiting.append(r)
             self.wake_all()
 
@@ -286,12 +296,18 @@ class Service:
 
     def engine(self, instance: list[Rank], step_us: StepTime, sends: bool) -> Iterator[Any]:
         """Steps of one instance, one after the other."""
+        decided = inf
         while True:
-            loads = [rank.make_plan(self.env.now) for rank in instance]
+            loads = [rank.make_plan(self.env.now, decided) for rank in instance]
+            if not any(load[0] + load[2] for load in loads) and decided < self.env.now:
+                loads = [rank.make_plan(self.env.now, self.env.now) for rank in instance]
+            decided = inf
             if not any(load[0] + load[2] for load in loads):
                 self.wake[id(instance)] = self.env.event()
                 yield self.wake[id(instance)]
                 continue
+            if self.steps_ahead:
+                decided = self.env.now
             yield self.env.timeout(step_us(loads))
             for rank in instance:
                 for r, count in list(rank.plan.items()):
@@ -335,5 +351,6 @@ class Service:
         rank.release(r)
         self.assign(rank, r, -1)
         r.transferred = True
+        r.queued_us = self.env.now
         to.waiting.append(r)
         self.wake_all()

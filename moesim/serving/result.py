@@ -49,8 +49,7 @@ class ServingResult:
     where it did not happen), prompt_tokens, generated_tokens, cached_tokens (of the prompt, found
     in the prefix cache), preempted (times), degraded (action taken on arrival, 0: none), level,
     rank (-1: none).
-    ttft_s, tpot_s, e2e_s: [R], NaN where there is none; tpot only of two tokens or more. Each
-    request's time outside the engine's steps (`EngineProfile.request_ms`) is in ttft and e2e.
+    ttft_s, tpot_s, e2e_s: [R], NaN where there is none; tpot only of two tokens or more.
     series: by role, each [bins] of `bin_s` seconds: time and what SERIES holds, as rates and means.
     metrics: by name, in seconds, tokens and shares; None where there is nothing to measure.
     """
@@ -94,9 +93,8 @@ class ServingResult:
             np.where(times >= 0, times / 1e6, np.nan)
             for times in (req["first_us"], req["finish_us"], req["start_us"])
         )
-        outside = deployment.engine.request_ms / 1e3
-        ttft = first - requests.arrival_s + outside
-        e2e = finish - requests.arrival_s + outside
+        ttft = first - requests.arrival_s
+        e2e = finish - requests.arrival_s
         more = np.maximum(req["generated"] - 1, 1)
         tpot = np.where(req["generated"] > 1, (finish - first) / more, np.nan)
         end_s = (

@@ -33,10 +33,12 @@ def plan_rank(
     tokens: int,
     sequences: int,
     now: float,
+    decided: float,
 ) -> int:
     """Fill `running[1]` and the sums of the rank's step; returns the tokens planned.
 
-    tokens: the budget of the step; sequences: most that may run at once.
+    tokens: the budget of the step; sequences: most that may run at once; decided: requests that
+    were queued later cannot be admitted (an engine that schedules ahead has made up its mind).
     """
     for s in range(ranks[rank].num_running):
         running[1, rank, s] = 0
@@ -44,14 +46,18 @@ def plan_rank(
     if cfg.prefill_first:
         left = _plan_running(req, ids, ranks, queues, running, prefix, cfg, rank, tokens, False)
         if ranks[rank].num_running == before:
-            left = _admit(req, ids, ranks, queues, running, prefix, cfg, rank, left, sequences, now)
+            left = _admit(
+                req, ids, ranks, queues, running, prefix, cfg, rank, left, sequences, now, decided
+            )
         if not _any_prefill(req, ranks, running, rank):
             _plan_running(req, ids, ranks, queues, running, prefix, cfg, rank, left, True)
     else:
         left = _plan_running(req, ids, ranks, queues, running, prefix, cfg, rank, tokens, True)
         left = _plan_running(req, ids, ranks, queues, running, prefix, cfg, rank, left, False)
         if ranks[rank].num_running == before:
-            _admit(req, ids, ranks, queues, running, prefix, cfg, rank, left, sequences, now)
+            _admit(
+                req, ids, ranks, queues, running, prefix, cfg, rank, left, sequences, now, decided
+            )
     return _sum_up(req, ranks, running, rank)
 
 
@@ -120,12 +126,13 @@ def _admit(
     budget: int,
     sequences: int,
     now: float,
+    decided: float,
 ) -> int:
     """Start waiting requests while budget, sequences and memory last."""
     level = 0
     while budget > 0 and ranks[rank].num_running < sequences and level < cfg.num_levels:
         r = queues[0, rank, level]
-        if r < 0:
+        if r < 0 or req[r].queued_us > decided:
             level += 1
             continue
         if req[r].arrived == 1:

@@ -39,6 +39,7 @@ from moesim.serving.step_table import StepTables, tables_of
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
     from moesim.serving.deployment import Deployment
+    from moesim.serving.engines import EngineProfile
     from moesim.serving.requests import Requests
 
 Progress = Callable[[int, int], None]
@@ -58,6 +59,7 @@ def simulate_serving(
 
     Deterministic: the same inputs give the same bytes. `progress(done, total)` counts requests.
     A request whose prompt and output together exceed a rank's KV cache is counted as rejected.
+    Each request reaches the scheduler after its time outside the engine (`EngineProfile`).
     Ignored: time between the service's machines other than for KV caches, cancelled requests,
     and the host's work but for what the engine's profile holds.
     Raises InfeasibleError where the model does not fit, or no request does; MismatchError for
@@ -108,7 +110,7 @@ def run_tables(
     levels = _levels(requests, config)
     inst = _instances(parts, config)
     ranks = _ranks(config, inst, capacity_tokens)
-    req = _requests(requests, config, ranks)
+    req, order = _requests(requests, config, deployment.engine, ranks)
     clock = _clock(requests, inst, int(settings["spec_max"][0]))
     state = (
         req,
@@ -136,7 +138,9 @@ def run_tables(
             break
     if code == STUCK:
         raise RuntimeError("requests wait for a step that never comes")
-    return ServingResult.of(deployment, requests, config, req, clock, basis, notes, prefix_on)
+    own = np.empty_like(req)
+    own[order] = req
+    return ServingResult.of(deployment, requests, config, own, clock, basis, notes, prefix_on)
 
 
 def _prefix_on(requests: Requests, config: ServingConfig) -> bool:
@@ -174,6 +178,7 @@ def _settings(
     row = {
         "block_size": config.block_size,
         "prefill_first": first,
+        "steps_ahead": parts[0].engine.steps_ahead > 0,
         "router": ROUTERS[config.router],
         "num_levels": len(_levels(requests, config)),
         "chunk_tokens": config.chunk_tokens or 1 << 40,
@@ -244,7 +249,10 @@ def _ranks(config: ServingConfig, inst: Any, capacity_tokens: tuple[int, ...]) -
     return out
 
 
-def _requests(requests: Requests, config: ServingConfig, ranks: Any) -> Any:
+def _requests(
+    requests: Requests, config: ServingConfig, engine: EngineProfile, ranks: Any
+) -> tuple[Any, Any]:
+    """Requests as they reach the scheduler, and that order."""
     total = requests.prompt_tokens + requests.output_tokens
     room = int(ranks["total_blocks"].min()) * config.block_size
     too_large = total > room
@@ -256,8 +264,17 @@ def _requests(requests: Requests, config: ServingConfig, ranks: Any) -> Any:
         )
     out = np.zeros(len(requests), REQUEST)
     out["status"] = np.where(too_large, TOO_LARGE, 0)
-    out["arrival_us"] = requests.arrival_s * 1e6
-    for name in ("start_us", "first_us", "finish_us", "rank", "decode_rank", "next_waiting"):
+    outside = engine.request_ms * 1e3 + engine.prompt_token_us * requests.prompt_tokens
+    out["arrival_us"] = requests.arrival_s * 1e6 + outside
+    for name in (
+        "queued_us",
+        "start_us",
+        "first_us",
+        "finish_us",
+        "rank",
+        "decode_rank",
+        "next_waiting",
+    ):
         out[name] = -1
     out["prompt"] = requests.prompt_tokens
     out["prefill_len"] = requests.prompt_tokens
@@ -266,7 +283,8 @@ def _requests(requests: Requests, config: ServingConfig, ranks: Any) -> Any:
     out["domain"] = requests.domain
     out["hash_start"] = requests.block_indptr[:-1]
     out["hash_count"] = np.diff(requests.block_indptr)
-    return out
+    order = np.argsort(out["arrival_us"], kind="stable")
+    return out[order], order
 
 
 def _prefix(requests: Requests, num_ranks: int, on: bool) -> Any:

@@ -50,6 +50,7 @@ SETTINGS = np.dtype(
     [
         ("block_size", "i8"),
         ("prefill_first", "i8"),
+        ("steps_ahead", "i8"),
         ("router", "i8"),
         ("num_levels", "i8"),
         ("chunk_tokens", "i8"),
@@ -75,6 +76,7 @@ output to be. hash_blocks, hash_tokens: KV blocks and tokens in one block of a p
 REQUEST = np.dtype(
     [
         ("arrival_us", "f8"),
+        ("queued_us", "f8"),
         ("start_us", "f8"),
         ("first_us", "f8"),
         ("finish_us", "f8"),
@@ -99,7 +101,8 @@ REQUEST = np.dtype(
         ("next_waiting", "i8"),
     ]
 )
-"""A request. output may shrink (SHORTEN) and level grow (DEMOTE). Times are -1 where it did not
+"""A request. arrival_us: at the scheduler, in order. queued_us: when its queue got it, -1 after a
+preemption. output may shrink (SHORTEN) and level grow (DEMOTE). Times are -1 where it did not
 happen. computed: tokens whose keys and values are in the cache. prefill_len: tokens to compute
 before the next token comes (prompt, and after a preemption also what was generated). blocks: KV
 blocks of its own; shared: blocks of the prompt's content that it shares through the prefix cache.

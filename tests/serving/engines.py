@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from moesim.serving.config import ServingConfig
 from moesim.serving.deployment import Deployment, deploy
+from moesim.serving.engines import engine_profile
 from moesim.serving.requests import Requests
 from moesim.serving.result import ServingResult
 from moesim.serving.simulate import run_tables
 from moesim.serving.step_table import TERM_FIELDS, StepTables
 
 
-def small_deployment(dp: int = 1, **options: Any) -> Deployment:
-    """OLMoE on one H100 a rank; only its limits matter where step times are given."""
-    return deploy("OLMoE-1B-7B", "h100-sxm-ib", tp=1, dp=dp, **options)
+def small_deployment(dp: int = 1, host: dict[str, Any] | None = None, **options: Any) -> Deployment:
+    """OLMoE on one H100 a rank; only its limits matter where step times are given. Requests reach
+    the engine at once and join the next step, unless `host` says otherwise."""
+    plain = {"request_ms": 0.0, "prompt_token_us": 0.0, "steps_ahead": 0}
+    engine = replace(engine_profile("vllm"), **plain | (host or {}))
+    return deploy("OLMoE-1B-7B", "h100-sxm-ib", tp=1, dp=dp, engine=engine, **options)
 
 
 def tables(

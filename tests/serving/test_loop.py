@@ -16,17 +16,32 @@ from moesim.serving.speculative import Speculation
 
 def test_one_request(small: ModuleType) -> None:
     """Prompt of 100 in one step of 1 ms + 100 x 10 us = 2 ms, which gives the first token; four
-    more tokens in steps of 1 ms + 10 us: 2 + 4 x 1.01 = 6.04 ms. vLLM's profile adds 10 ms outside.
-    """
+    more tokens in steps of 1 ms + 10 us: 2 + 4 x 1.01 = 6.04 ms."""
     result = small.serve(small.at_once([100], [5]), small.tables(1000.0, row_us=10.0))
     assert result.first_token_s[0] == pytest.approx(2e-3)
     assert result.finish_s[0] == pytest.approx(6.04e-3)
-    assert result.ttft_s[0] == pytest.approx(12e-3)
+    assert result.ttft_s[0] == pytest.approx(2e-3)
     assert result.tpot_s[0] == pytest.approx(1.01e-3)
-    assert result.e2e_s[0] == pytest.approx(16.04e-3)
+    assert result.e2e_s[0] == pytest.approx(6.04e-3)
     assert result.metrics["steps"] == 5
     assert result.metrics["step_ms_mean"] == pytest.approx(6.04 / 5)
     assert result.metrics["gpu_utilisation"] == pytest.approx(1.0)
+
+
+def test_host_path_and_steps_ahead(small: ModuleType) -> None:
+    """Requests reach the scheduler 3 ms + 10 us a prompt token after they were sent, so that the
+    second (sent 0.3 ms later, 50 instead of 100 tokens) is first: at 3.8 ms against 4.0. Its step
+    takes 3.8 to 4.8. An engine that plans ahead had nothing else to decide on then: the other, at
+    4.0, misses the step that was decided at 3.8 (4.8 to 5.8) and gets the next (5.8 to 6.8)."""
+    requests = Requests.of([0.0, 0.3e-3], [100, 50], [1, 3])
+    host = {"request_ms": 3.0, "prompt_token_us": 10.0}
+    soon = small.serve(requests, small.tables(1000.0), deployment=small.small_deployment(host=host))
+    np.testing.assert_allclose(soon.finish_s, [5.8e-3, 6.8e-3])
+    ahead = small.small_deployment(host=host | {"steps_ahead": 1})
+    late = small.serve(requests, small.tables(1000.0), deployment=ahead)
+    np.testing.assert_allclose(late.finish_s, [6.8e-3, 6.8e-3])
+    np.testing.assert_allclose(late.ttft_s, [6.8e-3, 4.5e-3])
+    np.testing.assert_allclose(late.start_s, [5.8e-3, 3.8e-3])
 
 
 def test_context_and_pairs(small: ModuleType) -> None:

@@ -56,7 +56,9 @@ def test_same_times(
     """Two replicas of two ranks with room for few requests, 24 sequences and 128 tokens a step."""
     requests = random_requests(seed, 80, shared, priorities=1 + seed)
     capacity, block = 640, 16
-    deployment = small.small_deployment(dp=2, max_batch_tokens=128, max_sequences=24)
+    deployment = small.small_deployment(
+        dp=2, host={"steps_ahead": seed % 2}, max_batch_tokens=128, max_sequences=24
+    )
 
     def instances(count: int) -> list[list[Rank]]:
         return [
@@ -65,7 +67,12 @@ def test_same_times(
         ]
 
     service = Service(
-        instances(2), step_us, instances(1) if split else [], router=router, transfer=(70.0, 1.5)
+        instances(2),
+        step_us,
+        instances(1) if split else [],
+        router=router,
+        transfer=(70.0, 1.5),
+        steps_ahead=seed % 2,
     )
     slow = service.run(requests)
     step = small.tables(**STEP)
@@ -85,15 +92,11 @@ def test_same_times(
         transfer_latency_us=70.0,
     )
     assert (fast.status == 1).all()
-    overhead = deployment.engine.request_ms / 1e3
     np.testing.assert_allclose(
         fast.first_token_s, [r.first_us / 1e6 for r in slow], rtol=1e-9, atol=1e-9
     )
     np.testing.assert_allclose(
         fast.finish_s, [r.finish_us / 1e6 for r in slow], rtol=1e-9, atol=1e-9
-    )
-    np.testing.assert_allclose(
-        fast.ttft_s, fast.first_token_s - requests.arrival_s + overhead, rtol=1e-12
     )
     assert fast.preempted.tolist() == [r.preempted for r in slow]
     assert fast.cached_tokens.tolist() == [r.cached for r in slow]

@@ -1,0 +1,115 @@
+"""Promises: what is understood, kept and missed."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+from moesim.errors import InfeasibleError, InputError, UnknownNameError
+from moesim.serving.config import ServingConfig
+from moesim.serving.deployment import deploy
+from moesim.serving.fit import check_possible, fitting_deployment
+from moesim.serving.requests import Requests
+from moesim.serving.slo import METRICS, Bound, parse_slo
+from moesim.serving.speculative import Speculation
+
+
+def test_parse() -> None:
+    slo = parse_slo("ttft<2s, tpot_p99<=50ms,e2e_mean<1.5min")
+    assert slo.bounds == (
+        Bound("ttft", "", 2.0),
+        Bound("tpot", "p99", 0.05),
+        Bound("e2e", "mean", 90.0),
+    )
+    assert [b.name for b in slo.per_request] == ["ttft"]
+    assert [b.name for b in slo.over_requests] == ["tpot_p99", "e2e_mean"]
+    assert str(slo) == "ttft<2s,tpot_p99<50ms,e2e_mean<90s"
+    assert parse_slo(str(slo)) == slo
+    # With percentiles only, goodput takes them for each request.
+    assert [b.name for b in parse_slo("tpot_p99<1ms").per_request] == ["tpot_p99"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "ttft", "ttft<2", "ttft<2h", "ttft>2s", "ttft<-2s", "ttft<0s", "ttft<1e999s",
+        "ttft<1.2.3s", "ttft<2s,,tpot<1s", "ttft<2s,ttft<3s", "<2s",
+    ],
+)  # fmt: skip
+def test_bad_text(text: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_slo(text)
+    assert error.value.remedy
+
+
+@pytest.mark.parametrize("name", ["tptt", "ttft_p98", "ttft_", "_p99"])
+def test_unknown_figures(name: str) -> None:
+    with pytest.raises(UnknownNameError):
+        parse_slo(f"{name}<2s")
+
+
+def test_missed() -> None:
+    """0.05 s is not under 50 ms; a figure that no request has is not missed."""
+    slo = parse_slo("tpot_p99<50ms,ttft_p50<1s,e2e_max<1s")
+    assert len(METRICS) == 18
+    metrics = {"tpot_p99": 0.05, "ttft_p50": 0.2, "e2e_max": None}
+    assert [b.name for b in slo.missed(metrics)] == ["tpot_p99"]
+    with pytest.raises(UnknownNameError):
+        slo.missed({})
+
+
+def test_goodput_by_hand(small: ModuleType) -> None:
+    """One at a time, prompt and two more tokens in steps of 1 ms: TTFT 1, 4, 7, 10 ms. Under 5 ms:
+    two of four in 12 ms, 166.7 a second on one GPU. A request too large counts as not kept."""
+    result = small.serve(
+        small.at_once([4, 4, 4, 4], [3] * 4),
+        small.tables(1000.0),
+        deployment=small.small_deployment(max_sequences=1),
+    )
+    goodput = result.goodput(parse_slo("ttft<5ms,tpot<2ms"))
+    assert goodput["share"] == 0.5
+    assert goodput["requests_per_s"] == pytest.approx(2 / 12e-3)
+    assert result.goodput(parse_slo("tpot<0.5ms"))["share"] == 0.0
+    some = small.serve(small.at_once([4, 400], [1, 1]), small.tables(), capacity=64)
+    # A single token has no time per token, and misses no promise about it.
+    assert some.goodput(parse_slo("tpot<1ms"))["share"] == 0.5
+
+
+def test_impossible_promises() -> None:
+    """Below one step: the number is said, and the verdict is no (exit code 1)."""
+    deployment = deploy("OLMoE-1B-7B", "h100-sxm-ib")
+    requests = Requests.of([0.0], [500], [10])
+    config = ServingConfig()
+    check_possible(parse_slo("tpot<50ms,ttft_p99<2s"), deployment, requests, config)
+    for text in ("tpot<10us", "tpot_p50<100us", "ttft<1ms", "e2e_p99<1ms"):
+        with pytest.raises(InfeasibleError, match=r"takes [0-9.]+ ms") as error:
+            check_possible(parse_slo(text), deployment, requests, config)
+        assert error.value.exit_code == 1
+    # With five tokens a step at best, a fifth of a step's time is possible.
+    with pytest.raises(
+        InfeasibleError, match=r"a step of one sequence takes ([0-9.]+) ms"
+    ) as error:
+        check_possible(parse_slo("tpot<1us"), deployment, requests, config)
+    step_ms = float(error.value.cause.rsplit("takes ", 1)[1].split()[0])
+    third = parse_slo(f"tpot<{step_ms / 3:.4f}ms")
+    check_possible(third, deployment, requests, ServingConfig(speculation=Speculation(0.9, 4)))
+    with pytest.raises(InfeasibleError):
+        check_possible(third, deployment, requests, config)
+
+
+def test_deployments_that_fit() -> None:
+    """DeepSeek-V3 (671 GB in fp8) needs more than 8 H100s; 16 hold it only with tensor parallelism
+    or expert parallelism over all; the numbers are said where nothing fits."""
+    from moesim.model import load_model
+
+    model = load_model("deepseek-v3")
+    with pytest.raises(InfeasibleError, match=r"weights take [0-9.]+") as error:
+        fitting_deployment(model, "h100-sxm-ib", 8)
+    assert "more GPUs" in error.value.remedy
+    made = fitting_deployment(model, "h100-sxm-ib", 32)
+    assert (made.tp, made.dp, made.ep) == (1, 32, 32)
+    few = fitting_deployment(load_model("Mixtral-8x7B"), "h100-sxm-ib", 16)
+    assert (few.ep, few.moe_tp) == (8, 2)
+    with pytest.raises(InputError, match="does not divide"):
+        fitting_deployment(load_model("Mixtral-8x7B"), "h100-sxm-ib", 17)
