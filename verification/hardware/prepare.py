@@ -3,9 +3,9 @@
     python verification/hardware/prepare.py OUT_FOLDER [--data ../shared/data] [--gpus 2]
         [--redundant 8] [--model NAME]...
 
-The models that calibration measures by default, or those named. Where a real token-level trace of the
-model exists it is used; otherwise the routing is drawn, and `about.json`, every trace's `meta.source`
-and hence every result say so:
+The models that calibration measures by default, or those named. Where a real token-level trace of
+the model exists it is used; otherwise the routing is drawn, and `about.json`, every trace's
+`meta.source` and hence every result say so:
 
 - deepseek-v2-lite, gpt-oss-20b: real traces of those models.
 - olmoe-1b-7b: a real trace of another model of the same routing shape (64 experts, top-8).
