@@ -9,8 +9,11 @@ GPU's own slots can serve and from how often experts are chosen together.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +21,11 @@ from numba import njit
 
 from moesim.solvers.base import Problem, Traffic
 from moesim.solvers.colocation import applies, colocation_bound
-from moesim.solvers.objective import PlacementCost, layer_tokens
+from moesim.solvers.objective import PlacementCost
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
+T = TypeVar("T")
 ROUNDING = 1e-6
 LP_LAYERS = 4
 """Layers that the co-location relaxation is solved for, a second or so each. A number and not a
@@ -52,22 +56,24 @@ def lower_bound(
     *,
     layer_values: FloatArray | None = None,
     lp_layers: int = LP_LAYERS,
+    objective: PlacementCost | None = None,
 ) -> Bound:
     """The best bound that the methods here give.
 
     layer_values: [L] objective of a known plan; the co-location relaxation is solved for the
     `lp_layers` layers that are farthest above their other bound (the first ones if not given).
     Time: expert work and messages are bounded apart and added. Traffic: the penalty for load is
-    taken as 0. Rounding of the float32 tuning counts is allowed for.
+    taken as 0. Rounding of the float32 tuning counts is allowed for. objective: that of `problem`
+    where it is at hand, to save what it has worked out.
     """
-    objective = PlacementCost(problem)
+    objective = objective or PlacementCost(problem)
     num_layers = problem.num_layers
     messages = np.zeros(num_layers)
     if problem.objective != "balance":
-        messages = np.array([message_bound(objective, layer) for layer in range(num_layers)])
+        messages = np.array(_every_layer(lambda i: message_bound(objective, i), num_layers))
     if problem.objective == "traffic":
         return Bound(messages * (1 - ROUNDING), "local and joint choices")
-    floor = [load_bound(objective, layer) for layer in range(num_layers)]
+    floor = _every_layer(lambda layer: load_bound(objective, layer), num_layers)
     layers = np.array([float(batch.mean()) for batch in floor])
     kind = "batch by batch"
     if applies(problem):
@@ -82,6 +88,12 @@ def lower_bound(
     if problem.objective == "time":
         kind += ", messages"
     return Bound((layers + messages) * (1 - ROUNDING), kind)
+
+
+def _every_layer(run: Callable[[int], T], num_layers: int) -> list[T]:
+    """`run` of every layer, on threads: what takes time lets go of the interpreter."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(run, range(num_layers)))
 
 
 def base_table(objective: PlacementCost) -> FloatArray:
@@ -200,7 +212,7 @@ def message_bound(objective: PlacementCost, layer: int) -> float:
     problem = objective.problem
     traffic = problem.traffic
     assert traffic is not None
-    found = _Messages(problem, traffic, layer)
+    found = _Messages(objective, traffic, layer)
     return found.link_us(objective) if problem.objective == "time" else found.total_us(objective)
 
 
@@ -214,12 +226,13 @@ class _Messages:
     nodes in place of GPUs.
     """
 
-    def __init__(self, problem: Problem, traffic: Traffic, layer: int) -> None:
-        self.problem, self.traffic = problem, traffic
+    def __init__(self, objective: PlacementCost, traffic: Traffic, layer: int) -> None:
+        problem = self.problem = objective.problem
+        self.traffic = traffic
         ids = traffic.expert_ids[:, layer].astype(np.int64)
         self.num_choices = (ids >= 0).sum(axis=1)
         self.ids = ids
-        self.together = layer_tokens(traffic, layer, problem.num_experts).together
+        self.together = objective.tokens(layer).together
         self.per_node = problem.num_gpus // problem.num_nodes
         self.node_slots = problem.capacity.reshape(problem.num_nodes, -1).sum(axis=1)
 

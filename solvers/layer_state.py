@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.solvers.objective import PlacementCost, layer_tokens, make_flow
+from moesim.solvers.objective import PlacementCost, make_flow
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int64]
@@ -34,7 +34,7 @@ class LayerState:
         traffic = objective.problem.traffic
         if objective.net is not None and traffic is not None:
             problem = objective.problem
-            self.tokens = layer_tokens(traffic, layer, problem.num_experts)
+            self.tokens = objective.tokens(layer)
             self._flow = make_flow(traffic, problem.num_gpus, problem.num_nodes)
         self.messages_us = self._messages(self.slots)
         if self.tokens is not None:

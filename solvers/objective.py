@@ -9,6 +9,8 @@ linear placement.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,7 @@ class PlacementCost:
             )
         self._linear = Linear().solve(problem).placement if problem.objective == "traffic" else None
         self._limits: dict[int, tuple[float, float]] = {}
+        self._tokens: dict[int, Any] = {}
 
     def layer_counts(self, layer: int) -> npt.NDArray[np.float32]:
         """[E, B]: tokens, or for load objectives tokens over the batch's mean a GPU."""
@@ -60,6 +63,15 @@ class PlacementCost:
             mean = counts.sum(axis=1, keepdims=True) / self.problem.num_gpus
             counts = counts / np.maximum(mean, 1e-9)
         return np.ascontiguousarray(counts.T, np.float32)
+
+    def tokens(self, layer: int) -> Any:
+        """The `search_traffic.Tokens` of one layer, made once. Needs traffic."""
+        if layer not in self._tokens:
+            assert self.problem.traffic is not None
+            self._tokens[layer] = layer_tokens(
+                self.problem.traffic, layer, self.problem.num_experts
+            )
+        return self._tokens[layer]
 
     def layer_slots(self, placement: Placement, layer: int) -> npt.NDArray[np.int64]:
         """[G, S]: the table of one layer as the kernels take it."""
@@ -106,12 +118,10 @@ class PlacementCost:
         if self._linear is None:
             return 0.0, 0.0
         if layer not in self._limits:
-            assert self.problem.traffic is not None
             slots = self.layer_slots(self._linear, layer)
-            tokens = layer_tokens(self.problem.traffic, layer, self.problem.num_experts)
             self._limits[layer] = (
                 self.load_value(slots, self.layer_counts(layer)),
-                CEILING_WEIGHT * self.message_value(slots, tokens),
+                CEILING_WEIGHT * self.message_value(slots, self.tokens(layer)),
             )
         return self._limits[layer]
 
@@ -122,18 +132,17 @@ class PlacementCost:
         load = self.load_value(slots, self.layer_counts(layer))
         if self.net is None:
             return load
-        assert self.problem.traffic is not None
-        tokens = layer_tokens(self.problem.traffic, layer, self.problem.num_experts)
-        return float(objective(load, self.message_value(slots, tokens), *self.limits(layer)))
+        messages = self.message_value(slots, self.tokens(layer))
+        return float(objective(load, messages, *self.limits(layer)))
 
     def layer_values(self, placement: Placement) -> npt.NDArray[np.float64]:
         """[L]: the objective of every layer of a placement."""
-        return np.array(
-            [
-                self.layer_value(self.layer_slots(placement, layer), layer)
-                for layer in range(self.problem.num_layers)
-            ]
-        )
+
+        def value(layer: int) -> float:
+            return self.layer_value(self.layer_slots(placement, layer), layer)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return np.array(list(pool.map(value, range(self.problem.num_layers))))
 
 
 def layer_tokens(traffic: Traffic, layer: int, num_experts: int) -> Any:
