@@ -191,6 +191,7 @@ def make_plan(
         problem,
         layer_values=layer_values[refined.chosen],
         lp_layers=0 if stop() else LP_LAYERS,
+        objective=evaluate,
     )
     bound = _joined(bound, solved[request.solver])
     solved = {
