@@ -111,8 +111,11 @@ class Evaluator:
                     f"fix it (fixed: in the file, --set {key}=...) or vary it (--vary {key}=...)",
                 ) from None
             message = str(first["msg"]).removeprefix("Value error, ")
-            shown = str(raw.get(key))[:60]
-            raise InputError(f"{key} {shown}: {message[0].lower()}{message[1:]}", "") from None
+            where = f"{key} {str(raw.get(key))[:60]}: " if first["loc"] else ""
+            raise InputError(
+                f"{where}{message[0].lower() if where else message[0]}{message[1:]}",
+                "docs/whatif.md lists the parameters of every evaluator",
+            ) from None
 
     def inputs(self, params: Mapping[str, Any]) -> dict[str, str]:
         """Hashes of the files and named things that `params` point to, by parameter."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from moesim.serving.slo import LATENCIES, parse_slo
-from moesim.serving.study.evaluator import Evaluated, Factor, Figure, Whole, Word
+from moesim.serving.study.evaluator import Evaluated, Factor, Figure, Number, Whole, Word
 from moesim.serving.study.evaluators.static import (
     DeploymentEvaluator,
     DeploymentParams,
@@ -29,7 +29,8 @@ _LABELS = {"ttft": "time to first token", "tpot": "time per output token", "e2e"
 class RequestsParams(DeploymentParams):
     """requests: a file, or a process such as "poisson:rate=8,requests=2000". load_scale: arrivals
     come so many times as fast. max_requests: the first ones alone. decode_replicas: replicas that
-    decode only, `replicas` then compute prompts. goodput_slo: promises of each request."""
+    decode only, `replicas` then compute prompts and send KV caches at transfer_gb_per_s (by default
+    what the NICs give). goodput_slo: promises of each request."""
 
     requests: Word
     max_requests: Annotated[Whole, Field(ge=1, le=10_000_000)] | None = None
@@ -38,6 +39,7 @@ class RequestsParams(DeploymentParams):
     decode_replicas: Annotated[Whole, Field(ge=0, le=65_536)] = 0
     chunk_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
     prefix_cache: bool | None = None
+    transfer_gb_per_s: Annotated[Number, Field(gt=0, le=1e6)] | None = None
     goodput_slo: Word | None = None
 
 
@@ -93,6 +95,7 @@ class RequestsEvaluator(DeploymentEvaluator):
             router=params["router"],
             chunk_tokens=params["chunk_tokens"],
             prefix_cache=params["prefix_cache"],
+            transfer_gb_per_s=params["transfer_gb_per_s"],
             seed=params["seed"],
         )
         if params["decode_replicas"]:

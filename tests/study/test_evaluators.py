@@ -1,0 +1,205 @@
+"""The real evaluators: sizes filled in, scales that act the right way, figures that agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moesim.errors import InfeasibleError, InputError
+from moesim.serving.study.evaluators.requests import _percentiles
+from moesim.serving.study.registry import EVALUATORS, get_evaluator
+from moesim.serving.study.space import make_point
+
+STATIC: dict[str, Any] = {
+    "model": "qwen3-30b-a3b",
+    "cluster": "h200-sxm-ib",
+    "tp": 2,
+    "input_tokens": 256,
+    "output_tokens": 16,
+    "concurrency": 8,
+    "num_requests": 16,
+}
+ROUTED: dict[str, Any] = {
+    "trace": "sample:debian-olmoe",
+    "gpus": 4,
+    "solver": "eplb",
+    "batch_tokens": 256,
+}
+
+
+def figures(name: str, **params: Any) -> dict[str, float | None]:
+    evaluator = get_evaluator(name)
+    return dict(evaluator.evaluate(evaluator.check(params)).figures)
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_every_evaluator_is_described(name: str) -> None:
+    evaluator = get_evaluator(name)
+    assert evaluator.name == name
+    names = {f.name for f in evaluator.figures}
+    assert {evaluator.goal, evaluator.throughput} <= names
+    assert set(evaluator.front) <= names | {"gpus", "cost"}
+    assert set(evaluator.scales.values()) <= set(evaluator.params.model_fields)
+    for figure in evaluator.figures:
+        assert figure.unit in figure.name
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ({"tp": 2, "dp": 3, "replicas": 2}, {"gpus": 12, "tp": 2}),
+        ({"gpus": 16, "dp": 4}, {"gpus": 16, "tp": 4}),
+        ({"gpus": 8, "tp": 2, "pp": 2, "replicas": 2}, {"gpus": 8}),
+        ({}, {"gpus": 1, "tp": 1}),
+    ],
+)
+def test_sizes_are_filled_in(given: dict[str, int], want: dict[str, int]) -> None:
+    found = get_evaluator("static").check({"model": "mixtral-8x7b", **given})
+    assert {name: found[name] for name in want} == want
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"gpus": 7, "dp": 2}, "7 GPUs do not divide over dp 2"),
+        ({"gpus": 8, "tp": 3}, "is not 8 GPUs"),
+        ({"gpus": 8, "tp": 0}, "tp 0|is not 8 GPUs"),
+        ({"dp": 1.5}, "dp 1.5"),
+        ({"concurrency": 0}, "concurrency 0"),
+        ({"memory_fraction": 2.0}, "memory_fraction 2.0"),
+    ],
+)
+def test_sizes_that_do_not_go_together(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        get_evaluator("static").check({"model": "mixtral-8x7b", **given})
+
+
+def test_static_scales_act_the_right_way() -> None:
+    base = figures("static", **STATIC)
+    tpot = base["tpot_mean_s"]
+    assert tpot is not None
+    for scale, value, slower in (
+        ("network_scale", 0.5, True),
+        ("compute_scale", 0.5, True),
+        ("compute_scale", 2.0, False),
+        ("load_scale", 4.0, True),
+    ):
+        other = figures("static", **STATIC, **{scale: value})["tpot_mean_s"]
+        assert other is not None
+        assert (other > tpot) is slower, scale
+    # Long prompts: the GPU with the popular experts is waited for.
+    long = {**STATIC, "tp": 1, "dp": 4, "input_tokens": 4096}
+    even, skewed = (figures("static", **long, imbalance_scale=f)["ttft_mean_s"] for f in (0.1, 3.0))
+    assert even is not None
+    assert skewed is not None
+    assert even < skewed
+
+
+def test_replicas_share_the_load() -> None:
+    one = figures("static", **STATIC)
+    two = figures("static", **{**STATIC, "concurrency": 16, "replicas": 2})
+    # Two replicas with eight requests in flight each, as one has: the same times, twice the rate.
+    assert two["tpot_p99_s"] == one["tpot_p99_s"]
+    assert two["output_tokens_per_s"] == pytest.approx(2 * one["output_tokens_per_s"])  # type: ignore[operator]
+    assert two["output_tokens_per_s_per_gpu"] == pytest.approx(one["output_tokens_per_s_per_gpu"])
+
+
+def test_a_model_that_does_not_fit_is_infeasible_with_numbers() -> None:
+    with pytest.raises(InfeasibleError, match=r"weights take \d+"):
+        figures("static", **{**STATIC, "model": "deepseek-v3"})
+
+
+def test_redundancy_needs_a_trace() -> None:
+    with pytest.raises(InputError, match="place experts by a routing trace"):
+        figures("static", **STATIC, redundant_experts=2)
+
+
+def test_requests_by_arrivals() -> None:
+    common = {k: v for k, v in STATIC.items() if k in ("model", "cluster", "tp")}
+    asked = "constant:rate=20,requests=40,prompt=256,output=16"
+    base = figures("requests", **common, requests=asked, goodput_slo="ttft<1s")
+    assert base["served_share"] == 1.0
+    assert base["goodput_share"] == 1.0
+    busy = figures("requests", **common, requests=asked, load_scale=50.0)
+    assert busy["ttft_p99_s"] > base["ttft_p99_s"]  # type: ignore[operator]
+    assert busy["goodput_share"] is None
+    first = figures("requests", **common, requests=asked, max_requests=5)
+    assert first["requests_per_s"] is not None
+    apart = figures("requests", **common, requests=asked, decode_replicas=1, transfer_gb_per_s=40.0)
+    assert apart["served_share"] == 1.0
+
+
+def test_requests_that_are_not_served_are_infinitely_late() -> None:
+    class Result:
+        status = np.array([1, 1, 1, 2])
+        ttft_s = np.array([1.0, 2.0, 3.0, np.nan])
+
+    # Sorted: 1, 2, 3, infinity. The median lies half-way between 2 and 3, p90 beyond 3.
+    found = _percentiles("ttft", Result())  # type: ignore[arg-type]
+    assert found == {"ttft_p50_s": 2.5, "ttft_p90_s": None, "ttft_p99_s": None}
+
+
+def test_plan_figures_add_up_and_scale() -> None:
+    base = figures("plan", **ROUTED)
+    step = base["step_us"]
+    assert step is not None
+    parts = [base[n] for n in ("dispatch_us", "compute_us", "combine_us")]
+    assert step == pytest.approx(sum(p for p in parts if p is not None), rel=1e-6)
+    # Whole requests fill a batch of 256 tokens almost.
+    rate = base["tokens_per_s"]
+    assert rate is not None
+    assert 200 < rate * step / 1e6 <= 256
+    # Imbalance i beyond 1 scaled by 2: the experts' time by (1 + 2 (i - 1)) / i.
+    imbalance, compute = base["imbalance"], base["compute_us"]
+    assert imbalance is not None
+    assert compute is not None
+    wider = figures("plan", **ROUTED, imbalance_scale=2.0)
+    assert wider["compute_us"] == pytest.approx(compute * (2 * imbalance - 1) / imbalance)
+    slow = figures("plan", **ROUTED, network_scale=0.01)
+    assert slow["dispatch_us"] > base["dispatch_us"]  # type: ignore[operator]
+    assert slow["compute_us"] == pytest.approx(compute)
+
+
+def test_step_is_what_simulate_says() -> None:
+    quick = {**ROUTED, "solver": "linear", "steps": 4, "moe_only": True}
+    event = figures("step", **quick)
+    closed = figures("step", **quick, fidelity="analytic")
+    assert event["step_us"] == pytest.approx(closed["step_us"], rel=1e-6)
+    slow = figures("step", **quick, fidelity="analytic", network_scale=0.01)
+    assert slow["step_us"] > closed["step_us"]  # type: ignore[operator]
+
+
+def test_more_cache_more_hits() -> None:
+    common = {"trace": "sample:debian-olmoe", "cluster": "l40s-pcie", "max_steps": 64}
+    small, large = (figures("cache", **common, hbm_gb=gb) for gb in (1.3, 1.8))
+    assert small["num_slots"] < large["num_slots"]  # type: ignore[operator]
+    assert small["hit_rate"] < large["hit_rate"]  # type: ignore[operator]
+    quick = figures("cache", **common, hbm_gb=1.3, host_link_scale=4.0)
+    assert quick["tokens_per_s"] >= small["tokens_per_s"]  # type: ignore[operator]
+
+
+def test_the_key_follows_content_not_place(tmp_path: Any) -> None:
+    from moesim.trace.format import load_trace, save_trace
+
+    trace = load_trace("sample:debian-olmoe")
+    for name in ("a.npz", "b.npz"):
+        save_trace(trace, tmp_path / name)
+    evaluator = get_evaluator("plan")
+    keys = {
+        make_point(evaluator, {**ROUTED, "trace": source}).key
+        for source in ("sample:debian-olmoe", str(tmp_path / "a.npz"), str(tmp_path / "b.npz"))
+    }
+    assert len(keys) == 1
+    save_trace(trace.take(slice(0, 1000)), tmp_path / "a.npz")  # type: ignore[union-attr]
+    changed = make_point(evaluator, {**ROUTED, "trace": str(tmp_path / "a.npz")})
+    assert changed.key not in keys
+
+
+def test_what_cannot_be_read_is_the_points_own_error() -> None:
+    point = make_point(get_evaluator("plan"), {**ROUTED, "gpus": 9})
+    assert point.error is not None
+    assert "not a whole number" in point.error.cause
+    missing = make_point(get_evaluator("plan"), {**ROUTED, "trace": "nowhere.npz"})
+    assert "no trace at nowhere.npz" in missing.error.cause  # type: ignore[union-attr]
