@@ -300,7 +300,8 @@ def _print_bound(result: PlanResult) -> None:
     unit = "max/mean load" if plan.objective == "balance" else "us a layer"
     typer.echo(
         f"tuning objective: {plan.objective_value:.4g} {unit}; no placement is below"
-        f" {plan.bound:.4g} (gap {100 * plan.gap:.1f}%; bound: {result.bound_kind})"
+        f" {plan.bound:.4g} (gap {100 * plan.gap:.1f}%, status {plan.status};"
+        f" bound: {result.bound_kind})"
     )
 
 
