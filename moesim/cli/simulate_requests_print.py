@@ -123,7 +123,9 @@ def _slo(slo: dict[str, Any]) -> None:
         f" ({good['share']:.1%} of the requests), {good['requests_per_s_per_gpu']:.3f} per GPU"
     )
     for miss in slo["missed"]:
-        typer.echo(f"missed: {miss['promise']} is {_ms(miss['value_s'])} ms")
+        value = miss["value_s"]
+        reason = "too many requests are not served" if value is None else f"it is {_ms(value)} ms"
+        typer.echo(f"missed: {miss['promise']}: {reason}")
 
 
 def _ms(seconds: float | None) -> str:

@@ -158,7 +158,8 @@ def _by_level(requests: Requests, result: ServingResult) -> list[dict[str, Any]]
 
 
 def _slo(slo: Slo, result: ServingResult) -> dict[str, Any]:
-    missed = slo.missed(result.metrics)
+    figures = result.promised(slo)
+    missed = slo.missed(figures)
     return {
         "text": str(slo),
         "promises": [
@@ -166,10 +167,14 @@ def _slo(slo: Slo, result: ServingResult) -> dict[str, Any]:
         ],
         "goodput": result.goodput(slo),
         "missed": [
-            {"promise": str(b), "limit_s": b.limit_s, "value_s": result.metrics[b.name]}
+            {"promise": str(b), "limit_s": b.limit_s, "value_s": _finite(figures[b.name])}
             for b in missed
         ],
     }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _cdf(result: ServingResult) -> dict[str, list[float]]:

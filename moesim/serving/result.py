@@ -136,6 +136,17 @@ class ServingResult:
             own = own & among
         return _latencies({name: getattr(self, f"{name}_s")[own] for name in LATENCIES})
 
+    def promised(self, slo: Slo) -> dict[str, float | None]:
+        """The figures that the promises over requests of `slo` are about, by name: as `latencies`,
+        but with every request that was not served as infinitely late."""
+        served = self.status == FINISHED
+        out: dict[str, float | None] = {}
+        for bound in slo.over_requests:
+            values = getattr(self, f"{bound.latency}_s")
+            values = np.where(served, values, np.inf)
+            out[bound.name] = _figure(values[~np.isnan(values)], STATS[bound.stat])
+        return out
+
     def goodput(self, slo: Slo) -> dict[str, float]:
         """Requests that keep every per-request promise: their share of all requests (rejected,
         refused and unfinished ones keep none), and how many a second, over the run."""
@@ -164,15 +175,24 @@ def _role_gpus(deployment: Deployment, config: ServingConfig) -> list[int]:
 
 
 def _latencies(values: Mapping[str, FloatArray]) -> dict[str, float | None]:
-    out: dict[str, float | None] = {}
-    for name, all_values in values.items():
-        kept = all_values[np.isfinite(all_values)]
-        for stat, q in STATS.items():
-            if not len(kept):
-                out[f"{name}_{stat}"] = None
-            else:
-                out[f"{name}_{stat}"] = float(kept.mean() if q is None else np.percentile(kept, q))
-    return out
+    return {
+        f"{name}_{stat}": _figure(found[np.isfinite(found)], q)
+        for name, found in values.items()
+        for stat, q in STATS.items()
+    }
+
+
+def _figure(values: FloatArray, q: float | None) -> float | None:
+    """The mean (q None) or a percentile, linear between order statistics; infinite where one of
+    the two is; None of nothing."""
+    if not len(values):
+        return None
+    if q is None:
+        return float(values.mean())
+    ordered = np.sort(values)
+    place = (len(ordered) - 1) * q / 100.0
+    low, high = ordered[int(np.floor(place))], ordered[int(np.ceil(place))]
+    return float(high if low == high or np.isinf(high) else low + (high - low) * (place % 1.0))
 
 
 def _num_instances(config: ServingConfig) -> list[int]:

@@ -64,7 +64,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_promises_decide_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate(PROCESS, *OLMOE, "--slo", "ttft_p99<5s,tpot_p99<500ms") == 0
     assert simulate(PROCESS, *OLMOE, "--rate-scale", "50", "--slo", "ttft_p99<24ms") == 1
-    assert "missed: ttft_p99<24ms is " in capsys.readouterr().out
+    assert "missed: ttft_p99<24ms: it is " in capsys.readouterr().out
     assert simulate(PROCESS, *OLMOE, "--slo", "tpot<1us") == 1
     error = capsys.readouterr().err
     assert "a step of one sequence takes" in error

@@ -76,6 +76,24 @@ def test_goodput_by_hand(small: ModuleType) -> None:
     assert some.goodput(parse_slo("tpot<1ms"))["share"] == 0.5
 
 
+def test_unserved_requests_are_infinitely_late(small: ModuleType) -> None:
+    """One of four is too large: the median is of the served, the p90 is not kept by anything."""
+    result = small.serve(small.at_once([4, 4, 4, 400], [3] * 4), small.tables(), capacity=64)
+    slo = parse_slo("ttft_p50<1s,e2e_p90<1h,ttft_mean<1h".replace("1h", "60min"))
+    figures = result.promised(slo)
+    assert figures["ttft_p50"] == pytest.approx(1e-3)
+    assert figures["e2e_p90"] == float("inf")
+    assert [b.name for b in slo.missed(figures)] == ["e2e_p90", "ttft_mean"]
+    assert result.metrics["e2e_p90"] == pytest.approx(3e-3)
+    # Linear between order statistics, as numpy: of 1, 4, 7, 10 ms the p90 is 7 + 0.7 x 3.
+    alone = small.serve(
+        small.at_once([4] * 4, [3] * 4),
+        small.tables(),
+        deployment=small.small_deployment(max_sequences=1),
+    )
+    assert alone.metrics["ttft_p90"] == pytest.approx(9.1e-3)
+
+
 def test_impossible_promises() -> None:
     """Below one step: the number is said, and the verdict is no (exit code 1)."""
     deployment = deploy("OLMoE-1B-7B", "h100-sxm-ib")
