@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ SHARES = (0.25, 0.5, 0.75)
 """Memory, as the share of all experts that fit."""
 BATCHES = (1, 8, 32)
 MAX_TOKENS = 16_384
+NEURAL = ("neural",) if find_spec("torch") else ()
 PUBLISHED_NAME = {"deepseek-v2-lite": "deepseek2lite"}
 
 
@@ -108,7 +110,7 @@ def predictors(trace, tune, held) -> dict[str, Any]:  # type: ignore[no-untyped-
     stream = decode_stream(limit_tokens(held, MAX_TOKENS // 2, 1))
     tables: dict[str, Any] = {}
     for depth in (1, 4):
-        for name in usable_predictors(trace):
+        for name in (*usable_predictors(trace), *NEURAL):
             predictor = make_predictor(name, depth)
             predictor.fit(trace, tune)
             found = accuracy(predict(predictor, trace, stream, trace.top_k).expert, trace, stream)
@@ -212,18 +214,27 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("reports/offloading"))
     parser.add_argument("--only", nargs="*", default=TRACES, help="traces to run again")
+    parser.add_argument(
+        "--predictors", action="store_true", help="run the part on prediction again, nothing else"
+    )
     options = parser.parse_args()
     file = options.out / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     for name in options.only:
         print(name, flush=True)
-        results[name] = json.loads(json.dumps(study(name, options.data, options.out)))
+        if options.predictors:
+            trace = load_token_trace(options.data / f"{name}.npz", "the offloading study")
+            tune, held = split_requests(index_requests(trace, "decode")[0])
+            found = {"predictors": predictors(trace, tune, limit_tokens(held, MAX_TOKENS, 0))}
+        else:
+            found = study(name, options.data, options.out)
+        results.setdefault(name, {}).update(json.loads(json.dumps(found)))
         file.write_text(json.dumps(results, indent=1) + "\n")
     from offloading_text import render
 
     batching = options.out / "batching.json"
-    found = json.loads(batching.read_text()) if batching.exists() else None
-    (options.out / "README.md").write_text(render(results, RATIOS, GPU, found))
+    grouped = json.loads(batching.read_text()) if batching.exists() else None
+    (options.out / "README.md").write_text(render(results, RATIOS, GPU, grouped))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ FORMAT = "moesim-cache-plan"
 VERSION = 1
 MAX_BYTES = 1 << 28
 MAX_LAYERS = 4096
-Prefetcher = Literal["popularity", "previous-layer", "token-id", "history", "learned", "oracle"]
+Prefetcher = Literal[
+    "popularity", "previous-layer", "token-id", "history", "learned", "neural", "oracle"
+]
 
 
 @dataclass(frozen=True, slots=True)

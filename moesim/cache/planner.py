@@ -458,7 +458,7 @@ def _check_names(trace: Trace, request: Request) -> None:
         raise UnknownNameError("cpu mode", request.cpu, ("auto", "on", "off"))
     if request.prefetch not in ("auto", "none"):
         make_predictor(request.prefetch, 1)
-        if request.prefetch not in (*usable_predictors(trace), "oracle"):
+        if request.prefetch not in (*usable_predictors(trace), "neural", "oracle"):
             raise MismatchError(
                 f"the trace has no token_ids, which the predictor {request.prefetch} needs",
                 "choose another predictor, or capture the trace with token ids",

@@ -40,8 +40,8 @@ def cache(
     prefetch: Annotated[
         str,
         typer.Option(
-            help="none, popularity, previous-layer, token-id, history, learned, oracle; auto tries"
-            " those that a server could run."
+            help="none, popularity, previous-layer, token-id, history, learned, neural (torch),"
+            " oracle; auto tries those that are fitted in seconds."
         ),
     ] = "auto",
     cpu: Annotated[

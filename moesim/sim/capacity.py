@@ -1,13 +1,14 @@
 """Expert capacity: dropping choices that overloaded experts cannot take.
 
-Capacity-aware inference (He et al., 2025, arXiv:2503.05066, section 4): an expert takes at most
+Capacity-aware inference (He et al., 2025, arXiv:2503.05066): an expert takes at most
 C = ceil(gamma k T / E) of the T tokens' choices in a layer; those beyond are dropped, by gating
 score, at random, or by order. Expanded drop lets an overflowing token use experts of its own GPU
 that have room instead.
 
 Of the paper's expanded drop one thing cannot be had from a trace: the scores of experts that a
 token did not choose. A substitute is therefore the local expert with most room, and only for a
-choice that overflowed; the paper ranks all local experts of all tokens by score.
+choice that overflowed; the paper takes further local experts as candidates of every token before
+it enforces the capacity.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Max-min fair rates by progressive filling.
 
 All rates rise together; where a link fills up or a flow meets its own limit, the flows concerned
-stop and the others go on (Bertsekas and Gallager, Data Networks, 1992, section 6.5.2; the model of
+stop and the others go on (Bertsekas and Gallager, Data Networks, 1992; the model of
 SimGrid's `maxmin` solver, Casanova et al. 2014). `moesim.sim.reference` holds the slow version.
 """
 

@@ -79,18 +79,27 @@ class Timeline:
         )
 
     def to_json(self) -> str:
-        """The whole file, in order of time. The same run gives the same bytes."""
-        head = [_meta("process_name", gpu, 0, f"GPU {gpu}") for gpu in range(self.num_gpus)]
-        head += [_meta("thread_name", g, _STREAMS[s], s) for g, s in sorted(self._streams)]
-        head.append(_meta("process_name", LINK_PROCESS, 0, "links"))
-        head += [
-            _meta("thread_name", LINK_PROCESS, i, self.links.names[i])
-            for i in sorted(self._used_links)
-        ]
+        """The whole file, in order of time. The same run gives the same bytes.
+
+        Numbered as Perfetto needs it, which takes thread 0, and a thread with its process's number,
+        for the process's main thread: processes from 1, threads above all of them. Times are whole
+        nanoseconds, as there, so that rounding makes no neighbours overlap.
+        """
+        links = self.num_gpus + 1
+        first = 10 ** len(str(links))
+        head = [_meta("process_name", g + 1, g + 1, f"GPU {g}") for g in range(self.num_gpus)]
+        head.append(_meta("process_name", links, links, "links"))
+        names = {(g, _STREAMS[s]): s for g, s in self._streams}
+        names |= {(LINK_PROCESS, i): self.links.names[i] for i in self._used_links}
         if self._marked:
-            head.append(_meta("thread_name", LINK_PROCESS, self.links.num_links, "events"))
+            names[LINK_PROCESS, self.links.num_links] = "events"
+        place = {}
+        for row, (pid, tid) in enumerate(sorted(names)):
+            place[pid, tid] = (links if pid == LINK_PROCESS else pid + 1, first + row)
+            head.append(_meta("thread_name", *place[pid, tid], names[pid, tid]))
         events = sorted(self.events, key=lambda e: (e["ts"], e["pid"], e["tid"]))
-        body = {"traceEvents": [*head, *events], "displayTimeUnit": "ns"}
+        placed = [_in_ns(e, *place[e["pid"], e["tid"]]) for e in events]
+        body = {"traceEvents": [*head, *placed], "displayTimeUnit": "ns"}
         return json.dumps(body, separators=(",", ":"), allow_nan=False)
 
     def _add_links(self, history: list[LinkUse], end_us: float) -> None:
@@ -128,6 +137,15 @@ def _slice(
         "tid": tid,
         "args": args,
     }
+
+
+def _in_ns(event: dict[str, Any], pid: int, tid: int) -> dict[str, Any]:
+    """The event in another row, its ends rounded to nanoseconds."""
+    start = round(event["ts"] * 1e3)
+    out = event | {"ts": start / 1e3, "pid": pid, "tid": tid}
+    if "dur" in event:
+        out["dur"] = (round((event["ts"] + event["dur"]) * 1e3) - start) / 1e3
+    return out
 
 
 def _meta(name: str, pid: int, tid: int, value: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import ModuleType
 
@@ -141,3 +142,39 @@ def test_bad_input(toys: ModuleType) -> None:
         make_predictor("token-id", 1).fit(trace, toys.all_requests(trace))
     assert "token-id" not in usable_predictors(trace)
     assert "oracle" not in usable_predictors(toys.random_trace(0))
+
+
+def test_neural_learns_what_a_linear_map_cannot(toys: ModuleType) -> None:
+    """Layer 1 chooses by the parity of the token's expert in layer 0 and the previous token's in
+    layer 1: a product of two signals. One network a layer, the same weights every time, and the
+    random state of torch is left alone."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 2, 2000)
+    second = np.zeros(2000, np.int64)
+    for t in range(1, 2000):
+        second[t] = first[t] ^ second[t - 1]
+    ids = np.stack([first, second], axis=1)[:, :, None]
+    trace = toys.make_trace([ids[:1500], ids[1500:]], 2)
+    requests = toys.all_requests(trace)
+    stream = decode_stream(requests.select(requests.ids == 1))
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    found, scores = {}, []
+    for name in ("learned", "neural", "neural"):
+        predictor = make_predictor(name, 1)
+        predictor.fit(trace, requests.select(requests.ids == 0))
+        found[name] = accuracy(predict(predictor, trace, stream, 1).expert, trace, stream).recall[0]
+        scores.append(predictor.scores(trace, stream, 1))
+    assert found["learned"] < 0.7
+    assert found["neural"] > 0.98
+    assert scores[1].tobytes() == scores[2].tobytes()
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert "neural" not in usable_predictors(trace)
+
+
+def test_neural_without_torch(toys: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    trace = toys.random_trace(0)
+    with pytest.raises(InputError, match="not installed"):
+        make_predictor("neural", 1).fit(trace, toys.all_requests(trace))

@@ -64,6 +64,42 @@ def test_eleven_flows_on_ten_links() -> None:
     np.testing.assert_allclose(rates, [3, third, 2, 3, 2, 6, 2, third, third, 2, 2])
 
 
+SOLVED = [
+    # (weight of each flow, {constraint: consumption} of each flow, rooms, published values)
+    pytest.param(
+        [1, 2, 3], [{0: 1}, {0: 1}, {0: 1}], [10], [5.45455, 2.72727, 1.81818], id="weights"
+    ),
+    pytest.param(
+        [1, 1, 1], [{0: 1}, {0: 2}, {0: 3}], [10], [1.666667] * 3, id="consumption"
+    ),
+    pytest.param(
+        [56, 21, 3], [{0: 74}, {0: 6}, {0: 2}], [123], [0.9659686, 2.575916, 18.03141], id="both"
+    ),
+    pytest.param(
+        [5.1, 7, 8.5, 6.2, 1],
+        [{0: 4}, {0: 2.6, 1: 2}, {0: 1.2, 1: 4.1}, {1: 5}, {2: 6}],
+        [14.6, 10.7, 7],
+        [2.779119, 0.9708181, 0.7994973, 1.096085, 1.166667],
+        id="three constraints",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("weight", "flows", "room", "published"), SOLVED)
+def test_systems_that_simgrid_solves(weight, flows, room, published) -> None:
+    """SimGrid, teshsuite/surf/lmm_usage/lmm_solve.cpp, its shared systems: a flow of weight w gets
+    1/w of what others get. All flows here have the same weight, so that its rate and its load count
+    in units of 1/w: the rate found, over w, is the published value. By hand for `weights`: the
+    level is 10 / (1 + 1/2 + 1/3) = 5.4545, and the flows have it, half of it and a third."""
+    scaled = [
+        {link: load / w for link, load in flow.items()}
+        for flow, w in zip(flows, weight, strict=True)
+    ]
+    rates, used = solve(scaled, room)
+    np.testing.assert_allclose(rates / np.array(weight), published, rtol=1e-5)
+    assert (used <= np.array(room) * (1 + 1e-9)).all()
+
+
 def test_a_limit_leaves_room_for_others() -> None:
     """A flow held at 10 leaves 90 of 100 to the other."""
     rates, _ = solve([{0: 1}, {0: 1}], [100], [10, FREE])

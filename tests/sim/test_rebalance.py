@@ -101,8 +101,8 @@ def test_async_does_not_stop_serving(trace, batches_of, models_of, linear_of) ->
 
 
 def test_the_proportions_of_a_published_slowdown(trace, models_of, linear_of, batches_of) -> None:
-    """vLLM pull request 50647: 24 synchronous rearrangements turn 463.11 s into 1,466.50 s. Each then
-    stops serving for (1466.50 - 463.11) / 24 = 41.81 s per 463.11 / 24 = 19.30 s of serving, 2.1667
+    """vLLM pull request 50647: 24 synchronous rearrangements turn 463.11 s into 1,466.50 s. Each
+    stops serving for (1466.50 - 463.11) / 24 = 41.81 s per 463.11 / 24 = 19.30 s served, 2.1667
     times as long. With stalls in that proportion to two of our steps, the same 24 make a run of 49
     steps 1 + 24 x 2 x 2.1667 / 49 = 3.12 times longer (3.17 in the limit of no step after the last
     plan)."""

@@ -43,31 +43,42 @@ class Learned:
     def fit(self, trace: Trace, requests: RequestIndex) -> None:
         from scipy.linalg import solve
 
-        self._by_id = TokenId(self.depth) if trace.token_ids is not None else None
-        if self._by_id is not None:
-            self._by_id.fit(trace, requests)
-        tokens = requests.token_idx
+        self._signals = Signals(self.depth)
+        self._signals.fit(trace, requests)
         width = 4 * trace.num_experts + 1
         most = min(MAX_FIT_TOKENS, max(4 * width, int(MAX_FIT_WORK / width**2)))
-        if len(tokens) > most:
-            kept = np.cumsum(np.diff(requests.indptr)) <= most
-            tokens = requests.select(kept).token_idx if kept.any() else tokens[:most]
+        tokens = fit_tokens(requests, most)
         self._weights: list[Scores] = [np.zeros((0, 0), np.float32)]
         for layer in range(1, trace.num_layers):
             target = multi_hot(np.asarray(trace.expert_ids[:, layer])[tokens], trace.num_experts)
-            x = self._features(trace, tokens, layer, own=target)
+            x = self._signals.of(trace, tokens, layer, own=target)
             gram = (x.T @ x).astype(np.float64)
             gram[np.diag_indices_from(gram)] += RIDGE
             found = solve(gram, (x.T @ target).astype(np.float64), assume_a="pos")
             self._weights.append(found.astype(np.float32))
 
     def scores(self, trace: Trace, stream: Stream, layer_idx: int) -> Scores:
-        x = self._features(trace, stream.token_idx, layer_idx)
+        x = self._signals.of(trace, stream.token_idx, layer_idx)
         return np.asarray(x @ self._weights[layer_idx], np.float32)
 
-    def _features(
+
+class Signals:
+    """What is known of a token when one of its layers is predicted, as numbers."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+
+    def fit(self, trace: Trace, requests: RequestIndex) -> None:
+        """Learn which experts tokens of each id choose, where the trace has ids."""
+        self._by_id = TokenId(self.depth) if trace.token_ids is not None else None
+        if self._by_id is not None:
+            self._by_id.fit(trace, requests)
+
+    def of(
         self, trace: Trace, tokens: IntArray, layer_idx: int, own: Scores | None = None
     ) -> Scores:
+        """[N, F] of each token. `own` [N, E]: the tokens' own choices, where they are those fitted
+        on, to be left out of the statistics by id."""
         num = trace.num_experts
         order, first = by_request(trace, tokens)
         hot = multi_hot(np.asarray(trace.expert_ids[:, layer_idx])[tokens[order]], num)
@@ -84,3 +95,12 @@ class Learned:
         if self._by_id is not None:
             parts.append(self._by_id.token_scores(token_ids(trace)[tokens], layer_idx, own))
         return np.concatenate(parts, axis=1)
+
+
+def fit_tokens(requests: RequestIndex, most: int) -> IntArray:
+    """The tokens of whole requests, as many as fit into `most`; of the first one if none does."""
+    tokens = requests.token_idx
+    if len(tokens) <= most:
+        return tokens
+    kept = np.cumsum(np.diff(requests.indptr)) <= most
+    return requests.select(kept).token_idx if kept.any() else tokens[:most]

@@ -1,6 +1,6 @@
 """Predict from the experts of an earlier layer by conditional frequency.
 
-The inter-layer affinity that ExFlow (arXiv:2401.08383, section 3) and Fate measure: how often
+The inter-layer affinity that ExFlow (arXiv:2401.08383) and Fate measure: how often
 expert e of layer l follows expert e' of layer l - depth for the same token.
 """
 

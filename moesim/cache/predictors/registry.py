@@ -5,6 +5,7 @@ from __future__ import annotations
 from moesim.cache.predictors.base import Predictor
 from moesim.cache.predictors.history import History
 from moesim.cache.predictors.learned import Learned
+from moesim.cache.predictors.neural import Neural
 from moesim.cache.predictors.oracle import Oracle
 from moesim.cache.predictors.popularity import Popularity
 from moesim.cache.predictors.previous_layer import PreviousLayer
@@ -13,7 +14,7 @@ from moesim.errors import UnknownNameError
 from moesim.trace.format import Trace
 
 PREDICTORS = {
-    cls.name: cls for cls in (Popularity, PreviousLayer, TokenId, History, Learned, Oracle)
+    cls.name: cls for cls in (Popularity, PreviousLayer, TokenId, History, Learned, Neural, Oracle)
 }
 
 
@@ -25,9 +26,10 @@ def make_predictor(name: str, depth: int) -> Predictor:
 
 
 def usable_predictors(trace: Trace) -> tuple[str, ...]:
-    """The predictors that a server could run and that this trace has the data for."""
+    """The predictors that a server could run, that this trace has the data for, and that are fitted
+    in seconds: what `auto` tries."""
     return tuple(
         name
         for name in PREDICTORS
-        if name != "oracle" and (name != "token-id" or trace.token_ids is not None)
+        if name not in ("oracle", "neural") and (name != "token-id" or trace.token_ids is not None)
     )

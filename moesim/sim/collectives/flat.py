@@ -4,8 +4,9 @@ Covers a plain all-to-all(v) (nccl: one message a destination GPU), DeepEP's nor
 one message a destination *node*, over the NICs of equal local rank, forwarded there over NVLink
 while the rest is still arriving, hence one collective whose busiest link decides), and its
 low-latency mode (deepep_ll: one message a chosen expert, straight to it). github.com/deepseek-ai/
-DeepEP, README, "Normal kernels" and "Low-latency kernels"; DeepSeek-V3, arXiv:2412.19437, section
-3.2.2 for the node limit, which is the model's own routing (a trace shows it).
+DeepEP, docs/legacy.md (its first version), "Normal kernels with NVLink and RDMA forwarding" and
+"Low-latency kernels with pure RDMA"; DeepSeek-V3, arXiv:2412.19437, for the node limit, which is
+the model's own routing (a trace shows it).
 """
 
 from __future__ import annotations

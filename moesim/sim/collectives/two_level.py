@@ -1,6 +1,6 @@
 """Two-dimensional hierarchical all-to-all: within the node first, then between nodes.
 
-Tutel's 2DH (Hwang et al., MLSys 2023, arXiv:2206.03382, section 3.4): the GPUs of a node first
+Tutel's 2DH (Hwang et al., MLSys 2023, arXiv:2206.03382): the GPUs of a node first
 exchange rows so that local rank j holds all that the node sends to GPUs of local rank j anywhere;
 then GPUs of equal local rank exchange between nodes. Each byte crosses NVLink at most once and the
 network at most once, in N - 1 messages a GPU instead of G - g: messages get larger, at the price of

@@ -1,6 +1,6 @@
 """Chunked pipelining with traffic within nodes beside traffic between them.
 
-FSMoE (Pan et al., ASPLOS 2025, arXiv:2501.10714, section 4): NVLink and the network are different
+FSMoE (Pan et al., ASPLOS 2025, arXiv:2501.10714): NVLink and the network are different
 resources, so the part of one chunk's exchange that stays within nodes runs beside another chunk's
 part between nodes. Needs an exchange in stages (`--all-to-all bi-level` or `two-level`). FSMoE's
 own stages within a node are the all-gather and reduce-scatter of expert sharding; here they are

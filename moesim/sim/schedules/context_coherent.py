@@ -1,6 +1,6 @@
 """Context-coherent expert parallelism: tokens stay where their expert was.
 
-ExFlow (Yao et al., IPDPS 2024, arXiv:2401.08383, section IV): if every GPU can attend for every
+ExFlow (Yao et al., IPDPS 2024, arXiv:2401.08383): if every GPU can attend for every
 token, a token need not go home after a layer. It moves on from the GPU of its expert to that of
 its next one, one all-to-all a layer instead of two, none where the placement keeps the two on one
 GPU; an all-gather at the end of the step makes the contexts coherent.

@@ -1,8 +1,9 @@
-"""Shared experts computed while the dispatch is under way, as DeepSeek-V3 is served.
+"""Shared experts computed while the dispatch is under way, as serving engines do.
 
 The shared experts need no dispatch, so the dispatch starts right after the gate and they run beside
-it (arXiv:2412.19437, section 3.4; SGLang and vLLM put them on a stream of their own). They delay
-the routed experts only by what they take longer than the dispatch. Left out: that communication
+it (vLLM pull request 26440 and SGLang's dual-stream forward put them on a stream of their own,
+Megatron-LM has it for training). They delay the routed experts only by what they take longer than
+the dispatch. Left out: that communication
 kernels take streaming multiprocessors away from them.
 """
 

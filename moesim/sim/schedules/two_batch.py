@@ -1,8 +1,8 @@
 """Two-batch overlap: two halves of the step, one computing while the other communicates.
 
-DeepSeek's serving of prefill (github.com/deepseek-ai/profile-data, "Inference, prefilling") and
-SGLang's `--enable-two-batch-overlap`: micro-batches A and B alternate, so that A's dispatch runs
-beside B's attention, A's experts beside B's dispatch, A's combine beside B's experts. Each half has
+DeepSeek's serving (github.com/deepseek-ai/profile-data, README, "Prefilling" and "Decoding": two
+micro-batches overlap computation and all-to-all) and SGLang's `--enable-two-batch-overlap`:
+micro-batches A and B alternate, so that A's dispatch runs beside B's attention, A's experts beside B's dispatch, A's combine beside B's experts. Each half has
 its own attention, gate and experts, at the rates of half the tokens, and every expert's weights are
 read twice.
 """
