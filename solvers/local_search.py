@@ -26,10 +26,11 @@ from moesim.solvers.objective import (
     make_flow,
 )
 
-MAX_KICKS = 60
-LOAD_OPS = 5e10
-"""Elementary steps spent on kicks, over all layers; what keeps small cases thorough and large
-ones quick without looking at a clock, so that the same seed gives the same plan."""
+MAX_KICKS = 120
+LOAD_OPS = 1.8e9
+"""Steps spent on kicks, over all layers, a step being a pair of slots in one batch. It keeps small
+cases thorough and large ones quick without looking at a clock, so that the same seed gives the
+same plan."""
 MESSAGE_OPS = 4e8
 """The same for kicks that look at messages; a step is one token moved from GPU to GPU."""
 MAX_MESSAGE_KICKS = 12
@@ -108,14 +109,14 @@ class _Shared:
         self.problem = problem
         self.search_layer = search_layer
         self.objective = PlacementCost(problem)
-        pairs = problem.num_gpus**2 / 2 * int(problem.capacity.max()) ** 2
-        per_kick = 3 * pairs * problem.num_batches * problem.num_layers
+        pairs = problem.num_gpus * int(problem.capacity.max()) ** 2
+        per_kick = pairs * problem.num_batches * problem.num_layers
         self.kicks = int(np.clip(LOAD_OPS / per_kick, 1, MAX_KICKS)) if thorough else 0
         self.message_kicks = 0
         if thorough and problem.traffic is not None:
             choices = problem.traffic.expert_ids.size / problem.num_experts
-            per_kick = 60 * problem.num_gpus**2 * choices
-            self.message_kicks = int(np.clip(MESSAGE_OPS / per_kick, 0, MAX_MESSAGE_KICKS))
+            moves = 60 * problem.num_gpus**2 * choices
+            self.message_kicks = int(np.clip(MESSAGE_OPS / moves, 0, MAX_MESSAGE_KICKS))
 
     def search(self, layer: int, slots: npt.NDArray[np.int64]) -> float:
         """Improve `slots` [G, S] of one layer; returns the objective."""
@@ -140,8 +141,8 @@ class _Shared:
     def _search_messages(
         self, layer: int, counts: npt.NDArray[np.float32], slots: npt.NDArray[np.int64]
     ) -> float:
+        from moesim.solvers.search_messages import search_messages
         from moesim.solvers.search_traffic import fill_flow, message_us, replica_gpus
-        from moesim.solvers.search_traffic import search_messages as search
 
         problem, objective = self.problem, self.objective
         traffic = problem.traffic
@@ -156,7 +157,7 @@ class _Shared:
             fill_flow(tokens, objective.net, flow, gpus, held)
             weight = CEILING_WEIGHT * message_us(objective.net, flow)
         return float(
-            search(
+            search_messages(
                 tokens,
                 objective.net,
                 flow,

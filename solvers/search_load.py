@@ -2,25 +2,36 @@
 
 The objective is the mean over batches of the largest GPU cost, where a GPU's cost is the sum of
 its slots' costs. All costs of one expert at its present number of replicas form a row of `work`,
-so that a swap changes two rows of `load` and is evaluated in one pass over the batches.
+so that a swap changes two rows of `load`; `search_pairs` finds the best one of a pair of GPUs.
 
 Rows are float32; index E is the empty slot, whose row is zero.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
+
+from moesim.solvers.search_pairs import (
+    Peaks,
+    Scratch,
+    best_swap,
+    make_peaks,
+    make_scratch,
+    rank_peaks,
+)
 
 Array = npt.NDArray[Any]
 
 MARGIN = 1e-6
 MAX_ROUNDS = 100
 REPLACE_CANDIDATES = 12
-KICK_SWAPS = 3
+KICK_SWAPS = 1
+REPLACE_EVERY = 8
+"""Kicks from one round of replica moves to the next."""
 
 
 @njit(cache=True, nogil=True)
@@ -56,35 +67,11 @@ def mean_max(load: Array) -> float:
     return total / load.shape[1]
 
 
-@njit(cache=True, nogil=True, fastmath=True)
-def others_max(load: Array, g1: int, g2: int, out: Array) -> None:
-    """out[b]: the largest of `load` over GPUs other than g1 and g2."""
-    out[:] = 0
-    for g in range(load.shape[0]):
-        if g != g1 and g != g2:
-            row = load[g]
-            for b in range(len(out)):
-                out[b] = max(out[b], row[b])
-
-
-@njit(cache=True, nogil=True, fastmath=True)
-def swap_value(
-    others: Array, load1: Array, load2: Array, out1: Array, in1: Array, out2: Array, in2: Array
-) -> float:
-    """Sum over batches of the largest cost after GPU 1 gives `out1` for `in1` and GPU 2 gives
-    `out2` for `in2`."""
-    total = np.float32(0)
-    for b in range(len(others)):
-        a = load1[b] - out1[b] + in1[b]
-        c = load2[b] - out2[b] + in2[b]
-        total += max(others[b], max(a, c))
-    return float(total)
-
-
 @njit(cache=True, nogil=True)
 def swap_pass(
     work: Array,
     load: Array,
+    peaks: Peaks,
     slots: Array,
     capacity: Array,
     unit: Array,
@@ -92,49 +79,32 @@ def swap_pass(
     changed: Array,
     scanned: Array,
     clock: int,
-    others: Array,
+    scratch: Scratch,
 ) -> int:
     """Apply the best improving swap of every pair of GPUs in turn; returns the advanced clock.
 
-    Pairs of which neither GPU changed since they were last scanned are skipped.
+    Pairs of which neither GPU changed since they were last scanned are skipped. `peaks` is that of
+    `load`, before and after.
     """
     num_gpus = load.shape[0]
-    empty = work.shape[1] - 1
+    least = MARGIN * float(peaks.value[0].sum())
+    pair = np.empty(2, np.int64)
     for g1 in range(num_gpus):
         for g2 in range(g1 + 1, num_gpus):
             if scanned[g1, g2] > max(changed[g1], changed[g2]):
                 continue
-            others_max(load, g1, g2, others)
-            u1, u2 = unit[g1], unit[g2]
-            zero = work[u1, empty]
-            now = swap_value(others, load[g1], load[g2], zero, zero, zero, zero)
-            best, best1, best2 = now * (1 - MARGIN), -1, -1
-            for s1 in range(capacity[g1]):
-                e1 = slots[g1, s1]
-                if e1 != empty and holds[g2, e1]:
-                    continue
-                for s2 in range(capacity[g2]):
-                    e2 = slots[g2, s2]
-                    if e1 == e2 or (e2 != empty and holds[g1, e2]):
-                        continue
-                    value = swap_value(
-                        others,
-                        load[g1],
-                        load[g2],
-                        work[u1, e1],
-                        work[u1, e2],
-                        work[u2, e2],
-                        work[u2, e1],
-                    )
-                    if value < best:
-                        best, best1, best2 = value, s1, s2
+            _, s1, s2 = best_swap(
+                work, load, peaks, slots, capacity, unit, holds, g1, g2, least, scratch
+            )
             clock += 1
             scanned[g1, g2] = clock
-            if best1 >= 0:
+            if s1 >= 0:
                 clock += 1
                 changed[g1] = clock
                 changed[g2] = clock
-                apply_swap(work, load, slots, unit, holds, g1, best1, g2, best2)
+                apply_swap(work, load, slots, unit, holds, g1, s1, g2, s2)
+                pair[0], pair[1] = g1, g2
+                rank_peaks(load, peaks, pair)
     return clock
 
 
@@ -171,6 +141,28 @@ def rebuild(work: Array, slots: Array, capacity: Array, unit: Array, load: Array
             load[g] += work[unit[g], slots[g, s]]
 
 
+class Rows(NamedTuple):
+    """What replica moves keep. more [U, E, B]: rows of `work` with one replica more than
+    `made_for` [E] says; share [U, E]: sums over batches of `work`; after [G, B]: work space."""
+
+    more: Array
+    made_for: Array
+    share: Array
+    after: Array
+
+
+@njit(cache=True, nogil=True)
+def make_rows(work: Array, num_gpus: int) -> Rows:
+    """Rows to go with `work`."""
+    num_units, num_rows, num_batches = work.shape
+    return Rows(
+        np.empty((num_units, num_rows - 1, num_batches), np.float32),
+        np.full(num_rows - 1, -1, np.int64),
+        np.zeros((num_units, num_rows - 1)),
+        np.empty((num_gpus, num_batches), np.float32),
+    )
+
+
 @njit(cache=True, nogil=True)
 def replace_pass(
     counts: Array,
@@ -178,6 +170,7 @@ def replace_pass(
     table: Array,
     work: Array,
     load: Array,
+    peaks: Peaks,
     slots: Array,
     capacity: Array,
     unit: Array,
@@ -185,6 +178,7 @@ def replace_pass(
     replicas: Array,
     changed: Array,
     clock: int,
+    rows: Rows,
 ) -> int:
     """Give the slot of one replica to another expert wherever that improves; returns the clock.
 
@@ -193,22 +187,20 @@ def replace_pass(
     """
     num_gpus, num_batches = load.shape
     empty = work.shape[1] - 1
-    trial = np.empty_like(load)
     less = np.zeros((work.shape[0], num_batches), np.float32)
-    more = np.empty((work.shape[0], num_batches), np.float32)
-    share = np.zeros(empty, np.float64)
+    for u in range(work.shape[0]):
+        for e in range(empty):
+            rows.share[u, e] = row_sum(work[u, e])
+    least = MARGIN * float(peaks.value[0].sum())
     for g in range(num_gpus):
+        order = np.argsort(-rows.share[unit[g]])
         for s in range(capacity[g]):
             old = slots[g, s]
             if old != empty and replicas[old] < 2:
                 continue
-            now = mean_max(load)
-            for e in range(empty):
-                share[e] = work[unit[g], e].sum()
-            order = np.argsort(-share)
             if old != empty:
                 fill_row(counts, old, replicas[old] - 1, scale, table, less)
-            best, best_expert = now * (1 - MARGIN), -1
+            best, best_expert = -least, -1
             tried = 0
             for new in order:
                 if new == old or holds[g, new] or replicas[new] >= num_gpus:
@@ -216,15 +208,21 @@ def replace_pass(
                 tried += 1
                 if tried > REPLACE_CANDIDATES:
                     break
-                fill_row(counts, new, replicas[new] + 1, scale, table, more)
-                after_replace(work, load, unit, holds, old, new, g, less, more, trial)
-                value = mean_max(trial)
-                if value < best:
-                    best, best_expert = value, new
+                if rows.made_for[new] != replicas[new]:
+                    fill_row(counts, new, replicas[new] + 1, scale, table, rows.more[:, new])
+                    rows.made_for[new] = replicas[new]
+                more = rows.more[:, new]
+                after_replace(work, load, unit, holds, old, new, g, less, more, rows.after)
+                delta = replace_delta(load, peaks, holds, old, new, g, rows.after, best)
+                if delta < best:
+                    best, best_expert = delta, new
             if best_expert >= 0:
-                fill_row(counts, best_expert, replicas[best_expert] + 1, scale, table, more)
-                after_replace(work, load, unit, holds, old, best_expert, g, less, more, trial)
-                load[:] = trial
+                more = rows.more[:, best_expert]
+                after_replace(work, load, unit, holds, old, best_expert, g, less, more, rows.after)
+                moved = affected(holds, old, best_expert, g)
+                for j in moved:
+                    load[j] = rows.after[j]
+                rank_peaks(load, peaks, moved)
                 slots[g, s] = best_expert
                 holds[g, best_expert] = True
                 holds[g, old] = False
@@ -233,9 +231,33 @@ def replace_pass(
                 if old != empty:
                     work[:, old] = less
                     replicas[old] -= 1
+                for u in range(work.shape[0]):
+                    rows.share[u, best_expert] = row_sum(work[u, best_expert])
+                    if old != empty:
+                        rows.share[u, old] = row_sum(work[u, old])
+                order = np.argsort(-rows.share[unit[g]])
                 clock += 1
                 changed[:] = clock
     return clock
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def row_sum(row: Array) -> float:
+    """Sum of a row of `work`."""
+    total = np.float32(0)
+    for b in range(len(row)):
+        total += row[b]
+    return float(total)
+
+
+@njit(cache=True, nogil=True)
+def affected(holds: Array, old: int, new: int, gpu: int) -> Array:
+    """GPUs whose load changes when `gpu` gives a replica of `old` for one of `new`."""
+    out = holds[:, new].copy()
+    if old < holds.shape[1] - 1:
+        out |= holds[:, old]
+    out[gpu] = True
+    return np.flatnonzero(out)
 
 
 @njit(cache=True, nogil=True, fastmath=True)
@@ -251,29 +273,82 @@ def after_replace(
     more: Array,
     out: Array,
 ) -> None:
-    """out: `load` after GPU `gpu` gives a replica of `old` for one of `new`, whose rows become
-    `less` and `more`."""
+    """out [G, B], for the affected GPUs only: `load` after GPU `gpu` gives a replica of `old` for
+    one of `new`, whose rows become `less` and `more`."""
     empty = work.shape[1] - 1
+    num_batches = load.shape[1]
     for g in range(load.shape[0]):
         u = unit[g]
-        out[g] = load[g]
-        if old != empty and holds[g, old]:
-            if g == gpu:
-                out[g] -= work[u, old]
-            else:
-                out[g] += less[u] - work[u, old]
+        loses = old != empty and holds[g, old]
         if g == gpu:
-            out[g] += more[u]
-        elif holds[g, new]:
-            out[g] += more[u] - work[u, new]
+            for b in range(num_batches):
+                out[g, b] = load[g, b] + more[u, b]
+            if loses:
+                for b in range(num_batches):
+                    out[g, b] -= work[u, old, b]
+            continue
+        if holds[g, new]:
+            for b in range(num_batches):
+                out[g, b] = load[g, b] + (more[u, b] - work[u, new, b])
+        elif loses:
+            out[g] = load[g]
+        if loses:
+            for b in range(num_batches):
+                out[g, b] += less[u, b] - work[u, old, b]
+
+
+@njit(cache=True, nogil=True)
+def replace_delta(
+    load: Array,
+    peaks: Peaks,
+    holds: Array,
+    old: int,
+    new: int,
+    gpu: int,
+    after: Array,
+    best: float,
+) -> float:
+    """Change of the summed objective by a replacement, or 0 where that is not below `best`.
+
+    after: [G, B] from `after_replace`. It can only gain in batches whose costliest GPU is `gpu` or
+    holds `new`, so these are looked at first.
+    """
+    moved = affected(holds, old, new, gpu)
+    touched = np.zeros(load.shape[0], np.bool_)
+    touched[moved] = True
+    total = 0.0
+    for stage in range(2):
+        for hot in range(load.shape[0]):
+            gains = hot == gpu or holds[hot, new]
+            if gains != (stage == 0):
+                continue
+            for i in range(peaks.start[hot], peaks.start[hot + 1]):
+                b = peaks.order[i]
+                most = np.float32(-1)
+                for k in range(3):
+                    g = peaks.gpu[k, b]
+                    if g < 0 or not touched[g]:
+                        most = peaks.value[k, b]
+                        break
+                if most < 0:
+                    for g in range(load.shape[0]):
+                        if not touched[g]:
+                            most = max(most, load[g, b])
+                for g in moved:
+                    most = max(most, after[g, b])
+                total += most - peaks.value[0, b]
+        if total >= best:
+            return 0.0
+    return total
 
 
 @njit(cache=True, nogil=True)
 def kick(
     work: Array, load: Array, slots: Array, capacity: Array, unit: Array, holds: Array
-) -> None:
-    """A few random valid swaps."""
+) -> Array:
+    """`KICK_SWAPS` random valid swaps; returns the GPUs that they changed."""
     num_gpus = load.shape[0]
+    touched = np.zeros(num_gpus, np.bool_)
     empty = work.shape[1] - 1
     done, tries = 0, 0
     while done < KICK_SWAPS and tries < 50 * KICK_SWAPS:
@@ -286,7 +361,10 @@ def kick(
         if e1 == e2 or (e1 != empty and holds[g2, e1]) or (e2 != empty and holds[g1, e2]):
             continue
         apply_swap(work, load, slots, unit, holds, g1, s1, g2, s2)
+        touched[g1] = True
+        touched[g2] = True
         done += 1
+    return np.flatnonzero(touched)
 
 
 @njit(cache=True, nogil=True)
@@ -304,8 +382,9 @@ def search_layer(
 
     counts: [E, B] float32; slots: [G, S] int64, E for empty; capacity: [G]; unit: [G], index of
     each GPU's kind; scale, table: see `fill_row`. After descending over swaps and replica moves,
-    `num_kicks` times a few random swaps are made and descended from, and kept if better (H. R.
-    Lourenco, O. Martin, T. Stuetzle, Iterated Local Search, 2003).
+    `num_kicks` times a random swap is made and descended from, and kept if better (H. R.
+    Lourenco, O. Martin, T. Stuetzle, Iterated Local Search, 2003). After a kick only pairs with a
+    GPU that it changed are looked at, and all of them again once it was kept.
     """
     np.random.seed(seed)
     num_experts, num_batches = counts.shape
@@ -327,55 +406,69 @@ def search_layer(
             spare = spare or e == num_experts or replicas[e] > 1
     load = np.zeros((num_gpus, num_batches), np.float32)
     rebuild(work, slots, capacity, unit, load)
-    others = np.empty(num_batches, np.float32)
+    every = np.arange(num_gpus)
+    peaks = make_peaks(num_gpus, num_batches)
+    total = rank_peaks(load, peaks, every)
+    scratch = make_scratch(slots.shape[1], num_batches)
+    rows = make_rows(work, num_gpus)
     best_value = np.inf
-    best_slots = slots.copy()
+    best_slots, best_load, best_holds = slots.copy(), load.copy(), holds.copy()
+    best_replicas = replicas.copy()
+    changed = np.zeros(num_gpus, np.int64)
+    scanned = np.full((num_gpus, num_gpus), -1, np.int64)
+    clock = 0
     for attempt in range(num_kicks + 1):
         if attempt > 0:
-            kick(work, load, slots, capacity, unit, holds)
-        changed = np.zeros(num_gpus, np.int64)
-        scanned = np.full((num_gpus, num_gpus), -1, np.int64)
-        clock = 0
+            kicked = kick(work, load, slots, capacity, unit, holds)
+            clock += 1
+            changed[kicked] = clock
+            total = rank_peaks(load, peaks, kicked)
         for _ in range(MAX_ROUNDS):
-            before = clock
-            start = mean_max(load)
+            before, start = clock, total
             clock = swap_pass(
-                work, load, slots, capacity, unit, holds, changed, scanned, clock, others
+                work, load, peaks, slots, capacity, unit, holds, changed, scanned, clock, scratch
             )
-            if spare and (attempt == 0 or attempt % 8 == 0):
-                clock = replace_pass(
-                    counts,
-                    scale,
-                    table,
-                    work,
-                    load,
-                    slots,
-                    capacity,
-                    unit,
-                    holds,
-                    replicas,
-                    changed,
-                    clock,
-                )
-            if clock == before or mean_max(load) >= start * (1 - MARGIN):
+            total = float(peaks.value[0].sum())
+            if clock > before and total < start * (1 - MARGIN):
+                continue
+            if not spare or attempt % REPLACE_EVERY > 0:
                 break
-        rebuild(work, slots, capacity, unit, load)
-        value = mean_max(load)
-        if value < best_value * (1 - MARGIN):
-            best_value = value
-            best_slots[:] = slots
-        else:
-            slots[:] = best_slots
-            holds[:] = False
-            replicas[:] = 0
-            for g in range(num_gpus):
-                for s in range(capacity[g]):
-                    holds[g, slots[g, s]] = True
-                    if slots[g, s] < num_experts:
-                        replicas[slots[g, s]] += 1
-            if spare:
-                for e in range(num_experts):
-                    fill_row(counts, e, replicas[e], scale, table, work[:, e])
+            before = clock
+            clock = replace_pass(
+                counts,
+                scale,
+                table,
+                work,
+                load,
+                peaks,
+                slots,
+                capacity,
+                unit,
+                holds,
+                replicas,
+                changed,
+                clock,
+                rows,
+            )
+            total = float(peaks.value[0].sum())
+            if clock == before:
+                break
+        if total < best_value * (1 - MARGIN):
             rebuild(work, slots, capacity, unit, load)
+            total = rank_peaks(load, peaks, every)
+            best_value = total
+            best_slots[:], best_load[:], best_holds[:] = slots, load, holds
+            best_replicas[:] = replicas
+            scanned[:] = -1
+        else:
+            moved = np.flatnonzero(changed)
+            for e in range(num_experts):
+                if replicas[e] != best_replicas[e]:
+                    fill_row(counts, e, best_replicas[e], scale, table, work[:, e])
+            slots[:], load[:], holds[:] = best_slots, best_load, best_holds
+            replicas[:] = best_replicas
+            total = rank_peaks(load, peaks, moved)
+            scanned[:] = clock
+        changed[:] = 0
     slots[:] = best_slots
-    return best_value
+    return best_value / num_batches

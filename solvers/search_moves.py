@@ -146,6 +146,7 @@ def replace_pass(
                 if tried > REPLACE_CANDIDATES:
                     break
                 fill_row(counts, new, replicas[new] + 1, scale, table, more)
+                trial[:] = load
                 after_replace(work, load, unit, holds, old, new, g, less, more, trial)
                 moves = is_new(before, g, new) - is_new(before, g, old)
                 value = mean_max(trial) + moves * price
@@ -153,6 +154,7 @@ def replace_pass(
                     best, best_expert = value, new
             if best_expert >= 0:
                 fill_row(counts, best_expert, replicas[best_expert] + 1, scale, table, more)
+                trial[:] = load
                 after_replace(work, load, unit, holds, old, best_expert, g, less, more, trial)
                 load[:] = trial
                 slots[g, s] = best_expert

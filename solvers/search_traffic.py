@@ -1,9 +1,7 @@
-"""Compiled local search on load and messages together: one layer.
+"""Compiled message counts of a placement: one layer, a sample of tuning tokens, exactly.
 
-Load is judged on all tuning batches (see search_load), messages on a sample of tuning tokens,
-exactly: every token's set of GPUs is kept, and a swap changes the link loads of just the tokens
-that chose one of the two experts. Candidates are screened by load and co-activation, and the few
-best of a pair of GPUs are tried, evaluated and undone.
+Every token's set of GPUs is kept, and a swap changes the link loads of just the tokens that chose
+one of the two experts. `moesim.solvers.search_messages` searches on it.
 """
 
 from __future__ import annotations
@@ -14,19 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from moesim.solvers.search_load import (
-    MARGIN,
-    apply_swap,
-    kick,
-    mean_max,
-    others_max,
-    rebuild,
-    swap_value,
-)
-
 Array = npt.NDArray[Any]
-TRIES_PER_PAIR = 2
-MAX_PASSES = 30
 
 
 class Tokens(NamedTuple):
@@ -235,191 +221,8 @@ def swap_messages(
 
 
 @njit(cache=True, nogil=True)
-def affinity(tokens: Tokens, slots: Array, capacity: Array, expert: int, gpu: int) -> float:
-    """Sampled tokens that `expert` shares with the other experts of `gpu`."""
-    total = 0.0
-    num_experts = tokens.together.shape[0]
-    if expert >= num_experts:
-        return 0.0
-    for s in range(capacity[gpu]):
-        other = slots[gpu, s]
-        if other < num_experts and other != expert:
-            total += tokens.together[expert, other]
-    return total
-
-
-@njit(cache=True, nogil=True)
 def objective(load_value: float, messages: float, ceiling: float, weight: float) -> float:
     """Time: load plus messages. Traffic (ceiling > 0): messages, and load above the ceiling."""
     if ceiling > 0:
         return messages + weight * max(0.0, load_value - ceiling)
     return load_value + messages
-
-
-@njit(cache=True, nogil=True)
-def pair_pass(
-    tokens: Tokens,
-    net: Net,
-    flow: Flow,
-    work: Array,
-    load: Array,
-    slots: Array,
-    capacity: Array,
-    unit: Array,
-    holds: Array,
-    gpus: Array,
-    count: Array,
-    ceiling: float,
-    weight: float,
-    per_message: float,
-    changed: Array,
-    scanned: Array,
-    clock: int,
-) -> int:
-    """One round over all pairs of GPUs; returns the advanced clock."""
-    num_gpus, num_batches = load.shape
-    empty = work.shape[1] - 1
-    others = np.empty(num_batches, np.float32)
-    score = np.empty(TRIES_PER_PAIR)
-    pick = np.empty((TRIES_PER_PAIR, 2), np.int64)
-    value = np.empty(TRIES_PER_PAIR)
-    for g1 in range(num_gpus):
-        for g2 in range(g1 + 1, num_gpus):
-            if scanned[g1, g2] > max(changed[g1], changed[g2]):
-                continue
-            others_max(load, g1, g2, others)
-            u1, u2 = unit[g1], unit[g2]
-            zero = work[u1, empty]
-            load_now = swap_value(others, load[g1], load[g2], zero, zero, zero, zero) / num_batches
-            messages_now = message_us(net, flow)
-            now = objective(load_now, messages_now, ceiling, weight)
-            score[:] = np.inf
-            for s1 in range(capacity[g1]):
-                e1 = slots[g1, s1]
-                if e1 != empty and holds[g2, e1]:
-                    continue
-                stay1 = affinity(tokens, slots, capacity, e1, g1)
-                go1 = affinity(tokens, slots, capacity, e1, g2)
-                for s2 in range(capacity[g2]):
-                    e2 = slots[g2, s2]
-                    if e1 == e2 or (e2 != empty and holds[g1, e2]):
-                        continue
-                    after = (
-                        swap_value(
-                            others,
-                            load[g1],
-                            load[g2],
-                            work[u1, e1],
-                            work[u1, e2],
-                            work[u2, e2],
-                            work[u2, e1],
-                        )
-                        / num_batches
-                    )
-                    gain = go1 - stay1
-                    gain += affinity(tokens, slots, capacity, e2, g1)
-                    gain -= affinity(tokens, slots, capacity, e2, g2)
-                    if e1 < empty and e2 < empty:
-                        gain -= 2 * tokens.together[e1, e2]
-                    estimate = objective(after, messages_now - per_message * gain, ceiling, weight)
-                    worst = np.argmax(score)
-                    if estimate < score[worst]:
-                        score[worst] = estimate
-                        pick[worst, 0], pick[worst, 1] = s1, s2
-                        value[worst] = after
-            clock += 1
-            scanned[g1, g2] = clock
-            best, best_i = now * (1 - MARGIN), -1
-            for i in range(TRIES_PER_PAIR):
-                if not np.isfinite(score[i]):
-                    continue
-                e1, e2 = slots[g1, pick[i, 0]], slots[g2, pick[i, 1]]
-                swap_messages(tokens, net, flow, gpus, count, e1, g1, e2, g2)
-                exact = objective(value[i], message_us(net, flow), ceiling, weight)
-                swap_messages(tokens, net, flow, gpus, count, e2, g1, e1, g2)
-                if exact < best:
-                    best, best_i = exact, i
-            if best_i >= 0:
-                s1, s2 = pick[best_i]
-                swap_messages(tokens, net, flow, gpus, count, slots[g1, s1], g1, slots[g2, s2], g2)
-                apply_swap(work, load, slots, unit, holds, g1, s1, g2, s2)
-                clock += 1
-                changed[g1] = clock
-                changed[g2] = clock
-    return clock
-
-
-@njit(cache=True, nogil=True)
-def search_messages(
-    tokens: Tokens,
-    net: Net,
-    flow: Flow,
-    work: Array,
-    slots: Array,
-    capacity: Array,
-    unit: Array,
-    ceiling: float,
-    weight: float,
-    num_kicks: int,
-    seed: int,
-) -> float:
-    """Iterated local search over swaps; improves `slots` [G, S] in place, returns the objective.
-
-    work: [U, E + 1, B] float32 (see search_load); the numbers of replicas do not change.
-    ceiling, weight: objective traffic's limit on the mean largest load, and what a unit above it
-    costs; ceiling 0 for objective time.
-    """
-    np.random.seed(seed)
-    num_gpus, num_experts = len(capacity), work.shape[1] - 1
-    num_batches = work.shape[2]
-    load = np.zeros((num_gpus, num_batches), np.float32)
-    holds = np.zeros((num_gpus, num_experts + 1), np.bool_)
-    best_value = np.inf
-    best_slots = slots.copy()
-    for attempt in range(num_kicks + 1):
-        holds[:] = False
-        for g in range(num_gpus):
-            for s in range(capacity[g]):
-                holds[g, slots[g, s]] = True
-        rebuild(work, slots, capacity, unit, load)
-        if attempt > 0:
-            kick(work, load, slots, capacity, unit, holds)
-        gpus, count = replica_gpus(slots, capacity, num_experts)
-        fill_flow(tokens, net, flow, gpus, count)
-        num_choices = max(1, len(tokens.token))
-        per_message = message_us(net, flow) / num_choices
-        changed = np.zeros(num_gpus, np.int64)
-        scanned = np.full((num_gpus, num_gpus), -1, np.int64)
-        clock = 0
-        for _ in range(MAX_PASSES):
-            before = clock
-            clock = pair_pass(
-                tokens,
-                net,
-                flow,
-                work,
-                load,
-                slots,
-                capacity,
-                unit,
-                holds,
-                gpus,
-                count,
-                ceiling,
-                weight,
-                per_message,
-                changed,
-                scanned,
-                clock,
-            )
-            if clock == before or changed.max() <= before:
-                break
-        rebuild(work, slots, capacity, unit, load)
-        value = objective(mean_max(load), message_us(net, flow), ceiling, weight)
-        if value < best_value * (1 - MARGIN):
-            best_value = value
-            best_slots[:] = slots
-        else:
-            slots[:] = best_slots
-    slots[:] = best_slots
-    return best_value

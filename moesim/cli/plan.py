@@ -125,7 +125,8 @@ def plan(
     """Place the experts of a model on GPUs from a routing trace.
 
     Half of the trace's requests are used to find the placement; every figure printed comes from
-    the other half.
+    the other half. A load trace (expert counts by step, as engines record them) gives a plan for
+    balance, tuned on the first half of its steps and judged on the second.
 
     Example: moesim plan --trace sample:debian-moe --gpus 8 --plot load.png
     """
@@ -135,10 +136,11 @@ def plan(
     from moesim.cost.step import KINDS_OF
     from moesim.plan import load_plan
     from moesim.planning.home_ranks import HOME_RANKS
+    from moesim.planning.loads import make_load_plan
     from moesim.planning.make import DEFAULT_CLUSTER, PlanRequest, make_plan
     from moesim.planning.migration import DEFAULT_STEPS
     from moesim.planning.robust import parse_robust
-    from moesim.trace.format import load_token_trace
+    from moesim.trace.format import LoadTrace, load_trace, require_tokens
 
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
@@ -151,7 +153,9 @@ def plan(
         )
     if steps_between_moves is not None and old_plan is None:
         raise InputError("--steps-between-moves without --from", "name the plan in use with --from")
-    loaded = load_token_trace(trace, "moesim plan")
+    loaded = load_trace(trace)
+    if offload:
+        require_tokens(loaded, "--offload")
     request = PlanRequest(
         trace=loaded,
         cluster=load_cluster(cluster or DEFAULT_CLUSTER, num_gpus=gpus),
@@ -176,7 +180,10 @@ def plan(
         home_ranks=_choice("home ranks", home_ranks, HOME_RANKS),
     )
     with stoppable() as stop, progress_bar("searching layers") as progress:
-        result = make_plan(request, progress=progress, stop=stop)
+        if isinstance(loaded, LoadTrace):
+            result = make_load_plan(loaded, request, progress=progress, stop=stop)
+        else:
+            result = make_plan(request, progress=progress, stop=stop)
     if cluster is None:
         result.defaults["cluster"] = DEFAULT_CLUSTER
     cached = _offload(result, request, hbm) if offload else None
@@ -263,7 +270,8 @@ def _print(result: PlanResult, out: Path, plot: Path | None) -> None:
         f" {_count(placement.num_nodes, 'node')}; objective {plan.objective}"
     )
     typer.echo(
-        f"held-out: {sample.num_requests} requests that tuning never saw,"
+        result.judged_on
+        or f"held-out: {sample.num_requests} requests that tuning never saw,"
         f" {sample.num_main} batches; 95% bootstrap intervals over requests"
     )
     rows = [r for r in ROWS if r[0] in result.chosen.figures]
@@ -328,6 +336,7 @@ def _offload(result: PlanResult, request: PlanRequest, hbm: float | None) -> Gro
     from moesim.cache.group import plan_group
     from moesim.cache.planner import Request
     from moesim.cli.progress import progress_bar
+    from moesim.trace.format import require_tokens
 
     gpus = tuple(request.cluster.gpus)
     if request.model is None:
@@ -343,7 +352,12 @@ def _offload(result: PlanResult, request: PlanRequest, hbm: float | None) -> Gro
     )
     with progress_bar("caching") as progress:
         return plan_group(
-            request.trace, result.plan.placement, request.model, gpus, asked, progress=progress
+            require_tokens(request.trace, "--offload"),
+            result.plan.placement,
+            request.model,
+            gpus,
+            asked,
+            progress=progress,
         )
 
 

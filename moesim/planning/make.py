@@ -45,7 +45,7 @@ from moesim.solvers.migration import slots_in_use
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import get_solver
 from moesim.trace.batches import Phase, index_requests, split_requests
-from moesim.trace.format import DECODE, PREFILL, Trace
+from moesim.trace.format import DECODE, PREFILL, LoadTrace, Trace, TraceMeta, require_tokens
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
@@ -63,14 +63,15 @@ MIN_FILL = 0.8
 class PlanRequest:
     """What is asked for; None means the stated default.
 
-    slots: per GPU slot counts, or None for (experts + redundant) / GPUs each. network_scale:
-    all links are taken as so many times faster, for what-if studies. robust: make the worst small
-    instead of the mean. old_plan: what runs now, to be moved away from where that is worth it over
-    steps_between_moves. home_ranks: contiguous (None), or how to predict them (see
-    `moesim.planning.home_ranks`), in further rows of the evaluation.
+    trace: counts alone are for `moesim.planning.loads`. slots: per GPU slot counts, or None for
+    (experts + redundant) / GPUs each. network_scale: all links are taken as so many times faster,
+    for what-if studies. robust: make the worst small instead of the mean. old_plan: what runs now,
+    to be moved away from where that is worth it over steps_between_moves. home_ranks: contiguous
+    (None), or how to predict them (see `moesim.planning.home_ranks`), in further rows of the
+    evaluation.
     """
 
-    trace: Trace
+    trace: Trace | LoadTrace
     cluster: Cluster
     model: ModelSpec | None
     objective: Objective | None = None
@@ -109,7 +110,8 @@ class PlanResult:
 
     defaults: what was left out of the request, by name, as text. notices: what the user should
     know. improvement: chosen minus EPLB of each figure, paired. rows: further rows of text, by
-    label and candidate; lines: what robustness or a move is worth.
+    label and candidate; lines: what robustness or a move is worth. judged_on: what the figures
+    were measured on, where that is not held-out requests.
     """
 
     plan: Plan
@@ -124,6 +126,7 @@ class PlanResult:
     bound_kind: str = ""
     rows: tuple[tuple[str, dict[str, str]], ...] = ()
     lines: tuple[str, ...] = ()
+    judged_on: str = ""
 
 
 def make_plan(
@@ -138,7 +141,7 @@ def make_plan(
     the slots or the memory, UnknownNameError for an unknown solver or domain, InputError for
     unusable numbers.
     """
-    trace, cluster = request.trace, request.cluster
+    trace, cluster = require_tokens(request.trace, "moesim plan"), request.cluster
     defaults: dict[str, str] = {}
     notices: list[str] = []
     trace = _one_domain(trace, request.domain)
@@ -276,7 +279,7 @@ def make_plan(
             "plans": {c.name: {n: f.to_json() for n, f in c.figures.items()} for c in candidates},
             **refined.evaluation,
         },
-        provenance=_provenance(request, trace, step, seconds),
+        provenance=provenance(request, trace.content_hash(), step, seconds),
     )
     return PlanResult(
         plan,
@@ -428,17 +431,8 @@ def _step_model(
         notices.append("the model is not known: planned for balance, without predicted times")
         defaults.setdefault("objective", "balance (the model is not known)")
         return None, "balance"
-    model, meta = request.model, request.trace.meta
-    have = (meta.num_layers, meta.num_experts, meta.top_k)
-    want = (model.num_moe_layers, model.num_experts, model.top_k)
-    if have[1:] != want[1:] or have[0] > want[0]:
-        raise MismatchError(
-            f"the trace has {have[0]} MoE layers, {have[1]} experts, top-{have[2]};"
-            f" {model.name} has {want[0]}, {want[1]}, top-{want[2]}",
-            "name the model that the trace was captured from with --model",
-        )
-    if have[0] < want[0]:
-        notices.append(f"the trace covers {have[0]} of {model.name}'s {want[0]} MoE layers")
+    model = request.model
+    check_model(model, request.trace.meta, notices)
     if objective is None:
         objective = "time"
         defaults["objective"] = "time (predicted step time)"
@@ -452,6 +446,20 @@ def _step_model(
     if request.all_to_all is None:
         defaults["all-to-all"] = f"{step.all_to_all}, messages deduplicated per {step.dedup}"
     return faster_step(step, request.network_scale), objective
+
+
+def check_model(model: ModelSpec, meta: TraceMeta, notices: list[str]) -> None:
+    """Raise MismatchError where trace and model differ; say where the trace has fewer layers."""
+    have = (meta.num_layers, meta.num_experts, meta.top_k)
+    want = (model.num_moe_layers, model.num_experts, model.top_k)
+    if have[1:] != want[1:] or have[0] > want[0]:
+        raise MismatchError(
+            f"the trace has {have[0]} MoE layers, {have[1]} experts, top-{have[2]};"
+            f" {model.name} has {want[0]}, {want[1]}, top-{want[2]}",
+            "name the model that the trace was captured from with --model",
+        )
+    if have[0] < want[0]:
+        notices.append(f"the trace covers {have[0]} of {model.name}'s {want[0]} MoE layers")
 
 
 def _asked_beyond(request: PlanRequest) -> dict[str, Any]:
@@ -468,9 +476,10 @@ def _asked_beyond(request: PlanRequest) -> dict[str, Any]:
     return out
 
 
-def _provenance(
-    request: PlanRequest, trace: Trace, step: StepModel | None, seconds: dict[str, float]
+def provenance(
+    request: PlanRequest, trace_hash: str, step: StepModel | None, seconds: dict[str, float]
 ) -> dict[str, Any]:
+    """What a plan file says of how it was made."""
     from importlib.metadata import version
 
     options = {
@@ -492,7 +501,7 @@ def _provenance(
     }
     options |= _asked_beyond(request)
     return {
-        "trace": trace.content_hash(),
+        "trace": trace_hash,
         "cluster": request.cluster.name,
         "cluster_hash": request.cluster.cluster_hash(),
         "model": request.model.name if request.model is not None else None,

@@ -137,12 +137,7 @@ class Trace:
 
     def content_hash(self) -> str:
         """sha256 over meta and arrays, chunk by chunk; the same for npz and directory."""
-        digest = hashlib.sha256(self.meta.to_json().encode())
-        for name, array in self.arrays().items():
-            digest.update(f"{name}:{array.dtype.str}:{array.shape}".encode())
-            for chunk in _chunks(array):
-                digest.update(np.ascontiguousarray(chunk).data)
-        return digest.hexdigest()
+        return _content_hash(self.meta, self.arrays())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,6 +147,19 @@ class LoadTrace:
     expert_load: Array
     meta: TraceMeta
     path: str = ""
+
+    def content_hash(self) -> str:
+        """sha256 over meta and counts."""
+        return _content_hash(self.meta, {"expert_load": self.expert_load})
+
+
+def _content_hash(meta: TraceMeta, arrays: dict[str, Array]) -> str:
+    digest = hashlib.sha256(meta.to_json().encode())
+    for name, array in arrays.items():
+        digest.update(f"{name}:{array.dtype.str}:{array.shape}".encode())
+        for chunk in _chunks(array):
+            digest.update(np.ascontiguousarray(chunk).data)
+    return digest.hexdigest()
 
 
 def load_trace(source: str | os.PathLike[str], *, validate: bool = True) -> Trace | LoadTrace:

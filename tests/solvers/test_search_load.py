@@ -17,12 +17,14 @@ from moesim.solvers.base import Problem
 from moesim.solvers.local_search import LocalSearch
 from moesim.solvers.search_load import (
     fill_row,
+    make_rows,
     mean_max,
     rebuild,
     replace_pass,
     search_layer,
     swap_pass,
 )
+from moesim.solvers.search_pairs import best_swap, make_peaks, make_scratch, rank_peaks
 
 Array = npt.NDArray[Any]
 
@@ -123,6 +125,73 @@ def test_search_returns_what_its_slots_cost(seed: int, by_time: bool, kicks: int
     assert case.value(slots) <= case.value(case.slots) * (1 + 1e-5)
 
 
+def check_peaks(peaks: Any, load: Array) -> None:
+    """The three largest loads of every batch, each at one of the GPUs that have it."""
+    gpus, batches = load.shape
+    ordered = -np.sort(-load, axis=0)[:3]
+    for k in range(min(3, gpus)):
+        assert np.array_equal(peaks.value[k], ordered[k])
+        assert np.array_equal(load[peaks.gpu[k], np.arange(batches)], ordered[k])
+    assert (peaks.gpu[gpus:] == -1).all()
+    for gpu in range(gpus):
+        mine = peaks.order[peaks.start[gpu] : peaks.start[gpu + 1]]
+        assert set(mine.tolist()) == set(np.flatnonzero(peaks.gpu[0] == gpu).tolist())
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_peaks_follow_the_loads(seed: int) -> None:
+    """After some GPUs change, peaks are those of the loads; the sum of the largest is returned."""
+    rng = np.random.default_rng(seed)
+    gpus = int(rng.integers(1, 8))
+    load = rng.integers(0, 20, (gpus, 50)).astype(np.float32)
+    peaks = make_peaks(gpus, 50)
+    assert rank_peaks(load, peaks, np.arange(gpus)) == load.max(axis=0).sum()
+    check_peaks(peaks, load)
+    for _ in range(3):
+        moved = np.flatnonzero(rng.random(gpus) < 0.4)
+        load[moved] = rng.integers(0, 20, (len(moved), 50))
+        assert rank_peaks(load, peaks, moved) == load.max(axis=0).sum()
+        check_peaks(peaks, load)
+
+
+@given(seed=st.integers(0, 2**32), by_time=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_best_swap_of_a_pair_is_that_of_trying_all(seed: int, by_time: bool) -> None:
+    """Ruling swaps out by a few batches loses none: the change found is the least over all valid
+    swaps, each evaluated on all batches from scratch."""
+    case = Case(seed, by_time=by_time, batches=300)
+    slots, work = case.slots, case.work(case.slots)
+    gpus = len(case.capacity)
+    load = np.zeros((gpus, 300), np.float32)
+    rebuild(work, slots, case.capacity, case.unit, load)
+    peaks, scratch = make_peaks(gpus, 300), make_scratch(slots.shape[1], 300)
+    rank_peaks(load, peaks, np.arange(gpus))
+    holds = np.zeros((gpus, case.experts + 1), np.bool_)
+    for gpu, row in enumerate(slots):
+        holds[gpu, row[: case.capacity[gpu]]] = True
+    now = case.value(slots) * 300
+    least = 1e-4 * now
+    for g1, g2 in itertools.combinations(range(gpus), 2):
+        found, s1, s2 = best_swap(
+            work, load, peaks, slots, case.capacity, case.unit, holds, g1, g2, least, scratch
+        )
+        changes = [-least]
+        for i, j in np.ndindex(int(case.capacity[g1]), int(case.capacity[g2])):
+            e1, e2 = slots[g1, i], slots[g2, j]
+            taken = (e1 in slots[g2] and e1 < case.experts) or (
+                e2 in slots[g1] and e2 < case.experts
+            )
+            if e1 == e2 or taken:
+                continue
+            other = slots.copy()
+            other[g1, i], other[g2, j] = e2, e1
+            changes.append(case.value(other) * 300 - now)
+            if (i, j) == (s1, s2):
+                assert changes[-1] == pytest.approx(found, abs=1e-4 * now)
+        assert found == pytest.approx(min(changes), abs=1e-4 * now)
+
+
 @given(seed=st.integers(0, 2**32), by_time=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_passes_keep_their_state(seed: int, by_time: bool) -> None:
@@ -139,12 +208,15 @@ def test_passes_keep_their_state(seed: int, by_time: bool) -> None:
     replicas = np.bincount(slots.ravel(), minlength=case.experts + 1)[: case.experts].copy()
     changed = np.zeros(gpus, np.int64)
     scanned = np.full((gpus, gpus), -1, np.int64)
-    others = np.empty(load.shape[1], np.float32)
+    peaks = make_peaks(gpus, load.shape[1])
+    rank_peaks(load, peaks, np.arange(gpus))
+    scratch, rows = make_scratch(slots.shape[1], load.shape[1]), make_rows(work, gpus)
     before, clock = mean_max(load), 0
     for _ in range(2):
         clock = swap_pass(
             work,
             load,
+            peaks,
             slots,
             case.capacity,
             case.unit,
@@ -152,7 +224,7 @@ def test_passes_keep_their_state(seed: int, by_time: bool) -> None:
             changed,
             scanned,
             clock,
-            others,
+            scratch,
         )
         clock = replace_pass(
             case.counts,
@@ -160,6 +232,7 @@ def test_passes_keep_their_state(seed: int, by_time: bool) -> None:
             case.table,
             work,
             load,
+            peaks,
             slots,
             case.capacity,
             case.unit,
@@ -167,7 +240,9 @@ def test_passes_keep_their_state(seed: int, by_time: bool) -> None:
             replicas,
             changed,
             clock,
+            rows,
         )
+        check_peaks(peaks, load)
         case.check(slots)
         now = np.zeros_like(load)
         rebuild(case.work(slots), slots, case.capacity, case.unit, now)

@@ -21,11 +21,11 @@ from moesim.planning.traffic import binding_links, sample_traffic
 from moesim.solvers.base import Traffic
 from moesim.solvers.objective import layer_tokens, make_flow, make_net
 from moesim.solvers.search_load import fill_row, mean_max, rebuild
+from moesim.solvers.search_messages import search_messages
 from moesim.solvers.search_traffic import (
     fill_flow,
     message_us,
     replica_gpus,
-    search_messages,
     swap_messages,
 )
 from moesim.trace.batches import Batches, index_requests

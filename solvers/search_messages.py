@@ -1,0 +1,257 @@
+"""Compiled local search on load and messages together: one layer.
+
+Candidates of a pair of GPUs are screened by their load (see `search_pairs`) and by what they save
+in messages by themselves (see `search_gains`); the few best are tried exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from moesim.solvers.search_gains import (
+    Gains,
+    make_gains,
+    move_rows,
+    moved_us,
+    replica_row,
+    replicas,
+    shared_us,
+    try_swap,
+)
+from moesim.solvers.search_load import MARGIN, apply_swap, kick, mean_max, rebuild
+from moesim.solvers.search_pairs import (
+    Peaks,
+    Scratch,
+    gather_pair,
+    make_peaks,
+    make_scratch,
+    mark_rest,
+    rank_peaks,
+    rest_delta,
+    swap_delta,
+)
+from moesim.solvers.search_traffic import (
+    Flow,
+    Net,
+    Tokens,
+    fill_flow,
+    message_us,
+    objective,
+    replica_gpus,
+)
+
+Array = npt.NDArray[Any]
+TRIES_PER_PAIR = 2
+MAX_PASSES = 30
+
+
+@njit(cache=True, nogil=True)
+def pair_pass(
+    tokens: Tokens,
+    net: Net,
+    flow: Flow,
+    trial: Flow,
+    gains: Gains,
+    work: Array,
+    load: Array,
+    peaks: Peaks,
+    slots: Array,
+    capacity: Array,
+    unit: Array,
+    holds: Array,
+    ceiling: float,
+    weight: float,
+    changed: Array,
+    scanned: Array,
+    clock: int,
+    scratch: Scratch,
+) -> int:
+    """One round over all pairs of GPUs; returns the advanced clock."""
+    num_gpus, num_batches = load.shape
+    empty = work.shape[1] - 1
+    score = np.empty(TRIES_PER_PAIR)
+    pick = np.empty((TRIES_PER_PAIR, 2), np.int64)
+    value = np.empty(TRIES_PER_PAIR)
+    pair = np.empty(2, np.int64)
+    row1 = np.empty(slots.shape[1], np.int64)
+    row2 = np.empty(slots.shape[1], np.int64)
+    load_sum = float(peaks.value[0].sum())
+    messages_now = message_us(net, flow)
+    for g1 in range(num_gpus):
+        for g2 in range(g1 + 1, num_gpus):
+            if scanned[g1, g2] > max(changed[g1], changed[g2]):
+                continue
+            clock += 1
+            scanned[g1, g2] = clock
+            now = objective(load_sum / num_batches, messages_now, ceiling, weight)
+            per_us = messages_now / max(flow.total[0], 1e-12)
+            far = net.node_of[g1] != net.node_of[g2]
+            u1, u2 = unit[g1], unit[g2]
+            for s in range(capacity[g1]):
+                row1[s] = replica_row(gains, slots[g1, s], g1)
+            for s in range(capacity[g2]):
+                row2[s] = replica_row(gains, slots[g2, s], g2)
+            hot = gather_pair(work, load, peaks, slots, capacity, unit, g1, g2, scratch)
+            mark_rest(peaks, g1, g2, scratch.rest)
+            score[:] = now * (1 - MARGIN)
+            pick[:] = -1
+            for s1 in range(capacity[g1]):
+                e1, r1 = slots[g1, s1], row1[s1]
+                if e1 != empty and holds[g2, e1]:
+                    continue
+                us1 = moved_us(gains, net, r1, g2) if e1 < empty else 0.0
+                for s2 in range(capacity[g2]):
+                    e2, r2 = slots[g2, s2], row2[s2]
+                    if e1 == e2 or (e2 != empty and holds[g1, e2]):
+                        continue
+                    us = us1
+                    if e2 < empty:
+                        us += moved_us(gains, net, r2, g1)
+                        if e1 < empty and net.dedup > 0:
+                            both = tokens.together[e1, e2] / (
+                                replicas(gains, e1) * replicas(gains, e2)
+                            )
+                            us += both * shared_us(gains, net, r1, far)
+                            us += both * shared_us(gains, net, r2, far)
+                    messages = messages_now + per_us * us
+                    delta = swap_delta(
+                        scratch.hot_others[:hot],
+                        scratch.hot_most[:hot],
+                        scratch.hot_base1[s1, :hot],
+                        scratch.hot_more1[s2, :hot],
+                        scratch.hot_base2[s2, :hot],
+                        scratch.hot_more2[s1, :hot],
+                    )
+                    after = (load_sum + delta) / num_batches
+                    worst = np.argmax(score)
+                    if objective(after, messages, ceiling, weight) >= score[worst]:
+                        continue
+                    delta = rest_delta(
+                        scratch.rest,
+                        load[g1],
+                        work[u1, e1],
+                        work[u1, e2],
+                        load[g2],
+                        work[u2, e2],
+                        work[u2, e1],
+                        delta,
+                        np.inf,
+                    )
+                    after = (load_sum + delta) / num_batches
+                    estimate = objective(after, messages, ceiling, weight)
+                    if estimate < score[worst]:
+                        score[worst] = estimate
+                        pick[worst, 0], pick[worst, 1] = s1, s2
+                        value[worst] = after
+            best, best_i = now * (1 - MARGIN), -1
+            for i in range(TRIES_PER_PAIR):
+                if pick[i, 0] < 0:
+                    continue
+                r1, r2 = row1[pick[i, 0]], row2[pick[i, 1]]
+                try_swap(tokens, net, flow, trial, gains, r1, g1, r2, g2)
+                exact = objective(value[i], message_us(net, trial), ceiling, weight)
+                if exact < best:
+                    best, best_i = exact, i
+            if best_i >= 0:
+                s1, s2 = pick[best_i]
+                try_swap(tokens, net, flow, trial, gains, row1[s1], g1, row2[s2], g2)
+                move_rows(tokens, net, flow, trial, gains, row1[s1], g1, row2[s2], g2)
+                apply_swap(work, load, slots, unit, holds, g1, s1, g2, s2)
+                pair[0], pair[1] = g1, g2
+                load_sum = rank_peaks(load, peaks, pair)
+                messages_now = message_us(net, flow)
+                clock += 1
+                changed[g1] = clock
+                changed[g2] = clock
+    return clock
+
+
+@njit(cache=True, nogil=True)
+def search_messages(
+    tokens: Tokens,
+    net: Net,
+    flow: Flow,
+    work: Array,
+    slots: Array,
+    capacity: Array,
+    unit: Array,
+    ceiling: float,
+    weight: float,
+    num_kicks: int,
+    seed: int,
+) -> float:
+    """Iterated local search over swaps; improves `slots` [G, S] in place, returns the objective.
+
+    work: [U, E + 1, B] float32 (see search_load); the numbers of replicas do not change.
+    ceiling, weight: objective traffic's limit on the mean largest load, and what a unit above it
+    costs; ceiling 0 for objective time. After a kick only pairs with a GPU that it changed are
+    looked at, and all of them again once it was kept.
+    """
+    np.random.seed(seed)
+    num_gpus, num_experts = len(capacity), work.shape[1] - 1
+    num_batches = work.shape[2]
+    load = np.zeros((num_gpus, num_batches), np.float32)
+    holds = np.zeros((num_gpus, num_experts + 1), np.bool_)
+    every = np.arange(num_gpus)
+    peaks = make_peaks(num_gpus, num_batches)
+    scratch = make_scratch(slots.shape[1], num_batches)
+    trial = Flow(flow.on_gpu, flow.on_node, flow.out.copy(), flow.back.copy(), flow.total.copy())
+    best_value = np.inf
+    best_slots = slots.copy()
+    changed = np.zeros(num_gpus, np.int64)
+    scanned = np.full((num_gpus, num_gpus), -1, np.int64)
+    for attempt in range(num_kicks + 1):
+        holds[:] = False
+        for g in range(num_gpus):
+            for s in range(capacity[g]):
+                holds[g, slots[g, s]] = True
+        rebuild(work, slots, capacity, unit, load)
+        changed[:] = 0
+        clock = 1
+        if attempt > 0:
+            changed[kick(work, load, slots, capacity, unit, holds)] = clock
+        rank_peaks(load, peaks, every)
+        gpus, count = replica_gpus(slots, capacity, num_experts)
+        fill_flow(tokens, net, flow, gpus, count)
+        gains = make_gains(tokens, net, flow, gpus, count)
+        for _ in range(MAX_PASSES):
+            before = clock
+            clock = pair_pass(
+                tokens,
+                net,
+                flow,
+                trial,
+                gains,
+                work,
+                load,
+                peaks,
+                slots,
+                capacity,
+                unit,
+                holds,
+                ceiling,
+                weight,
+                changed,
+                scanned,
+                clock,
+                scratch,
+            )
+            if changed.max() <= before:
+                break
+        rebuild(work, slots, capacity, unit, load)
+        gpus, count = replica_gpus(slots, capacity, num_experts)
+        fill_flow(tokens, net, flow, gpus, count)
+        value = objective(mean_max(load), message_us(net, flow), ceiling, weight)
+        if value < best_value * (1 - MARGIN):
+            best_value = value
+            best_slots[:] = slots
+            scanned[:] = -1
+        else:
+            slots[:] = best_slots
+            scanned[:] = 0
+    slots[:] = best_slots
+    return float(best_value)
