@@ -18,6 +18,8 @@ class EngineProfile:
 
     step_host_us: host time of a step that the GPU waits for (scheduling, input preparation,
     sampling, output), whatever the batch. sequence_host_us: the same for every sequence of it.
+    layer_us: GPU time of a layer's small kernels (norms, rotary embedding, quantisation, cache
+    writes) at a single row; what they move is counted apart.
     eager_layer_us: host time to enqueue one layer where no CUDA graph is replayed; a step with
     prompt tokens takes at least that many microseconds a layer.
     request_ms, prompt_token_us: time of a request outside the engine's steps (HTTP, scheduler
@@ -34,6 +36,7 @@ class EngineProfile:
     name: str
     step_host_us: float
     sequence_host_us: float
+    layer_us: float
     eager_layer_us: float
     request_ms: float
     prompt_token_us: float
@@ -53,7 +56,8 @@ ENGINES: Mapping[str, EngineProfile] = {
         EngineProfile(
             name="vllm",
             step_host_us=1000.0,
-            sequence_host_us=5.0,
+            sequence_host_us=0.0,
+            layer_us=8.0,
             eager_layer_us=100.0,
             request_ms=10.0,
             prompt_token_us=2.0,
@@ -67,7 +71,8 @@ ENGINES: Mapping[str, EngineProfile] = {
         EngineProfile(
             name="sglang",
             step_host_us=500.0,
-            sequence_host_us=5.0,
+            sequence_host_us=0.0,
+            layer_us=8.0,
             eager_layer_us=100.0,
             request_ms=10.0,
             prompt_token_us=2.0,
@@ -81,7 +86,8 @@ ENGINES: Mapping[str, EngineProfile] = {
         EngineProfile(
             name="trtllm",
             step_host_us=500.0,
-            sequence_host_us=5.0,
+            sequence_host_us=0.0,
+            layer_us=8.0,
             eager_layer_us=100.0,
             request_ms=10.0,
             prompt_token_us=2.0,

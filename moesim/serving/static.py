@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -82,20 +83,42 @@ class _Request:
     answer: int
     sent_us: float
     done_prompt: int = 0
-    produced: int = 0
     ready_us: float = 0.0
     first_us: float = 0.0
 
 
 @dataclass(eq=False)
 class _Rank:
-    """One DP rank: prompts waiting or in chunks, sequences decoding, tokens reserved for them."""
+    """One DP rank: prompts waiting or in chunks, sequences decoding, tokens reserved for them.
+
+    `clock` counts the tokens that every running sequence has been given; `running` is a heap by the
+    clock at which a sequence ends, `context` the cached tokens of all of them.
+    """
 
     capacity: int
     waiting: deque[_Request] = field(default_factory=deque)
     prompts: list[_Request] = field(default_factory=list)
-    running: list[_Request] = field(default_factory=list)
+    running: list[tuple[int, int, _Request]] = field(default_factory=list)
     reserved: int = 0
+    clock: int = 0
+    context: float = 0.0
+
+    def start(self, request: _Request) -> None:
+        """A sequence whose prompt is done and whose first token is out."""
+        heappush(self.running, (self.clock + request.answer - 1, request.number, request))
+        self.context += request.prompt + 1
+
+    def produce(self, tokens: int) -> list[_Request]:
+        """Give every running sequence `tokens` more; take out and return those that end."""
+        self.clock += tokens
+        self.context += tokens * len(self.running)
+        ended = []
+        while self.running and self.running[0][0] <= self.clock:
+            request = heappop(self.running)[2]
+            self.context -= request.prompt + request.answer
+            self.reserved -= request.prompt + request.answer
+            ended.append(request)
+        return ended
 
 
 def run_load_test(cost: StepCost, test: LoadTest) -> StaticResult:
@@ -172,35 +195,30 @@ class _Engine:
             return self._decode()
         chunks = [self._chunks(rank) for rank in self.ranks]
         decode = [len(r.running) if self.mixed else 0 for r in self.ranks]
-        context = [
-            float(sum(q.prompt + q.produced for q in r.running)) if self.mixed else 0.0
-            for r in self.ranks
-        ]
+        context = [rank.context if self.mixed else 0.0 for rank in self.ranks]
         rows = [float(sum(n for _, n in rank)) for rank in chunks]
         pairs = [sum(n * q.done_prompt + n * (n + 1) / 2.0 for q, n in rank) for rank in chunks]
         self.now_us += self.cost.one_us(decode, context, rows, pairs, [len(c) for c in chunks])
         ended: list[_Request] = []
         for rank, taken in zip(self.ranks, chunks, strict=True):
             if self.mixed:
-                ended += self._produce(rank, 1)
+                ended += rank.produce(1)
             for request, tokens in taken:
                 request.done_prompt += tokens
                 if request.done_prompt == request.prompt:
                     rank.prompts.remove(request)
-                    request.first_us, request.produced = self.now_us, 1
-                    rank.running.append(request)
-            ended += self._produce(rank, 0)
+                    request.first_us = self.now_us
+                    rank.start(request)
+            ended += rank.produce(0)
         return ended
 
     def _decode(self) -> list[_Request]:
-        left = min(q.answer - q.produced for rank in self.ranks for q in rank.running)
+        left = min(rank.running[0][0] - rank.clock for rank in self.ranks if rank.running)
         decode = [len(rank.running) for rank in self.ranks]
         none = [0.0] * len(self.ranks)
 
         def step_us(ahead: float) -> float:
-            context = [
-                sum(q.prompt + q.produced + ahead for q in rank.running) for rank in self.ranks
-            ]
+            context = [rank.context + ahead * len(rank.running) for rank in self.ranks]
             return self.cost.one_us(decode, context, none, none, none)
 
         coming = [r.waiting[0].ready_us for r in self.ranks if r.waiting and self._fits(r)]
@@ -211,7 +229,7 @@ class _Engine:
         for k in range(max(1, left - self.profile.steps_ahead), left):
             self.starts_us.append(self.now_us + k * time)
         self.now_us += left * time
-        return [q for rank in self.ranks for q in self._produce(rank, left)]
+        return [q for rank in self.ranks for q in rank.produce(left)]
 
     def _admit(self, rank: _Rank) -> None:
         while rank.waiting and self._fits(rank):
@@ -237,17 +255,6 @@ class _Engine:
             taken.append((request, tokens))
             left -= tokens
         return taken
-
-    def _produce(self, rank: _Rank, tokens: int) -> list[_Request]:
-        """Give every running sequence `tokens` more; take out and return those that end."""
-        ended = []
-        for request in rank.running:
-            request.produced += tokens
-            if request.produced >= request.answer:
-                ended.append(request)
-                rank.reserved -= request.prompt + request.answer
-        rank.running = [q for q in rank.running if q.produced < q.answer]
-        return ended
 
 
 def _lengths(rng: np.random.Generator, longest: int, ratio: float, count: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -23,7 +24,7 @@ from moesim.cost.calibration import calibration_names, load_calibration
 from moesim.cost.curves import FloatArray, power_mean_max, weakest
 from moesim.cost.dense import GEMM_SHARPNESS, KV_ELEMENT_BYTES, causal_pairs
 from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF, calibration_of_gpu
-from moesim.serving.moe_load import assumed_load, layer_us, load_of_trace
+from moesim.serving.moe_load import MoeLoad, assumed_load, layer_us, load_of_trace
 
 if TYPE_CHECKING:
     from moesim.cost.calibration import Calibration
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from moesim.cost.expert_gemm import ExpertGemmModel
     from moesim.serving.batch import BatchShape
     from moesim.serving.deployment import Deployment
+    from moesim.serving.engines import EngineProfile
 
 ELEMENT_BYTES = 2.0
 SMALL_KERNELS = 4
@@ -147,6 +149,18 @@ class StepCost:
         self._moe_total = _Table(everyone, sum(t.times_us for t in self._moe.values()))  # type: ignore[arg-type]
         heads = _grid(deployment.max_sequences * 2)
         self._head = _Table(heads, self._head_us(heads))
+
+    def with_engine(self, engine: EngineProfile) -> StepCost:
+        """The same kernels under another profile: only the host's constants are taken from it,
+        sizes stay those of the deployment."""
+        other = copy(self)
+        other.deployment = replace(self.deployment, engine=engine)
+        more = engine.layer_us - self.deployment.engine.layer_us
+        more *= self.deployment.model.num_hidden_layers
+        small = self._rows["elementwise"]
+        other._rows = {**self._rows, "elementwise": _Table(small.counts, small.times_us + more)}
+        other._rows_total = _Table(self._rows_total.counts, self._rows_total.times_us + more)
+        return other
 
     @property
     def basis(self) -> Basis:
@@ -301,7 +315,7 @@ class StepCost:
         router = self.calibration.dense.gemm("bf16")
         self._bases += [gemm.basis, router.basis]
         layers, moe_layers = model.num_hidden_layers, model.num_moe_layers
-        small = SMALL_KERNELS * SMALL_KERNEL_US + 8.0 * rows * hidden * ELEMENT_BYTES / self._hbm
+        small = d.engine.layer_us + 8.0 * rows * hidden * ELEMENT_BYTES / self._hbm
         parts = {
             "projections": model.num_kv_layers * self._projections_us(rows),
             "elementwise": layers * small,
@@ -376,19 +390,22 @@ class StepCost:
     def _moe_parts(self, tokens: FloatArray) -> dict[str, FloatArray]:
         """All MoE layers by the tokens of all ranks together."""
         layers = self.deployment.model.num_moe_layers
-        experts = np.array([self._expert_layer_us(n) for n in tokens])
+        load = self._load()
+        experts = np.array([self._expert_layer_us(n, load) for n in tokens])
         return {
             "experts": layers * np.maximum.accumulate(experts),
             "communication": layers * self._moe_comm_us(tokens),
         }
 
-    def _expert_layer_us(self, num_tokens: float) -> float:
+    def _load(self) -> MoeLoad:
+        """Popularity of the experts: the trace's, or assumed."""
+        d, model = self.deployment, self.deployment.model
+        if d.trace is None:
+            return assumed_load(model.num_experts, model.top_k).spread(d.imbalance_scale)
+        return load_of_trace(d.trace).spread(d.imbalance_scale)
+
+    def _expert_layer_us(self, num_tokens: float, load: MoeLoad) -> float:
         d, model, kernel = self.deployment, self.deployment.model, self._expert_model
-        load = (
-            load_of_trace(d.trace)
-            if d.trace is not None
-            else assumed_load(model.num_experts, model.top_k)
-        ).spread(d.imbalance_scale)
         gpu_of_slot, expert_of_slot, share = self._slots(len(load.inclusion))
         width = max(1, model.moe_intermediate_size // d.moe_tp)
         work = layer_us(
@@ -456,7 +473,9 @@ class StepCost:
         wanted = names.get(d.expert_dtype, (d.expert_dtype,))
         dtype = next((n for n in wanted if n in known), wanted[-1])
         shape = (d.model.hidden_size, d.model.moe_intermediate_size)
-        model = self.calibration.expert_ffn(dtype, shape=shape)
+        own = f"{d.engine.name}_{'ep' if d.ep > 1 else 'tp'}"
+        kernel = own if (dtype, own) in self.calibration.experts else None
+        model = self.calibration.expert_ffn(dtype, kernel, shape=shape)
         self._bases.append(model.basis)
         return model
 

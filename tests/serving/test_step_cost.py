@@ -222,8 +222,6 @@ def test_skewed_routing_over_few_gpus_costs_more_than_even() -> None:
         load = assumed_load(128, 8, skew)
         assert load.inclusion.sum(axis=1) == pytest.approx(8.0)
         expert = np.tile(np.arange(128), (len(load.inclusion), 1))
-        times.append(
-            layer_us(load, kernel, 8192, 2048, 768, 3, gpu, expert, np.ones(expert.shape))
-        )
+        times.append(layer_us(load, kernel, 8192, 2048, 768, 3, gpu, expert, np.ones(expert.shape)))
     assert times == sorted(times)
     assert model.top_k == 8

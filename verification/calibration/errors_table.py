@@ -1,9 +1,11 @@
 """The table of fit errors in docs/calibration.md, from the calibration files themselves:
-`python verification/calibration/errors_table.py topologies/calibration/*.yaml`.
+`python verification/calibration/errors_table.py topologies/calibration/*.yaml`. With --engines
+first, the shorter table of the serving engines' files (`h200-vllm.yaml`) in docs/step-time.md.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,13 +45,42 @@ def rows(path: Path) -> list[tuple[str, int, int, list[Any]]]:
     ]
 
 
+ENGINES = ("vllm", "sglang", "trtllm")
+
+
+def of_engine(path: Path) -> bool:
+    """Whether a file holds a serving engine's kernels."""
+    return path.stem.rpartition("-")[2] in ENGINES
+
+
+def engine_table(paths: list[Path]) -> str:
+    """Markdown: one line a part of every engine's file, all its regimes and shapes together."""
+    lines = [
+        "| file | part | held-out points | median error | 90th percentile |",
+        "|---|---|---|---|---|",
+    ]
+    for path in sorted(p for p in paths if of_engine(p)):
+        parts: dict[str, tuple[int, list[Any]]] = {}
+        for name, points, _, fits in rows(path):
+            part = name.split(",")[0].split(" MLA")[0]
+            part = " ".join(w for w in part.split() if not re.fullmatch(r"\d+x\d+", w))
+            part += " latent attention" if "MLA" in name else ""
+            so_far, listed = parts.get(part, (0, []))
+            parts[part] = so_far + points, [*listed, *fits]
+        for part, (points, fits) in parts.items():
+            median = _percent([f.median_error for f in fits])
+            p90 = _percent([f.p90_error for f in fits])
+            lines.append(f"| {path.stem} | {part} | {points} | {median} | {p90} |")
+    return "\n".join(lines) + "\n"
+
+
 def table(paths: list[Path]) -> str:
     """Markdown: one line a group; a range where a group has several fits."""
     lines = [
         "| GPU | what | held-out points | spikes dropped | median error | 90th percentile |",
         "|---|---|---|---|---|---|",
     ]
-    for path in sorted(paths):
+    for path in sorted(p for p in paths if not of_engine(p)):
         for name, points, dropped, fits in rows(path):
             median = _percent([f.median_error for f in fits])
             p90 = _percent([f.p90_error for f in fits])
@@ -63,4 +94,5 @@ def _percent(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table([Path(name) for name in sys.argv[1:]]))
+    wanted = engine_table if "--engines" in sys.argv else table
+    sys.stdout.write(wanted([Path(name) for name in sys.argv[1:] if not name.startswith("--")]))

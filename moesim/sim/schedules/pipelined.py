@@ -1,8 +1,9 @@
 """Chunked pipelining: the tokens of a layer in r chunks, one chunk computed while others travel.
 
 Tutel (arXiv:2206.03382) pipelines adaptively, PipeMoE (Shi, Pan, Chu, Li, INFOCOM 2023) finds the
-number of chunks from a performance model. All dispatches are launched first, then all combines, on one communication stream. With t_d for a chunk's dispatch and for its combine and
-t_e for its experts, a layer takes
+number of chunks from a performance model. All dispatches are launched first, then all combines, on
+one communication stream. With t_d for a chunk's dispatch and for its combine and t_e for its
+experts, a layer takes
 
     T(r) = max(2 r t_d, (r + 1) t_d + t_e, 2 t_d + r t_e).
 

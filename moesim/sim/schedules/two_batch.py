@@ -2,9 +2,9 @@
 
 DeepSeek's serving (github.com/deepseek-ai/profile-data, README, "Prefilling" and "Decoding": two
 micro-batches overlap computation and all-to-all) and SGLang's `--enable-two-batch-overlap`:
-micro-batches A and B alternate, so that A's dispatch runs beside B's attention, A's experts beside B's dispatch, A's combine beside B's experts. Each half has
-its own attention, gate and experts, at the rates of half the tokens, and every expert's weights are
-read twice.
+micro-batches A and B alternate, so that A's dispatch runs beside B's attention, A's experts beside
+B's dispatch, A's combine beside B's experts. Each half has its own attention, gate and experts, at
+the rates of half the tokens, and every expert's weights are read twice.
 """
 
 from __future__ import annotations

@@ -1,0 +1,147 @@
+"""Predict every measured serving row and say how far off: `python verification/serving/accuracy.py
+--data ../shared/data/measured/serving_h100_h200_moe.csv --out reports/serving-accuracy`.
+
+Three passes. Kernels only: no engine constant at all, nothing fitted to serving rows. Held out: the
+few constants of an engine fitted to its other models' rows, every model predicted by constants that
+never saw it. All rows: constants fitted to all, which is what the shipped engine profiles have.
+Writes `results.json` (aggregates only), `tables.md` and two plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from fit_constants import START, fit, linearise
+from plots import scatter
+from predict import CONSTANTS, NONE, Constants, Prediction, Predictor, errors
+from rows import Row, read_rows, refusal
+
+from moesim.files import atomic_write
+from moesim.serving.engines import ENGINES
+
+ITERATIONS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    rows = read_rows(args.data)
+    refused = {row.number: refusal(row, ENGINES[row.engine]) for row in rows}
+    usable = [row for row in rows if not refused[row.number]]
+    predictor = Predictor()
+    kernels_only = predictor.predict_all(usable, NONE)
+    shipped: dict[str, Constants] = {}
+    held_out: dict[int, Prediction] = {}
+    per_group: dict[str, dict[str, Constants]] = {}
+    for engine in ENGINES:
+        own = [row for row in usable if row.engine == engine]
+        shipped[engine], per_group[engine] = fit_engine(predictor, own)
+        for group, constants in per_group[engine].items():
+            left_out = [row for row in own if row.group == group]
+            held_out |= predictor.predict_all(left_out, constants)
+    all_rows = predictor.predict_all(usable, shipped)
+    passes = {"kernels only": kernels_only, "held out": held_out, "all rows": all_rows}
+    results = {
+        "rows": len(rows),
+        "distinct_measurements": len({row.measurement for row in rows}),
+        "predicted": len(usable),
+        "refused": refusals(rows, refused),
+        "constants": {engine: rounded(c) for engine, c in shipped.items()},
+        "constants_without": {
+            engine: {group: rounded(c) for group, c in found.items()}
+            for engine, found in per_group.items()
+        },
+        "errors": {name: summaries(usable, found) for name, found in passes.items()},
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    atomic_write(args.out / "results.json", json.dumps(results, indent=1, sort_keys=True) + "\n")
+    atomic_write(args.out / "tables.md", tables(results))
+    scatter(usable, kernels_only, held_out, args.out / "predicted_against_measured.png")
+    print(tables(results))
+
+
+def fit_engine(predictor: Predictor, rows: list[Row]) -> tuple[Constants, dict[str, Constants]]:
+    """Constants from all rows of an engine, and by left-out group from the others."""
+    at = START
+    for _ in range(ITERATIONS):
+        linear = linearise(predictor, rows, at)
+        at = fit(linear)
+    groups = sorted({row.group for row in rows})
+    return at, {group: fit(linear, leave_out=group) for group in groups}
+
+
+def rounded(constants: Constants) -> dict[str, float]:
+    return {name: float(f"{constants[name]:.3g}") for name in CONSTANTS}
+
+
+def refusals(rows: list[Row], refused: dict[int, str]) -> list[dict[str, Any]]:
+    counts = Counter((r.engine, r.model, refused[r.number]) for r in rows if refused[r.number])
+    return [
+        {"engine": engine, "model": model, "rows": count, "why": why}
+        for (engine, model, why), count in sorted(counts.items())
+    ]
+
+
+def summaries(rows: list[Row], predictions: dict[int, Prediction]) -> list[dict[str, Any]]:
+    """Median and 90th percentile of |error|, and the median error, by engine and model."""
+    tpot, ttft = errors(rows, predictions)
+    groups: dict[tuple[str, str], list[int]] = {("all", "all"): list(range(len(rows)))}
+    for i, row in enumerate(rows):
+        groups.setdefault((row.engine, "all"), []).append(i)
+        groups.setdefault((row.engine, row.group), []).append(i)
+    first: dict[tuple[float, float], int] = {}
+    for i, row in enumerate(rows):
+        first.setdefault(row.measurement, i)
+    groups["all, each measurement once", "all"] = sorted(first.values())
+    out = []
+    for (engine, model), members in sorted(groups.items()):
+        line: dict[str, Any] = {"engine": engine, "model": model, "rows": len(members)}
+        for name, error in (("tpot", tpot[members]), ("ttft", ttft[members])):
+            line[f"{name}_median"] = round(float(np.median(np.abs(error))), 4)
+            line[f"{name}_p90"] = round(float(np.quantile(np.abs(error), 0.9)), 4)
+            line[f"{name}_bias"] = round(float(np.median(error)), 4)
+        out.append(line)
+    return out
+
+
+def tables(results: dict[str, Any]) -> str:
+    lines = [
+        "| engine | model | rows | TPOT kernels only | TPOT held out | TTFT kernels only "
+        "| TTFT held out |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for bare, held in zip(
+        results["errors"]["kernels only"], results["errors"]["held out"], strict=True
+    ):
+        cells = [
+            f"{100 * line[f'{name}_median']:.1f} / {100 * line[f'{name}_p90']:.0f}%"
+            for name in ("tpot", "ttft")
+            for line in (bare, held)
+        ]
+        lines.append(
+            f"| {bare['engine']} | {bare['model']} | {bare['rows']} | " + " | ".join(cells) + " |"
+        )
+    lines += ["", "| engine | " + " | ".join(CONSTANTS) + " |", "|---|" + "---|" * len(CONSTANTS)]
+    for engine, found in results["constants"].items():
+        lines.append(
+            f"| {engine} | " + " | ".join(f"{found[name]:.3g}" for name in CONSTANTS) + " |"
+        )
+    lines += ["", "| rows refused | engine | model | why |", "|---|---|---|---|"]
+    for item in results["refused"]:
+        lines.append(f"| {item['rows']} | {item['engine']} | {item['model']} | {item['why']} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Predicted TTFT and TPOT of the measured rows under given engine constants."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from rows import PRIVATE_SOURCES, Row, deployment_of, load_test_of
+
+from moesim.serving.engines import ENGINES, EngineProfile
+from moesim.serving.static import run_load_test
+from moesim.serving.step_cost import StepCost
+
+CONSTANTS = ("step_host_us", "layer_us", "eager_layer_us", "request_ms")
+FIXED = {"sequence_host_us": 0.0, "prompt_token_us": 0.0}
+Constants = Mapping[str, float]
+NONE: Constants = {**dict.fromkeys(CONSTANTS, 0.0), "layer_us": 8.0}
+"""Nothing fitted: no host time; four small kernels of 2 us a layer, which is assumed."""
+
+
+def profile(engine: str, constants: Constants) -> EngineProfile:
+    """The engine's profile with its fitted constants replaced."""
+    return replace(ENGINES[engine], **FIXED, **{name: float(constants[name]) for name in CONSTANTS})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Mean TTFT and TPOT of one row, milliseconds."""
+
+    ttft_ms: float
+    tpot_ms: float
+
+
+class Predictor:
+    """Keeps the step cost of every deployment; constants may change from call to call."""
+
+    def __init__(self) -> None:
+        self._costs: dict[tuple[object, ...], StepCost] = {}
+
+    def predict(self, row: Row, constants: Constants) -> Prediction:
+        """One row; two rows of the same deployment share its tables."""
+        key = (row.engine, row.model, row.system, row.tp, row.dp, row.ep, row.moe_tp)
+        if key not in self._costs:
+            self._costs[key] = StepCost(deployment_of(row, ENGINES[row.engine]))
+        cost = self._costs[key].with_engine(profile(row.engine, constants))
+        test = load_test_of(row)
+        result = run_load_test(cost, test)
+        # Where the number of requests is not known, the first wave, all at once, is left out.
+        first = test.concurrency if row.model == PRIVATE_SOURCES else 0
+        return Prediction(
+            float(result.ttft_ms[first:].mean()), float(np.nanmean(result.tpot_ms[first:]))
+        )
+
+    def predict_all(
+        self, rows: Iterable[Row], constants: Mapping[str, Constants] | Constants
+    ) -> dict[int, Prediction]:
+        """By row number; rows that differ in nothing but their number are computed once.
+
+        `constants`: of every engine, or one set for all.
+        """
+        done: dict[tuple[object, ...], Prediction] = {}
+        out = {}
+        for row in rows:
+            own = constants.get(row.engine, constants)  # type: ignore[call-overload]
+            key = (row.engine, row.model, row.system, row.tp, row.dp, row.ep, row.moe_tp)
+            key += (row.isl, row.osl, row.concurrency)
+            if key not in done:
+                done[key] = self.predict(row, own)
+            out[row.number] = done[key]
+        return out
+
+
+def errors(rows: list[Row], predictions: Mapping[int, Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    """Relative errors predicted / measured - 1 of TPOT and of TTFT, in the order of `rows`."""
+    tpot = [predictions[r.number].tpot_ms / r.tpot_ms - 1.0 for r in rows]
+    ttft = [predictions[r.number].ttft_ms / r.ttft_ms - 1.0 for r in rows]
+    return np.array(tpot), np.array(ttft)
