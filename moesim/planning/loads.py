@@ -24,6 +24,7 @@ from moesim.planning.make import (
     PlanResult,
     check_memory,
     check_model,
+    check_options,
     provenance,
     slots_of,
 )
@@ -111,6 +112,7 @@ def make_load_plan(
     request: as for `make_plan`; its trace is not looked at. Raises InputError for what counts
     cannot tell, and what `make_plan` raises.
     """
+    check_options(request)
     _refuse(request)
     cluster = request.cluster
     split = split_steps(loads.expert_load)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cost.routing import Dedup
+from moesim.cost.routing import POLICY_CODES, Dedup
 from moesim.cost.scaled import faster_step
 from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
@@ -141,6 +142,7 @@ def make_plan(
     the slots or the memory, UnknownNameError for an unknown solver or domain, InputError for
     unusable numbers.
     """
+    check_options(request)
     trace, cluster = require_tokens(request.trace, "moesim plan"), request.cluster
     defaults: dict[str, str] = {}
     notices: list[str] = []
@@ -295,6 +297,19 @@ def make_plan(
         tuple(refined.rows),
         tuple(refined.lines),
     )
+
+
+def check_options(request: PlanRequest) -> None:
+    """Raise InputError for names and numbers that are wrong whatever the trace is."""
+    get_solver(request.solver)
+    if request.replica_policy not in POLICY_CODES:
+        raise UnknownNameError("replica policy", request.replica_policy, POLICY_CODES)
+    if request.seed < 0:
+        raise InputError(f"seed {request.seed} is negative", "give a seed of 0 or more")
+    if not (math.isfinite(request.time_limit_s) and request.time_limit_s >= 0):
+        raise InputError(
+            f"a time limit of {request.time_limit_s} seconds", "give seconds, such as 60"
+        )
 
 
 def _joined(bound: Bound, solution: Solution) -> Bound:

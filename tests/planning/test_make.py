@@ -230,7 +230,7 @@ def test_memory_is_checked_unless_told_otherwise(trace: Trace, build: ModuleType
         ({"domain": "nothing"}, InputError, "no token of the trace"),
         ({"all_to_all": "nickel"}, UnknownNameError, "all-to-all library"),
         ({"dedup": "rack"}, UnknownNameError, "deduplication"),
-        ({"replica_policy": "lp"}, InputError, "cannot be routed"),
+        ({"replica_policy": "closest"}, UnknownNameError, "unknown replica policy"),
         ({"batch_tokens": 0}, InputError, "at least 1"),
         ({"seed": -1}, InputError, "seed"),
         ({"time_limit_s": float("nan")}, InputError, "time limit"),
@@ -259,7 +259,7 @@ def test_names_are_checked_before_the_work(
         raise AssertionError
 
     monkeypatch.setattr("moesim.planning.make.tuning_counts", never)
-    for options in ({"solver": "local_serch"}, {"replica_policy": "lp"}):
+    for options in ({"solver": "local_serch"}, {"replica_policy": "closest"}):
         with pytest.raises(InputError):
             make_plan(PlanRequest(trace, cluster, model, **options))
 
