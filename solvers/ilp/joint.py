@@ -30,9 +30,10 @@ import numpy.typing as npt
 
 from moesim.plan import EMPTY
 from moesim.solvers.base import Problem
-from moesim.solvers.bounds import ROUNDING, load_bound, message_bound
+from moesim.solvers.bounds import ROUNDING, load_bound
 from moesim.solvers.ilp.engine import IlpModel, Outcome, Terms
 from moesim.solvers.ilp.messages import MessageTerms, patterns
+from moesim.solvers.message_bounds import message_bound
 from moesim.solvers.objective import PlacementCost
 
 FloatArray = npt.NDArray[np.float64]

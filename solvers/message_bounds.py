@@ -1,0 +1,247 @@
+"""Lower bounds on the messages of a layer, and on what they take, that hold for every placement.
+
+Three arguments, of which the strongest counts. A *place* is a GPU, or a node.
+
+Homes. A token's message to a place is saved only by experts that its own place holds. With 1/K of
+the token for each of its K choices, an expert saves at most what its best place's tokens choose
+of it, and one more place for each redundant slot.
+
+Pairs. A token that reaches r places has at least as many co-located pairs of choices as K choices
+dealt evenly to r places. How many pairs of all tokens are co-located is bounded by the best
+neighbours of every slot and, without redundant slots, by eigenvalues: for any d that sums to
+zero, sum_i m_i lambda_i(W + diag(d)) with place sizes m and W the counts of pairs, both in
+descending order, is at least the weight inside the places (W. Donath, A. Hoffman, Lower Bounds
+for the Partitioning of Graphs, IBM J. Res. Dev. 17, 1973).
+
+Links. Each message takes a known share of the links that its kind can use, and the busiest link has
+no less than the average one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from moesim.solvers.base import Traffic
+from moesim.solvers.objective import PlacementCost
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float64]
+SHIFT_ROUNDS = 8
+"""Steps towards the best diagonal shift; the bound holds after any number of them."""
+
+
+def message_bound(objective: PlacementCost, layer: int) -> float:
+    """Lower bound on the objective's message term of one layer, in microseconds."""
+    traffic = objective.problem.traffic
+    assert traffic is not None
+    if objective.problem.num_gpus == 1:
+        return 0.0
+    found = _Messages(objective, traffic, layer)
+    return found.link_us() if objective.problem.objective == "time" else found.total_us()
+
+
+class _Messages:
+    """The sampled tokens of one layer, and the bounds on their messages."""
+
+    def __init__(self, objective: PlacementCost, traffic: Traffic, layer: int) -> None:
+        problem = self.problem = objective.problem
+        self.traffic, self.net = traffic, objective.net
+        self.spare = problem.num_slots - problem.num_experts
+        self.ids = traffic.expert_ids[:, layer].astype(np.int64)
+        self.num_choices = (self.ids >= 0).sum(axis=1)
+        together = objective.tokens(layer).together.astype(np.float64)
+        self.together = together * (1 - np.eye(len(together)))
+        self.gpus = np.arange(problem.num_gpus)
+        self.nodes = self.gpus // (problem.num_gpus // problem.num_nodes)
+        self.node_slots = np.bincount(self.nodes, problem.capacity).astype(np.int64)
+
+    def remote(self, place_of_home: Array, batch_idx: Array) -> FloatArray:
+        """[batches]: messages that tokens must send out of their own place, by homes.
+
+        place_of_home: [G] GPU or node of each home.
+        """
+        place = place_of_home[self.traffic.home]
+        token, choice = np.nonzero(self.ids >= 0)
+        expert = self.ids[token, choice]
+        single = self.traffic.dedup == 0
+        weight = np.ones(len(token)) if single else 1.0 / self.num_choices[token]
+        shape = (int(batch_idx.max()) + 1, int(place_of_home.max()) + 1, self.problem.num_experts)
+        hits = np.zeros(shape)
+        np.add.at(hits, (batch_idx[token], place[token], expert), weight)
+        hits = -np.sort(-hits, axis=1)
+        saved = hits[:, 0].sum(axis=1)
+        if self.spare:
+            further = -np.sort(-hits[:, 1:].reshape(len(hits), -1), axis=1)
+            saved += further[:, : self.spare].sum(axis=1)
+        sent = np.bincount(
+            batch_idx, self.num_choices if single else self.num_choices > 0, minlength=len(hits)
+        )
+        return np.maximum(sent - saved, 0.0)
+
+    def reached(self, sizes: Array) -> float:
+        """Sum over tokens of the places that serve them, by pairs. sizes: [places] slots."""
+        return fewest_places(self.num_choices, len(sizes), int(sizes.max()), self.most_pairs(sizes))
+
+    def most_pairs(self, sizes: Array) -> float:
+        """Pairs of choices of one token that places of `sizes` slots can hold together."""
+        ordered = -np.sort(-self.together, axis=1)
+        upto = np.concatenate((np.zeros((len(ordered), 1)), np.cumsum(ordered, axis=1)), axis=1)
+        last = len(ordered) - 1
+        steps = np.minimum(np.arange(self.spare + 2) * (int(sizes.max()) - 1), last)
+        gains = np.diff(upto[:, steps], axis=1)
+        pairs = gains[:, 0].sum()
+        if self.spare:
+            pairs += np.sort(gains[:, 1:], axis=None)[::-1][: self.spare].sum()
+        else:
+            pairs = min(pairs, most_inside(self.together, sizes))
+        return float(pairs) / 2
+
+    def outside(self, *, nodes: bool) -> float:
+        """Messages out of GPUs (or nodes), over all sampled tokens."""
+        once = np.zeros(len(self.ids), np.int64)
+        places, sizes = (
+            (self.nodes, self.node_slots) if nodes else (self.gpus, self.problem.capacity)
+        )
+        least = float(self.remote(places, once)[0])
+        if self.traffic.dedup:
+            least = max(least, self.reached(sizes) - int((self.num_choices > 0).sum()))
+        return least
+
+    def total_us(self) -> float:
+        """Summed link time a batch."""
+        pair_us = self.net.pair_us
+        other = ~np.eye(self.problem.num_gpus, dtype=bool)
+        far = other & (self.nodes[:, None] != self.nodes[None, :])
+        least = pair_us[other].min()
+        total = self.outside(nodes=False) * least
+        if far.any():
+            total += self.outside(nodes=True) * max(0.0, pair_us[far].min() - least)
+        return float(total) / self.traffic.num_batches
+
+    def link_us(self) -> float:
+        """Dispatch and combine time, mean over the sampled batches.
+
+        On several nodes only messages between nodes are counted. A mean over batches is bounded
+        from the messages of every batch, and from all batches' together through the convex hull of
+        the time from the fewest messages of a batch on.
+        """
+        far = self.problem.num_nodes > 1
+        batches = self.remote(
+            self.nodes if far else self.gpus, self.traffic.batch_idx.astype(np.int64)
+        )
+        mean = max(self.outside(nodes=far) / len(batches), batches.mean())
+        total = 0.0
+        for way in range(2):
+            best = 0.0
+            for group in range(self.net.time_us.shape[1]):
+                share = self._share(way, group, far=far)
+                if share == 0.0:
+                    continue
+                time = np.minimum.accumulate(self.net.time_us[way, group][::-1])[::-1]
+                at = np.minimum(len(time) - 1, np.floor(batches * share + 1e-6).astype(np.int64))
+                low = int(at.min())
+                hull = hull_at(time[low:], max(0.0, mean * share - low))
+                best = max(best, float(time[at].mean()), hull)
+            total += best
+        return total
+
+    def _share(self, way: int, group: int, *, far: bool) -> float:
+        """What one message, there or back, adds at least to the average link of a group: its
+        scaled load over the number of links that such messages can use."""
+        net, num_gpus = self.net, self.problem.num_gpus
+        least, used = np.inf, set()
+        for src in range(num_gpus):
+            for dst in range(num_gpus):
+                across = self.nodes[src] != self.nodes[dst]
+                rail = (dst - src) % net.per_node == 0
+                if src == dst or across != far or (far and net.dedup == 2 and not rail):
+                    continue
+                row = src * num_gpus + dst if way == 0 else dst * num_gpus + src
+                links = net.route_links[net.route_indptr[row] : net.route_indptr[row + 1]]
+                links = links[net.group[links] == group]
+                least = min(least, float(net.scale[links].sum()))
+                used.update(links.tolist())
+        return least / len(used) if used else 0.0
+
+
+def even_pairs(num_choices: int, num_places: int) -> int:
+    """Co-located pairs of choices dealt evenly: the fewest that so many places can have."""
+    each, more = divmod(num_choices, num_places)
+    return more * (each + 1) * each // 2 + (num_places - more) * each * (each - 1) // 2
+
+
+def fewest_places(
+    num_choices: npt.NDArray[np.integer[Any]], num_places: int, most_slots: int, pairs: float
+) -> float:
+    """Least sum over tokens of places reached, if at most `pairs` of choices are co-located.
+
+    num_choices: [T]; no place holds more than `most_slots` of a token's choices. The pairs that
+    one place less costs grow with every place (`even_pairs` is convex), so that the cheapest
+    steps are taken first, the last one in part.
+    """
+    total, steps = 0.0, []
+    for k, tokens in enumerate(np.bincount(num_choices)):
+        if k == 0 or tokens == 0:
+            continue
+        most, least = min(k, num_places), -(-k // most_slots)
+        total += tokens * most
+        pairs -= tokens * even_pairs(k, most)
+        steps += [(even_pairs(k, r - 1) - even_pairs(k, r), tokens) for r in range(most, least, -1)]
+    for cost, tokens in sorted(steps):
+        part = min(1.0, max(0.0, pairs) / (cost * tokens))
+        total -= part * tokens
+        pairs -= cost * tokens
+        if part < 1.0:
+            break
+    return total
+
+
+def most_inside(weights: FloatArray, sizes: Array) -> float:
+    """Upper bound on the sum of `weights` [E, E] (symmetric, zero diagonal) over pairs in one
+    place, each counted twice, when all E experts are dealt to places of `sizes`."""
+    from scipy.linalg import eigh
+
+    size = -np.sort(-np.asarray(sizes, np.float64))
+    experts = len(weights)
+    count = min(len(size), experts)
+    if size.sum() != experts:
+        return float(weights.sum())
+    shift = weights.sum(axis=1).mean() - weights.sum(axis=1)
+    best = float(weights.sum())
+    for attempt in range(SHIFT_ROUNDS):
+        values, vectors = eigh(
+            weights + np.diag(shift), subset_by_index=[experts - count, experts - 1]
+        )
+        value = float(size[:count] @ values[::-1])
+        slope = (vectors[:, ::-1] ** 2) @ size[:count] - 1.0
+        best = min(best, value)
+        steep = float(slope @ slope)
+        if steep < 1e-12:
+            break
+        shift = shift - slope * (0.05 * abs(value) / (1 + attempt)) / steep
+        shift -= shift.mean()
+    return best
+
+
+@njit(cache=True, nogil=True)
+def hull_at(values: Array, x: float) -> float:
+    """The largest convex function below `values` at 0, 1, 2, ..., at x; the last value beyond."""
+    corners = np.empty(len(values), np.int64)
+    count = 0
+    for i in range(len(values)):
+        while count > 1:
+            a, b = corners[count - 2], corners[count - 1]
+            if (values[b] - values[a]) * (i - a) < (values[i] - values[a]) * (b - a):
+                break
+            count -= 1
+        corners[count] = i
+        count += 1
+    for c in range(count - 1):
+        a, b = corners[c], corners[c + 1]
+        if x <= b:
+            return float(values[a] + (values[b] - values[a]) * (x - a) / (b - a))
+    return float(values[corners[count - 1]])
