@@ -278,7 +278,8 @@ def _print(result: PlanResult, out: Path, plot: Path | None) -> None:
     if placement.num_nodes == 1:
         rows = [r for r in rows if r[0] not in ("node_fan_out", "inter_node_bytes")]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("held-out figure", no_wrap=True)
+    apart = plan.evaluation.get("held_out", True)
+    table.add_column("held-out figure" if apart else "figure, not held out", no_wrap=True)
     for candidate in result.candidates:
         table.add_column(candidate.name, justify="right", no_wrap=True)
     for name, label, form, factor in rows:

@@ -2,11 +2,12 @@
 
 Counts say how much every expert got in a step, not which experts a token chose together, so there
 is balance to plan for and nothing else: no fan-out, bytes or predicted time. Replicas share
-equally.
+equally. Every step counts alike, however many tokens it had.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from moesim.errors import InputError
+from moesim.errors import InputError, UnknownNameError
 from moesim.metrics import balancedness, imbalance
 from moesim.plan import EMPTY, Placement, Plan
 from moesim.planning.evaluate import NUM_RESAMPLES, Measured, Sample, difference, figures
@@ -25,11 +26,13 @@ from moesim.planning.make import (
     check_memory,
     check_model,
     check_options,
+    ended,
+    joined,
     provenance,
     slots_of,
 )
-from moesim.solvers.base import Problem, Progress, Stop, never
-from moesim.solvers.bounds import lower_bound
+from moesim.solvers.base import OBJECTIVES, Problem, Progress, Stop, never
+from moesim.solvers.bounds import LP_LAYERS, lower_bound
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import get_solver
 from moesim.trace.batches import Batches
@@ -50,6 +53,10 @@ NEEDS_TOKENS = {
     "replica_policy": "split",
 }
 """Fields of a request that counts cannot serve, with the value that asks for nothing."""
+
+CHUNK_CELLS = 20_000_000
+UNEQUAL = 4.0
+"""How far apart the 10th and 90th percentile of tokens a step may be before a notice says so."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,8 +98,15 @@ def measure_loads(
     safe = np.where(table == EMPTY, 0, table)
     share = np.where(table == EMPTY, 0.0, 1.0)
     share /= np.take_along_axis(placement.replica_count, safe, axis=1)
-    slots = np.take_along_axis(steps.astype(np.float64), safe[None], axis=2) * share
-    gpus = slots.reshape(*slots.shape[:2], placement.num_gpus, -1).sum(axis=3)
+    num_layers, num_slots = table.shape
+    gpus = np.empty((len(steps), num_layers, placement.num_gpus))
+    chunk = max(1, CHUNK_CELLS // (num_layers * num_slots))
+    for start in range(0, len(steps), chunk):
+        part = steps[start : start + chunk].astype(np.float64)
+        slots = np.take_along_axis(part, safe[None], axis=2) * share
+        gpus[start : start + chunk] = slots.reshape(*slots.shape[:2], placement.num_gpus, -1).sum(
+            axis=3
+        )
     values = {
         "imbalance": imbalance(gpus, speed)[order],
         "balancedness": balancedness(gpus, speed)[order],
@@ -113,13 +127,15 @@ def make_load_plan(
     cannot tell, and what `make_plan` raises.
     """
     check_options(request)
+    if request.objective is not None and request.objective not in OBJECTIVES:
+        raise UnknownNameError("objective", request.objective, OBJECTIVES)
     _refuse(request)
     cluster = request.cluster
     split = split_steps(loads.expert_load)
     defaults = {"objective": "balance (counts say nothing of messages)"}
     if request.objective is not None:
         defaults = {}
-    notices: list[str] = []
+    notices = unequal_steps(loads.expert_load)
     if request.model is not None:
         check_model(request.model, loads.meta, notices)
     capacity = slots_of(loads.expert_load.shape[2], cluster.num_gpus, request)
@@ -143,15 +159,23 @@ def make_load_plan(
     }
     cost = PlacementCost(problem)
     layers = {name: cost.layer_values(s.placement) for name, s in solved.items()}
-    bound = lower_bound(problem, layer_values=layers[request.solver])
+    bound = lower_bound(
+        problem,
+        layer_values=layers[request.solver],
+        lp_layers=0 if stop() else LP_LAYERS,
+        objective=cost,
+    )
+    bound = joined(bound, solved[request.solver])
     sample, order = _sample(len(split.held_out), request.seed)
     candidates = []
     for name, solution in solved.items():
-        ended = replace(solution, objective_value=float(layers[name].mean()), bound=bound.value)
+        valued = replace(solution, objective_value=float(layers[name].mean()), bound=bound.value)
+        if name == request.solver:
+            valued = ended(valued, request, stop(), notices)
         measured = measure_loads(
             split.held_out, solution.placement, order, sample.num_main, problem.speed
         )
-        candidates.append(Candidate(name, ended, measured, figures(sample, measured)))
+        candidates.append(Candidate(name, valued, measured, figures(sample, measured)))
     by_name = {c.name: c for c in candidates}
     chosen, reference = by_name[request.solver], by_name[baseline]
     improvement = {
@@ -180,7 +204,7 @@ def make_load_plan(
         ),
     )
     steps = f"{sample.num_main} step{'s' * (sample.num_main != 1)}"
-    said = f"held-out: {steps} after those that were tuned on; 95% bootstrap intervals over steps"
+    said = f"held-out: {steps} after those tuned on; 95% bootstrap intervals over runs of steps"
     if not split.apart:
         said = "NOT held out: the trace has one step, which the plan was also tuned on"
     notices += [f"{c.name}: {note}" for c in candidates for note in c.solution.notes]
@@ -216,10 +240,30 @@ def _refuse(request: PlanRequest) -> None:
         )
 
 
+def unequal_steps(expert_load: npt.NDArray[np.int64]) -> list[str]:
+    """A notice where steps differ much in size: a balanced step is a matter of its size too."""
+    sizes = expert_load.sum(axis=2).max(axis=1)
+    low, high = np.percentile(sizes[sizes > 0], (10, 90)) if sizes.any() else (1.0, 1.0)
+    if high < UNEQUAL * low:
+        return []
+    return [
+        f"steps differ in size ({low:.0f} to {high:.0f} choices a layer, 10th and 90th percentile)"
+        " and count alike: small ones are never even"
+    ]
+
+
 def _sample(num_steps: int, seed: int) -> tuple[Sample, npt.NDArray[np.int64]]:
-    """The held-out steps, then resamples of them: what each row of the measures is."""
+    """The held-out steps, then resamples of them: what each row of the measures is.
+
+    Steps that follow each other serve the same requests, so runs of steps are drawn, about as long
+    as there are many of them, going round at the end.
+    """
+    length = math.isqrt(num_steps)
+    runs = -(-num_steps // length)
     rng = np.random.default_rng([seed, 0x10AD])
-    drawn = rng.integers(0, num_steps, NUM_RESAMPLES * num_steps)
-    order = np.concatenate([np.arange(num_steps), drawn]).astype(np.int64)
+    starts = rng.integers(0, num_steps, (NUM_RESAMPLES, runs, 1))
+    drawn = (starts + np.arange(length)) % num_steps
+    drawn = drawn.reshape(NUM_RESAMPLES, -1)[:, :num_steps]
+    order = np.concatenate([np.arange(num_steps), drawn.ravel()]).astype(np.int64)
     nothing = Batches(np.zeros(0, np.int64), np.zeros(len(order) + 1, np.int64), "decode", 0)
     return Sample(nothing, num_steps, NUM_RESAMPLES, num_steps), order

@@ -198,12 +198,12 @@ def make_plan(
         lp_layers=0 if stop() else LP_LAYERS,
         objective=evaluate,
     )
-    bound = _joined(bound, solved[request.solver])
+    bound = joined(bound, solved[request.solver])
     solved = {
         n: replace(s, objective_value=float(layer_values[n].mean()), bound=bound.value)
         for n, s in solved.items()
     }
-    solved[refined.chosen] = _ended(solved[refined.chosen], request, stop(), notices)
+    solved[refined.chosen] = ended(solved[refined.chosen], request, stop(), notices)
     seconds["bound"] = time.monotonic() - clock
     clock = time.monotonic()
     sample = draw_sample(trace, held_out, phase, batch_tokens, request.seed)
@@ -312,7 +312,7 @@ def check_options(request: PlanRequest) -> None:
         )
 
 
-def _joined(bound: Bound, solution: Solution) -> Bound:
+def joined(bound: Bound, solution: Solution) -> Bound:
     """The better of the two bounds in every layer."""
     found = solution.layer_bounds
     if found is None or not (found > bound.layers).any():
@@ -320,7 +320,7 @@ def _joined(bound: Bound, solution: Solution) -> Bound:
     return Bound(np.maximum(bound.layers, found), f"{bound.kind}, integer program")
 
 
-def _ended(
+def ended(
     solution: Solution, request: PlanRequest, interrupted: bool, notices: list[str]
 ) -> Solution:
     """`solution` with its status, and a notice where the search was cut off."""

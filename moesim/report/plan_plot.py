@@ -61,9 +61,13 @@ def plot_load(result: PlanResult, path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     evaluation = result.plan.evaluation
+    if "phase" in evaluation:
+        judged = f"held-out {evaluation['phase']} batches of {evaluation['batch_tokens']} tokens"
+    else:
+        judged = f"{evaluation['num_steps']} recorded steps"
+        judged += ", held-out" if evaluation["held_out"] else ", tuned on"
     figure.suptitle(
-        f"{result.plan.model or 'model'} on {result.plan.placement.num_gpus} GPUs, held-out"
-        f" {evaluation['phase']} batches of {evaluation['batch_tokens']} tokens",
+        f"{result.plan.model or 'model'} on {result.plan.placement.num_gpus} GPUs, {judged}",
         parse_math=False,
     )
     with atomic_path(path) as temporary:

@@ -109,10 +109,10 @@ def test_usage_errors_exit_2_and_point_to_help(args: list[str], said: str, capsy
     assert "Traceback" not in captured.err
 
 
-def raising(error: BaseException) -> Callable[[object], typer.Typer]:
+def raising(error: BaseException) -> Callable[[object, object], typer.Typer]:
     """A stand-in for `build_app` whose only command raises `error`."""
 
-    def build(load: object) -> typer.Typer:
+    def build(load: object, args: object) -> typer.Typer:
         app = typer.Typer(pretty_exceptions_enable=False)
 
         @app.command()

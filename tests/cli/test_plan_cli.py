@@ -304,16 +304,67 @@ def test_a_failure_leaves_the_old_plan(trace: Path) -> None:
     assert sorted(p.name for p in trace.parent.iterdir()) == ["plan.json", "trace.npz"]
 
 
-def test_a_load_trace_is_refused_by_name(trace: Path, capsys: Capture) -> None:
+@pytest.fixture
+def load(trace: Path) -> Path:
+    """Eight steps of counts; expert e gets 10 + 10 e tokens and a little noise."""
+    drawn = np.random.default_rng(0).poisson(
+        np.broadcast_to(10.0 + 10 * np.arange(NUM_EXPERTS), (8, NUM_LAYERS, NUM_EXPERTS))
+    )
+    path = trace.parent / "load.npz"
+    save_trace(LoadTrace(drawn.astype(np.int64), make_trace().meta), path)
+    return path
+
+
+def test_a_load_trace_gives_a_plan_for_balance(load: Path, capsys: Capture) -> None:
+    picture = load.parent / "load.png"
+    assert plan(load, "--plot", str(picture), batch_tokens=0) == 0
+    out, _ = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].startswith(
+        "defaults taken: objective: balance (counts say nothing of messages)"
+    )
+    assert lines[2].startswith("held-out: 4 steps after those tuned on; ")
+    assert not any(line.startswith(("GPUs a token", "MoE time", "predicted")) for line in lines)
+    assert lines[-1] == f"wrote plan.json and {picture}"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    made = load_plan("plan.json")
+    assert (made.objective, made.evaluation["num_steps"]) == ("balance", 4)
+    figures = made.evaluation["plans"]
+    assert figures["local_search"]["imbalance"]["value"] < figures["linear"]["imbalance"]["value"]
+
+
+def test_one_step_of_counts_is_not_called_held_out(load: Path, capsys: Capture) -> None:
     meta = make_trace().meta
-    save_trace(LoadTrace(np.ones((3, NUM_LAYERS, NUM_EXPERTS), np.int64), meta), "load.npz")
-    before = contents(trace.parent)
-    assert plan("load.npz") == 2
+    save_trace(LoadTrace(np.ones((1, NUM_LAYERS, NUM_EXPERTS), np.int64), meta), "one.npz")
+    assert plan("one.npz", batch_tokens=0) == 0
+    out = capsys.readouterr().out
+    assert "NOT held out: the trace has one step" in out
+    assert "figure, not held out" in out
+    assert load_plan("plan.json").evaluation["held_out"] is False
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--objective", "time"], "--objective time"),
+        (["--phase", "decode"], "--phase decode"),
+        (["--batch-tokens", "64"], "--batch-tokens 64"),
+        (["--domain", "code"], "--domain code"),
+        (["--replica-policy", "lp"], "--replica-policy lp"),
+        (["--robust", "worst-domain"], "--robust"),
+        (["--home-ranks", "oracle"], "--home-ranks oracle"),
+        (["--offload"], "--offload"),
+    ],
+)
+def test_a_load_trace_is_refused_by_name_what_needs_tokens(
+    load: Path, capsys: Capture, option: list[str], words: str
+) -> None:
+    before = contents(load.parent)
+    assert plan(load, *option, batch_tokens=0) == 2
     cause, remedy = capsys.readouterr().err.splitlines()
-    assert "moesim plan needs token-level routing" in cause
-    assert "load.npz is a load trace" in cause
+    assert f"{words} needs token-level routing" in cause
     assert "expert_ids" in remedy
-    assert contents(trace.parent) == before
+    assert contents(load.parent) == before
 
 
 class Payload:
