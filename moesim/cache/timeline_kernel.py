@@ -16,6 +16,10 @@ from moesim.cache.kernels import (
     observe_requests,
 )
 
+TIE_S = 1e-9
+"""Times closer than this are one instant, so that rounding decides nothing: a prefetch that could
+begin at a gate has not begun, and the CPU takes a miss only if that ends the layer sooner."""
+
 
 @njit(cache=True)
 def admit(e, slots, forced, resident, held, num_held, mark, stamp, prio, last):  # type: ignore[no-untyped-def]
@@ -55,7 +59,7 @@ def split_misses(gate, link, busy, miss, count, gpu_s, cpu_s, host, cpu_start, l
             arrive += load[miss[i]]
             gpu = max(gpu, arrive) + gpu_s[count[miss[i]]]
         end = max(cpu, gpu)
-        if end < best_end:
+        if end < best_end - TIE_S:
             best, best_end = j, end
     return best
 
@@ -149,7 +153,7 @@ def run_kernel(  # type: ignore[no-untyped-def]
             lo, hi = indptr[n], indptr[n + 1]
             gate = now + gate_s[layer, tokens[s]]
             # Prefetches that the link gets to before the gate.
-            while head < tail and max(link, issued[head]) < gate:
+            while head < tail and max(link, issued[head]) < gate - TIE_S:
                 first = max(link, issued[head])
                 took = load_s[wait_layer[head], wait_expert[head]]
                 link = first + took

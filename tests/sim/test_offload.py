@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moesim.cache.events import Stream, decode_stream
@@ -128,13 +128,16 @@ def test_misses_are_the_cache_simulators(one_gpu, policy, warm, batch) -> None:
     cpu=st.sampled_from(["none", "auto"]),
     policy=st.sampled_from(list(POLICIES)),
     batch=st.integers(1, 3),
-    load=st.floats(30.0, 300.0),
+    load=st.integers(3, 30).map(lambda n: 10.0 * n) | st.floats(30.0, 300.0),
 )
+@example(seed=0, slots=0, depth=1, cpu="none", policy="static", batch=1, load=30.0)
 def test_inv8_alone_it_is_the_closed_form(
     one_gpu, seed, slots, depth, cpu, policy, batch, load
 ) -> None:
     """INV-8 for caches: one GPU with nobody beside it has the times, hits, prefetch hits, fetches,
-    CPU executions, waste and waiting of `moesim.cache.timeline`, step by step."""
+    CPU executions, waste and waiting of `moesim.cache.timeline`, step by step. Loads of whole tens
+    let gates, copies and kernels meet at one instant, as in the example: gates are 20 us after a
+    layer begins, kernels 10 us."""
     trace = TOYS.random_trace(seed, num_requests=3, tokens=12, layers=3)
     requests = TOYS.all_requests(trace)
     stream = decode_stream(requests, batch, seed=seed)
@@ -153,6 +156,22 @@ def test_inv8_alone_it_is_the_closed_form(
         assert getattr(counts, name).tolist() == getattr(closed, name).tolist(), name
     np.testing.assert_allclose(result.step_us, closed.step_s * 1e6, rtol=1e-9)
     np.testing.assert_allclose(counts.stall_us, closed.wait_s * 1e6, rtol=1e-6, atol=1e-6)
+
+
+def test_a_copy_that_could_begin_at_the_gate_has_not_begun(one_gpu) -> None:
+    """Layer 0 fetches expert 0 (20-50 us) and computes it until 60; the prefetch of 1 for layer 1
+    runs 50-80. Layer 1 begins at 60, so its gate is at 80 as well: the prefetch of 0, next in the
+    queue, is dropped there, and expert 2 is fetched from 80 to 110, done at 120, tail 125. Had
+    the prefetch begun, expert 2 would come at 140."""
+    trace, stream = one_step([[[0], [2]]], 3)
+    predicted = np.array([[[-1, -1], [1, 0]]], np.int16)
+    one, table = setup(2, 3, 0, depth=1, width=2), times(2, 3, 30.0)
+    closed = run_timeline(trace, stream, one, table, predicted)
+    run, result = simulated(one_gpu, trace, stream, [one], table, predicted=predicted)
+    assert closed.step_s * 1e6 == pytest.approx([125.0])
+    assert result.step_us == pytest.approx([125.0])
+    assert closed.wasted.tolist() == run.memories[0].counts.wasted.tolist() == [[0, 1]]
+    assert run.memories[0].copies.bytes_moved[0] == pytest.approx(3 * SIZE)
 
 
 def test_inv8_on_a_bundled_trace(one_gpu) -> None:
@@ -375,7 +394,8 @@ def test_rows_of_copies_and_cpu(one_gpu) -> None:
     assert "host copies" in line.to_json()
 
 
-def test_inv6_same_bytes(one_gpu) -> None:
+def test_same_bytes(one_gpu) -> None:
+    """INV-6, timeline included."""
     trace = TOYS.random_trace(5, layers=3)
     stream: Stream = decode_stream(TOYS.all_requests(trace), 2)
     caches = caches_of(one_gpu, [setup(3, 8, 3, cpu="auto")], times(3, 8))

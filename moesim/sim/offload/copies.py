@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
+from moesim.cache.timeline_kernel import TIE_S
 from moesim.cost.step import OTHER_LINK_EFFICIENCY
 from moesim.errors import MismatchError
 from moesim.sim.links import LinkTable, asymptotic_gb_per_s
@@ -125,15 +126,18 @@ def host_paths(
 
 @dataclass(slots=True, eq=False)
 class Copy:
-    """One expert on its way. start_us is negative until its copy has begun."""
+    """One expert on its way, `ahead` of its use or not. start_us is negative until its copy has
+    begun; `sent` is what the network told of then."""
 
     layer: int
     expert: int
     flow: Flow
     arrived: simpy.Event
+    ahead: bool = False
     from_nvme: bool = False
     start_us: float = -1.0
     done: bool = False
+    sent: simpy.Event | None = None
 
     @property
     def alone_us(self) -> float:
@@ -158,13 +162,22 @@ class CopyStream:
     _current: Copy | None = None
     _kicked: bool = False
 
-    def add(self, copy: Copy, *, ahead: bool) -> None:
-        """Queue a copy; `ahead` of its use is a prefetch."""
-        (self._later if ahead else self._urgent).append(copy)
+    def add(self, copy: Copy) -> None:
+        """Queue a copy."""
+        (self._later if copy.ahead else self._urgent).append(copy)
         self._kick()
 
     def drop(self, layer: int) -> None:
-        """Take prefetches for `layer` that have not begun out of the queue."""
+        """At the gate of `layer`: take prefetches for it that have not begun out of the queue. One
+        that begins at this very instant (`TIE_S`) has not."""
+        copy = self._current
+        now = self.network.env.now
+        if copy is not None and copy.ahead and now - copy.start_us <= TIE_S * 1e6:
+            self.network.cancel([copy.sent])
+            copy.start_us = -1.0
+            self._current = None
+            self._later.appendleft(copy)
+            self._kick()
         self._later = deque(copy for copy in self._later if copy.layer != layer)
 
     def free_at(self, now: float) -> float:
@@ -186,7 +199,8 @@ class CopyStream:
             return
         self._current = copy = queue.popleft()
         copy.start_us = self.network.env.now
-        on_event(self.network.send(copy.flow), self._ended)
+        copy.sent = self.network.send(copy.flow)
+        on_event(copy.sent, self._ended)
 
     def _ended(self, _: Any) -> None:
         copy = self._current

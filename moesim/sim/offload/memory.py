@@ -217,8 +217,8 @@ class GpuMemory:
         far = bool(self.paths.on_nvme[layer, expert])
         name = f"{'prefetch' if ahead else 'fetch'} layer {layer} expert {expert}"
         flow = self.paths.load(layer, expert, f"{name} from NVMe" if far else name)
-        copy = Copy(layer, expert, flow, self.engine.env.event(), far)
-        self.copies.add(copy, ahead=ahead)
+        copy = Copy(layer, expert, flow, self.engine.env.event(), ahead, far)
+        self.copies.add(copy)
         return copy
 
     def _prefetch(self, layer: int) -> None:
