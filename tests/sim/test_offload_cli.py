@@ -154,6 +154,7 @@ def test_table(call, cache_file) -> None:
 
 @pytest.mark.parametrize("args", [["--compare", "resident"], ["--batching", "predicted"]])
 def test_inv6_same_bytes(call, cache_file, tmp_path, args) -> None:
+    """INV-6."""
     outs = []
     for name in "ab":
         line = tmp_path / f"{name}.json"
