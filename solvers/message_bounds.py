@@ -2,16 +2,18 @@
 
 Three arguments, of which the strongest counts. A *place* is a GPU, or a node.
 
-Homes. A token's message to a place is saved only by experts that its own place holds. With 1/K of
-the token for each of its K choices, an expert saves at most what its best place's tokens choose
-of it, and one more place for each redundant slot.
+Homes. A token's message to a place is saved only by experts that its own place holds. An expert is
+held where most of the tokens that choose it are at home, at best, and in one more place for each
+redundant slot: that limits how many choices are served at home (`home_choices`), and with 1/K of a
+token for each of its K choices how many tokens need no message in a batch (`remote`).
 
-Pairs. A token that reaches r places has at least as many co-located pairs of choices as K choices
-dealt evenly to r places. How many pairs of all tokens are co-located is bounded by the best
-neighbours of every slot and, without redundant slots, by eigenvalues: for any d that sums to
-zero, sum_i m_i lambda_i(W + diag(d)) with place sizes m and W the counts of pairs, both in
-descending order, is at least the weight inside the places (W. Donath, A. Hoffman, Lower Bounds
-for the Partitioning of Graphs, IBM J. Res. Dev. 17, 1973).
+Pairs. Choices of a token in one place are co-located pairs. A token with a choices at home and m
+places besides has no fewer pairs than a at home and the others dealt evenly have. How many pairs
+all tokens together can have is bounded by the best neighbours of every slot and, without
+redundant slots, by eigenvalues: for any d that sums to zero, sum_i m_i lambda_i(W + diag(d)), with
+place sizes m and W the counts of pairs and both in descending order, is at least the weight inside
+the places (W. Donath, A. Hoffman, Lower Bounds for the Partitioning of Graphs, IBM J. Res. Dev. 17,
+1973). A small linear program takes the least messages under both limits (`fewest_messages`).
 
 Links. Each message takes a known share of the links that its kind can use, and the busiest link has
 no less than the average one.
@@ -19,6 +21,7 @@ no less than the average one.
 
 from __future__ import annotations
 
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -72,19 +75,24 @@ class _Messages:
         shape = (int(batch_idx.max()) + 1, int(place_of_home.max()) + 1, self.problem.num_experts)
         hits = np.zeros(shape)
         np.add.at(hits, (batch_idx[token], place[token], expert), weight)
-        hits = -np.sort(-hits, axis=1)
-        saved = hits[:, 0].sum(axis=1)
-        if self.spare:
-            further = -np.sort(-hits[:, 1:].reshape(len(hits), -1), axis=1)
-            saved += further[:, : self.spare].sum(axis=1)
         sent = np.bincount(
             batch_idx, self.num_choices if single else self.num_choices > 0, minlength=len(hits)
         )
-        return np.maximum(sent - saved, 0.0)
+        return np.maximum(sent - self._saved(hits), 0.0)
 
-    def reached(self, sizes: Array) -> float:
-        """Sum over tokens of the places that serve them, by pairs. sizes: [places] slots."""
-        return fewest_places(self.num_choices, len(sizes), int(sizes.max()), self.most_pairs(sizes))
+    def home_choices(self, place_of_home: Array) -> float:
+        """How many choices can be served in the place of their token's home."""
+        token, choice = np.nonzero(self.ids >= 0)
+        hits = np.zeros((int(place_of_home.max()) + 1, self.problem.num_experts))
+        np.add.at(hits, (place_of_home[self.traffic.home][token], self.ids[token, choice]), 1)
+        return float(self._saved(hits[None])[0])
+
+    def _saved(self, hits: FloatArray) -> FloatArray:
+        """[batches]: most of `hits` [batches, places, E] where each expert has one place, and the
+        redundant slots one more each."""
+        ordered = -np.sort(-hits, axis=1)
+        further = -np.sort(-ordered[:, 1:].reshape(len(hits), -1), axis=1)
+        return ordered[:, 0].sum(axis=1) + further[:, : self.spare].sum(axis=1)
 
     def most_pairs(self, sizes: Array) -> float:
         """Pairs of choices of one token that places of `sizes` slots can hold together."""
@@ -102,14 +110,19 @@ class _Messages:
 
     def outside(self, *, nodes: bool) -> float:
         """Messages out of GPUs (or nodes), over all sampled tokens."""
-        once = np.zeros(len(self.ids), np.int64)
         places, sizes = (
             (self.nodes, self.node_slots) if nodes else (self.gpus, self.problem.capacity)
         )
-        least = float(self.remote(places, once)[0])
-        if self.traffic.dedup:
-            least = max(least, self.reached(sizes) - int((self.num_choices > 0).sum()))
-        return least
+        home = self.home_choices(places)
+        if self.traffic.dedup == 0:
+            return max(0.0, float(self.num_choices.sum()) - home)
+        return fewest_messages(
+            np.bincount(self.num_choices),
+            len(sizes),
+            int(sizes.max()),
+            self.most_pairs(sizes),
+            home,
+        )
 
     def total_us(self) -> float:
         """Summed link time a batch."""
@@ -170,34 +183,46 @@ class _Messages:
 
 def even_pairs(num_choices: int, num_places: int) -> int:
     """Co-located pairs of choices dealt evenly: the fewest that so many places can have."""
+    if num_places == 0:
+        return 0
     each, more = divmod(num_choices, num_places)
     return more * (each + 1) * each // 2 + (num_places - more) * each * (each - 1) // 2
 
 
-def fewest_places(
-    num_choices: npt.NDArray[np.integer[Any]], num_places: int, most_slots: int, pairs: float
+def fewest_messages(
+    tokens_by_choices: npt.NDArray[np.integer[Any]],
+    num_places: int,
+    most_slots: int,
+    pairs: float,
+    home_choices: float,
 ) -> float:
-    """Least sum over tokens of places reached, if at most `pairs` of choices are co-located.
+    """Least sum over tokens of the places besides home that serve them.
 
-    num_choices: [T]; no place holds more than `most_slots` of a token's choices. The pairs that
-    one place less costs grow with every place (`even_pairs` is convex), so that the cheapest
-    steps are taken first, the last one in part.
+    tokens_by_choices: [K + 1], how many tokens have so many choices; no place holds more than
+    `most_slots` of a token's. Over all tokens at most `pairs` of choices are co-located and
+    `home_choices` served at home. Tokens may be split between ways to be served (a relaxation).
     """
-    total, steps = 0.0, []
-    for k, tokens in enumerate(np.bincount(num_choices)):
-        if k == 0 or tokens == 0:
-            continue
-        most, least = min(k, num_places), -(-k // most_slots)
-        total += tokens * most
-        pairs -= tokens * even_pairs(k, most)
-        steps += [(even_pairs(k, r - 1) - even_pairs(k, r), tokens) for r in range(most, least, -1)]
-    for cost, tokens in sorted(steps):
-        part = min(1.0, max(0.0, pairs) / (cost * tokens))
-        total -= part * tokens
-        pairs -= cost * tokens
-        if part < 1.0:
-            break
-    return total
+    from scipy.optimize import linprog
+
+    ways = [
+        (k, places, home, comb(home, 2) + even_pairs(k - home, places))
+        for k in np.flatnonzero(tokens_by_choices)
+        for home in range(min(k, most_slots) + 1)
+        for places in range(-(-(k - home) // most_slots), min(k - home, num_places - 1) + 1)
+        if (places == 0) == (home == k)
+    ]
+    if not ways:
+        return 0.0
+    choices, places, home, together = np.array(ways).T
+    kinds = np.unique(choices)
+    found = linprog(
+        places,
+        A_ub=np.stack([together, home]),
+        b_ub=[max(pairs, 0.0), home_choices],
+        A_eq=(choices == kinds[:, None]).astype(float),
+        b_eq=tokens_by_choices[kinds],
+    )
+    return float(found.fun) if found.status == 0 else 0.0
 
 
 def most_inside(weights: FloatArray, sizes: Array) -> float:

@@ -14,7 +14,7 @@ from moesim.plan import Placement
 from moesim.solvers.base import Objective, Problem, Traffic
 from moesim.solvers.message_bounds import (
     even_pairs,
-    fewest_places,
+    fewest_messages,
     hull_at,
     message_bound,
     most_inside,
@@ -111,16 +111,25 @@ def test_even_pairs() -> None:
     assert [even_pairs(8, r) for r in (1, 2, 3, 4, 8)] == [28, 12, 7, 4, 0]
 
 
-def test_fewest_places() -> None:
-    """8 choices: 12 pairs are two places, 28 one, 20 half the tokens one and half two; a place of
-    four slots cannot hold all eight."""
-    tokens = np.full(10, 8)
-    assert fewest_places(tokens, 4, 8, 120) == pytest.approx(20)
-    assert fewest_places(tokens, 4, 8, 280) == pytest.approx(10)
-    assert fewest_places(tokens, 4, 8, 200) == pytest.approx(15)
-    assert fewest_places(tokens, 4, 4, 280) == pytest.approx(20)
-    # One token with two choices needs one pair to reach one place; one without choices none.
-    assert fewest_places(np.array([2, 0]), 3, 2, 0.25) == pytest.approx(1.75)
+def test_fewest_messages() -> None:
+    """Ten tokens of 8 choices on two places of eight slots. All at home: 28 pairs, no message; all
+    away: 28 pairs, one; four and four: 12 pairs, one."""
+    tokens = np.bincount(np.full(10, 8))
+    many = 1e9
+    assert fewest_messages(tokens, 2, 8, many, many) == pytest.approx(0)
+    assert fewest_messages(tokens, 2, 8, many, 40) == pytest.approx(5)
+    # 120 pairs: none of the tokens can be in one place.
+    assert fewest_messages(tokens, 2, 8, 120, many) == pytest.approx(10)
+    # 200 pairs: half of them can, at home (40 choices there) while the others have four there (20).
+    assert fewest_messages(tokens, 2, 8, 200, 60) == pytest.approx(5)
+    # No choice at home at all, five places: 3 + 3 + 2 elsewhere, 7 pairs, three messages.
+    assert fewest_messages(tokens, 5, 8, 70, 0) == pytest.approx(30)
+    # One choice at home of seven others on three places: 3 + 1 + 1 pairs, three messages.
+    assert fewest_messages(tokens, 5, 8, 50, 10) == pytest.approx(30)
+    # Places of three slots: eight choices need three.
+    assert fewest_messages(tokens, 4, 3, many, many) == pytest.approx(20)
+    # Tokens without choices send nothing.
+    assert fewest_messages(np.array([7, 0]), 3, 2, 0.0, 0.0) == 0.0
 
 
 @settings(max_examples=40, deadline=None)
