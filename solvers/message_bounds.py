@@ -206,7 +206,7 @@ def fewest_messages(
 
     ways = [
         (k, places, home, comb(home, 2) + even_pairs(k - home, places))
-        for k in np.flatnonzero(tokens_by_choices)
+        for k in np.flatnonzero(tokens_by_choices).tolist()
         for home in range(min(k, most_slots) + 1)
         for places in range(-(-(k - home) // most_slots), min(k - home, num_places - 1) + 1)
         if (places == 0) == (home == k)
@@ -222,7 +222,7 @@ def fewest_messages(
         A_eq=(choices == kinds[:, None]).astype(float),
         b_eq=tokens_by_choices[kinds],
     )
-    return float(found.fun) if found.status == 0 else 0.0
+    return float(found.fun) if found.fun is not None else 0.0
 
 
 def most_inside(weights: FloatArray, sizes: Array) -> float:
