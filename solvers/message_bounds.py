@@ -222,7 +222,7 @@ def fewest_messages(
         A_eq=(choices == kinds[:, None]).astype(float),
         b_eq=tokens_by_choices[kinds],
     )
-    return float(found.fun) if found.fun is not None else 0.0
+    return float(found.fun) if found.status == 0 and found.fun is not None else 0.0
 
 
 def most_inside(weights: FloatArray, sizes: Array) -> float:
