@@ -70,17 +70,27 @@ class Journal:
             ) from None
 
     def write_trace(self, out: str | os.PathLike[str], meta: TraceMeta, num_batches: int) -> None:
-        """Write the batches as one trace, batch by batch.
+        """Write the batches as one trace, batch by batch, in the journal's folder, and move it to
+        `out`: a run that is killed on the way leaves nothing outside that folder.
 
         Pieces hold `expert_ids` as int16; the trace has the smallest type that holds them.
         """
+        target = Path(out)
+        made = self.folder / target.name
+        _remove(made)
         first = self.read(0)
         ragged = any((self.read(i)["expert_ids"] < 0).any() for i in range(num_batches))
         dtypes = {name: array.dtype.name for name, array in first.items()}
         dtypes["expert_ids"] = id_dtype(meta.num_experts, bool(ragged))
-        with TraceWriter(out, meta, dtypes) as writer:
+        with TraceWriter(made, meta, dtypes) as writer:
             for batch_idx in range(num_batches):
                 writer.append(**self.read(batch_idx))
+        try:
+            made.replace(target)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {target}: {error.strerror}", "name a place that you can write to"
+            ) from None
 
     def discard(self) -> None:
         """Delete the journal."""
@@ -88,6 +98,14 @@ class Journal:
 
     def _piece(self, batch_idx: int) -> Path:
         return self.folder / f"{batch_idx:07d}.npz"
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _difference(found: str, inputs: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 import transformers
 
+torch.set_num_threads(1)  # threads only wait for each other over models this small
 Array = npt.NDArray[Any]
 VOCAB = 260
 EXPERTS, TOP_K, LAYERS = 8, 3, 3

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,82 @@ def test_a_stopped_capture_goes_on_and_ends_the_same(
     assert "2 finished batches" in notes[0]
     assert target.out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert not journal.exists()
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import numpy as np
+from moesim.trace import capture_journal
+from moesim.trace.capture import CaptureOptions, capture
+
+model, prompts, folder = sys.argv[1:]
+savez, append = np.savez, capture_journal.TraceWriter.append
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half_a_piece(file, **arrays):
+    if list(Path(file.name).parent.glob("0*.npz")):
+        file.write(b"PK half")
+        file.flush()
+        die()
+    savez(file, **arrays)
+
+def half_a_trace(self, **arrays):
+    append(self, **arrays)
+    die()
+
+found = []
+for name in ("t.npz", "t"):
+    for point in ("piece", "trace"):
+        if not (child := os.fork()):
+            np.savez = half_a_piece if point == "piece" else savez
+            if point == "trace":
+                capture_journal.TraceWriter.append = half_a_trace
+            out = Path(folder, name)
+            capture(CaptureOptions(model, Path(prompts), out, 4, 2, device="cpu", seed=3))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        names = sorted(os.listdir(folder))
+        pieces = len(list(Path(folder, name + ".partial").glob("0*.npz")))
+        found.append([os.waitstatus_to_exitcode(status), names, pieces])
+print(json.dumps(found))
+"""
+
+
+def test_a_killed_capture_goes_on_and_ends_the_same(
+    olmoe: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """SIGKILL of the process in the middle of writing its second batch, and once more in the
+    middle of writing the trace: nothing but the journal is left, and the third run finishes."""
+    (tmp_path / "k").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(olmoe), str(prompts), str(tmp_path / "k")],
+        capture_output=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert json.loads(done.stdout) == [
+        [-signal.SIGKILL, ["t.npz.partial"], 1],
+        [-signal.SIGKILL, ["t.npz.partial"], 3],
+        [-signal.SIGKILL, ["t.npz.partial", "t.partial"], 1],
+        [-signal.SIGKILL, ["t.npz.partial", "t.partial"], 3],
+    ]
+    for name in ("t.npz", "t"):
+        whole = options(olmoe, prompts, tmp_path / name)
+        capture(whole)
+        target = options(olmoe, prompts, tmp_path / "k" / name)
+        result = capture(target)
+        assert (result.num_resumed, result.num_batches) == (3, 3)
+        assert contents(target.out) == contents(whole.out)
+    assert sorted(p.name for p in (tmp_path / "k").iterdir()) == ["t", "t.npz"]
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else path.iterdir()
+    return {"" if path.is_file() else file.name: file.read_bytes() for file in files}
 
 
 def test_a_journal_of_other_inputs_is_refused(olmoe: Path, prompts: Path, tmp_path: Path) -> None:
