@@ -19,12 +19,14 @@ from moesim.cost.calibration_schema import (
     CollectiveEntry,
     CopyEntry,
     ExpertEntry,
+    WavesEntry,
 )
 from moesim.cost.collective import CollectiveCurve, CollectiveModel
 from moesim.cost.copies import CopyModel
 from moesim.cost.curves import AffineMin, SizeCurve, SizeTable
 from moesim.cost.dense import AttentionKernel, DenseModel, GemmModel, MlaModule
 from moesim.cost.expert_gemm import ExpertGemmModel
+from moesim.cost.tile_waves import Tile, TileWaves
 from moesim.errors import FormatError, InputError, UnknownNameError
 from moesim.model import WEIGHT_BYTES
 
@@ -40,6 +42,7 @@ class Calibration:
     that a collective adds where it is not replayed from a CUDA graph. `local_copy_gb_per_s`: rate
     at which an uneven all-to-all copies what stays on its rank, None where not measured.
     `issue_us`: host time to enqueue one call of a kind (collective, ffn, permute, reduce).
+    `in_layer_saves_us`: what a row move or collective takes less in a layer than alone.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Calibration:
     local_copy_gb_per_s: float | None = None
     dense: DenseModel = field(default_factory=DenseModel)
     issue_us: Mapping[str, float] = field(default_factory=dict)
+    in_layer_saves_us: float = 0.0
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def collective(
@@ -194,6 +198,7 @@ def build_calibration(parsed: CalibrationFile) -> Calibration:
         local_copy_gb_per_s=parsed.overheads.local_copy_gb_per_s,
         dense=_dense(parsed),
         issue_us={str(k): v for k, v in parsed.overheads.issue_us.items()},
+        in_layer_saves_us=parsed.overheads.in_layer_saves_us,
         sources=parsed.sources,
     )
 
@@ -252,7 +257,7 @@ def _expert(entry: ExpertEntry) -> ExpertGemmModel:
         from moesim.cost.fitting import fit_expert_table
 
         return fit_expert_table(entry)
-    model = ExpertGemmModel(
+    return ExpertGemmModel(
         dtype=entry.dtype,
         kernel=entry.kernel,
         weight_bytes_per_param=entry.weight_bytes_per_param,
@@ -261,8 +266,8 @@ def _expert(entry: ExpertEntry) -> ExpertGemmModel:
         tflops=entry.tflops or 0.0,
         half_tokens=entry.half_tokens,
         tile_tokens=entry.tile_tokens,
-        pad_share=entry.pad_share,
         sharpness=entry.sharpness,
+        waves=None if entry.waves is None else _waves(entry.waves),
         row_gb_per_s=entry.row_gb_per_s,
         token_gb_per_s=entry.token_gb_per_s,
         eager_launch_us=entry.eager_launch_us,
@@ -271,10 +276,11 @@ def _expert(entry: ExpertEntry) -> ExpertGemmModel:
         source=entry.source,
         ranges={name: (low, high) for name, (low, high) in entry.ranges.items()},
     )
-    if entry.few is None:
-        return model
-    few = replace(model, **entry.few.model_dump(exclude={"mean_tokens"}))
-    return replace(model, few=few, few_up_to=entry.few.mean_tokens)
+
+
+def _waves(entry: WavesEntry) -> TileWaves:
+    tiles = tuple(Tile(t.rows, t.columns, t.mean_tokens, t.empty_adds) for t in entry.tiles)
+    return TileWaves(entry.at_once, tiles, entry.wave_share)
 
 
 def _copies(entries: Sequence[CopyEntry]) -> dict[str, CopyModel]:

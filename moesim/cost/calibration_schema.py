@@ -6,6 +6,8 @@ with `moesim calibrate`, which hold short tables.
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -91,15 +93,29 @@ class CollectiveEntry(_Entry):
 Sharpness = Annotated[float, Field(ge=1, le=64)]
 
 
-class FewTokensEntry(_Strict):
-    """Parameters of an expert entry that replace its own in layers of at most `mean_tokens` tokens
-    a slot, for a kernel that chooses its tile by that mean."""
+class TileEntry(_Strict):
+    """Rows and columns of an output that one cluster of thread blocks computes at a time, for
+    layers of at most `mean_tokens` tokens a slot (none: of any more)."""
 
-    mean_tokens: Positive
-    tflops: Positive
-    half_tokens: NonNegative = 0.0
-    tile_tokens: PositiveInt = 1
-    pad_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    rows: PositiveInt
+    columns: PositiveInt
+    mean_tokens: Positive | None = None
+    empty_adds: Annotated[float, Field(ge=0, le=4)] = 0.0
+
+
+class WavesEntry(_Strict):
+    """Waves of an expert kernel (`moesim.cost.tile_waves`)."""
+
+    at_once: PositiveInt
+    wave_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    tiles: Annotated[list[TileEntry], Field(min_length=1, max_length=8)]
+
+    @model_validator(mode="after")
+    def _ascending(self) -> WavesEntry:
+        limits = [math.inf if t.mean_tokens is None else t.mean_tokens for t in self.tiles]
+        if limits[-1] != math.inf or any(a >= b for a, b in pairwise(limits)):
+            raise ValueError("tiles: mean_tokens must ascend, and the last tile has none")
+        return self
 
 
 class ExpertEntry(_Entry):
@@ -119,9 +135,8 @@ class ExpertEntry(_Entry):
     tflops: Positive | None = None
     half_tokens: NonNegative = 0.0
     tile_tokens: PositiveInt = 1
-    pad_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     sharpness: Sharpness = 2.0
-    few: FewTokensEntry | None = None
+    waves: WavesEntry | None = None
     shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
     row_gb_per_s: Positive | None = None
     token_gb_per_s: Positive | None = None
@@ -134,7 +149,7 @@ class ExpertEntry(_Entry):
     def _one_form(self) -> ExpertEntry:
         given = [v is not None for v in (self.launch_us, self.weight_gb_per_s, self.tflops)]
         if self.table is not None:
-            if any(given) or self.few is not None:
+            if any(given) or self.waves is not None:
                 raise ValueError("give either parameters or a 'table'")
             if not 6 <= len(self.table) <= MAX_TABLE_ROWS:
                 raise ValueError(f"table: needs 6 to {MAX_TABLE_ROWS} rows, has {len(self.table)}")
@@ -229,10 +244,13 @@ class OverheadEntry(_Entry):
     `local_copy_gb_per_s`: rate at which an `all_to_all_v` copies the rows that stay on their rank.
     `issue_us`: host time to enqueue one call of each kind, which is what an eager step takes where
     the GPU waits for the host; `layer`: of a whole MoE layer with all that it calls.
+    `in_layer_saves_us`: what a row move or collective takes less between the other operations of a
+    layer, in a CUDA graph, than repeated alone.
     """
 
     eager_collective_us: NonNegative = 0.0
     local_copy_gb_per_s: Positive | None = None
+    in_layer_saves_us: NonNegative = 0.0
     issue_us: dict[Literal["collective", "ffn", "permute", "reduce", "layer"], NonNegative] = {}
 
 

@@ -15,6 +15,7 @@ from moesim.cost.curves import (
     FloatArray,
     power_mean_max,
 )
+from moesim.cost.tile_waves import Tile, TileWaves
 
 NUM_MATRICES = 3  # gate, up and down projection of a gated expert
 ACTIVATION_BYTES = 2  # rows move as 16-bit values whatever the weights are
@@ -38,13 +39,13 @@ class ExpertGemmModel:
     The sum over experts is exact for a kernel bound by memory or arithmetic as a whole and
     ignores how thread blocks of several experts pack into the last wave.
 
-    `pad_share`: the share of the rounding up to a tile that costs time (1: all of it). Rows beyond
-    an expert's own are computed on zeros, which takes the tile's time but little power.
-
-    `few`: another fit for layers whose mean tokens a slot, idle slots included, are at most
-    `few_up_to`, for kernels that choose their tile by that mean, as torch's grouped GEMM does
-    (pytorch aten/src/ATen/native/cuda/GroupMM.cu: 64 rows a block up to a mean of 128, then 128,
-    two blocks side by side). Such a kernel can take less time for one token more.
+    `waves`: a kernel whose waves of thread blocks are known instead. A tile of r rows and s columns
+    of a GEMM of depth k costs pmax(s k x bytes per weight / weight_rate, 2 r s k / flop_rate; q),
+    `waves.at_once` of them at a time; an expert of n tokens has ceil(n / r) rows of tiles in each
+    of its two GEMMs, c - 1 matrices wide and one. The tile depends on the layer's mean tokens a
+    slot, idle slots included, so such a kernel can take less time for one token more; and waves are
+    a layer's, not an expert's: `slots_time_us` counts them, a sum of `expert_time_us` has their
+    fractions. `tile_tokens`, `half_tokens` and `token_gb_per_s` have no part in it.
 
     `shape`: (hidden, intermediate) of the only shape that the fit is for, None for any.
 
@@ -64,9 +65,7 @@ class ExpertGemmModel:
     row_gb_per_s: float | None = None
     token_gb_per_s: float | None = None
     eager_launch_us: float | None = None
-    pad_share: float = 1.0
-    few: ExpertGemmModel | None = None
-    few_up_to: float = 0.0
+    waves: TileWaves | None = None
     shape: tuple[int, int] | None = None
     basis: Basis = "measured"
     source: str = ""
@@ -88,50 +87,96 @@ class ExpertGemmModel:
         hidden: int,
         intermediate: int,
         num_matrices: int = NUM_MATRICES,
-        *,
-        mean_tokens: npt.ArrayLike | None = None,
     ) -> FloatArray:
         """Time of each expert by itself, launch excluded.
 
         `tokens`: routed rows of each expert, any shape, fractions allowed; the result has the same
-        shape and is 0 where `tokens` is 0. `mean_tokens`: the layer's mean over its slots, which
-        broadcasts to `tokens` and picks between `few` and this fit. Where it is None the expert's
-        own tokens stand for it, and the time never decreases in them.
+        shape and is 0 where `tokens` is 0. It never decreases in them: of a kernel with `waves` the
+        expert's own tokens choose the tile, and every last tile counts as half full.
         """
         n = np.asarray(tokens, dtype=np.float64)
-        time = self._own_time_us(n, hidden, intermediate, num_matrices)
-        if self.few is None:
-            return time
-        few = self.few.expert_time_us(n, hidden, intermediate, num_matrices)
-        if mean_tokens is not None:
-            mean = np.asarray(mean_tokens, dtype=np.float64)
-            return np.where(np.floor(mean) <= self.few_up_to, few, time)
-        last = self.few.expert_time_us(self.few_up_to, hidden, intermediate, num_matrices)
-        return np.where(n <= self.few_up_to, few, np.maximum(time, last))
+        sizes = (hidden, intermediate, num_matrices)
+        if self.waves is not None:
+            time = self._tiled_time_us(n, sizes, self.waves)
+        else:
+            time = self._plain_time_us(n, sizes)
+        return np.where(n > 0, time + self._rows_us(n, sizes), 0.0)
 
-    def _own_time_us(
-        self, n: FloatArray, hidden: int, intermediate: int, num_matrices: int
+    def slots_time_us(
+        self,
+        tokens: npt.ArrayLike,
+        hidden: int,
+        intermediate: int,
+        num_matrices: int = NUM_MATRICES,
+        *,
+        mean_tokens: npt.ArrayLike | None = None,
     ) -> FloatArray:
-        weight_us = np.full_like(
-            n,
-            num_matrices
-            * hidden
-            * intermediate
-            * self.weight_bytes_per_param
-            / (self.weight_gb_per_s * BYTES_PER_US_AT_1_GB_PER_S),
+        """Time of all experts of a layer on one GPU, launch excluded: over the last axis of
+        `tokens` [..., slots], idle slots too. With `waves` the last wave is counted as such.
+        `mean_tokens` [...]: where `tokens` has padding; default the mean of the last axis."""
+        n = np.asarray(tokens, dtype=np.float64)
+        mean = n.mean(axis=-1) if mean_tokens is None else np.asarray(mean_tokens, np.float64)
+        if self.waves is None:
+            return np.asarray(
+                self.expert_time_us(n, hidden, intermediate, num_matrices).sum(axis=-1), np.float64
+            )
+        served = n.sum(axis=-1)
+        time = np.zeros_like(served)
+        for tile, taken in self.waves.tiles_by_mean(mean):
+            row_tiles = np.ceil(n / tile.rows).sum(axis=-1)
+            empty = 1.0 - served / np.maximum(row_tiles * tile.rows, 1.0)
+            own = np.zeros_like(served)
+            for columns, depth in _gemms(hidden, intermediate, num_matrices):
+                waves = self.waves.waves(row_tiles, tile, columns)
+                own += self.waves.counted(waves) * self._wave_us(self.waves, tile, depth)
+            time = np.where(taken, own * (1.0 + tile.empty_adds * empty), time)
+        return time + self._rows_us(served, (hidden, intermediate, num_matrices))
+
+    def _plain_time_us(self, n: FloatArray, sizes: tuple[int, int, int]) -> FloatArray:
+        hidden, intermediate, num_matrices = sizes
+        params = num_matrices * hidden * intermediate
+        padded = np.ceil(n / self.tile_tokens) * self.tile_tokens if self.tile_tokens > 1 else n
+        return self._bound_us(
+            np.full_like(n, params * self.weight_bytes_per_param),
+            2.0 * params * (padded + self.half_tokens),
         )
-        padded = n
-        if self.tile_tokens > 1:
-            whole = np.ceil(n / self.tile_tokens) * self.tile_tokens
-            padded = n + self.pad_share * (whole - n)
-        flops = 2.0 * num_matrices * hidden * intermediate * (padded + self.half_tokens)
-        time = power_mean_max(
-            weight_us, flops / (self.tflops * FLOPS_PER_US_AT_1_TFLOPS), self.sharpness
+
+    def _tiled_time_us(
+        self, n: FloatArray, sizes: tuple[int, int, int], waves: TileWaves
+    ) -> FloatArray:
+        time, least = np.zeros_like(n), 0.0
+        for tile, taken in waves.tiles_by_mean(n):
+            row_us = sum(
+                float(waves.waves(1.0, tile, columns)) * self._wave_us(waves, tile, depth)
+                for columns, depth in _gemms(*sizes)
+            )
+            added = 0.5 * tile.empty_adds
+            each = row_us * (np.ceil(n / tile.rows) + added)
+            time = np.where(taken, np.maximum(each, least), time)
+            if tile.up_to_mean is not None:
+                least = max(least, row_us * (np.ceil(tile.up_to_mean / tile.rows) + added))
+        return time
+
+    def _wave_us(self, waves: TileWaves, tile: Tile, depth: int) -> float:
+        """Time of one full wave of tiles of a GEMM of this depth."""
+        weights = float(waves.at_once * tile.columns * depth)
+        bytes_read = np.asarray(weights * self.weight_bytes_per_param)
+        return float(self._bound_us(bytes_read, np.asarray(2.0 * tile.rows * weights)))
+
+    def _bound_us(self, num_bytes: FloatArray, flops: FloatArray) -> FloatArray:
+        return power_mean_max(
+            num_bytes / (self.weight_gb_per_s * BYTES_PER_US_AT_1_GB_PER_S),
+            flops / (self.tflops * FLOPS_PER_US_AT_1_TFLOPS),
+            self.sharpness,
         )
-        if self.row_gb_per_s is not None:
-            row_bytes = ACTIVATION_BYTES * (2 * hidden + num_matrices * intermediate)
-            time = time + n * row_bytes / (self.row_gb_per_s * BYTES_PER_US_AT_1_GB_PER_S)
-        return np.where(n > 0, time, 0.0)
+
+    def _rows_us(self, n: FloatArray, sizes: tuple[int, int, int]) -> FloatArray:
+        """Activations of `n` rows read and written."""
+        if self.row_gb_per_s is None:
+            return np.zeros_like(n)
+        hidden, intermediate, num_matrices = sizes
+        row_bytes = ACTIVATION_BYTES * (2 * hidden + num_matrices * intermediate)
+        return n * row_bytes / (self.row_gb_per_s * BYTES_PER_US_AT_1_GB_PER_S)
 
     def time_table_us(
         self,
@@ -139,13 +184,9 @@ class ExpertGemmModel:
         hidden: int,
         intermediate: int,
         num_matrices: int = NUM_MATRICES,
-        *,
-        mean_tokens: float | None = None,
     ) -> FloatArray:
         """`expert_time_us` of 0 .. max_tokens tokens, shape `[max_tokens + 1]`, for lookups."""
-        return self.expert_time_us(
-            np.arange(max_tokens + 1), hidden, intermediate, num_matrices, mean_tokens=mean_tokens
-        )
+        return self.expert_time_us(np.arange(max_tokens + 1), hidden, intermediate, num_matrices)
 
     def token_overhead_us(self, num_tokens: float, top_k: int, hidden: int) -> float:
         """Reduction over the top-k rows of the layer's input tokens, local or not."""
@@ -157,10 +198,8 @@ class ExpertGemmModel:
     def layer_time_us(
         self, tokens: npt.ArrayLike, hidden: int, intermediate: int, *, eager: bool = False
     ) -> FloatArray:
-        """Launch plus the sum over the last axis of `tokens` (`[..., slots]`, idle ones too)."""
-        n = np.asarray(tokens, dtype=np.float64)
-        mean = n.mean(axis=-1, keepdims=True)
-        total = self.expert_time_us(n, hidden, intermediate, mean_tokens=mean).sum(axis=-1)
+        """Launch plus `slots_time_us`."""
+        total = self.slots_time_us(tokens, hidden, intermediate)
         return np.asarray(total + self.layer_launch_us(eager=eager), dtype=np.float64)
 
     def evaluate(self, tokens: npt.ArrayLike, hidden: int, intermediate: int) -> Evaluation:
@@ -179,3 +218,8 @@ class ExpertGemmModel:
             return True
         low, high = self.ranges[name]
         return low <= value <= high
+
+
+def _gemms(hidden: int, intermediate: int, num_matrices: int) -> tuple[tuple[int, int], ...]:
+    """(columns, depth) of an expert's two GEMMs."""
+    return ((num_matrices - 1) * intermediate, hidden), (hidden, intermediate)

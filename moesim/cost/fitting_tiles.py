@@ -1,4 +1,4 @@
-"""Fit of a grouped GEMM that chooses its tile by the mean tokens a slot."""
+"""Fit of a grouped GEMM whose waves of thread blocks are known: torch's on Hopper."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.cost.curves import FloatArray
-from moesim.cost.expert_gemm import ExpertGemmModel
+from moesim.cost.expert_gemm import NUM_MATRICES, ExpertGemmModel
 from moesim.cost.fitting import robust_fit, round_significant
+from moesim.cost.tile_waves import Tile, TileWaves
 
-FEW_UP_TO = 128.0
-FEW_TILE, TILE = 128, 256
-"""torch's grouped GEMM on Hopper: blocks of 64 rows up to a mean of 128 tokens a slot, then of 128,
-always two of them side by side (pytorch aten/src/ATen/native/cuda/GroupMM.cu @06c0cf0)."""
+SMALL = Tile(rows=128, columns=128, up_to_mean=128.0)
+LARGE = Tile(rows=256, columns=256)
+BLOCKS_A_CLUSTER = 2
+"""torch's grouped GEMM on Hopper: blocks of 64 x 128 up to a mean of 128 tokens a slot, then of
+128 x 256, in clusters of two along the rows, one block a multiprocessor
+(pytorch aten/src/ATen/native/cuda/GroupMM.cu @06c0cf0)."""
 
+SHARPNESS = 64.0
 MIN_CASES = 6
 _FREE = 1e6  # GB/s: a row rate beyond this is no bound at all
 
@@ -64,71 +68,64 @@ class TileCases:
         """[C] layer times of a model."""
         out = np.empty(len(self))
         shapes = np.stack([self.hidden, self.intermediate], axis=1)
+        mean = self.tokens.sum(axis=1) / self.num_slots
         for shape in np.unique(shapes, axis=0):
             mine = (shapes == shape).all(axis=1)
-            mean = self.tokens[mine].sum(axis=1) / self.num_slots[mine]
-            each = model.expert_time_us(
-                self.tokens[mine], int(shape[0]), int(shape[1]), mean_tokens=mean[:, None]
-            )
-            out[mine] = model.launch_us + each.sum(axis=1)
-        return out
+            sizes = (int(shape[0]), int(shape[1]), NUM_MATRICES)
+            out[mine] = model.slots_time_us(self.tokens[mine], *sizes, mean_tokens=mean[mine])
+        return out + model.launch_us
 
 
-def fit_tiles(cases: TileCases, like: ExpertGemmModel) -> ExpertGemmModel:
-    """The model of both tiles that fits best; `like` gives dtype, kernel and weight bytes.
+def fit_tiles(cases: TileCases, like: ExpertGemmModel, num_sms: int) -> ExpertGemmModel:
+    """The model that fits best; `like` gives dtype, kernel and weight bytes, `num_sms` the GPU's
+    multiprocessors.
 
-    Seven parameters: launch, memory rate, row rate, sharpness, an arithmetic rate for each tile,
-    and the share of the larger tile's padding that costs time (the smaller's costs all of it).
-    They describe times, not the hardware one by one: a rate may exceed the GPU's own where another
-    parameter makes up for it. Deterministic.
+    Six parameters: launch; the rates at which tiles read weights and compute, of which the slower
+    counts; the rate of rows; what an unfilled last wave costs; and what an empty small tile adds.
+    They describe times, not the hardware one by one. Deterministic.
     """
-    weights = 3 * cases.hidden * cases.intermediate
+    weights = NUM_MATRICES * cases.hidden * cases.intermediate
     rate = float((2 * weights * cases.tokens.sum(axis=1) / cases.times_us).max()) / 1e6
     moved = weights * like.weight_bytes_per_param * (cases.tokens > 0).sum(axis=1)
     memory = float((moved / cases.times_us).max()) / 1e3
-    launch = max(1.0, 0.7 * float(cases.times_us.min()))
+    launch = max(1.0, 0.2 * float(cases.times_us.min()))
 
     def residuals(parameters: FloatArray) -> FloatArray:
-        model = _model(parameters, like)
+        model = _model(parameters, like, num_sms)
         return np.asarray(np.log(cases.predict_us(model) / cases.times_us))
 
     starts = [
-        [*np.log([launch, memory * 1.1, 8000.0, sharp, rate * 1.1, rate]), 1.0]
-        for sharp in (0.5, 3.0)
+        [*np.log([launch, memory * 1.1, rate * 1.1, 3000.0, 0.3]), share] for share in (-0.5, 2.0)
     ]
     best, _ = robust_fit(residuals, starts)
-    return _rounded(_model(best, like))
+    return _rounded(_model(best, like, num_sms))
 
 
-def _model(parameters: FloatArray, like: ExpertGemmModel) -> ExpertGemmModel:
-    launch, memory, row, sharp, many, few = np.exp(parameters[:6])
-    model = replace(
+def _model(parameters: FloatArray, like: ExpertGemmModel, num_sms: int) -> ExpertGemmModel:
+    launch, memory, rate, row, adds = np.exp(parameters[:5])
+    tiles = (replace(SMALL, empty_adds=float(min(adds, 4.0))), LARGE)
+    share = float(1.0 / (1.0 + np.exp(-parameters[5])))
+    return replace(
         like,
         launch_us=float(launch),
         weight_gb_per_s=float(memory),
+        tflops=float(rate),
         row_gb_per_s=float(row),
-        sharpness=1.0 + min(float(sharp), 63.0),
-        tflops=float(many),
-        tile_tokens=TILE,
-        pad_share=float(1.0 / (1.0 + np.exp(-parameters[6]))),
-        few=None,
+        sharpness=SHARPNESS,
+        waves=TileWaves(max(1, num_sms // BLOCKS_A_CLUSTER), tiles, share),
     )
-    small = replace(model, tflops=float(few), tile_tokens=FEW_TILE, pad_share=1.0)
-    return replace(model, few=small, few_up_to=FEW_UP_TO)
 
 
 def _rounded(model: ExpertGemmModel) -> ExpertGemmModel:
-    def digits(m: ExpertGemmModel) -> ExpertGemmModel:
-        row = m.row_gb_per_s or 0.0
-        return replace(
-            m,
-            launch_us=round_significant(m.launch_us),
-            weight_gb_per_s=round_significant(m.weight_gb_per_s),
-            row_gb_per_s=round_significant(row) if row < _FREE else None,
-            sharpness=round_significant(m.sharpness),
-            tflops=round_significant(m.tflops),
-            pad_share=round(m.pad_share, 3),
-        )
-
-    few = None if model.few is None else digits(model.few)
-    return replace(digits(model), few=few)
+    row, waves = model.row_gb_per_s or 0.0, model.waves
+    if waves is not None:
+        tiles = tuple(replace(t, empty_adds=round(t.empty_adds, 3)) for t in waves.tiles)
+        waves = replace(waves, tiles=tiles, wave_share=round(waves.wave_share, 3))
+    return replace(
+        model,
+        launch_us=round_significant(model.launch_us),
+        weight_gb_per_s=round_significant(model.weight_gb_per_s),
+        tflops=round_significant(model.tflops),
+        row_gb_per_s=round_significant(row) if row < _FREE else None,
+        waves=waves,
+    )

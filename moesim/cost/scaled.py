@@ -102,12 +102,10 @@ def _all(models: Mapping[Any, _M], factor: float) -> dict[Any, _M]:
 
 
 def _faster(model: _M, factor: float) -> _M:
-    """A model whose fields that are rates are multiplied, of the models inside it too."""
+    """A model whose fields that are rates are multiplied."""
     changed: dict[str, Any] = {}
     for field in fields(model):  # type: ignore[arg-type]
         value = getattr(model, field.name)
         if field.name.endswith(_RATES) and value is not None:
             changed[field.name] = value * factor
-        elif field.name == "few" and value is not None:
-            changed[field.name] = _faster(value, factor)
     return replace(model, **changed)  # type: ignore[type-var]

@@ -180,30 +180,16 @@ class StepModel:
         batches, layers = routed.slot_tokens.shape[:2]
         tokens = routed.slot_tokens.reshape(batches, layers, self.num_gpus, -1)
         most = int(tokens.max(initial=0))
-        many = [self._table_us(model, most) for model in self.experts]
-        few = [self._table_us(m, most, 0.0) if m.few is not None else None for m in self.experts]
+        sizes = (self.hidden_size, self.intermediate_size, self.ffn_matrices)
+        tables = [m.time_table_us(most, *sizes) if m.waves is None else None for m in self.experts]
         out = np.empty((batches, layers, self.num_gpus))
         for gpu in range(self.num_gpus):
             kind, own = int(self.gpu_type[gpu]), tokens[:, :, gpu]
-            work = many[kind][own].sum(axis=2)
-            other = few[kind]
-            if other is not None:
-                mean = own.sum(axis=2) // own.shape[2]
-                work = np.where(mean <= self.experts[kind].few_up_to, other[own].sum(axis=2), work)
-            launch = self.experts[kind].layer_launch_us(eager=self.eager)
+            model, table = self.experts[kind], tables[kind]
+            work = model.slots_time_us(own, *sizes) if table is None else table[own].sum(axis=2)
+            launch = model.layer_launch_us(eager=self.eager)
             out[:, :, gpu] = np.where(own.any(axis=2), work / self.speed[gpu] + launch, 0.0)
         return out
-
-    def _table_us(
-        self, model: ExpertGemmModel, max_tokens: int, mean_tokens: float = np.inf
-    ) -> FloatArray:
-        return model.time_table_us(
-            max_tokens,
-            self.hidden_size,
-            self.intermediate_size,
-            self.ffn_matrices,
-            mean_tokens=mean_tokens,
-        )
 
     def _incidence(self) -> Any:
         from scipy.sparse import csr_matrix

@@ -20,6 +20,7 @@ import torch
 from moesim.replay.calibrate_experts import SKEW_MARGIN, draw, ffn_body
 from moesim.replay.ops import TORCH_DTYPES, exchange, gather_rows, reduce_rows
 from moesim.replay.process import Context
+from moesim.replay.routing import company_rows
 from moesim.replay.shape import ExpertShape
 from moesim.replay.timing import Body, issue_us
 
@@ -63,10 +64,9 @@ class Company:
     def __init__(self, ctx: Context, shape: ExpertShape, rows: int, kernel: str) -> None:
         self.ctx, self.kernel = ctx, kernel
         size = ctx.num_ranks
-        self.own = max(1, rows // shape.top_k)
-        each = self.own * (min(shape.top_k, size) - 1) // max(size - 1, 1)
+        self.own, self.sent = company_rows(rows, shape.top_k, size)
+        each = self.sent // max(size - 1, 1)
         self.splits = [0 if peer == ctx.rank else each for peer in range(size)]
-        self.sent = sum(self.splits)
         arrived = self.own + self.sent
         dtype, width = TORCH_DTYPES[shape.dtype], shape.hidden_size
         self.home = draw(ctx, (self.own, width), 1.0, dtype)

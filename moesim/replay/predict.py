@@ -80,24 +80,32 @@ class Predictor:
         )
         cost = self.step.cost(routed)
         everywhere = np.ones((1, num_gpus))
+        dispatch, combine = (
+            self._in_layer(us[0])[:, None] * everywhere
+            for us in (cost.dispatch_us, cost.combine_us)
+        )
         arrived, home = own + received, np.full_like(own, tokens)
         return [
             [("permute", self._move("permute", own + sent, home))],
-            [("collective", cost.dispatch_us[0][:, None] * everywhere)],
+            [("collective", dispatch)],
             [
                 ("permute", self._move("permute", rows, arrived)),
                 ("ffn", cost.compute_us[0]),
                 ("reduce", self._move("reduce", rows, arrived)),
                 ("permute", self._move("permute", own, own)),
             ],
-            [("collective", cost.combine_us[0][:, None] * everywhere)],
+            [("collective", combine)],
             [("reduce", self._move("reduce", own + sent, home))],
         ]
 
     def _move(self, direction: str, many: IntArray, few: IntArray) -> FloatArray:
         """[L, G] time of gathering `many` rows from `few`, or summing `many` into `few`."""
         row_bytes = float(self.shape.row_bytes)
-        return self.calibration.copy(direction).rows_us(many, few, row_bytes)
+        return self._in_layer(self.calibration.copy(direction).rows_us(many, few, row_bytes))
+
+    def _in_layer(self, alone_us: FloatArray) -> FloatArray:
+        """Time between the other operations of a layer."""
+        return np.maximum(alone_us - self.calibration.in_layer_saves_us, 0.0)
 
 
 def build_predictor(

@@ -92,6 +92,14 @@ class RankWork:
         return np.diff(self.slot_offsets, prepend=0).astype(np.int64)
 
 
+def company_rows(rows: int, top_k: int, num_ranks: int) -> tuple[int, int]:
+    """Home tokens of a rank, and rows that it sends to the others, in the synthetic layer that
+    serves `rows` expert rows a rank, every rank alike."""
+    own = max(1, rows // top_k)
+    others = max(num_ranks - 1, 1)
+    return own, own * (min(top_k, num_ranks) - 1) // others * (num_ranks - 1)
+
+
 def home_ranks(num_tokens: int, num_ranks: int) -> IntArray:
     """[T]: equal contiguous chunks in token order, cut as `moesim.cost.routing` cuts them."""
     return np.arange(num_tokens) * num_ranks // max(num_tokens, 1)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.fitting import ExpertFit
 from moesim.cost.fitting_tiles import TileCases, fit_tiles
+from moesim.cost.tile_waves import TileWaves
 
 WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
 TILED_KERNEL = "grouped_mm"
@@ -25,9 +26,10 @@ Rows = list[dict[str, Any]]
 FloatArray = npt.NDArray[np.float64]
 
 
-def expert_entries(rows: Rows, alone: Rows, source: str) -> list[dict[str, Any]]:
+def expert_entries(rows: Rows, alone: Rows, source: str, num_sms: int = 0) -> list[dict[str, Any]]:
     """Entries of every element type with enough cases. `alone`: cases of the bare kernel in both
-    modes, which tell what a call takes longer outside of a CUDA graph.
+    modes, which tell what a call takes longer outside of a CUDA graph. `num_sms`: the GPU's
+    multiprocessors, 0 on a CPU, whose kernels have no known tiles.
 
     Each is fitted to every case. Its stated error is that of a fit to every other case for the
     cases between, which that fit did not see.
@@ -43,17 +45,19 @@ def expert_entries(rows: Rows, alone: Rows, source: str) -> list[dict[str, Any]]
             continue
         together = [row for r in own.values() for row in r]
         kernel = f"torch {together[0]['kernel']}"
-        out.append(_entry(together, alone, dtype, kernel, source))
+        out.append(_entry(together, alone, dtype, kernel, source, num_sms))
         if len(own) > 1:
             for (_, hidden, width), some in own.items():
                 name = f"{kernel} {hidden}x{width}"
-                entry = _entry(some, alone, dtype, name, source)
+                entry = _entry(some, alone, dtype, name, source, num_sms)
                 out.append({**entry, "shape": [hidden, width]})
     return out
 
 
-def _entry(rows: Rows, alone: Rows, dtype: str, kernel: str, source: str) -> dict[str, Any]:
-    fitter = _Fitter(rows, dtype, kernel)
+def _entry(
+    rows: Rows, alone: Rows, dtype: str, kernel: str, source: str, num_sms: int
+) -> dict[str, Any]:
+    fitter = _Fitter(rows, dtype, kernel, num_sms)
     model = fitter.fit(np.ones(len(rows), bool))
     params = [3 * r["hidden"] * r["intermediate"] for r in rows]
     entry: dict[str, Any] = {
@@ -67,7 +71,6 @@ def _entry(rows: Rows, alone: Rows, dtype: str, kernel: str, source: str) -> dic
         "tflops": model.tflops,
         "half_tokens": model.half_tokens,
         "tile_tokens": model.tile_tokens,
-        "pad_share": model.pad_share,
         "sharpness": model.sharpness,
         "row_gb_per_s": model.row_gb_per_s,
         "ranges": {
@@ -75,13 +78,9 @@ def _entry(rows: Rows, alone: Rows, dtype: str, kernel: str, source: str) -> dic
             "params_per_expert": [float(min(params)), float(max(params))],
         },
     }
-    if model.few is not None:
-        entry["few"] = {
-            "mean_tokens": model.few_up_to,
-            "tflops": model.few.tflops,
-            "tile_tokens": model.few.tile_tokens,
-            "pad_share": model.few.pad_share,
-        }
+    if model.waves is not None:
+        del entry["half_tokens"], entry["tile_tokens"]
+        entry["waves"] = _waves(model.waves)
     shapes = {(r["hidden"], r["intermediate"]) for r in rows}
     adds = _eager_adds([r for r in alone if (r["hidden"], r["intermediate"]) in shapes], dtype)
     if adds is not None:
@@ -100,6 +99,16 @@ def _entry(rows: Rows, alone: Rows, dtype: str, kernel: str, source: str) -> dic
     return {name: value for name, value in entry.items() if value is not None}
 
 
+def _waves(waves: TileWaves) -> dict[str, Any]:
+    tiles = []
+    for tile in waves.tiles:
+        own: dict[str, Any] = {"rows": tile.rows, "columns": tile.columns}
+        if tile.up_to_mean is not None:
+            own["mean_tokens"] = tile.up_to_mean
+        tiles.append({**own, "empty_adds": tile.empty_adds})
+    return {"at_once": waves.at_once, "wave_share": waves.wave_share, "tiles": tiles}
+
+
 @dataclass(frozen=True)
 class _Fitter:
     """Fits the kernel's own form to some of the rows and states errors on others."""
@@ -107,12 +116,13 @@ class _Fitter:
     rows: Rows
     dtype: str
     kernel: str
+    num_sms: int
 
     def fit(self, keep: npt.NDArray[np.bool_]) -> ExpertGemmModel:
         if not self._tiled:
             return _fit_plain(self._plain.subset(keep), self.dtype, self.kernel)
         like = ExpertGemmModel(self.dtype, self.kernel, WEIGHT_BYTES[self.dtype], 1.0, 1.0, 1.0)
-        return fit_tiles(self._tiles.subset(keep), like)
+        return fit_tiles(self._tiles.subset(keep), like, self.num_sms)
 
     def errors(self, model: ExpertGemmModel, keep: npt.NDArray[np.bool_]) -> FloatArray:
         """|predicted / measured - 1| of the rows kept."""
@@ -124,7 +134,7 @@ class _Fitter:
 
     @property
     def _tiled(self) -> bool:
-        return TILED_KERNEL in self.kernel
+        return TILED_KERNEL in self.kernel and self.num_sms > 0
 
     @property
     def _tiles(self) -> TileCases:

@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from moesim.cost.calibration import build_calibration
+from moesim.cost.calibration_schema import CalibrationFile
 from moesim.errors import FormatError, MismatchError
 from moesim.files import atomic_write
 from moesim.replay.records import read_record
+from moesim.replay.table_company import operation_saves_us
 from moesim.replay.table_experts import Rows, expert_entries
 
 FORMAT = "moesim-calibration-raw"
@@ -70,7 +73,8 @@ def calibration_data(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     ranks, nodes = int(environment["num_ranks"]), int(environment.get("num_nodes", 1))
     entries = [_collective(kind, ranks, nodes, rows) for kind, rows in _collectives(tables) if rows]
     ffn = [r for r in tables.get("ffn", []) if r["us"] > 0]
-    experts = expert_entries(_pick(ffn), tables.get("ffn_alone", ffn), SOURCE)
+    alone, num_sms = tables.get("ffn_alone", ffn), int(environment.get("num_sms", 0))
+    experts = expert_entries(_pick(ffn), alone, SOURCE, num_sms)
     copies = _copies(tables)
     if not entries and not experts and not copies:
         raise FormatError("the record holds no measured table", _REMEDY)
@@ -78,7 +82,7 @@ def calibration_data(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     if environment.get("nccl"):
         software += f", NCCL {environment['nccl']}, driver {environment.get('driver', '?')}"
     described = f"{ranks} x {environment['device']}, {software}, {environment['date']}"
-    return {
+    data: dict[str, Any] = {
         "format": "moesim-calibration",
         "version": 1,
         "name": name,
@@ -90,6 +94,10 @@ def calibration_data(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
         "expert_ffn": experts,
         "copies": copies,
     }
+    if data["overheads"] and entries and {"permute", "reduce"} <= {c["direction"] for c in copies}:
+        made = build_calibration(CalibrationFile.model_validate(data))
+        data["overheads"]["in_layer_saves_us"] = operation_saves_us(raw, made)
+    return data
 
 
 def _pick(rows: Iterable[dict[str, Any]]) -> Rows:

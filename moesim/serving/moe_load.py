@@ -89,12 +89,11 @@ def layer_us(
     """
     counts = load.counts(num_tokens)
     tokens = np.take_along_axis(counts, expert_of_slot, axis=1) * share_of_slot
-    mean = tokens.mean(axis=1, keepdims=True)
-    time = model.expert_time_us(tokens, hidden, intermediate, num_matrices, mean_tokens=mean)
     num_gpus = int(gpu_of_slot.max()) + 1
-    per_gpu = np.zeros((len(time), num_gpus))
+    per_gpu = np.zeros((len(tokens), num_gpus))
     for gpu in range(num_gpus):
-        per_gpu[:, gpu] = time[:, gpu_of_slot == gpu].sum(axis=1)
+        own = tokens[:, gpu_of_slot == gpu]
+        per_gpu[:, gpu] = model.slots_time_us(own, hidden, intermediate, num_matrices)
     return float(per_gpu.max(axis=1).mean())
 
 

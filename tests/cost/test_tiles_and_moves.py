@@ -1,4 +1,4 @@
-"""Kernels that choose their tile by the mean tokens a slot, and row moves by fan."""
+"""Kernels that work tile by tile in waves, and row moves by fan."""
 
 from __future__ import annotations
 
@@ -14,77 +14,131 @@ from moesim.cost.calibration import calibration_names, load_calibration, parse_c
 from moesim.cost.copies import CopyModel
 from moesim.cost.curves import AffineMin
 from moesim.cost.expert_gemm import ExpertGemmModel
-from moesim.cost.fitting_tiles import TileCases, fit_tiles
+from moesim.cost.fitting_tiles import LARGE, SMALL, TileCases, fit_tiles
 from moesim.cost.routing import Routed
 from moesim.cost.step import build_step_model
+from moesim.cost.tile_waves import Tile, TileWaves
 from moesim.errors import FormatError
 from moesim.modelspec import AttentionSpec, ModelSpec
 
-# h = i = 1000: 6e6 flops a token, 1 us for 100 tokens at 600 TFLOPS; weights 6 MB, 3 us at
-# 2000 GB/s; sharpness 64: a maximum.
-PLAIN = ExpertGemmModel("bf16", "k", 2.0, 10.0, 2000.0, 600.0, tile_tokens=256, sharpness=64.0)
-TILED = replace(
-    PLAIN,
-    pad_share=0.5,
-    few=replace(PLAIN, tflops=300.0, tile_tokens=128),
-    few_up_to=128.0,
+# h = i = 1000: an expert is a GEMM of 2000 columns and one of 1000, both 1000 deep. In bf16 a small
+# tile, 100 columns wide, reads 0.2 MB. Ten run at once: a wave reads 2 MB, at 1000 GB/s 2 us; its
+# 2 x 100 x 100 x 1000 x 10 flops are 0.2e9, at 200 TFLOPS 1 us, so memory counts.
+# A large tile is 200 x 200: 4 MB a wave, 4 us; 0.8e9 flops, also 4 us.
+TILED = ExpertGemmModel(
+    "bf16",
+    "k",
+    2.0,
+    10.0,
+    1000.0,
+    200.0,
+    sharpness=64.0,
+    waves=TileWaves(10, (Tile(100, 100, 128.0, empty_adds=0.5), Tile(200, 200)), 0.5),
 )
+LARGE_US = 4.0 * 2 ** (1 / 64)  # memory and arithmetic alike: the smooth maximum of 4 and 4
 
 
-def test_two_tiles_by_hand() -> None:
-    # 300 tokens, larger tile: two tiles are 512, half of the padding counts: 406 -> 4.06 us.
-    # Smaller tile: three of 128 are 384, at half the rate: 7.68 us.
-    assert TILED.expert_time_us([300], 1000, 1000, mean_tokens=129) == pytest.approx([4.06])
-    assert TILED.expert_time_us([300], 1000, 1000, mean_tokens=128.9) == pytest.approx([7.68])
-    # A layer of [300, 0, 90, 0]: mean 97.5, smaller tile: 7.68 + max(3, 2.56) + 10 us of launch.
-    # [300, 300, 0, 0]: mean 150, larger tile: 2 x 4.06 + 10.
-    assert TILED.layer_time_us([300, 0, 90, 0], 1000, 1000) == pytest.approx(20.68)
-    assert TILED.layer_time_us([300, 300, 0, 0], 1000, 1000) == pytest.approx(18.12)
+def test_waves_by_hand() -> None:
+    # [250, 0, 150, 0]: mean 100, small tiles, 3 + 2 rows of them. 20 and 10 columns of tiles: 100
+    # and 50 tiles, 10 and 5 waves of 2 us: 30 us. Of 500 rows 100 are empty: x (1 + 0.5 x 0.2).
+    assert TILED.slots_time_us([250, 0, 150, 0], 1000, 1000) == pytest.approx(33)
+    # One full row of tiles: 20 and 10 tiles, 2 waves and 1.
+    assert TILED.slots_time_us([100, 0, 0, 0], 1000, 1000) == pytest.approx(6)
+    # [300, 300]: large tiles, 2 + 2 rows of them, 10 and 5 columns: 4 waves and 2.
+    assert TILED.slots_time_us([300, 300], 1000, 1000) == pytest.approx(6 * LARGE_US)
+    # [150, 120]: one row each: 20 and 10 tiles, 2 waves and 1.
+    assert TILED.slots_time_us([150, 120], 1000, 1000) == pytest.approx(3 * LARGE_US)
+    # [150]: 10 and 5 tiles: the second GEMM fills half a wave, which counts 0.5 + 0.5 x 0.5.
+    assert TILED.slots_time_us([150], 1000, 1000) == pytest.approx(1.75 * LARGE_US)
+    assert TILED.layer_time_us([100, 0, 0, 0], 1000, 1000) == pytest.approx(16)
+    # Without a gate both GEMMs have 10 columns of tiles: [100] is 1 wave and 1.
+    assert TILED.slots_time_us([100, 0, 0, 0], 1000, 1000, 2) == pytest.approx(4)
+
+
+def test_an_expert_by_itself_by_hand() -> None:
+    # Its own tokens choose the tile, waves count in fractions, its last tile as half full.
+    # 100 tokens: 3 waves of 2 us, x 1.25; 150: 1 + 0.5 waves of the large tile.
+    # 129 tokens would be 1.5 waves too, 6.07 us, but 128 take 2 x 6 + 1.5: never less for more.
+    times = TILED.expert_time_us([0, 100, 128, 129, 400, 600], 1000, 1000)
+    assert times == pytest.approx([0, 7.5, 13.5, 13.5, 13.5, 4.5 * LARGE_US])
 
 
 def test_a_token_more_can_take_less_time() -> None:
     """The anomaly of INV-9 that docs/calibration.md names: mean 128 against 129."""
+    # 6 rows of small tiles, 18 waves of 2 us, 88 of 600 rows empty; 4 rows of large ones, 6 waves.
     slower = TILED.layer_time_us([256, 256, 0, 0], 1000, 1000)
     faster = TILED.layer_time_us([260, 256, 0, 0], 1000, 1000)
-    assert (slower, faster) == (pytest.approx(20.24), pytest.approx(10 + 3 + 3.86))
+    assert slower == pytest.approx(10 + 36 * (1 + 0.5 * 88 / 600))
+    assert faster == pytest.approx(10 + 6 * LARGE_US)
 
 
 @settings(max_examples=60, deadline=None)
-@given(a=st.floats(0, 1e5), b=st.floats(0, 1e5), mean=st.one_of(st.none(), st.floats(0, 1e4)))
-def test_time_grows_with_an_experts_tokens(a: float, b: float, mean: float | None) -> None:
-    """INV-9 at a given tile, and where only the expert's own tokens are known."""
+@given(a=st.floats(0, 1e5), b=st.floats(0, 1e5))
+def test_time_grows_with_an_experts_tokens(a: float, b: float) -> None:
+    """INV-9 where only the expert's own tokens are known."""
     models = [TILED, *(m for m in load_calibration("h200-torch").experts.values())]
     for model in models:
-        low, high = model.expert_time_us(sorted((a, b)), 2048, 1024, mean_tokens=mean)
+        low, high = model.expert_time_us(sorted((a, b)), 2048, 1024)
         assert low <= high * (1 + 1e-12)
 
 
-def test_fit_finds_both_tiles() -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    loads=st.lists(st.lists(st.integers(0, 900), min_size=3, max_size=3), min_size=1, max_size=4)
+)
+def test_waves_against_counting_tiles(loads: list[list[int]]) -> None:
+    """Tile after tile, in plain loops."""
+    waves = TILED.waves
+    assert waves is not None
+    for load, found in zip(loads, TILED.slots_time_us(loads, 1000, 1000), strict=True):
+        small = sum(load) // 3 <= 128
+        rows, columns, full_us = (100, 100, 2.0) if small else (200, 200, LARGE_US)
+        total = 0.0
+        for width in (2000, 1000):
+            tiles = sum(
+                1 for n in load for _ in range(0, n, rows) for _ in range(0, width, columns)
+            )
+            full, rest = divmod(tiles, waves.at_once)
+            share = rest / waves.at_once
+            total += full_us * (full + (share + 0.5 * (1 - share) if rest else 0.0))
+        if small and sum(load):
+            room = rows * sum(-(-n // rows) for n in load)
+            total *= 1 + 0.5 * (1 - sum(load) / room)
+        assert found == pytest.approx(total)
+
+
+def test_fit_finds_the_waves() -> None:
     rng = np.random.default_rng(0)
-    truth = replace(TILED, row_gb_per_s=3000.0, few=replace(TILED.few, row_gb_per_s=3000.0))
+    sizes = [(2048, 1024), (4096, 2048)]
+    tiles = (replace(SMALL, empty_adds=0.3), LARGE)
+    truth = ExpertGemmModel(
+        "bf16", "k", 2.0, 30.0, 3000.0, 600.0, sharpness=64.0, row_gb_per_s=3000.0,
+        waves=TileWaves(66, tiles, 0.6),
+    )  # fmt: skip
     counts = [
         rng.multinomial(int(mean * 16), rng.dirichlet(np.full(16, 2.0))).tolist()
         for mean in (1, 4, 16, 40, 64, 100, 128, 140, 200, 300, 500, 900, 1500, 3000)
-        for _ in range(3)
+        for _ in range(4)
     ]
-    times = [float(truth.layer_time_us(c, 1000, 1000)) for c in counts]
-    cases = TileCases.of(counts, [1000] * len(counts), [1000] * len(counts), times)
+    shapes = [sizes[k % 2] for k in range(len(counts))]
+    times = [float(truth.layer_time_us(c, *s)) for c, s in zip(counts, shapes, strict=True)]
+    cases = TileCases.of(counts, [s[0] for s in shapes], [s[1] for s in shapes], times)
     assert cases.predict_us(truth) == pytest.approx(times)
-    found = fit_tiles(cases, truth)
-    errors = np.abs(cases.predict_us(found) / times - 1)
-    assert np.median(errors) < 0.01
-    assert np.percentile(errors, 90) < 0.03
-    assert found.tflops == pytest.approx(600, rel=0.05)
-    assert found.few is not None
-    assert found.few.tflops == pytest.approx(300, rel=0.05)
-    assert found.pad_share == pytest.approx(0.5, abs=0.1)
+    found = fit_tiles(cases, replace(truth, waves=None), num_sms=132)
+    assert np.abs(cases.predict_us(found) / times - 1).max() < 0.01
+    assert (found.tflops, found.weight_gb_per_s) == pytest.approx((600, 3000), rel=0.02)
+    assert found.waves is not None
+    assert found.waves.at_once == 66
+    assert found.waves.wave_share == pytest.approx(0.6, abs=0.05)
+    assert found.waves.tiles[0].empty_adds == pytest.approx(0.3, abs=0.02)
 
 
 HEAD = "format: moesim-calibration\nversion: 1\nname: t\ngpu: T\n"
 EXPERTS = """expert_ffn:
-- {dtype: bf16, kernel: k, weight_bytes_per_param: 2, launch_us: 10, weight_gb_per_s: 2000,
-   tflops: 600, sharpness: 64, tile_tokens: 256, pad_share: 0.5,
-   few: {mean_tokens: 128, tflops: 300, tile_tokens: 128}}
+- {dtype: bf16, kernel: k, weight_bytes_per_param: 2, launch_us: 10, weight_gb_per_s: 1000,
+   tflops: 200, sharpness: 64,
+   waves: {at_once: 10, wave_share: 0.5, tiles: [
+     {rows: 100, columns: 100, mean_tokens: 128, empty_adds: 0.5}, {rows: 200, columns: 200}]}}
 - {dtype: bf16, kernel: k 1000x1000, shape: [1000, 1000], weight_bytes_per_param: 2, launch_us: 20,
    weight_gb_per_s: 2000, tflops: 600, sharpness: 64}
 collectives:
@@ -98,7 +152,7 @@ def test_file_with_tiles_shapes_and_fans() -> None:
         for fan, latency in ((8, 1), (1, 9))
     )
     made = parse_calibration(HEAD + EXPERTS + copies)
-    assert made.expert_ffn("bf16") == replace(TILED, few=replace(TILED.few, pad_share=1.0))
+    assert made.expert_ffn("bf16") == TILED
     assert made.expert_ffn("bf16", shape=(1000, 1000)).launch_us == 20.0
     assert made.expert_ffn("bf16", shape=(1000, 2000)).launch_us == 10.0
     move = made.copy("reduce")
@@ -117,8 +171,9 @@ def test_file_with_tiles_shapes_and_fans() -> None:
         ),
         ("copies:\n- {direction: reduce, fan: 8, latency_us: 1, gb_per_s: 1}\n", "one of fan 1"),
         ("copies:\n" + 2 * "- {direction: h2d, latency_us: 1, gb_per_s: 1}\n", "one entry a fan"),
-        (EXPERTS.replace("pad_share: 0.5", "pad_share: 1.5"), "pad_share"),
-        (EXPERTS.replace("mean_tokens: 128, ", ""), "mean_tokens"),
+        (EXPERTS.replace("wave_share: 0.5", "wave_share: 1.5"), "wave_share"),
+        (EXPERTS.replace("mean_tokens: 128, ", ""), "mean_tokens must ascend"),
+        (EXPERTS.replace("rows: 200, columns: 200", "rows: 200, columns: 0"), "columns"),
     ],
 )
 def test_wrong_entries_are_refused(text: str, says: str) -> None:
@@ -152,9 +207,11 @@ def test_step_model_takes_the_shapes_entry_and_the_layers_tile() -> None:
     assert own.experts[0].launch_us == 20.0
     # Plain entry: 20 us, then max(3 us, tokens / 100) each.
     assert own.compute_us(routed)[0, 0] == pytest.approx([26, 26], rel=3e-3)
-    # Half the width halves weights and work: the general entry, tile by GPU: means 97.5 and 150.
+    # Half the width: the general entry, tile by GPU: means 97.5 and 150. Both GEMMs have 1000
+    # columns, one 1000 deep and one 500: 3 + 1 rows of 10 small tiles, 4 waves of 2 and of 1 us, 10
+    # of 400 rows empty; 2 + 2 rows of 5 large tiles, 2 waves of 4 and of 2 us.
     other = build_step_model(cluster, spec(1000, 500), calibration=calibration)
-    want = [10 + 3.84 + 1.5, 10 + 2 * 2.03]
+    want = [10 + 12 * (1 + 0.5 * 10 / 400), 10 + 3 * LARGE_US]
     assert other.compute_us(routed)[0, 0] == pytest.approx(want)
 
 
