@@ -81,6 +81,11 @@ class CaptureOptions:
             raise InputError(f"--dtype {self.dtype!r:.40}", "choose " + ", ".join(DTYPES))
         if self.out.suffix != ".npz" and self.out.exists():
             raise InputError(f"{self.out} exists already", "name a new directory, or an .npz file")
+        if not self.out.absolute().parent.is_dir():
+            raise InputError(
+                f"cannot write {self.out}: there is no folder {self.out.parent}",
+                "name a file in a folder that exists",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +130,13 @@ def capture(
         journal = Journal(options.out, run.inputs(recorder))
         if journal.num_found:
             notify(f"{journal.folder} holds {journal.num_found} finished batches: going on there")
-        for batch_idx, batch in enumerate(run.batches()):
-            if batch_idx >= journal.num_found:
-                journal.add(batch_idx, run.route(recorder, batch_idx, batch))
-            done, num_batches = done + len(batch), batch_idx + 1
-            if progress is not None:
-                progress(done, prompts.num_prompts)
+        with journal.kept_if_begun():
+            for batch_idx, batch in enumerate(run.batches()):
+                if batch_idx >= journal.num_found:
+                    journal.add(batch_idx, run.route(recorder, batch_idx, batch))
+                done, num_batches = done + len(batch), batch_idx + 1
+                if progress is not None:
+                    progress(done, prompts.num_prompts)
         if run.num_cut:
             notify(f"{run.num_cut} prompts were cut to {run.max_prompt_tokens} tokens")
         top_k = journal.read(0)["expert_ids"].shape[2]
@@ -379,6 +385,10 @@ def _load(options: CaptureOptions) -> tuple[Any, Any]:
             f"cannot load {options.model}: {cause}",
             "name a folder or hub id with config.json, safetensors weights and a tokenizer",
         ) from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(
+            f"{options.model} has no tokenizer", "put tokenizer.json beside the model's config.json"
+        )
     model.eval()
     return model, tokenizer
 

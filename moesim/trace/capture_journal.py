@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -57,6 +58,16 @@ class Journal:
         """Note down a finished batch, whole or not at all."""
         with atomic_path(self._piece(batch_idx)) as temporary, temporary.open("wb") as out:
             np.savez(out, allow_pickle=False, **arrays)
+
+    @contextmanager
+    def kept_if_begun(self) -> Iterator[None]:
+        """Delete the journal when the block fails before there is a batch in it."""
+        try:
+            yield
+        except BaseException:
+            if not self._piece(0).exists():
+                self.discard()
+            raise
 
     def read(self, batch_idx: int) -> dict[str, Array]:
         """The arrays of a batch. Raises InputError when its file is damaged."""

@@ -356,6 +356,7 @@ def test_transformers_models_keep_their_logits(tmp_path, config):
     """Save a tiny random model, renumber its checkpoint, load it again, compare the logits."""
     torch = pytest.importorskip("torch", reason="needs torch")
     transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     settings = getattr(transformers, config)(**{**TINY, **MODELS[config]})
     model = transformers.AutoModelForCausalLM.from_config(settings).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -468,6 +469,8 @@ def test_bad_prompts_name_the_line(
         (["--dtype", "int3"], "--dtype 'int3'"),
         (["--device", "nowhere"], "cannot load"),
         (["--out", "EXISTING"], "exists already"),
+        (["--out", "NOWHERE"], "there is no folder"),
+        (["--model", "SILENT"], "has no tokenizer"),
         (["--chat"], "no chat template"),
     ],
 )
@@ -480,7 +483,14 @@ def test_wrong_arguments_get_two_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "folder").mkdir()
-    names = {"MISSING": str(tmp_path / "missing"), "EXISTING": str(tmp_path / "folder")}
+    names = {
+        "MISSING": str(tmp_path / "missing"),
+        "EXISTING": str(tmp_path / "folder"),
+        "NOWHERE": str(tmp_path / "missing" / "t.npz"),
+        "SILENT": str(tmp_path / "silent"),
+    }
+    if "SILENT" in arguments:
+        shutil.copytree(olmoe, names["SILENT"], ignore=shutil.ignore_patterns("token*"))
     given = {
         "--model": str(olmoe),
         "--prompts": str(prompts),
@@ -496,7 +506,7 @@ def test_wrong_arguments_get_two_lines(
     assert error in text.err
     assert "remedy: " in text.err
     assert text.out == ""
-    assert not (tmp_path / "t.npz").exists()
+    assert not list(tmp_path.glob("t.npz*"))
 
 
 def test_command_line_and_json(
