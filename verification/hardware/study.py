@@ -71,10 +71,19 @@ def main() -> None:
     }
     if arguments.fewer is not None:
         results["fewer"] = growth(arguments.fewer / "results.json", results)
-    text = json.dumps(results, indent=1, allow_nan=False)
+    text = json.dumps(rounded(results), indent=1, allow_nan=False)
     (arguments.report / "results.json").write_text(text + "\n", encoding="utf-8")
     study_tables.fill(arguments.report / "README.md", results, calibration)
     study_plots.draw(arguments.report, found, offload)
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to ten significant digits, so that any machine writes the same file."""
+    if isinstance(value, float):
+        return float(f"{value:.10g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def pack(source: Path, target: Path) -> None:
