@@ -162,7 +162,8 @@ import numpy as np
 from moesim.trace import capture_journal
 from moesim.trace.capture import CaptureOptions, capture
 
-model, prompts, folder = sys.argv[1:]
+model, prompts, folder, warm = sys.argv[1:]
+capture(CaptureOptions(model, Path(prompts), Path(warm), 4, 2, device="cpu", seed=3))
 savez, append = np.savez, capture_journal.TraceWriter.append
 
 def die():
@@ -203,8 +204,9 @@ def test_a_killed_capture_goes_on_and_ends_the_same(
     """SIGKILL of the process in the middle of writing its second batch, and once more in the
     middle of writing the trace: nothing but the journal is left, and the third run finishes."""
     (tmp_path / "k").mkdir()
+    whole = [options(olmoe, prompts, tmp_path / name) for name in ("t.npz", "t")]
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(olmoe), str(prompts), str(tmp_path / "k")],
+        [sys.executable, "-c", KILLED, *map(str, (olmoe, prompts, tmp_path / "k", whole[0].out))],
         capture_output=True,
         timeout=120,
         check=True,
@@ -216,13 +218,12 @@ def test_a_killed_capture_goes_on_and_ends_the_same(
         [-signal.SIGKILL, ["t.npz.partial", "t.partial"], 1],
         [-signal.SIGKILL, ["t.npz.partial", "t.partial"], 3],
     ]
-    for name in ("t.npz", "t"):
-        whole = options(olmoe, prompts, tmp_path / name)
-        capture(whole)
-        target = options(olmoe, prompts, tmp_path / "k" / name)
+    capture(whole[1])
+    for expected in whole:
+        target = options(olmoe, prompts, tmp_path / "k" / expected.out.name)
         result = capture(target)
         assert (result.num_resumed, result.num_batches) == (3, 3)
-        assert contents(target.out) == contents(whole.out)
+        assert contents(target.out) == contents(expected.out)
     assert sorted(p.name for p in (tmp_path / "k").iterdir()) == ["t", "t.npz"]
 
 
