@@ -35,7 +35,8 @@ class Migration:
 
     step_us, stay_us: microseconds of a step, all layers, on tuning data after and without the move;
     move_us: of moving the weights. moved_experts: weights of one expert of one layer that a GPU
-    fetches. changed_layers: of `num_layers`. steps: between two moves.
+    fetches. changed_layers: of `num_layers`. steps: between two moves. unsearched: layers for which
+    there was no time to look for cheaper moves than all or none.
     """
 
     placement: Placement
@@ -45,6 +46,7 @@ class Migration:
     moved_experts: int
     changed_layers: int
     steps: float
+    unsearched: int = 0
 
     @property
     def saved_us(self) -> float:
@@ -99,8 +101,9 @@ def migrate(
     problem: of objective time, so that both are microseconds. price_us: moving time of one expert
     where many move, used while searching. The final choice takes layers in order of gain a moved
     expert for as long as `moving_us`, the time on the links, is worth it; none is a choice, so the
-    result is never predicted to be worse than staying. Layers that the time limit leaves out stay
-    as they are. Raises MismatchError where shapes differ.
+    result is never predicted to be worse than staying. Layers that the time limit leaves out move
+    wholly or not at all; compiling the search, with the first layer, does not count against it.
+    Raises MismatchError where shapes differ.
     """
     check_same_shape(old, problem)
     cost = PlacementCost(problem)
@@ -110,11 +113,16 @@ def migrate(
     old_us = cost.layer_values(old)
     best_us, best_moves = old_us.copy(), np.zeros(problem.num_layers, np.int64)
     best = before.copy()
-    started = time.monotonic()
+    ends, unsearched = np.inf, 0
     for layer in range(problem.num_layers):
-        if problem.stop() or time.monotonic() - started > problem.time_limit_s:
-            break
-        for slots in _candidates(problem, cost, layer, before[layer], target[layer], price):
+        candidates = [target[layer]]
+        if problem.stop() or time.monotonic() > ends:
+            unsearched += 1
+        else:
+            candidates += _searched(problem, cost, layer, before[layer], target[layer], price)
+            if layer == 0:
+                ends = time.monotonic() + problem.time_limit_s
+        for slots in candidates:
             value = cost.layer_value(slots, layer)
             moves = num_moved(slots, before[layer], problem.num_experts)
             if value + price * moves < best_us[layer] + price * best_moves[layer]:
@@ -149,20 +157,21 @@ def migrate(
         int(best_moves[order[:taken]].sum()),
         taken,
         steps,
+        unsearched,
     )
 
 
-def _candidates(
+def _searched(
     problem: Problem, cost: PlacementCost, layer: int, before: Table, target: Table, price: float
 ) -> list[Table]:
-    """[G, S] tables of one layer that may be worth their moves."""
+    """[G, S] tables of one layer found by making, or taking back, moves by their price."""
     from moesim.solvers.search_moves import search_moves
 
     held = np.zeros((problem.num_gpus, problem.num_experts + 1), bool)
     held[np.arange(problem.num_gpus)[:, None], before] = True
     held[:, -1] = True
     counts = cost.layer_counts(layer)
-    out = [target]
+    out = []
     for start in (before, target):
         slots = start.copy()
         search_moves(counts, slots, cost.capacity, cost.unit, cost.scale, cost.table, held, price)

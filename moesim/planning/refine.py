@@ -144,6 +144,11 @@ def refine(
             **moving.to_json(),
             "without_weighing": freely.to_json(),
         }
+        if moved.unsearched:
+            out.lines.append(
+                f"{moved.unsearched} of {problem.num_layers} layers move wholly or not at all: no"
+                " time was left to look for fewer moves (--time-limit)"
+            )
         total = problem.num_slots * problem.num_layers
         if moving.num_moves == 0:
             out.lines.append(

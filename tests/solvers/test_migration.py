@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -107,6 +108,18 @@ def test_only_layers_that_pay_move() -> None:
     found = run(problem_of(counts, 2, 2), old, new, 1.0, 100)
     assert found.changed_layers == 1
     assert found.placement.physical_to_logical[1].tolist() == [0, 1, 2, 3]
+
+
+def test_without_time_a_layer_moves_wholly_or_not_at_all() -> None:
+    """Both layers gain 4 us by a move of two experts; the search itself has no time."""
+    counts = np.array([[[5, 5, 1, 1], [5, 5, 1, 1]]])
+    old = place([[0, 1, 2, 3], [0, 1, 2, 3]], 2, 1, 4)
+    new = place([[0, 2, 1, 3], [0, 2, 1, 3]], 2, 1, 4)
+    problem = replace(problem_of(counts, 2, 2), stop=lambda: True)
+    found = run(problem, old, new, 1.0, 100)
+    assert found.unsearched == found.changed_layers == 2
+    assert (found.stay_us, found.step_us) == (20.0, 12.0)
+    assert run(problem, old, new, 1000.0, 100).moved_experts == 0
 
 
 def test_renaming_gpus_and_nodes_saves_moves() -> None:
