@@ -18,8 +18,8 @@ class EngineProfile:
 
     step_host_us: host time of a step that the GPU waits for (scheduling, input preparation,
     sampling, output), whatever the batch. sequence_host_us: the same for every sequence of it.
-    layer_us: GPU time of a layer's small kernels (norms, rotary embedding, quantisation, cache
-    writes) at a single row; what they move is counted apart.
+    kernel_us: GPU time of one small kernel (norm, rotary embedding, quantisation, cache write) at a
+    single row; what it moves is counted apart.
     eager_layer_us: host time to enqueue one layer where no CUDA graph is replayed; a step with
     prompt tokens takes at least that many microseconds a layer.
     request_ms, prompt_token_us: time of a request outside the engine's steps (HTTP, scheduler
@@ -36,7 +36,7 @@ class EngineProfile:
     name: str
     step_host_us: float
     sequence_host_us: float
-    layer_us: float
+    kernel_us: float
     eager_layer_us: float
     request_ms: float
     prompt_token_us: float
@@ -50,53 +50,64 @@ class EngineProfile:
     source: str = ""
 
 
+FITTED = (
+    "kernel_us, eager_layer_us and request_ms fitted to measured serving rows of "
+    "github.com/ai-dynamo/aiconfigurator @095f58a (reports/serving-accuracy); the rest assumed"
+)
+
 ENGINES: Mapping[str, EngineProfile] = {
     engine.name: engine
     for engine in (
         EngineProfile(
             name="vllm",
-            step_host_us=1000.0,
+            step_host_us=0.0,
             sequence_host_us=0.0,
-            layer_us=8.0,
-            eager_layer_us=100.0,
-            request_ms=10.0,
-            prompt_token_us=2.0,
+            kernel_us=3.8,
+            eager_layer_us=480.0,
+            request_ms=57.0,
+            prompt_token_us=0.0,
             steps_ahead=1,
             prefill_policy="mixed",
             max_batch_tokens=8192,
             max_sequences=1024,
             runtime_gb=3.0,
             memory_fraction=0.9,
+            basis="measured",
+            source=FITTED,
         ),
         EngineProfile(
             name="sglang",
-            step_host_us=500.0,
+            step_host_us=0.0,
             sequence_host_us=0.0,
-            layer_us=8.0,
-            eager_layer_us=100.0,
-            request_ms=10.0,
-            prompt_token_us=2.0,
+            kernel_us=3.8,
+            eager_layer_us=480.0,
+            request_ms=262.0,
+            prompt_token_us=0.0,
             steps_ahead=1,
             prefill_policy="prefill_first",
             max_batch_tokens=8192,
             max_sequences=1024,
             runtime_gb=3.0,
             memory_fraction=0.88,
+            basis="measured",
+            source=FITTED,
         ),
         EngineProfile(
             name="trtllm",
-            step_host_us=500.0,
+            step_host_us=0.0,
             sequence_host_us=0.0,
-            layer_us=8.0,
-            eager_layer_us=100.0,
-            request_ms=10.0,
-            prompt_token_us=2.0,
+            kernel_us=3.8,
+            eager_layer_us=480.0,
+            request_ms=101.0,
+            prompt_token_us=0.0,
             steps_ahead=1,
             prefill_policy="mixed",
             max_batch_tokens=8192,
             max_sequences=2048,
             runtime_gb=3.0,
             memory_fraction=0.9,
+            basis="measured",
+            source=FITTED,
         ),
     )
 }

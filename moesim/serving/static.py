@@ -29,7 +29,6 @@ class LoadTest:
     """A closed-loop test: lengths in tokens, `num_requests` 10 x concurrency where None.
 
     range_ratio: shortest length over the longest, of prompts and of answers; 1 is all equal.
-    stream_interval: tokens that the engine gathers before it sends anything but the first.
     """
 
     input_tokens: int

@@ -155,8 +155,8 @@ class StepCost:
         sizes stay those of the deployment."""
         other = copy(self)
         other.deployment = replace(self.deployment, engine=engine)
-        more = engine.layer_us - self.deployment.engine.layer_us
-        more *= self.deployment.model.num_hidden_layers
+        more = engine.kernel_us - self.deployment.engine.kernel_us
+        more *= self._small_kernels()
         small = self._rows["elementwise"]
         other._rows = {**self._rows, "elementwise": _Table(small.counts, small.times_us + more)}
         other._rows_total = _Table(self._rows_total.counts, self._rows_total.times_us + more)
@@ -315,10 +315,10 @@ class StepCost:
         router = self.calibration.dense.gemm("bf16")
         self._bases += [gemm.basis, router.basis]
         layers, moe_layers = model.num_hidden_layers, model.num_moe_layers
-        small = d.engine.layer_us + 8.0 * rows * hidden * ELEMENT_BYTES / self._hbm
+        moved = 8.0 * rows * hidden * ELEMENT_BYTES / self._hbm
         parts = {
             "projections": model.num_kv_layers * self._projections_us(rows),
-            "elementwise": layers * small,
+            "elementwise": d.engine.kernel_us * self._small_kernels() + layers * moved,
             "router": moe_layers * router.time_us(rows, model.num_experts, hidden),
         }
         if model.shared_intermediate_size:
@@ -334,6 +334,20 @@ class StepCost:
             )
         parts["communication"] = self._tp_comm_us(rows)
         return parts
+
+    def _small_kernels(self) -> int:
+        """Small kernels of all layers: two norms each; rotary embedding and cache write of grouped
+        attention, and quantising the inputs of its two GEMMs where those are in fp8 (a latent
+        attention module is measured with all of them); choosing experts and ordering rows by them;
+        the activation of shared experts and dense layers, and quantising their inputs."""
+        d, model = self.deployment, self.deployment.model
+        quantised = 2 if d.dense_dtype.startswith("fp8") else 0
+        count = 2 * model.num_hidden_layers + 2 * model.num_moe_layers
+        if model.attention.kind != "mla":
+            count += (2 + quantised) * model.num_kv_layers
+        dense = model.num_hidden_layers - model.num_moe_layers
+        with_ffn = dense + (model.num_moe_layers if model.shared_intermediate_size else 0)
+        return count + (1 + quantised) * with_ffn
 
     def _ffn_us(self, rows: FloatArray, width: int) -> FloatArray:
         d, hidden = self.deployment, self.deployment.model.hidden_size

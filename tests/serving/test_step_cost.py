@@ -131,6 +131,28 @@ def test_a_window_limits_what_a_decode_step_reads() -> None:
     assert short == pytest.approx(same)
 
 
+@pytest.mark.parametrize(
+    ("model", "dense_dtype", "kernels"),
+    [
+        # 48 layers, all MoE, grouped attention: 2 norms, 2 of routing, 2 of attention.
+        ("Qwen3-30B-A3B", "bf16", 48 * (2 + 2 + 2)),
+        # In fp8 the inputs of two GEMMs are quantised.
+        ("Qwen3-30B-A3B", "fp8", 48 * (2 + 2 + 4)),
+        # 61 layers, 58 of them MoE, latent attention measured whole; an activation and two
+        # quantised inputs of the 58 shared experts and 3 dense layers.
+        ("DeepSeek-V3", "fp8", 61 * 2 + 58 * 2 + 61 * 3),
+    ],
+)
+def test_small_kernels_are_counted_by_what_a_layer_has(
+    model: str, dense_dtype: str, kernels: int
+) -> None:
+    quiet = replace(QUIET, kernel_us=0.0)
+    cost = StepCost(deploy(model, engine=quiet, tp=8, dense_dtype=dense_dtype))
+    slow = cost.with_engine(replace(quiet, kernel_us=1.5))
+    decode = BatchShape.of(4, 400)
+    assert slow.step_us(decode) - cost.step_us(decode) == pytest.approx(1.5 * kernels)
+
+
 def test_host_time_is_added_and_eager_launches_bound_a_prefill_step() -> None:
     engine = replace(QUIET, step_host_us=100.0, sequence_host_us=3.0, eager_layer_us=1e5)
     quiet = StepCost(toy())

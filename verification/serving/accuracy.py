@@ -1,10 +1,10 @@
 """Predict every measured serving row and say how far off: `python verification/serving/accuracy.py
 --data ../shared/data/measured/serving_h100_h200_moe.csv --out reports/serving-accuracy`.
 
-Three passes. Kernels only: no engine constant at all, nothing fitted to serving rows. Held out: the
-few constants of an engine fitted to its other models' rows, every model predicted by constants that
-never saw it. All rows: constants fitted to all, which is what the shipped engine profiles have.
-Writes `results.json` (aggregates only), `tables.md` and two plots.
+Three passes. Kernels only: no engine constant at all, nothing fitted to serving rows. Held out:
+five constants fitted to the rows of all other models; every model is predicted by constants that
+never saw it on any engine. All rows: constants fitted to all, which the shipped profiles have.
+Writes `results.json` (aggregates only), `tables.md` and a plot.
 """
 
 from __future__ import annotations
@@ -41,15 +41,10 @@ def main() -> None:
     usable = [row for row in rows if not refused[row.number]]
     predictor = Predictor()
     kernels_only = predictor.predict_all(usable, NONE)
-    shipped: dict[str, Constants] = {}
+    shipped, without = fit_all(predictor, usable)
     held_out: dict[int, Prediction] = {}
-    per_group: dict[str, dict[str, Constants]] = {}
-    for engine in ENGINES:
-        own = [row for row in usable if row.engine == engine]
-        shipped[engine], per_group[engine] = fit_engine(predictor, own)
-        for group, constants in per_group[engine].items():
-            left_out = [row for row in own if row.group == group]
-            held_out |= predictor.predict_all(left_out, constants)
+    for group, constants in without.items():
+        held_out |= predictor.predict_all([r for r in usable if r.group == group], constants)
     all_rows = predictor.predict_all(usable, shipped)
     passes = {"kernels only": kernels_only, "held out": held_out, "all rows": all_rows}
     results = {
@@ -59,8 +54,8 @@ def main() -> None:
         "refused": refusals(rows, refused),
         "constants": {engine: rounded(c) for engine, c in shipped.items()},
         "constants_without": {
-            engine: {group: rounded(c) for group, c in found.items()}
-            for engine, found in per_group.items()
+            group: {engine: rounded(c) for engine, c in found.items()}
+            for group, found in without.items()
         },
         "errors": {name: summaries(usable, found) for name, found in passes.items()},
     }
@@ -71,14 +66,15 @@ def main() -> None:
     print(tables(results))
 
 
-def fit_engine(predictor: Predictor, rows: list[Row]) -> tuple[Constants, dict[str, Constants]]:
-    """Constants from all rows of an engine, and by left-out group from the others."""
-    at = START
+def fit_all(
+    predictor: Predictor, rows: list[Row]
+) -> tuple[dict[str, Constants], dict[str, dict[str, Constants]]]:
+    """Constants by engine from all rows, and by left-out model from the others."""
+    at: dict[str, Constants] = dict.fromkeys(sorted({row.engine for row in rows}), START)
     for _ in range(ITERATIONS):
         linear = linearise(predictor, rows, at)
         at = fit(linear)
-    groups = sorted({row.group for row in rows})
-    return at, {group: fit(linear, leave_out=group) for group in groups}
+    return at, {group: fit(linear, leave_out=group) for group in sorted({r.group for r in rows})}
 
 
 def rounded(constants: Constants) -> dict[str, float]:
@@ -116,21 +112,23 @@ def summaries(rows: list[Row], predictions: dict[int, Prediction]) -> list[dict[
 
 
 def tables(results: dict[str, Any]) -> str:
+    passes = ("kernels only", "held out", "all rows")
+    heads = [f"{name} {kind}" for name in ("TPOT", "TTFT") for kind in passes]
     lines = [
-        "| engine | model | rows | TPOT kernels only | TPOT held out | TTFT kernels only "
-        "| TTFT held out |",
-        "|---|---|---|---|---|---|---|",
+        "| engine | model | rows | " + " | ".join(heads) + " |",
+        "|---" * (3 + len(heads)) + "|",
     ]
-    for bare, held in zip(
-        results["errors"]["kernels only"], results["errors"]["held out"], strict=True
-    ):
+    for found in zip(*(results["errors"][kind] for kind in passes), strict=True):
         cells = [
             f"{100 * line[f'{name}_median']:.1f} / {100 * line[f'{name}_p90']:.0f}%"
             for name in ("tpot", "ttft")
-            for line in (bare, held)
+            for line in found
         ]
+        first = found[0]
         lines.append(
-            f"| {bare['engine']} | {bare['model']} | {bare['rows']} | " + " | ".join(cells) + " |"
+            f"| {first['engine']} | {first['model']} | {first['rows']} | "
+            + " | ".join(cells)
+            + " |"
         )
     lines += ["", "| engine | " + " | ".join(CONSTANTS) + " |", "|---|" + "---|" * len(CONSTANTS)]
     for engine, found in results["constants"].items():

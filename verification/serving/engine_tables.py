@@ -33,8 +33,10 @@ class EngineTables:
     """Versions by part; experts by weight dtype.
 
     vLLM's tables of block-scaled fp8 GEMMs are bound by host launches (16 us and more whatever the
-    shape), which a CUDA graph removes; SGLang's of the same DeepGEMM kernels stand in. Its int4
-    experts are those of the compressed-tensors Marlin class, which only the later table names.
+    shape), which a CUDA graph removes; SGLang's of the same DeepGEMM kernels stand in. So are its
+    latent attention modules (77 us and more); TensorRT-LLM's stand in, as they do for SGLang, which
+    has none. Its int4 experts are those of the compressed-tensors Marlin class, which only the
+    later table names.
     """
 
     gemm: str
@@ -51,7 +53,7 @@ SOURCES: dict[tuple[str, str], EngineTables] = {
         attention="0.18.0",
         all_reduce="0.18.0",
         experts={"fp8": "0.18.0", "bf16": "0.18.0", "int4": "0.24.0", "mxfp4": "0.24.0"},
-        mla=("vllm", "0.19.0"),
+        mla=("trtllm", "1.3.0rc10"),
         fp8_gemm=("sglang", "0.5.9"),
     ),
     ("h100", "vllm"): EngineTables(
@@ -59,7 +61,7 @@ SOURCES: dict[tuple[str, str], EngineTables] = {
         attention="0.19.0",
         all_reduce="0.19.0",
         experts={"fp8": "0.19.0", "bf16": "0.19.0", "int4": "0.24.0", "mxfp4": "0.24.0"},
-        mla=("vllm", "0.19.0"),
+        mla=("trtllm", "1.3.0rc10"),
         fp8_gemm=("sglang", "0.5.9"),
     ),
     ("h200", "sglang"): EngineTables(
@@ -95,8 +97,8 @@ def read(root: Path, gpu: str, part: str, engine: str, version: str, name: str) 
 def all_reduce_table(root: Path, gpu: str, engine: str) -> pd.DataFrame:
     """`num_gpus`, `bytes`, `us` of the engine's own all-reduce, replayed from a CUDA graph.
 
-    `message_size` is in bytes (`collector/network/collect_all_reduce.py` reports size x 2 for
-    half-precision elements).
+    `message_size` is in elements of two bytes: `collector/network/collect_all_reduce.py` makes
+    bfloat16 tensors of that many. Its times at 64 Mi are those of NCCL's table at 64 Mi elements.
     """
     version = SOURCES[gpu, engine].all_reduce
     table = read(root, gpu, "comm", engine, version, "custom_allreduce_perf")
@@ -104,7 +106,7 @@ def all_reduce_table(root: Path, gpu: str, engine: str) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "num_gpus": table["num_gpus"],
-            "bytes": table["message_size"].astype(float),
+            "bytes": 2.0 * table["message_size"].astype(float),
             "us": table["latency"] * 1e3,
         }
     )

@@ -24,8 +24,9 @@ def scatter(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter, LogLocator, NullFormatter
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 9.2), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(10, 10), constrained_layout=True)
     kinds = sorted({(row.engine, row.group) for row in rows})
     of_engine: dict[str, int] = {}
     for engine, group in kinds:
@@ -58,6 +59,11 @@ def scatter(
             axis.set_ylabel(f"predicted {name}, ms")
             axis.set_title(f"{name}: {title} (band: {100 * band:.0f} %)", fontsize=10)
             axis.grid(True, which="major", alpha=0.3)
-    axes[0, 0].legend(fontsize=7, loc="upper left")
+            for side in (axis.xaxis, axis.yaxis):
+                side.set_major_formatter(LogFormatter())
+                side.set_minor_formatter(NullFormatter())
+                side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if i == 0 else (1.0,)))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
     plt.close(figure)

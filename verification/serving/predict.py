@@ -11,17 +11,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from rows import PRIVATE_SOURCES, Row, deployment_of, load_test_of
+from rows import Row, deployment_of, load_test_of
 
 from moesim.serving.engines import ENGINES, EngineProfile
 from moesim.serving.static import run_load_test
 from moesim.serving.step_cost import StepCost
 
-CONSTANTS = ("step_host_us", "layer_us", "eager_layer_us", "request_ms")
-FIXED = {"sequence_host_us": 0.0, "prompt_token_us": 0.0}
+CONSTANTS = ("kernel_us", "eager_layer_us", "request_ms")
+FIXED = {"step_host_us": 0.0, "sequence_host_us": 0.0, "prompt_token_us": 0.0}
 Constants = Mapping[str, float]
-NONE: Constants = {**dict.fromkeys(CONSTANTS, 0.0), "layer_us": 8.0}
-"""Nothing fitted: no host time; four small kernels of 2 us a layer, which is assumed."""
+NONE: Constants = {"kernel_us": 2.0, "eager_layer_us": 0.0, "request_ms": 0.0}
+"""Nothing fitted: no host time; small kernels of 2 us, which is assumed."""
 
 
 def profile(engine: str, constants: Constants) -> EngineProfile:
@@ -51,11 +51,7 @@ class Predictor:
         cost = self._costs[key].with_engine(profile(row.engine, constants))
         test = load_test_of(row)
         result = run_load_test(cost, test)
-        # Where the number of requests is not known, the first wave, all at once, is left out.
-        first = test.concurrency if row.model == PRIVATE_SOURCES else 0
-        return Prediction(
-            float(result.ttft_ms[first:].mean()), float(np.nanmean(result.tpot_ms[first:]))
-        )
+        return Prediction(result.mean_ttft_ms, result.mean_tpot_ms)
 
     def predict_all(
         self, rows: Iterable[Row], constants: Mapping[str, Constants] | Constants

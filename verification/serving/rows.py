@@ -4,8 +4,8 @@ Source of the rows: github.com/ai-dynamo/aiconfigurator @095f58a (Apache-2.0). H
 is public: its `silicon_sample.csv` names InferenceMAX / InferenceX runs, whose client and launch
 scripts are in github.com/SemiAnalysisAI/InferenceX (client and recipes at 0f78cf4eb of 2026-03-27):
 prompts of random tokens, lengths uniform in 80 to 100 % of the nominal ones, 10 requests for every
-one in flight, the next sent when one ends. For the other rows only lengths, concurrency and
-parallelism are known; they are taken as a closed loop of fixed lengths in its steady state.
+one in flight, the next sent when one ends. For the other rows (Qwen3-235B) only lengths,
+concurrency and parallelism are known; the same loop is assumed.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ LAUNCHES: dict[tuple[str, str], Launch] = {
     ("vllm", "MiniMax-M2.5 h100_sxm"): Launch(memory_fraction=0.9),
 }
 RANDOM_RANGE = 0.8
-PRIVATE_SOURCES = "Qwen3-235B"  # measured by other tools, lengths taken as fixed
 
 
 @dataclass(frozen=True)
@@ -194,8 +193,7 @@ def deployment_of(row: Row, engine: EngineProfile) -> Deployment:
 
 def load_test_of(row: Row) -> LoadTest:
     """The closed loop that measured a row."""
-    ratio = 1.0 if row.model == PRIVATE_SOURCES else RANDOM_RANGE
-    return LoadTest(row.isl, row.osl, row.concurrency, range_ratio=ratio)
+    return LoadTest(row.isl, row.osl, row.concurrency, range_ratio=RANDOM_RANGE)
 
 
 def refusal(row: Row, engine: EngineProfile) -> str:
