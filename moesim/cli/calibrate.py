@@ -47,9 +47,11 @@ def calibrate(
 
     Example: moesim calibrate --out host.yaml --model mixtral-8x7b
     """
+    from moesim.cli.simulate_input import writable
     from moesim.cost.calibration import load_calibration
     from moesim.replay.tables import load_raw, merge_raw, write_calibration
 
+    writable(out, raw)
     if from_raw:
         record = merge_raw([load_raw(path) for path in from_raw])
     else:

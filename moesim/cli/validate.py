@@ -83,6 +83,8 @@ def validate(
 
     Example: moesim validate --plan linear.json --plan eplb.json --trace t.npz --model olmoe
     """
+    from moesim.cli.simulate_input import writable
+    from moesim.cost.calibration import load_calibration
     from moesim.errors import InputError, UnknownNameError
     from moesim.replay.compare import Tolerance, compare, load_measured
 
@@ -90,6 +92,9 @@ def validate(
         raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
     if mode not in MODES:
         raise UnknownNameError("mode", mode, MODES)
+    writable(out, plot)
+    if calibration is not None:
+        load_calibration(calibration)
     if cache_plan:
         from moesim.cli.validate_cache import validate_cache
 

@@ -44,7 +44,8 @@ class Case:
     therefore also times the step without any. `mark_us` is what is left of a layer's marked time
     when the unmarked step is taken off, and `measured_us` is the marked time less `mark_us`, so
     that the layers add up to the unmarked step. Where marked steps run after a pause and unmarked
-    ones back to back on a throttled GPU, `mark_us` may be negative.
+    ones back to back on a throttled GPU, `mark_us` may be negative. Where it exceeds a layer's
+    time, as on a host that others use, every layer is shortened in proportion instead.
     `measured_phases`, `predicted_phases`: [L, 5], each measured one less its share of `mark_us`; of
     ranks that wait in a collective the last one's time counts, of other phases the slowest rank's.
     """
@@ -248,6 +249,9 @@ def _case(result: Mapping[str, Any], predictor: Predictor, again: Mapping[str, A
     marked = np.asarray(result["layer_us"]["median"], np.float64)
     step = {name: float(values[0]) for name, values in result["step_us"].items()}
     mark_us = (float(marked.sum()) - step["median"]) / len(marked)
+    measured = marked - mark_us
+    if measured.min() <= 0.0:
+        measured = marked * (step["median"] / marked.sum())
     if again is not None:
         noise = abs(float(again["step_us"]["median"][0]) / step["median"] - 1.0)
     else:
@@ -257,7 +261,7 @@ def _case(result: Mapping[str, Any], predictor: Predictor, again: Mapping[str, A
         tokens_per_rank=result["tokens_per_rank"],
         mode=result["mode"],
         batch=result["batch"],
-        measured_us=marked - mark_us,
+        measured_us=measured,
         predicted_us=predicted.layer_us,
         measured_phases=_of_ranks(phases) - mark_us / len(PHASES),
         predicted_phases=_of_ranks(predicted.phase_us),

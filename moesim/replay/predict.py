@@ -17,6 +17,7 @@ import numpy.typing as npt
 from moesim.cost.calibration import Calibration
 from moesim.cost.routing import Routed
 from moesim.cost.step import StepModel, build_step_model
+from moesim.errors import InputError
 from moesim.modelspec import AttentionSpec, ModelSpec
 from moesim.replay.shape import ExpertShape
 
@@ -113,8 +114,16 @@ def build_predictor(
 ) -> Predictor:
     """The predictor of one model.
 
-    Raises UnknownNameError when the calibration lacks the element type or the row moves.
+    Raises InputError when the calibration lacks the row moves, UnknownNameError when it lacks the
+    element type.
     """
+    missing = [name for name in ("permute", "reduce") if name not in calibration.copies]
+    if missing:
+        raise InputError(
+            f"calibration {calibration.name} has no {missing[0]} times, which every replayed layer"
+            " needs",
+            "give one that moesim calibrate made",
+        )
     spec = ModelSpec(
         name=shape.name,
         source="replay",
@@ -137,8 +146,6 @@ def build_predictor(
     )
     row = float(shape.row_bytes)
     step = replace(step, dispatch_bytes=row, combine_bytes=row)
-    for direction in ("permute", "reduce"):
-        calibration.copy(direction)
     return Predictor(shape, calibration, step)
 
 

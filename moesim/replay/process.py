@@ -35,6 +35,7 @@ from moesim.replay.launch import PREFIX, STATUS_DIR, free_port
 
 EXIT_LOST = 3
 DEFAULT_TIMEOUT_S = 120.0
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -131,10 +132,13 @@ def joined(device: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterat
     """Join the ranks that torchrun started (or be the only rank) for the length of the block.
 
     device: "auto" takes CUDA with NCCL where there is a GPU, else the CPU with gloo; "cuda" and
-    "cpu" insist. Raises InputError when there are more ranks than GPUs on the host.
+    "cpu" insist. NVLink multicast stays off unless the environment says otherwise.
+    Raises InputError when there are more ranks than GPUs on the host.
     """
     _die_with_parent()
     environment = os.environ
+    for name, value in NO_MULTICAST.items():
+        environment.setdefault(name, value)
     if "WORLD_SIZE" not in environment:
         environment.update(
             RANK="0",

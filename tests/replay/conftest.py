@@ -58,25 +58,28 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     made.add_plan("round_robin", [0, 2, 4, 6, 1, 3, 5, 7], 2)
     made.add_plan("replicas", [0, 2, 4, 6, 1, 0, 1, 3, 5, 7], 2)
     made.add_plan("empty_slots", [0, 1, 2, 3, 4, 5, 6, 7, -1, -1, -1, -1], 2)
+    made.add_plan("three", [*range(8), -1], 3)
     made.add_plan("four", list(range(8)), 4)
     return made
 
 
 @dataclass
 class Forked:
-    """How ranks.py ended, and the calibration record that its ranks wrote."""
+    """How ranks.py ended, and the records of a calibration and a validation that it wrote."""
 
     returncode: int
     stderr: str
     raw: Path
+    measured: Path
 
 
 @pytest.fixture(scope="session")
 def forked(inputs: Inputs) -> Forked:
     """ranks.py, run once: three ranks."""
-    raw = inputs.folder / "raw.json"
+    raw, measured = inputs.folder / "raw.json", inputs.folder / "three-measured.json"
     script = Path(__file__).with_name("ranks.py")
-    command = [sys.executable, str(script), str(inputs.trace), str(raw)]
+    command = [sys.executable, str(script), str(inputs.trace), str(inputs.plans["three"])]
+    command += [str(raw), str(measured)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    return Forked(done.returncode, done.stderr, raw)
+    return Forked(done.returncode, done.stderr, raw, measured)

@@ -1,8 +1,8 @@
 """Several ranks over gloo, from one process that imports torch once and forks them.
 
-`python ranks.py TRACE RAW`: what runs in a container needs torch and numpy alone; layers in every
-variant, the synthetic layer of the calibration, and a whole calibration written to RAW. Prints one
-line when all is well.
+`python ranks.py TRACE PLAN RAW MEASURED`, with nothing to import but what a container has: layers
+in every variant, the synthetic layer of the calibration, a whole calibration written to RAW and a
+whole validation of PLAN written to MEASURED. Prints one line when all is well.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from __future__ import annotations
 import os
 import sys
 
+import container
 import numpy as np
 import torch
 import torch.distributed as dist
 
-import moesim.replay.__main__
-import moesim.replay.calibrate
-import moesim.replay.offload
-import moesim.replay.validate
+from moesim.replay import __main__, offload, validate
 from moesim.replay.calibrate import Options, calibrate
 from moesim.replay.calibrate_ffn import Company
 from moesim.replay.engine import Engine
@@ -29,14 +27,8 @@ from moesim.replay.routing import assign_replicas, home_ranks, rank_work
 from moesim.replay.shape import ExpertShape
 from moesim.trace.format import load_token_trace
 
-CONTAINER_PART = (
-    moesim.replay.__main__,
-    moesim.replay.calibrate,
-    moesim.replay.offload,
-    moesim.replay.validate,
-)
-NOT_NEEDED = {"numba", "pandas", "scipy", "matplotlib", "pydantic", "pulp", "simpy", "typer"}
-NOT_NEEDED |= {"rich", "joblib", "moesim.cost", "moesim.sim"}
+CONTAINER_PART = (__main__, offload, validate)
+NOT_NEEDED = {"moesim.cost", "moesim.sim"}
 SHAPE = ExpertShape("tiny", 64, 32, 8, 2, "fp32")
 NUM_RANKS = 3
 NUM_TOKENS = 60
@@ -87,13 +79,18 @@ def body() -> int:
         options = Options(
             shapes=(SHAPE,), max_tokens_per_rank=64, max_bytes=1 << 16, budget_s=0.005
         )
-        calibrate(ctx, options, sys.argv[2])
+        calibrate(ctx, options, sys.argv[3])
+        replayed = validate.Options(tokens_per_rank=(8,), num_batches=1, budget_s=0.01)
+        validate.validate(ctx, [sys.argv[2]], sys.argv[1], SHAPE, replayed, sys.argv[4])
         ctx.rank0_print(f"{count} variants and a synthetic layer on {ctx.num_ranks} ranks")
     return 0
 
 
 def main() -> int:
     heavy = sorted(NOT_NEEDED & set(sys.modules))
+    if not {"pydantic", "yaml", "scipy", "typer"} <= container.ONLY.refused:
+        print("the modules to refuse were not found", file=sys.stderr)
+        return 1
     if heavy:
         print(f"{[m.__name__ for m in CONTAINER_PART]} imported {heavy}", file=sys.stderr)
         return 1

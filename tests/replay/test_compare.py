@@ -111,7 +111,7 @@ def test_an_entry_for_the_shape_is_preferred() -> None:
 def test_missing_tables_are_named() -> None:
     cluster = load_cluster("h100-sxm-ib", num_gpus=2)
     text = CALIBRATION.split("- {direction: reduce")[0]
-    with pytest.raises(UnknownNameError, match="reduce"):
+    with pytest.raises(InputError, match="no reduce times"):
         build_predictor(SHAPE, parse_calibration(text), cluster, "gpu")
     with pytest.raises(UnknownNameError, match="fp32"):
         build_predictor(
@@ -189,6 +189,35 @@ def test_marks_are_taken_out() -> None:
     np.testing.assert_allclose(found.cases[0].measured_us, found.cases[0].predicted_us)
     np.testing.assert_allclose(found.cases[0].measured_phases, found.cases[0].predicted_phases)
     assert found.failures() == []
+
+
+def test_marks_longer_than_a_layer_are_taken_out_in_proportion() -> None:
+    """Two layers of 30 and 90 us with marks of which 20 us are left without them: 5 and 15."""
+    one = record({"linear": 1.0})["results"][0]
+    made = record({"linear": 1.0})
+    made["results"] = [
+        {
+            **one,
+            "slot_rows": one["slot_rows"] * 2,
+            "messages": one["messages"] * 2,
+            "phase_us": one["phase_us"] * 2,
+            "layer_us": {"median": [30.0, 90.0], "p10": [30.0, 90.0], "p90": [30.0, 90.0]},
+            "step_us": {"median": [20.0], "p10": [20.0], "p90": [20.0]},
+        }
+    ]
+    case = compare(made, predictor()).cases[0]
+    assert case.mark_us == pytest.approx(50)
+    np.testing.assert_allclose(case.measured_us, [5, 15])
+
+
+def test_operations_take_less_in_a_layer() -> None:
+    """3 us less for each row move and collective, never below nothing; the experts as they were."""
+    text = CALIBRATION.replace("overheads: {", "overheads: {in_layer_saves_us: 3, ")
+    cluster = load_cluster("h100-sxm-ib", num_gpus=2)
+    got = build_predictor(SHAPE, parse_calibration(text), cluster, "gpu").predict(RESULT, "graph")
+    # Pack 7 and 8, exchanges 8, compute has three moves, unpermute 5 and 5.5.
+    want = [[4, 5, 33.25 - 9, 5, 2], [5, 5, 33.75 - 9, 5, 2.5]]
+    np.testing.assert_allclose(got.phase_us[0], want, rtol=1e-6)
 
 
 def test_noise_from_a_repeated_run() -> None:

@@ -80,6 +80,8 @@ def check_record(record: dict) -> None:
         (["--model", "olmoe"], "the trace has 8 experts a layer"),
         (["--plot", "v.txt"], "cannot plot to v.txt"),
         (["--measured", "nowhere.json"], "cannot read nowhere.json"),
+        (["--calibration", "nowhere.yaml"], "nowhere.yaml"),
+        (["--out", "nowhere/m.json"], "there is no folder nowhere"),
     ],
 )
 def test_wrong_input(inputs, capsys, change, cause) -> None:
