@@ -150,6 +150,8 @@ def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimRep
     trace, model = request.trace, request.model
     defaults: dict[str, str] = {}
     notices: list[str] = []
+    if request.plan is not None:
+        check_plan(request.plan, trace, request.cluster)
     check_model(trace, model, notices)
     phase, batch_tokens = _workload(request, defaults)
     models, notes = build_models(request, phase, defaults)
@@ -309,7 +311,7 @@ def _schedule(
     name = request.schedule
     if request.num_chunks is not None and name not in CHUNKED:
         raise InputError(f"--chunks with schedule {name}", f"use it with {' or '.join(CHUNKED)}")
-    schedule = get_schedule(name, request.num_chunks or 1)
+    schedule = get_schedule(name, 1 if request.num_chunks is None else request.num_chunks)
     check_exchange(schedule, models.exchange)
     if request.num_chunks is not None or name not in CHUNKED:
         return schedule
@@ -357,6 +359,13 @@ def check_plan(plan: Plan, trace: Trace, cluster: Cluster) -> None:
             f" the trace is of {names[1] or 'a model'} ({have[0]} layers, {have[1]} experts)",
             "use a trace and a plan of the same model",
         )
+    pairs = zip(plan.layer_ids, trace.meta.layer_ids, strict=True)
+    for i, (planned, traced) in enumerate(pairs):
+        if planned != traced:
+            raise MismatchError(
+                f"MoE layer {i} is the model's layer {planned} in the plan, {traced} in the trace",
+                "use a trace and a plan of the same layers",
+            )
     size = (placement.num_gpus, placement.num_nodes)
     if size != (cluster.num_gpus, cluster.num_nodes):
         raise MismatchError(
@@ -454,7 +463,6 @@ def _placements(
     names = list(request.compare)
     out: dict[str, Placement] = {}
     if request.plan is not None:
-        check_plan(request.plan, trace, cluster)
         made_from = request.plan.provenance.get("trace")
         if made_from is not None and made_from != trace.content_hash():
             notices.append("the plan was made from another trace than this one")

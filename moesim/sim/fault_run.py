@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import simpy
 
 from moesim.cost.routing import Routed, home_ranks
 from moesim.errors import InfeasibleError, InputError
@@ -95,6 +96,8 @@ class FaultRun:
     outages: list[Outage] = field(default_factory=list)
     down: dict[int, float] = field(default_factory=dict)
     rejoining: dict[int, bool] = field(default_factory=dict)
+    loading: dict[int, simpy.Event] = field(default_factory=dict)
+    link_rooms: dict[int, list[float]] = field(default_factory=dict)
     retried: int = 0
     moved_bytes: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     engine: Engine = field(init=False)
@@ -195,8 +198,9 @@ class FaultRun:
 
     def _attempt(self, step: Step) -> StepRun | None:
         """Run one step; None if a GPU failed in it."""
+        next_us = self.clock.next_for(self.down)
         try:
-            run = run_step(self.engine, self.schedule, step.work, self.clock.next_us)
+            run = run_step(self.engine, self.schedule, step.work, next_us)
         except RuntimeError as error:
             raise InfeasibleError(
                 f"a step cannot end: {error}",
@@ -204,8 +208,12 @@ class FaultRun:
             ) from None
         if run.finished:
             return run
-        self._apply(self.clock.pop(), wasted_us=run.us)
-        return None
+        while True:
+            fault = self.clock.pop()
+            if not set(fault.gpus) <= set(self.down):
+                self._apply(fault, wasted_us=run.us)
+                return None
+            self._apply(fault)
 
     def _catch_up(self) -> None:
         """Apply faults that are due and let GPUs rejoin that are back and loaded."""
@@ -255,19 +263,25 @@ class FaultRun:
         self.engine.wait(self.recovery.restart_us)
 
     def _change_links(self, fault: Fault) -> None:
-        """Let links lose and regain their rate when it is time, steps or none."""
-        network, env = self.engine.network, self.engine.env
+        """Let links lose and regain their rate when it is time, steps or none. Of several faults of
+        one link the worst counts."""
+        env = self.engine.env
 
-        def change(room: float) -> Callable[[Any], None]:
+        def change(add: bool) -> Callable[[Any], None]:
             def now(_: Any) -> None:
-                network.set_room(fault.links, room)
+                room = 1.0
+                for link in fault.links:
+                    rooms = self.link_rooms.setdefault(link, [])
+                    rooms.append(fault.room) if add else rooms.remove(fault.room)
+                    room = min(rooms, default=1.0)
+                    self.engine.network.set_room(link, room)
                 self._mark(f"{fault.name} at {room:.0%}")
 
             return now
 
-        on_event(env.timeout(fault.at_us), change(fault.room))
+        on_event(env.timeout(fault.at_us), change(add=True))
         if math.isfinite(fault.until_us):
-            on_event(env.timeout(fault.until_us), change(1.0))
+            on_event(env.timeout(fault.until_us), change(add=False))
 
     def _place(self, outage: Outage) -> None:
         """A placement on the GPUs that are up, and the weights it needs moved there."""
@@ -375,10 +389,10 @@ class FaultRun:
         moves = plan_moves(nothing, wanted, np.asarray(self.models.cluster.node_of_gpu))
         self.moved_bytes += self.mover.bytes(moves)
         events = [self.engine.network.send(flow) for flow in self.mover.flows(moves)]
-        loaded = self.engine.env.all_of(events)
+        self.loading[gpu] = loaded = self.engine.env.all_of(events)
 
         def done(_: Any) -> None:
-            if gpu in self.rejoining:
+            if gpu in self.rejoining and self.loading[gpu] is loaded:
                 self.rejoining[gpu] = True
 
         on_event(loaded, done)

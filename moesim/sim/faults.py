@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -98,6 +98,11 @@ class FaultClock:
     def next_us(self) -> float:
         """Time of the next fault, infinite where there is none."""
         return self._heap[0][0] if self._heap else math.inf
+
+    def next_for(self, down: Collection[int]) -> float:
+        """Time of the next fault that concerns a GPU not in `down`."""
+        times = (at for at, _, fault in self._heap if not set(fault.gpus) <= set(down))
+        return min(times, default=math.inf)
 
     def pop(self) -> Fault:
         """The next fault; a random one schedules its successor."""

@@ -24,6 +24,7 @@ from moesim.sim.faults import (
 )
 from moesim.sim.migrate import HOST, Move, build_mover, holdings, plan_moves
 from moesim.sim.schedules.sequential import Sequential
+from moesim.sim.timeline import Timeline
 
 EXPERT_BYTES = 1e6
 QUICK = {"detect_us": 100.0, "restart_us": 1000.0, "plan_us": 10.0}
@@ -99,6 +100,57 @@ def test_a_gpu_comes_back(trace, models_of, batches_of) -> None:
     assert result.extra["faults"]["bytes_from_host"] == 3 * 16 * EXPERT_BYTES
     assert run.current.physical_to_logical.tolist() == placement.physical_to_logical.tolist()
     assert result.tokens.sum() == batches.indptr[-1]
+
+
+def test_a_fault_of_a_gpu_that_is_down_costs_no_step(trace, models_of, batches_of) -> None:
+    """GPU 3 fails at 500 us until 2,500, and again in a later step until 4,000: it stays away
+    longer, no second step is lost, and it is one outage."""
+    models = models_of(8)
+    batches = batches_of(trace, 12)
+    faults = [Fault("gpu:3", 500.0, 2500.0, gpus=(3,)), Fault("again", 1900.0, 4000.0, gpus=(3,))]
+    result, run = run_with(models, trace, batches, replicated(models), faults)
+    figures = result.extra["faults"]
+    assert figures["steps_retried"] == 1
+    assert [outage["fault"] for outage in figures["outages"]] == ["gpu:3"]
+    assert run.down == {3: 4000.0}
+    assert result.tokens.sum() == batches.indptr[-1]
+
+
+def test_a_gpu_that_fails_while_loading_loads_again(trace, models_of, batches_of) -> None:
+    """GPU 3 is back at 2,500 us and loads 48 MB over PCIe from the next step on, at 85 % of 64 GB/s.
+    Before it is done it is down again from 3,000 to 3,050 us, and loads anew beside the first
+    copies, which nobody stops: 96 MB take 1,765 us, and not earlier does it serve."""
+    models = models_of(8)
+    batches = batches_of(trace, 24)
+    line = Timeline(models.links, 8, 24)
+    faults = [Fault("gpu:3", 500.0, 2500.0, gpus=(3,)), Fault("gpu:3", 3000.0, 3050.0, gpus=(3,))]
+    run = FaultRun(
+        models, Sequential(), trace, replicated(models), FaultClock(faults),
+        Recovery(detect_us=0.0, restart_us=0.0),
+        build_mover(models.cluster, models.links, EXPERT_BYTES), timeline=line,
+    )  # fmt: skip
+    result = run.run(batches)
+    back = [e["ts"] for e in line.events if e["name"] == "GPU 3 back"]
+    assert len(back) == 1
+    steps_end = 500.0 + np.cumsum(result.step_us[1:])
+    assert back[0] > steps_end[steps_end >= 2500.0][0] + 96e6 / (0.85 * 64e3)
+    assert result.extra["faults"]["bytes_from_host"] == 2 * 48 * EXPERT_BYTES
+
+
+def test_the_worst_of_a_links_faults_counts(trace, batches, models_of, linear_of) -> None:
+    """Half a link for good, a fifth of it from 20 to 40 us: then half again, not all of it."""
+    models = models_of(8)
+    faults = [Fault("half", 10.0, links=(0,), room=0.5), Fault("fifth", 20.0, 40.0, (), (0,), 0.2)]
+    seen = []
+    for until in (15.0, 30.0, 50.0):
+        _, run = run_with(models, trace, batches, linear_of(models), links=())
+        for fault in faults:
+            run._change_links(fault)
+        start = run.engine.now_us
+        run.engine.wait(until)
+        assert run.engine.now_us == start + until
+        seen.append(run.engine.network.room[0])
+    assert seen == [0.5, 0.2, 0.5]
 
 
 def test_reload_of_lost_experts(trace, batches, models_of, linear_of) -> None:

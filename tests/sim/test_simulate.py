@@ -171,6 +171,7 @@ WRONG = [
     pytest.param(["--drop", "first"], "--capacity-factor", id="drop without capacity"),
     pytest.param(["--capacity-factor", "nan"], "above 0", id="capacity"),
     pytest.param(["--chunks", "2"], "pipelined", id="chunks"),
+    pytest.param(["--schedule", "pipelined", "--chunks", "0"], "1 to 64", id="no chunks"),
     pytest.param(["--repair", "5"], "mean time between", id="repair"),
     pytest.param(["--mtbf", "-1"], "above 0", id="mtbf"),
     pytest.param(["--rebalance-async"], "--rebalance-every", id="rebalance"),
@@ -202,6 +203,12 @@ def test_plans_that_do_not_fit(call, tmp_path) -> None:
         code, out, err = call("--plan", str(plan), "--steps", "1", *args)
         assert (code, out) == (2, "")
         assert cause in err
+    layers = json.loads(plan_file(tmp_path / "e.json").read_text())
+    layers["layer_ids"][2] += 1
+    (tmp_path / "e.json").write_text(json.dumps(layers))
+    code, _, err = call("--plan", str(tmp_path / "e.json"))
+    assert code == 2
+    assert "layer 3 in the plan, 2 in the trace" in err
     other = json.loads((tmp_path / "b.json").read_text())
     other["model"] = "OLMoE-1B-7B"
     (tmp_path / "d.json").write_text(json.dumps(other))
