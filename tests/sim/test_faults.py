@@ -117,7 +117,7 @@ def test_a_fault_of_a_gpu_that_is_down_costs_no_step(trace, models_of, batches_o
 
 
 def test_a_gpu_that_fails_while_loading_loads_again(trace, models_of, batches_of) -> None:
-    """GPU 3 is back at 2,500 us and loads 48 MB over PCIe from the next step on, at 85 % of 64 GB/s.
+    """GPU 3 is back at 2,500 us and from the next step on loads 48 MB, at 85 % of 64 GB/s.
     Before it is done it is down again from 3,000 to 3,050 us, and loads anew beside the first
     copies, which nobody stops: 96 MB take 1,765 us, and not earlier does it serve."""
     models = models_of(8)
