@@ -35,7 +35,7 @@ MESSAGE_OPS = 4e8
 """The same for kicks that look at messages; a step is one token moved from GPU to GPU."""
 MAX_MESSAGE_KICKS = 12
 MESSAGE_BATCHES = 512
-"""Tuning batches on which load is judged while messages are."""
+"""Tuning batches, about, on which load is judged for objectives that see messages."""
 
 
 class LocalSearch:
@@ -122,6 +122,9 @@ class _Shared:
         """Improve `slots` [G, S] of one layer; returns the objective."""
         problem = self.problem
         counts = self.objective.layer_counts(layer)
+        if problem.objective != "balance":
+            step = max(1, problem.num_batches // MESSAGE_BATCHES)
+            counts = np.ascontiguousarray(counts[:, ::step])
         if problem.objective != "traffic":
             value = self.search_layer(
                 counts,
@@ -135,8 +138,7 @@ class _Shared:
             )
             if problem.objective == "balance":
                 return float(value)
-        few = np.ascontiguousarray(counts[:, :: max(1, counts.shape[1] // MESSAGE_BATCHES)])
-        return self._search_messages(layer, few, slots)
+        return self._search_messages(layer, counts, slots)
 
     def _search_messages(
         self, layer: int, counts: npt.NDArray[np.float32], slots: npt.NDArray[np.int64]

@@ -147,29 +147,12 @@ class PlacementCost:
 
 def layer_tokens(traffic: Traffic, layer: int, num_experts: int) -> Any:
     """The `search_traffic.Tokens` of one layer."""
-    from moesim.solvers.search_traffic import Tokens
+    from moesim.solvers.search_traffic import Tokens, group_choices
 
-    ids = traffic.expert_ids[:, layer].astype(np.int64)
-    token = np.repeat(np.arange(len(ids)), ids.shape[1])
-    expert = ids.reshape(-1)
-    chosen = expert >= 0
-    token, expert = token[chosen], expert[chosen]
-    order = np.argsort(expert, kind="stable")
-    token, expert = token[order], expert[order]
-    indptr = np.searchsorted(expert, np.arange(num_experts + 1))
-    group = expert * traffic.num_batches + traffic.batch_idx[token]
-    turn = np.arange(len(group)) - np.searchsorted(group, group)
-    hit = np.zeros((len(ids), num_experts), np.float32)
-    hit[token, expert] = 1
-    together = hit.T @ hit
-    return Tokens(
-        indptr.astype(np.int64),
-        token,
-        turn,
-        traffic.home.astype(np.int64),
-        traffic.batch_idx.astype(np.int64),
-        together,
-    )
+    ids = np.ascontiguousarray(traffic.expert_ids[:, layer], np.int64)
+    batch = traffic.batch_idx.astype(np.int64)
+    indptr, token, turn, together = group_choices(ids, batch, num_experts)
+    return Tokens(indptr, token, turn, traffic.home.astype(np.int64), batch, together)
 
 
 def make_net(traffic: Traffic, num_gpus: int, num_nodes: int, *, by_time: bool) -> Any:

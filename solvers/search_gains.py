@@ -56,7 +56,7 @@ def make_gains(tokens: Tokens, net: Net, flow: Flow, gpus: Array, count: Array) 
             token_indptr[tokens.token[i] + 1] += 1
     token_indptr[:] = np.cumsum(token_indptr)
     row_indptr[:] = np.cumsum(row_indptr)
-    token_row, row_token = np.zeros(len(row), np.int64), np.zeros(len(row), np.int64)
+    token_row, row_token = np.zeros(len(row), np.int32), np.zeros(len(row), np.int32)
     next_row, next_token = token_indptr.copy(), row_indptr.copy()
     for i in range(len(row)):
         t = tokens.token[i]
@@ -76,42 +76,39 @@ def make_gains(tokens: Tokens, net: Net, flow: Flow, gpus: Array, count: Array) 
         row_indptr,
         row_token,
     )
+    on_gpu, on_node = np.zeros(num_gpus), np.zeros(num_nodes)
     for t in range(num_tokens):
+        home = tokens.home[t]
         for g in range(num_gpus):
-            gpu_part(gains, net, flow, t, tokens.home[t], g)
+            missing = flow.on_gpu[t, g] == 0 or net.dedup == 0
+            on_gpu[g] = reach_us(net, home, g) if missing else 0.0
         for n in range(num_nodes):
-            node_part(gains, net, flow, t, tokens.home[t], n)
+            on_node[n] = 0.0
+            if net.dedup == 2 and n != net.node_of[home] and flow.on_node[t, n] == 0:
+                on_node[n] = enter_us(net, home, n)
+        for j in range(token_indptr[t], token_indptr[t + 1]):
+            r = token_row[j]
+            g = place[r]
+            n = net.node_of[g]
+            gains.add_gpu[r] += on_gpu
+            gains.add_node[r] += on_node
+            if flow.on_gpu[t, g] == 1 or net.dedup == 0:
+                gains.drop_gpu[r] += reach_us(net, home, g)
+            if net.dedup == 2 and n != net.node_of[home] and flow.on_node[t, n] == 1:
+                gains.drop_node[r] += enter_us(net, home, n)
     return gains
 
 
 @njit(cache=True, nogil=True)
-def gpu_part(gains: Gains, net: Net, flow: Flow, token: int, home: int, gpu: int) -> None:
-    """Add what `token` contributes to the gains of `gpu`."""
-    served = flow.on_gpu[token, gpu]
-    if served > 1 and net.dedup > 0:
-        return
-    us = net.pair_us[relay_of(net, home, gpu), gpu]
-    for j in range(gains.token_indptr[token], gains.token_indptr[token + 1]):
-        r = gains.token_row[j]
-        if served == 0 or net.dedup == 0:
-            gains.add_gpu[r, gpu] += us
-        if gains.place[r] == gpu:
-            gains.drop_gpu[r] += us
+def reach_us(net: Net, home: int, gpu: int) -> float:
+    """Link time of the message that brings a hidden state of `home` to `gpu`."""
+    return float(net.pair_us[relay_of(net, home, gpu), gpu])
 
 
 @njit(cache=True, nogil=True)
-def node_part(gains: Gains, net: Net, flow: Flow, token: int, home: int, node: int) -> None:
-    """The same for the message between nodes that serves all of the token's choices on `node`."""
-    served = flow.on_node[token, node]
-    if served > 1 or net.dedup < 2 or node == net.node_of[home]:
-        return
-    us = net.pair_us[home, node * net.per_node + home % net.per_node]
-    for j in range(gains.token_indptr[token], gains.token_indptr[token + 1]):
-        r = gains.token_row[j]
-        if served == 0:
-            gains.add_node[r, node] += us
-        elif net.node_of[gains.place[r]] == node:
-            gains.drop_node[r] += us
+def enter_us(net: Net, home: int, node: int) -> float:
+    """Link time of the message that brings a hidden state of `home` to another node."""
+    return float(net.pair_us[home, node * net.per_node + home % net.per_node])
 
 
 @njit(cache=True, nogil=True)
@@ -145,7 +142,7 @@ def gpu_step(
     others = flow.on_gpu[token, gpu] - (1 if sign < 0 else 0)
     if others > 1:
         return
-    us = sign * net.pair_us[relay_of(net, home, gpu), gpu]
+    us = sign * reach_us(net, home, gpu)
     if others == 0:
         gains.drop_gpu[row] += us
     for j in range(gains.token_indptr[token], gains.token_indptr[token + 1]):
@@ -164,7 +161,7 @@ def node_step(
     others = flow.on_node[token, node] - (1 if sign < 0 else 0)
     if others > 1 or node == net.node_of[home]:
         return
-    us = sign * net.pair_us[home, node * net.per_node + home % net.per_node]
+    us = sign * enter_us(net, home, node)
     if others == 0:
         gains.drop_node[row] += us
     for j in range(gains.token_indptr[token], gains.token_indptr[token + 1]):
@@ -198,25 +195,56 @@ def try_swap(
         if row < 0:
             continue
         from_node, to_node = net.node_of[src], net.node_of[dst]
+        across = net.dedup == 2 and from_node != to_node
+        home, batch = -1, -1
+        left, came, left_node, came_node = 0, 0, 0, 0
         for i in range(gains.row_indptr[row], gains.row_indptr[row + 1]):
             t = gains.row_token[i]
-            home, batch = tokens.home[t], tokens.batch[t]
+            if tokens.home[t] != home or tokens.batch[t] != batch:
+                if home >= 0:
+                    send(net, trial, batch, home, src, dst, left, came, left_node, came_node)
+                home, batch = tokens.home[t], tokens.batch[t]
+                left, came, left_node, came_node = 0, 0, 0, 0
             if net.dedup == 0:
-                add_message(net, trial, batch, home, src, -1)
-                add_message(net, trial, batch, home, dst, 1)
+                left += 1
+                came += 1
                 continue
-            leaves, comes = flow.on_gpu[t, src] == 1, flow.on_gpu[t, dst] == 0
-            across = net.dedup == 2 and from_node != to_node
+            comes = flow.on_gpu[t, dst] == 0
             if not comes and other >= 0 and chose(gains, t, other):
                 continue
-            if leaves:
-                add_message(net, trial, batch, relay_of(net, home, src), src, -1)
-            if comes:
-                add_message(net, trial, batch, relay_of(net, home, dst), dst, 1)
-            if across and flow.on_node[t, from_node] == 1 and net.node_of[home] != from_node:
-                add_message(net, trial, batch, home, relay_of(net, home, src), -1)
-            if across and flow.on_node[t, to_node] == 0 and net.node_of[home] != to_node:
-                add_message(net, trial, batch, home, relay_of(net, home, dst), 1)
+            left += flow.on_gpu[t, src] == 1
+            came += comes
+            if across:
+                left_node += flow.on_node[t, from_node] == 1 and net.node_of[home] != from_node
+                came_node += flow.on_node[t, to_node] == 0 and net.node_of[home] != to_node
+        if home >= 0:
+            send(net, trial, batch, home, src, dst, left, came, left_node, came_node)
+
+
+@njit(cache=True, nogil=True)
+def send(
+    net: Net,
+    trial: Flow,
+    batch: int,
+    home: int,
+    src: int,
+    dst: int,
+    left: int,
+    came: int,
+    left_node: int,
+    came_node: int,
+) -> None:
+    """Hidden states of one home that GPU `src` no longer needs (`left`) and GPU `dst` now does
+    (`came`), and their nodes."""
+    from_relay, to_relay = relay_of(net, home, src), relay_of(net, home, dst)
+    if left > 0:
+        add_message(net, trial, batch, from_relay, src, -left)
+    if came > 0:
+        add_message(net, trial, batch, to_relay, dst, came)
+    if left_node > 0:
+        add_message(net, trial, batch, home, from_relay, -left_node)
+    if came_node > 0:
+        add_message(net, trial, batch, home, to_relay, came_node)
 
 
 @njit(cache=True, nogil=True)

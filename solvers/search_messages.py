@@ -45,7 +45,7 @@ from moesim.solvers.search_traffic import (
 )
 
 Array = npt.NDArray[Any]
-TRIES_PER_PAIR = 2
+TRIES_PER_PAIR = 1
 MAX_PASSES = 30
 
 
@@ -97,6 +97,7 @@ def pair_pass(
                 row2[s] = replica_row(gains, slots[g2, s], g2)
             hot = gather_pair(work, load, peaks, slots, capacity, unit, g1, g2, scratch)
             mark_rest(peaks, g1, g2, scratch.rest)
+            least = float((scratch.hot_others[:hot] - scratch.hot_most[:hot]).sum())
             score[:] = now * (1 - MARGIN)
             pick[:] = -1
             for s1 in range(capacity[g1]):
@@ -118,6 +119,10 @@ def pair_pass(
                             us += both * shared_us(gains, net, r1, far)
                             us += both * shared_us(gains, net, r2, far)
                     messages = messages_now + per_us * us
+                    worst = np.argmax(score)
+                    floor = objective((load_sum + least) / num_batches, messages, ceiling, weight)
+                    if floor >= score[worst]:
+                        continue
                     delta = swap_delta(
                         scratch.hot_others[:hot],
                         scratch.hot_most[:hot],
@@ -127,7 +132,6 @@ def pair_pass(
                         scratch.hot_more2[s1, :hot],
                     )
                     after = (load_sum + delta) / num_batches
-                    worst = np.argmax(score)
                     if objective(after, messages, ceiling, weight) >= score[worst]:
                         continue
                     delta = rest_delta(

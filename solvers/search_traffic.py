@@ -30,6 +30,38 @@ class Tokens(NamedTuple):
     together: Array
 
 
+@njit(cache=True, nogil=True)
+def group_choices(ids: Array, batch: Array, num_experts: int) -> tuple[Array, Array, Array, Array]:
+    """indptr, token, turn and together of `Tokens` from the choices ids [T, K], -1 for none, of
+    tokens in ascending batches."""
+    num_tokens, top_k = ids.shape
+    indptr = np.zeros(num_experts + 1, np.int64)
+    together = np.zeros((num_experts, num_experts), np.float32)
+    for t in range(num_tokens):
+        for j in range(top_k):
+            e = ids[t, j]
+            if e < 0:
+                continue
+            indptr[e + 1] += 1
+            for i in range(top_k):
+                if ids[t, i] >= 0:
+                    together[e, ids[t, i]] += 1
+    indptr[:] = np.cumsum(indptr)
+    token, turn = np.empty(indptr[-1], np.int64), np.empty(indptr[-1], np.int64)
+    filled, first = indptr[:-1].copy(), indptr[:-1].copy()
+    last = np.full(num_experts, -1, np.int64)
+    for t in range(num_tokens):
+        for j in range(top_k):
+            e = ids[t, j]
+            if e < 0:
+                continue
+            if last[e] != batch[t]:
+                last[e], first[e] = batch[t], filled[e]
+            token[filled[e]], turn[filled[e]] = t, filled[e] - first[e]
+            filled[e] += 1
+    return indptr, token, turn, together
+
+
 class Net(NamedTuple):
     """Routes and what their links cost.
 
@@ -63,20 +95,20 @@ class Flow(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def add_message(net: Net, flow: Flow, batch: int, src: int, dst: int, sign: int) -> None:
-    """Add (sign 1) or remove (-1) one hidden state from src to dst, and its way back."""
+def add_message(net: Net, flow: Flow, batch: int, src: int, dst: int, number: int) -> None:
+    """Add `number` hidden states from src to dst (remove, where negative), and their way back."""
     if src == dst:
         return
     num_gpus = len(net.node_of)
-    flow.total[0] += sign * net.pair_us[src, dst]
+    flow.total[0] += number * net.pair_us[src, dst]
     if net.use_time == 0:
         return
     row = src * num_gpus + dst
     for i in range(net.route_indptr[row], net.route_indptr[row + 1]):
-        flow.out[batch, net.route_links[i]] += sign
+        flow.out[batch, net.route_links[i]] += number
     row = dst * num_gpus + src
     for i in range(net.route_indptr[row], net.route_indptr[row + 1]):
-        flow.back[batch, net.route_links[i]] += sign
+        flow.back[batch, net.route_links[i]] += number
 
 
 @njit(cache=True, nogil=True)
@@ -95,36 +127,6 @@ def add_choice(net: Net, flow: Flow, token: int, home: int, batch: int, gpu: int
                 add_message(net, flow, batch, home, relay, 1)
     flow.on_gpu[token, gpu] += 1
     flow.on_node[token, node] += 1
-
-
-@njit(cache=True, nogil=True)
-def drop_choice(net: Net, flow: Flow, token: int, home: int, batch: int, gpu: int) -> None:
-    """One choice less of `token` is served on `gpu`."""
-    node = net.node_of[gpu]
-    flow.on_gpu[token, gpu] -= 1
-    flow.on_node[token, node] -= 1
-    if net.dedup == 0:
-        add_message(net, flow, batch, home, gpu, -1)
-    elif flow.on_gpu[token, gpu] == 0:
-        if net.dedup == 1 or node == net.node_of[home]:
-            add_message(net, flow, batch, home, gpu, -1)
-        else:
-            relay = node * net.per_node + home % net.per_node
-            add_message(net, flow, batch, relay, gpu, -1)
-            if flow.on_node[token, node] == 0:
-                add_message(net, flow, batch, home, relay, -1)
-
-
-@njit(cache=True, nogil=True)
-def move_replica(
-    tokens: Tokens, net: Net, flow: Flow, expert: int, replica: int, count: int, src: int, dst: int
-) -> None:
-    """Serve the choices of one replica of `expert` on GPU `dst` instead of `src`."""
-    for i in range(tokens.indptr[expert], tokens.indptr[expert + 1]):
-        if count == 1 or tokens.turn[i] % count == replica:
-            t = tokens.token[i]
-            drop_choice(net, flow, t, tokens.home[t], tokens.batch[t], src)
-            add_choice(net, flow, t, tokens.home[t], tokens.batch[t], dst)
 
 
 @njit(cache=True, nogil=True)
@@ -185,39 +187,6 @@ def fill_flow(tokens: Tokens, net: Net, flow: Flow, gpus: Array, count: Array) -
             t = tokens.token[i]
             gpu = gpus[e, tokens.turn[i] % count[e]]
             add_choice(net, flow, t, tokens.home[t], tokens.batch[t], gpu)
-
-
-@njit(cache=True, nogil=True)
-def replica_at(gpus: Array, count: Array, expert: int, gpu: int) -> int:
-    """Which replica of `expert` sits on `gpu`."""
-    for r in range(count[expert]):
-        if gpus[expert, r] == gpu:
-            return r
-    return -1
-
-
-@njit(cache=True, nogil=True)
-def swap_messages(
-    tokens: Tokens,
-    net: Net,
-    flow: Flow,
-    gpus: Array,
-    count: Array,
-    e1: int,
-    g1: int,
-    e2: int,
-    g2: int,
-) -> None:
-    """Exchange the replica of e1 on g1 with that of e2 on g2 (either may be the empty slot)."""
-    num_experts = len(count)
-    if e1 < num_experts:
-        r = replica_at(gpus, count, e1, g1)
-        move_replica(tokens, net, flow, e1, r, count[e1], g1, g2)
-        gpus[e1, r] = g2
-    if e2 < num_experts:
-        r = replica_at(gpus, count, e2, g2)
-        move_replica(tokens, net, flow, e2, r, count[e2], g2, g1)
-        gpus[e2, r] = g1
 
 
 @njit(cache=True, nogil=True)

@@ -20,13 +20,13 @@ from moesim.plan import Placement
 from moesim.planning.traffic import binding_links, sample_traffic
 from moesim.solvers.base import Traffic
 from moesim.solvers.objective import layer_tokens, make_flow, make_net
+from moesim.solvers.search_gains import make_gains, move_rows, replica_row, try_swap
 from moesim.solvers.search_load import fill_row, mean_max, rebuild
 from moesim.solvers.search_messages import search_messages
 from moesim.solvers.search_traffic import (
     fill_flow,
     message_us,
     replica_gpus,
-    swap_messages,
 )
 from moesim.trace.batches import Batches, index_requests
 from moesim.trace.format import Trace
@@ -145,6 +145,8 @@ def test_swaps_keep_the_message_state(
     if len(doubled):
         slots[tuple(doubled[0])] = case.experts
     tokens, net, flow, gpus, count = case.state(slots, 0, by_time=by_time)
+    gains = make_gains(tokens, net, flow, gpus, count)
+    trial = flow._replace(out=flow.out.copy(), back=flow.back.copy(), total=flow.total.copy())
     rng = np.random.default_rng(seed)
     done = 0
     while done < 12:
@@ -154,10 +156,13 @@ def test_swaps_keep_the_message_state(
         done += 1
         if e1 == e2 or (e1 in slots[g2] and e1 < 8) or (e2 in slots[g1] and e2 < 8):
             continue
-        swap_messages(tokens, net, flow, gpus, count, e1, g1, e2, g2)
+        row1, row2 = replica_row(gains, e1, g1), replica_row(gains, e2, g2)
+        try_swap(tokens, net, flow, trial, gains, row1, g1, row2, g2)
+        move_rows(tokens, net, flow, trial, gains, row1, g1, row2, g2)
         slots[g1, s1], slots[g2, s2] = e2, e1
     for expert in range(case.experts):
         held = np.flatnonzero((slots == expert).any(axis=1))
+        gpus[expert, : count[expert]] = gains.place[gains.first[expert] : gains.first[expert + 1]]
         assert sorted(gpus[expert, : count[expert]]) == held.tolist()
     again = make_flow(case.traffic, case.num_gpus, case.cluster.num_nodes)
     fill_flow(tokens, net, again, gpus, count)
@@ -165,6 +170,10 @@ def test_swaps_keep_the_message_state(
         assert np.array_equal(getattr(flow, name), getattr(again, name)), name
     assert flow.total[0] == pytest.approx(again.total[0])
     assert message_us(net, flow) == pytest.approx(message_us(net, again))
+    anew = make_gains(tokens, net, again, gpus, count)
+    for name in ("add_gpu", "add_node", "drop_gpu", "drop_node"):
+        kept, made = np.asarray(getattr(gains, name)), np.asarray(getattr(anew, name))
+        assert kept == pytest.approx(made, abs=1e-9), name
 
 
 @pytest.mark.parametrize("dedup", DEDUPS)
