@@ -8,6 +8,7 @@ from moesim.errors import UnknownNameError
 from moesim.solvers.base import Solver
 
 SOLVERS: dict[str, tuple[str, str, str]] = {
+    "auto": ("auto", "Auto", "one of these, by size, objective and time limit; says which and why"),
     "linear": ("linear", "Linear", "experts in order, as engines start; ignores load"),
     "round_robin": ("round_robin", "RoundRobin", "expert i on GPU i mod G; ignores load"),
     "eplb": ("eplb", "Eplb", "DeepSeek's load balancer: average load, replicas, node groups"),

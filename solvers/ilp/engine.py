@@ -9,11 +9,15 @@ not, because what it got to depends on the machine.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import math
+import os
 import re
 import shutil
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +35,8 @@ FloatArray = npt.NDArray[np.float64]
 ENGINES = ("highs", "cbc")
 RELATIVE_GAP = 1e-6
 Terms = list[tuple[Any, float]]
+_BANNER_LOCK = threading.Lock()
+_banner_taken = False
 
 
 class Outcome(StrEnum):
@@ -193,6 +199,7 @@ class IlpModel:
     ) -> tuple[Outcome, FloatArray | None, float]:
         import highspy
 
+        _take_banner(highspy)
         options: dict[str, Any] = {"random_seed": seed}
         if node_limit is not None:
             options["mip_max_nodes"] = node_limit
@@ -283,6 +290,27 @@ class IlpModel:
         bound = float(bounds[-1]) if bounds else -math.inf
         nodes = found and "Stopped on node" in text
         return (Outcome.FEASIBLE if nodes else Outcome.TIME_LIMIT), values, bound
+
+
+def _take_banner(highspy: Any) -> None:
+    """HiGHS prints its name and version to standard output, where results go, as the first model
+    of a process is made, and has no option against it: that first one is made here, unheard."""
+    global _banner_taken
+    with _BANNER_LOCK:
+        if _banner_taken:
+            return
+        _banner_taken = True
+        sys.stdout.flush()
+        kept = os.dup(1)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 1)
+            highspy.Highs()
+            ctypes.CDLL(None).fflush(None)
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.close(nowhere)
 
 
 def _cbc_path(pulp: Any) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import time
 import warnings
 
@@ -162,3 +164,19 @@ def test_cbc_is_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(InputError, match="no engine 'gurobi'"):
         IlpModel().solve(engine="gurobi")
+
+
+def test_highs_keeps_standard_output_clean() -> None:
+    """HiGHS 1.16 prints a banner as a process makes its first model; `--json` has nothing else on
+    standard output."""
+    program = (
+        "from moesim.solvers.ilp.engine import IlpModel\n"
+        "print('before')\n"
+        "model = IlpModel()\n"
+        "model.at_least([(model.binary(1.0), 1.0)], 1)\n"
+        "print(model.solve(engine='highs').objective)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "before\n1.0\n"
