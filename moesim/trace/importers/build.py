@@ -199,7 +199,8 @@ def to_logical(
 ) -> npt.NDArray[np.int64]:
     """[..., L, P] counts of slots to [..., L, E] counts of experts; E is the largest id plus one.
 
-    Replicas of one expert are added up. Raises FormatError when the two do not fit.
+    Replicas of one expert are added up. The map has passed `check_map`. Raises FormatError when
+    the two do not fit.
     """
     if physical_to_logical.ndim != 2 or physical_load.shape[-2:] != physical_to_logical.shape:
         raise FormatError(
@@ -207,14 +208,23 @@ def to_logical(
             f" {physical_to_logical.shape}",
             DAMAGED,
         )
-    if physical_to_logical.min() < 0 or physical_to_logical.max() >= MAX_EXPERTS:
-        raise FormatError(f"{where}: the map of slots to experts has ids out of range", DAMAGED)
     num_experts = int(physical_to_logical.max()) + 1
     out = np.zeros((*physical_load.shape[:-1], num_experts), np.int64)
     for layer in range(physical_to_logical.shape[0]):
         for slot, expert in enumerate(physical_to_logical[layer]):
             out[..., layer, expert] += physical_load[..., layer, slot]
     return out
+
+
+def check_map(physical_to_logical: npt.NDArray[np.int64], where: str) -> None:
+    """Raise FormatError, naming layer and slot, unless every slot of [L, P] holds an expert."""
+    bad = (physical_to_logical < 0) | (physical_to_logical >= MAX_EXPERTS)
+    if bad.any():
+        layer, slot = (int(x[0]) for x in np.nonzero(bad))
+        raise FormatError(
+            f"{where}: layer {layer}, slot {slot}: {physical_to_logical[layer, slot]} is no expert",
+            DAMAGED,
+        )
 
 
 def select_layers(

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from moesim.errors import FormatError
 from moesim.trace.format import LoadTrace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field
-from moesim.trace.importers.build import assemble_load, to_logical
+from moesim.trace.importers.build import assemble_load, check_map, to_logical
 from moesim.trace.importers.records import iter_lines, iter_records, nested_ids, parse_json
 
 NAME = "vllm-eplb-stats"
@@ -98,4 +98,11 @@ def _counts(record: dict[str, Any], where: str) -> npt.NDArray[np.int64]:
         tables[name] = nested_ids(value, f"{where}: {name}").astype(np.int64)
         if tables[name].ndim != 2:
             raise bad_field(where, name, "a list of rows, one for each layer")
-    return to_logical(tables["expert_load"], tables["p2l_map"], where)
+    load = tables["expert_load"]
+    if load.min() < 0:
+        layer, slot = (int(x[0]) for x in np.nonzero(load < 0))
+        raise FormatError(
+            f"{where}: expert_load: layer {layer}, slot {slot}: negative count", DAMAGED
+        )
+    check_map(tables["p2l_map"], f"{where}: p2l_map")
+    return to_logical(load, tables["p2l_map"], where)

@@ -17,6 +17,7 @@ from moesim.trace.format import Array, read_npy
 from moesim.trace.importers.base import DAMAGED
 
 MAX_JSON_BYTES = 1 << 32
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 
 def iter_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -104,7 +105,7 @@ def nested_ids(value: Any, where: str) -> Array:
     if array.dtype.kind not in "iu" or (
         array.size and (array.min() < -(1 << 31) or array.max() >= 1 << 31)
     ):
-        raise FormatError(f"{where}: not a nested list of expert ids", DAMAGED)
+        raise FormatError(f"{where}: not nested lists of whole numbers below 2^31", DAMAGED)
     return array.astype(np.int32)
 
 

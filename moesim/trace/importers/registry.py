@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import cast
 
-from moesim.errors import InputError, UnknownNameError
-from moesim.trace.importers.base import Importer
+from moesim.errors import FormatError, InputError, UnknownNameError
+from moesim.trace.importers.base import DAMAGED, Importer
+from moesim.trace.importers.records import JSON_SUFFIXES, iter_records, read_npy_file
 
 MODULES: Mapping[str, str] = {
     "vllm": "vllm",
@@ -34,13 +36,16 @@ def importer(name: str) -> Importer:
 def detect_format(paths: Sequence[Path]) -> str:
     """The one format that all `paths` look like.
 
-    Raises InputError when a path is missing, none or several formats match, or they differ.
+    Raises InputError when a path is missing, none or several formats match, or they differ, and
+    FormatError when none matches because the file is damaged.
     """
     found: dict[str, Path] = {}
     for path in paths:
         if not path.exists():
             raise InputError(f"no such file or folder: {path}", "check the path")
         names = [name for name in MODULES if importer(name).detect(path)]
+        if not names:
+            _explain(path)
         if len(names) != 1:
             what = f"looks like {' and '.join(names)}" if names else "is of no known format"
             raise InputError(
@@ -53,3 +58,24 @@ def detect_format(paths: Sequence[Path]) -> str:
     if not found:
         raise InputError("no files were named", "name the files to import")
     return next(iter(found))
+
+
+def _explain(path: Path) -> None:
+    """Raise the FormatError of a file that is damaged, empty or unsafe, whatever its format."""
+    if path.is_dir():
+        return
+    if not path.stat().st_size:
+        raise FormatError(f"{path}: is empty", DAMAGED)
+    if path.suffix == ".pt":
+        from moesim.trace.importers.torch_file import load_pt
+
+        load_pt(path)
+    elif path.suffix == ".npy":
+        read_npy_file(path)
+    elif path.suffix == ".npz":
+        try:
+            zipfile.ZipFile(path).close()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise FormatError(f"{path}: not a readable .npz file ({error})", DAMAGED) from None
+    elif path.suffix in JSON_SUFFIXES:
+        next(iter_records(path), None)

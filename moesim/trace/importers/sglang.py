@@ -23,8 +23,14 @@ from moesim.errors import FormatError, InputError
 from moesim.trace.format import DECODE, PREFILL, Array, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, require_top_k, unknown_phases
 from moesim.trace.importers.build import Segment, assemble
-from moesim.trace.importers.records import count_of, decode_base64, first_record, iter_records
-from moesim.trace.importers.vllm import JSON_SUFFIXES, NPY_BASE64
+from moesim.trace.importers.records import (
+    JSON_SUFFIXES,
+    count_of,
+    decode_base64,
+    first_record,
+    iter_records,
+)
+from moesim.trace.importers.vllm import NPY_BASE64
 
 NAME = "sglang"
 TITLE = "SGLang return_routed_experts: responses (.json, .jsonl), raw int32 (.bin)"
@@ -46,7 +52,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace:
     segments: list[Segment] = []
     undated = 0
     for path in paths:
-        for where, data, counts in _values(path):
+        for where, data, counts in _values(path, options):
             if len(data) % 4:
                 raise FormatError(
                     f"{where}: {len(data)} bytes are no whole number of int32 values", DAMAGED
@@ -65,17 +71,21 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace:
     return assemble(segments, options, {"format": NAME, "files": [p.name for p in paths]})
 
 
-def _values(path: Path) -> Iterator[tuple[str, bytes, tuple[int | None, int | None]]]:
+def _values(
+    path: Path, options: ImportOptions
+) -> Iterator[tuple[str, bytes, tuple[int | None, int | None]]]:
     if path.suffix not in JSON_SUFFIXES:
         try:
             yield str(path), path.read_bytes(), (None, None)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from None
         return
-    found = False
+    found, without = False, 0
     for where, record in iter_records(path):
-        for name, value, facts in _answers(record, f"{where}: "):
-            found = True
+        answers = list(_answers(record, f"{where}: "))
+        found = found or bool(answers)
+        without += not answers
+        for name, value, facts in answers:
             if not isinstance(value, str):
                 raise FormatError(f"{name}: must be base64 text", DAMAGED)
             counts = (
@@ -89,6 +99,8 @@ def _values(path: Path) -> Iterator[tuple[str, bytes, tuple[int | None, int | No
             "start the server with --enable-return-routed-experts and set return_routed_experts"
             " in the request",
         )
+    if without:
+        options.notify(f"{path}: passed over {without} answers without routed_experts")
 
 
 def _answers(record: Any, where: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:

@@ -33,7 +33,7 @@ import numpy.typing as npt
 from moesim.errors import FormatError, InputError
 from moesim.trace.format import DECODE, PREFILL, LoadTrace, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field
-from moesim.trace.importers.build import Segment, assemble, assemble_load, to_logical
+from moesim.trace.importers.build import Segment, assemble, assemble_load, check_map, to_logical
 from moesim.trace.importers.torch_file import load_pt
 
 NAME = "sglang-recorder"
@@ -114,7 +114,7 @@ def _per_pass(packs: list[tuple[str, dict[str, Any]]]) -> npt.NDArray[np.int64]:
     seen: set[tuple[int, int]] = set()
     passes: dict[int, npt.NDArray[np.int64]] = {}
     for where, pack in packs:
-        mapping = _int_array(pack, MAP, where, 2)
+        mapping = _map(pack, where)
         for index, record in enumerate(pack["records"]):
             here = f"{where}: record {index}"
             pass_id, rank = _number(record, "forward_pass_id", here), _number(record, "rank", here)
@@ -140,7 +140,7 @@ def _per_token(
 ) -> Trace:
     records: list[tuple[int, int, str, dict[str, Any], Map]] = []
     for where, pack in packs:
-        mapping = _int_array(pack, MAP, where, 2)
+        mapping = _map(pack, where)
         for index, record in enumerate(pack["records"]):
             here = f"{where}: record {index}"
             pass_id, rank = _number(record, "forward_pass_id", here), _number(record, "rank", here)
@@ -236,6 +236,13 @@ def _trim_padding(segments: list[Segment], used: int) -> list[Segment]:
         columns = np.flatnonzero((part.expert_ids != -1).any(axis=(0, 1)))
         used = max(used, int(columns.max(initial=-1)) + 1)
     return [replace(s, expert_ids=s.expert_ids[:, :, :used]) for s in segments]
+
+
+def _map(pack: dict[str, Any], where: str) -> Map:
+    """[L, P]: the expert in each slot."""
+    mapping = _int_array(pack, MAP, where, 2)
+    check_map(mapping, f"{where}: {MAP}")
+    return mapping
 
 
 def _int_array(owner: dict[str, Any], name: str, where: str, num_axes: int) -> Map:

@@ -25,6 +25,7 @@ from moesim.trace.format import DECODE, PREFILL, Array, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field, unknown_phases
 from moesim.trace.importers.build import Segment, assemble, integer_ids
 from moesim.trace.importers.records import (
+    JSON_SUFFIXES,
     count_of,
     decode_base64,
     first_record,
@@ -39,7 +40,6 @@ from moesim.trace.importers.records import (
 NAME = "vllm"
 TITLE = "vLLM routed_experts: responses (.json, .jsonl), base64 text, .npy"
 NPY_BASE64 = "k05VTVBZ"
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 
 def detect(path: Path) -> bool:
@@ -67,7 +67,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace:
     segments: list[Segment] = []
     undated = 0
     for path in paths:
-        for where, value, prompt, record in _values(path):
+        for where, value, prompt, record in _values(path, options):
             ids = _array(value, f"{where}routed_experts")
             if prompt is not None:
                 head = _array(prompt, f"{where}prompt_routed_experts")
@@ -89,21 +89,24 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace:
     return assemble(segments, options, {"format": NAME, "files": [p.name for p in paths]})
 
 
-def _values(path: Path) -> Iterator[tuple[str, Any, Any, dict[str, Any]]]:
+def _values(path: Path, options: ImportOptions) -> Iterator[tuple[str, Any, Any, dict[str, Any]]]:
     """(where, routed_experts, prompt_routed_experts or None, facts on the request)."""
     if path.suffix == ".npy":
         yield f"{path}: ", read_npy_file(path), None, {}
     elif path.suffix in JSON_SUFFIXES:
-        found = False
+        found, without = False, 0
         for where, record in iter_records(path):
-            for item in _choices(record, f"{where}: "):
-                found = True
-                yield item
+            items = list(_choices(record, f"{where}: "))
+            found = found or bool(items)
+            without += not items
+            yield from items
         if not found:
             raise FormatError(
                 f"{path}: no response holds routed_experts",
                 "start the server with --enable-return-routed-experts",
             )
+        if without:
+            options.notify(f"{path}: passed over {without} responses without routed_experts")
     else:
         for number, line in iter_lines(path):
             yield f"{path}: line {number}: ", line, None, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -83,6 +84,60 @@ def test_usage_errors(tmp_path, draw):
     ]:
         with pytest.raises(MoesimError, match=message):
             run(*args)
+
+
+def boom_file(path):
+    """A pickle that would make a folder beside itself."""
+
+    class Boom:
+        def __reduce__(self):
+            return (os.mkdir, (str(path.parent / "ran"),))
+
+    np.save(path, np.array([Boom()], dtype=object), allow_pickle=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b'{"choices": [', "line 1: not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", b"\xff\xfe", "not UTF-8 text"),
+        ("a.jsonl", b"{}", "is of no known format"),
+        ("a.npy", b"\x93NUMPY\x01\x00", "a.npy"),
+        ("a.npz", b"PK\x03\x04", "not a readable .npz file"),
+        ("a.pt", b"junk", "a.pt"),
+        ("a.bin", b"junk", "is of no known format"),
+    ],
+)
+def test_files_of_no_format_say_why(tmp_path, name, content, message):
+    """Without --from: what is wrong with the file, not only that its format is unknown."""
+    if name.endswith(".pt"):
+        pytest.importorskip("torch")
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(MoesimError, match=message) as error:
+        run(file, "--out", tmp_path / "t.npz")
+    assert str(file) in error.value.cause
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_pickles_of_no_format_never_run(tmp_path):
+    file = boom_file(tmp_path / "a.npy")
+    with pytest.raises(FormatError, match="holds pickled objects, which are never loaded"):
+        run(file, "--out", tmp_path / "t.npz")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_responses_without_routing_are_counted(tmp_path, draw):
+    """Of three responses one has no routed_experts, as an error's has."""
+    file = tmp_path / "r.jsonl"
+    whole = {"choices": [{"routed_experts": draw(5).tolist()}]}
+    file.write_text("\n".join(json.dumps(x) for x in (whole, {"error": {"code": 400}}, whole)))
+    result = run(file, "--out", tmp_path / "t.npz", "--num-experts", 8)
+    assert "passed over 1 responses without routed_experts" in result.stderr
+    assert "10 tokens of 2 requests" in result.stdout
 
 
 def test_list_names_all_formats():

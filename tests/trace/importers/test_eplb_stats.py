@@ -71,9 +71,9 @@ def test_top_k_must_be_known(tmp_path, options):
     [
         (stats(0, [[1, 2]], [[0, 1, 0]]), r"line 1: counts have shape \(1, 2\), but the map"),
         (stats(0, [[1, 2], [1]], [[0, 1]]), "line 1: expert_load: rows of different lengths"),
-        (stats(0, [[1, "2"]], [[0, 1]]), "line 1: expert_load: not a nested list"),
-        (stats(0, [[1, 2]], [[0, -1]]), "line 1: the map of slots to experts has ids out of range"),
-        (stats(0, [[1, -2]], [[0, 1]]), "step 0, layer 0, expert 1: negative count"),
+        (stats(0, [[1, "2"]], [[0, 1]]), "line 1: expert_load: not nested lists of whole"),
+        (stats(0, [[1, 2]], [[0, -1]]), "line 1: p2l_map: layer 0, slot 1: -1 is no expert"),
+        (stats(0, [[1, -2]], [[0, 1]]), "line 1: expert_load: layer 0, slot 1: negative count"),
         (stats(0, [], [[0, 1]]), "line 1: expert_load must be a list of rows"),
         ({**stats(0, [[1]], [[0]]), "version": 2}, "line 1: version must be 1, not 2"),
         ({"step": 1}, "line 1: record_type must be there"),

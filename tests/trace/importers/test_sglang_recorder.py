@@ -171,6 +171,19 @@ def test_fused_shared_experts_are_refused(tmp_path, options):
     assert "--disable-shared-experts-fusion" in error.value.remedy
 
 
+def test_a_map_with_empty_slots_is_refused(tmp_path, options):
+    """A token that chose such a slot would lose its choice."""
+    record = token_record(0, 1, [0], [[[0, 1]], [[0, 1]]], lengths=[1])
+    file = per_token(tmp_path, [record])
+    content = torch.load(file, weights_only=True)
+    content[recorder.MAP][1, 0] = -1
+    torch.save(content, file)
+    message = f"{recorder.MAP}: layer 1, slot 0: -1 is no expert"
+    with pytest.raises(FormatError, match=message) as error:
+        recorder.read([file], options(num_experts=4))
+    assert str(file) in error.value.cause
+
+
 def test_modes_are_not_mixed_and_junk_is_refused(tmp_path, options):
     stat = save(tmp_path / "s.pt", {"logical_count": torch.ones((1, 2, 4), dtype=torch.int32)})
     tokens = per_token(tmp_path, [token_record(0, 1, [0], [[[0, 1]]] * 2, lengths=[1])])

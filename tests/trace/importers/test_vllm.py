@@ -159,7 +159,7 @@ def test_unrouted_tokens_are_dropped_with_a_notice(tmp_path, draw, options, note
         ({"routed_experts": base64.b64encode(b"abcd").decode()}, "is not a .npy array"),
         ({"routed_experts": 7}, "must be base64 text or nested lists"),
         ({"routed_experts": [[[1, 2]], [[1]]]}, "rows of different lengths"),
-        ({"routed_experts": [[[1.5, 2.0]]]}, "not a nested list of expert ids"),
+        ({"routed_experts": [[[1.5, 2.0]]]}, "not nested lists of whole numbers"),
         ({"routed_experts": [[[3, 3]]]}, "expert 3 is chosen twice"),
         ({"routed_experts": [[[1, 9]]]}, r"expert id 9 is outside 0\.\.7"),
         ({"routed_experts": [[1, 2]]}, r"has shape \(1, 2\)"),
