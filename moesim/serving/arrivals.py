@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from moesim.errors import FormatError, InputError
 from moesim.serving.requests import Requests
 
+_PLAIN_NUMBER = re.compile(r"^\s*[-+]?[0-9.]+(e[-+]?[0-9]+)?\s*$", re.IGNORECASE)
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURST = ("Timestamp", "Request tokens", "Response tokens")
 MOONCAKE = ("timestamp", "input_length", "output_length")
@@ -194,6 +196,13 @@ def _number(path: Path, line: int, cell: Any) -> float:
 
 def _seconds(path: Path, times: list[str], numbers: list[int]) -> Any:
     plain = [t.removesuffix("Z").removesuffix("+00:00") for t in times]
+    for text, number in zip(plain, numbers, strict=True):
+        if _PLAIN_NUMBER.match(text):  # which numpy would read as a year
+            raise FormatError(
+                f"{path} line {number}: {text.strip()!r:.60} is no time of day with date (UTC)",
+                "write times as 2023-11-16 18:15:46.680590, or seconds in a column named Timestamp"
+                " beside Request tokens and Response tokens",
+            )
     try:
         stamps = np.array(plain, dtype="datetime64[ns]")
     except ValueError:

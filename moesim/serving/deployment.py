@@ -130,6 +130,12 @@ class Deployment:
             )
 
     def _check_plan(self) -> None:
+        if self.trace is not None and self.trace.num_experts != self.model.num_experts:
+            raise MismatchError(
+                f"the trace chooses among {self.trace.num_experts} experts, {self.model.name} has "
+                f"{self.model.num_experts}",
+                "use a trace of this model, or the model of the trace",
+            )
         plan = self.plan
         if plan is None:
             return

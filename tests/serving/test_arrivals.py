@@ -95,6 +95,7 @@ def test_mooncake(tmp_path: Path) -> None:
         (AZURE + "2023-11-16 18:15:00,5,5\n", "line 5 is 51.2225 s earlier than the one above"),
         (AZURE + "yesterday,5,5\n", "line 5: 'yesterday' is no time of day"),
         (AZURE + "NaT,5,5\n", "line 5 has no time"),
+        (AZURE + "12.5,5,5\n", "line 5: '12.5' is no time of day"),
         (BURST.replace("5.0,", "-5.0,", 1), "the arrival time -5 s is negative"),
         (BURST.replace("5.0,", "50,", 1), "line 3 arrives 4.5 s before the one above"),
         (BURST.replace("5.0,", "inf,", 1), "line 2: 'inf' is not finite"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.errors import InfeasibleError, InputError
+from moesim.errors import InfeasibleError, InputError, MismatchError
 from moesim.serving.study.evaluators.requests import _percentiles
 from moesim.serving.study.registry import EVALUATORS, get_evaluator
 from moesim.serving.study.space import make_point
@@ -74,6 +74,13 @@ def test_sizes_are_filled_in(given: dict[str, int], want: dict[str, int]) -> Non
 def test_sizes_that_do_not_go_together(given: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         get_evaluator("static").check({"model": "mixtral-8x7b", **given})
+
+
+def test_combinations_of_a_grid_that_do_not_go_together_are_refused_points() -> None:
+    point = make_point(get_evaluator("static"), {"model": "mixtral-8x7b", "gpus": 2, "tp": 4})
+    assert isinstance(point.error, MismatchError)
+    assert "tp 4 x dp 1 x pp 1 x replicas 1 is not 2 GPUs" in str(point.error)
+    assert (point.params["gpus"], point.params["tp"], point.params["dp"]) == (2, 4, 1)
 
 
 def test_static_scales_act_the_right_way() -> None:

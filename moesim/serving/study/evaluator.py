@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from moesim.errors import InputError
+from moesim.errors import InputError, MismatchError
 from moesim.serving.study.inputs import cluster_of
 
 MAX_GPUS = 65_536
@@ -94,7 +94,8 @@ class Evaluator:
     }
 
     def check(self, raw: Mapping[str, Any]) -> dict[str, Scalar]:
-        """`raw` with every default filled in. Raises InputError naming the parameter."""
+        """`raw` with every default filled in. Raises InputError naming the parameter, MismatchError
+        where each is valid but they do not go together."""
         try:
             return dict(self.params.model_validate(dict(raw)).model_dump())
         except ValidationError as error:
@@ -111,11 +112,20 @@ class Evaluator:
                     f"fix it (fixed: in the file, --set {key}=...) or vary it (--vary {key}=...)",
                 ) from None
             message = str(first["msg"]).removeprefix("Value error, ")
-            where = f"{key} {str(raw.get(key))[:60]}: " if first["loc"] else ""
-            raise InputError(
-                f"{where}{message[0].lower() if where else message[0]}{message[1:]}",
-                "docs/whatif.md lists the parameters of every evaluator",
-            ) from None
+            remedy = "docs/whatif.md lists the parameters of every evaluator"
+            if not first["loc"]:
+                raise MismatchError(message, remedy) from None
+            where = f"{key} {str(raw.get(key))[:60]}: "
+            raise InputError(f"{where}{message[0].lower()}{message[1:]}", remedy) from None
+
+    def unchecked(self, raw: Mapping[str, Any]) -> dict[str, Scalar]:
+        """`raw` with every default filled in, whether it goes together or not."""
+        fields = self.params.model_fields.items()
+        return {
+            name: raw.get(name, f.get_default())
+            for name, f in fields
+            if name in raw or not f.is_required()
+        }
 
     def inputs(self, params: Mapping[str, Any]) -> dict[str, str]:
         """Hashes of the files and named things that `params` point to, by parameter."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moesim.errors import InputError, MoesimError
+from moesim.errors import InputError, MismatchError, MoesimError
 from moesim.serving.study.evaluator import Evaluator, Scalar
 from moesim.serving.study.inputs import absolute, code_hash
 
@@ -73,10 +73,15 @@ class Space:
 def make_point(evaluator: Evaluator, raw: Mapping[str, Any]) -> Point:
     """The point of raw parameters.
 
-    Raises InputError for a parameter that is unknown, missing or out of range. What only shows when
-    an input is looked at, such as a cluster that has no such size, is kept in `error`.
+    Raises InputError for a parameter that is unknown, missing or out of range. That parameters do
+    not go together, as sizes in a grid, and what only shows when an input is looked at, such as a
+    cluster that has no such size, is kept in `error`.
     """
-    params = evaluator.check(raw)
+    try:
+        params = evaluator.check(raw)
+    except MismatchError as found:
+        params = evaluator.unchecked(raw)
+        return Point(params, point_key(evaluator.name, params, {}), {}, found)
     for name in FILE_PARAMS:
         value = params.get(name)
         if isinstance(value, str):
