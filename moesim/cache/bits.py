@@ -72,7 +72,8 @@ def choose_bits(
 
     loss: [L, E, len(bits)]. Exact where a layer's losses fall convexly with the bits and no expert
     must be raised for the at-least-one rule; solvers.ilp.cache has the integer program and its
-    bound. Raises InfeasibleError where the average is below what the rule needs.
+    bound. Raises InputError for an average outside of `bits`, InfeasibleError where it is below
+    what the rule needs.
     """
     num_layers, num, _ = loss.shape
     out = np.zeros((num_layers, num), np.int64)
@@ -83,8 +84,14 @@ def choose_bits(
 
 
 def bit_budget(num_experts: int, average_bits: float, bits: tuple[int, ...] = BITS) -> int:
-    """Bits in all that a layer's experts may have; InfeasibleError where even the least choice
-    (all at the fewest bits but one at each wider one) is more."""
+    """Bits in all that a layer's experts may have. Raises InputError for an average outside of
+    `bits`, InfeasibleError where even the least choice (all at the fewest bits but one at each
+    wider one) is more."""
+    if not bits[0] <= average_bits <= bits[-1]:
+        raise InputError(
+            f"{average_bits:g} bits on average, where an expert has {bits[0]} to {bits[-1]}",
+            f"give an average between {bits[0]} and {bits[-1]}",
+        )
     budget = int(average_bits * num_experts + 1e-9)
     least = num_experts * bits[0] + sum(b - bits[0] for b in bits[1:])
     if num_experts < len(bits) or budget < least:

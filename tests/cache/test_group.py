@@ -16,6 +16,7 @@ from moesim.cluster.load import load_gpu
 from moesim.errors import FormatError, InfeasibleError
 from moesim.model import AttentionSpec, ModelSpec
 from moesim.plan import Placement, load_plan
+from moesim.trace.format import load_token_trace, save_trace
 
 
 def toy_model() -> ModelSpec:
@@ -70,9 +71,12 @@ def test_a_gpu_whose_experts_fit_keeps_them_all(toys: ModuleType) -> None:
 
 
 def test_plan_offload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the first 12,000 tokens of the bundled trace."""
     out = tmp_path / "plan.json"
+    part = tmp_path / "trace.npz"
+    save_trace(load_token_trace("sample:debian-moe", "a test").take(slice(12_000)), part)
     command = [
-        "plan", "--trace", "sample:debian-moe", "--gpus", "2", "--solver", "eplb", "--offload",
+        "plan", "--trace", str(part), "--gpus", "2", "--solver", "eplb", "--offload",
         "--hbm", "1.5", "--out", str(out), "--json",
     ]  # fmt: skip
     assert run(command) == 0

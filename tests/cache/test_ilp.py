@@ -103,6 +103,9 @@ def test_significance_by_hand(toys) -> None:  # type: ignore[no-untyped-def]
 def test_bad_input() -> None:
     with pytest.raises(InfeasibleError, match="need"):
         bit_budget(8, 1.2)
+    for wrong in (0.5, 9.0, float("nan")):
+        with pytest.raises(InputError, match="between 1 and 3"):
+            bit_budget(8, wrong)
     with pytest.raises(InfeasibleError):
         choose([np.array([1.0])], [([np.array([2.0])], 1.0)])
     with pytest.raises(InputError):
