@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import cast
@@ -33,8 +33,9 @@ def importer(name: str) -> Importer:
     return cast(Importer, import_module(f"moesim.trace.importers.{MODULES[name]}"))
 
 
-def detect_format(paths: Sequence[Path]) -> str:
-    """The one format that all `paths` look like.
+def detect_format(paths: Sequence[Path], columns: Collection[str] = ()) -> str:
+    """The one format that all `paths` look like. With a column map, which is for plain tables and
+    archives alone, the suffix decides between the two.
 
     Raises InputError when a path is missing, none or several formats match, or they differ, and
     FormatError when none matches because the file is damaged.
@@ -43,7 +44,10 @@ def detect_format(paths: Sequence[Path]) -> str:
     for path in paths:
         if not path.exists():
             raise InputError(f"no such file or folder: {path}", "check the path")
-        names = [name for name in MODULES if importer(name).detect(path)]
+        if columns:
+            names = ["npz" if path.suffix == ".npz" else "table"]
+        else:
+            names = [name for name in MODULES if importer(name).detect(path)]
         if not names:
             _explain(path)
         if len(names) != 1:
@@ -63,6 +67,11 @@ def detect_format(paths: Sequence[Path]) -> str:
 def _explain(path: Path) -> None:
     """Raise the FormatError of a file that is damaged, empty or unsafe, whatever its format."""
     if path.is_dir():
+        if any(path.glob("rank*.safetensors")):
+            raise FormatError(
+                f"{path}: has rank*.safetensors, but no meta_info.json, which rank 0 writes",
+                DAMAGED,
+            )
         return
     if not path.stat().st_size:
         raise FormatError(f"{path}: is empty", DAMAGED)

@@ -29,7 +29,7 @@ def import_files(
     for path in paths:
         if not path.exists():
             raise InputError(f"no such file or folder: {path}", "check the path")
-    name = format_name or detect_format(paths)
+    name = format_name or detect_format(paths, options.columns)
     if format_name is None:
         options.notify(f"format: {name}")
     trace = importer(name).read(paths, options)

@@ -149,6 +149,11 @@ def _counts(path: Path, num_experts: int) -> Counts:
                     f"{file.path}: tensor {name}: has shape {data.shape}, wanted ({num_experts},)",
                     DAMAGED,
                 )
+            if data.min() < 0:
+                expert = int(np.argmax(data < 0))
+                raise FormatError(
+                    f"{file.path}: tensor {name}: expert {expert}: negative count", DAMAGED
+                )
             key = (iteration, layer)
             counts[key] = counts[key] + data if key in counts else data
     return counts

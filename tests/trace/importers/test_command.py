@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +69,22 @@ def test_failure_leaves_the_old_file_or_none(tmp_path, draw):
     with pytest.raises(MoesimError):
         run(file, "--from", "vllm", "--out", out)
     assert out.read_bytes() == b"old"
+
+
+def test_a_table_with_names_of_its_own(tmp_path):
+    """The example of the engines page: --columns says that it is a plain table."""
+    page = (Path(__file__).parents[3] / "docs" / "engines.md").read_text()
+    (line,) = [x for x in page.splitlines() if x.startswith("moesim trace import routing.csv")]
+    words = shlex.split(line)[3:]
+    file = tmp_path / "routing.csv"
+    rows = ["seq_id,pos,layer_idx,e0,e1", "0,0,0,1,2", "0,0,1,7,0", "4,0,0,3,5", "4,0,1,2,6"]
+    file.write_text("\n".join(rows))
+    words = [str(tmp_path / x) if x in ("routing.csv", "t.npz") else x for x in words]
+    result = run(*words)
+    assert "note: format: table" in result.stderr
+    trace = load_trace(tmp_path / "t.npz")
+    assert trace.expert_ids.tolist() == [[[1, 2], [7, 0]], [[3, 5], [2, 6]]]
+    assert len(set(trace.request_ids.tolist())) == 2
 
 
 def test_usage_errors(tmp_path, draw):

@@ -11,6 +11,7 @@ from moesim.errors import FormatError, InputError
 from moesim.safetensors_file import TensorInfo, write_header
 from moesim.trace.format import LoadTrace, Trace
 from moesim.trace.importers import trtllm
+from moesim.trace.importers.registry import detect_format
 
 NAMES = {"int64": "I64", "int32": "I32", "float32": "F32"}
 
@@ -92,6 +93,9 @@ def test_errors_name_file_and_tensor(folder, options):
     save_tensors(file, {"100_3": np.zeros(4, np.float32)})
     with pytest.raises(FormatError, match="tensor 100_3 has type F32"):
         trtllm.read([folder], options())
+    save_tensors(file, {"100_3": np.array([1, 2, -3, 4])})
+    with pytest.raises(FormatError, match=r"rank1.*tensor 100_3: expert 2: negative count"):
+        trtllm.read([folder], options())
     save_tensors(file, {"102_3": np.ones(4, np.int64)})
     with pytest.raises(FormatError, match="iteration 102 has no layer 4"):
         trtllm.read([folder], options())
@@ -114,5 +118,7 @@ def test_meta_info_is_checked(folder, options, tmp_path):
         trtllm.read([folder], options())
     meta.unlink()
     assert not trtllm.detect(folder)
+    with pytest.raises(FormatError, match=r"but no meta_info\.json"):
+        detect_format([folder])
     with pytest.raises(InputError, match=r"cannot read .*meta_info\.json"):
         trtllm.read([folder], options())
