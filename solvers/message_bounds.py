@@ -47,6 +47,19 @@ def message_bound(objective: PlacementCost, layer: int) -> float:
     return found.link_us() if objective.problem.objective == "time" else found.total_us()
 
 
+def fewest_on_busiest(objective: PlacementCost, layer: int) -> npt.NDArray[np.int64]:
+    """[2, groups, batches]: messages, there and back, that the busiest link of every group carries
+    in each sampled batch at least, scaled as `Traffic.time_us` is looked up."""
+    problem, traffic = objective.problem, objective.problem.traffic
+    assert traffic is not None
+    groups = traffic.time_us.shape[1]
+    if problem.num_gpus == 1:
+        return np.zeros((2, groups, traffic.num_batches), np.int64)
+    found = _Messages(objective, traffic, layer)
+    shares = np.array([[found.share(way, group) for group in range(groups)] for way in range(2)])
+    return np.floor(shares[:, :, None] * found.by_batch() + 1e-6).astype(np.int64)
+
+
 class _Messages:
     """The sampled tokens of one layer, and the bounds on their messages."""
 
@@ -61,6 +74,7 @@ class _Messages:
         self.gpus = np.arange(problem.num_gpus)
         self.nodes = self.gpus // (problem.num_gpus // problem.num_nodes)
         self.node_slots = np.bincount(self.nodes, problem.capacity).astype(np.int64)
+        self.far = problem.num_nodes > 1
 
     def remote(self, place_of_home: Array, batch_idx: Array) -> FloatArray:
         """[batches]: messages that tokens must send out of their own place, by homes.
@@ -135,6 +149,12 @@ class _Messages:
             total += self.outside(nodes=True) * max(0.0, pair_us[far].min() - least)
         return float(total) / self.traffic.num_batches
 
+    def by_batch(self) -> FloatArray:
+        """[batches]: messages out of GPUs, or on several nodes out of nodes, by homes."""
+        return self.remote(
+            self.nodes if self.far else self.gpus, self.traffic.batch_idx.astype(np.int64)
+        )
+
     def link_us(self) -> float:
         """Dispatch and combine time, mean over the sampled batches.
 
@@ -142,16 +162,13 @@ class _Messages:
         from the messages of every batch, and from all batches' together through the convex hull of
         the time from the fewest messages of a batch on.
         """
-        far = self.problem.num_nodes > 1
-        batches = self.remote(
-            self.nodes if far else self.gpus, self.traffic.batch_idx.astype(np.int64)
-        )
-        mean = max(self.outside(nodes=far) / len(batches), batches.mean())
+        batches = self.by_batch()
+        mean = max(self.outside(nodes=self.far) / len(batches), batches.mean())
         total = 0.0
         for way in range(2):
             best = 0.0
             for group in range(self.net.time_us.shape[1]):
-                share = self._share(way, group, far=far)
+                share = self.share(way, group)
                 if share == 0.0:
                     continue
                 time = np.minimum.accumulate(self.net.time_us[way, group][::-1])[::-1]
@@ -162,7 +179,7 @@ class _Messages:
             total += best
         return total
 
-    def _share(self, way: int, group: int, *, far: bool) -> float:
+    def share(self, way: int, group: int) -> float:
         """What one message, there or back, adds at least to the average link of a group: its
         scaled load over the number of links that such messages can use."""
         net, num_gpus = self.net, self.problem.num_gpus
@@ -171,7 +188,7 @@ class _Messages:
             for dst in range(num_gpus):
                 across = self.nodes[src] != self.nodes[dst]
                 rail = (dst - src) % net.per_node == 0
-                if src == dst or across != far or (far and net.dedup == 2 and not rail):
+                if src == dst or across != self.far or (self.far and net.dedup == 2 and not rail):
                     continue
                 row = src * num_gpus + dst if way == 0 else dst * num_gpus + src
                 links = net.route_links[net.route_indptr[row] : net.route_indptr[row + 1]]

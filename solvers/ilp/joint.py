@@ -33,7 +33,7 @@ from moesim.solvers.base import Problem
 from moesim.solvers.bounds import ROUNDING, load_bound
 from moesim.solvers.ilp.engine import IlpModel, Outcome, Terms
 from moesim.solvers.ilp.messages import MessageTerms, patterns
-from moesim.solvers.message_bounds import message_bound
+from moesim.solvers.message_bounds import fewest_on_busiest, message_bound
 from moesim.solvers.objective import PlacementCost
 
 FloatArray = npt.NDArray[np.float64]
@@ -120,7 +120,7 @@ class JointLayer:
                 best, value = slots, reached
             result = LayerResult(best, value, bound, outcome)
             finer = self._split(slots)
-            if result.proven or outcome != Outcome.OPTIMAL or (finer == groups).all():
+            if result.proven or outcome != Outcome.OPTIMAL or finer.max() <= groups.max():
                 return result
             groups = finer
         return LayerResult(best, value, bound, outcome)
@@ -197,7 +197,11 @@ class JointLayer:
         if self.messages:
             assert problem.traffic is not None
             terms = MessageTerms(
-                model, objective.net, problem.traffic, [place[e][0] for e in experts]
+                model,
+                objective.net,
+                problem.traffic,
+                [place[e][0] for e in experts],
+                fewest_on_busiest(objective, self.layer),
             )
             terms.add(patterns(problem.traffic, self.layer))
         self._break_symmetry(model, place, start)

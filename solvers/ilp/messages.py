@@ -4,8 +4,9 @@ The messages of `moesim.solvers.search_traffic` (dispatch and combine, one each 
 node or choice, by the problem's dedup), for placements without replicas. Tokens of one batch and
 home with the same set of experts are one pattern. Without rounding a pattern reaches a GPU as much
 as the most of its experts there, so that relaxed placements pay for the part of an expert that
-they put away from home. Time by link load is replaced by the largest convex function below it,
-which keeps every bound valid; where the table is convex, as past its latency, nothing is lost.
+they put away from home. Time by link load is replaced by the largest convex function below it from
+the fewest messages of a batch on (`moesim.solvers.message_bounds`), which keeps every bound valid;
+where the table is convex there, as past its latency, nothing is lost.
 """
 
 from __future__ import annotations
@@ -36,15 +37,17 @@ def patterns(traffic: Traffic, layer: int) -> dict[tuple[int, int, tuple[int, ..
     return dict(count)
 
 
-def convex_below(table: FloatArray, shift: float) -> list[tuple[float, float]]:
+def convex_below(table: FloatArray, shift: float, low: int = 0) -> list[tuple[float, float]]:
     """(slope, constant) of lines whose maximum is nowhere above the non-decreasing hull of
     `table` at round(m), m a number of messages; past its end the table goes on in line.
 
-    shift: how far rounding can take m down: 0 for whole numbers, 1/2 otherwise.
+    shift: how far rounding can take m down: 0 for whole numbers, 1/2 otherwise. low: the least
+    m; to its left the lines say nothing.
     """
-    values = np.minimum.accumulate(table[::-1])[::-1]
+    low = min(low, len(table) - 1)
+    values = np.minimum.accumulate(table[::-1])[::-1][low:]
     last = len(values) - 1
-    end = table[last] - table[last - 1] if last else 0.0
+    end = values[last] - values[last - 1] if last else 0.0
     hull: list[int] = []
     for i in range(len(values)):
         while len(hull) > 1:
@@ -57,7 +60,7 @@ def convex_below(table: FloatArray, shift: float) -> list[tuple[float, float]]:
     for a, b in pairwise(hull):
         slope = float((values[b] - values[a]) / (b - a))
         if 0 < slope <= end * (1 + 1e-9):
-            lines.append((slope, float(values[a] - slope * (a + shift))))
+            lines.append((slope, float(values[a] - slope * (low + a + shift))))
     if len(lines) > MAX_PIECES:
         keep = np.unique(np.linspace(0, len(lines) - 1, MAX_PIECES).astype(int))
         lines = [lines[i] for i in keep]
@@ -67,13 +70,21 @@ def convex_below(table: FloatArray, shift: float) -> list[tuple[float, float]]:
 class MessageTerms:
     """Adds the messages of one layer to a model.
 
-    place: [E][G] binary variables, 1 where an expert sits on a GPU. Adds the layer's microseconds
-    of messages to the objective: for `time` the mean over sampled batches of dispatch and combine
+    place: [E][G] binary variables, 1 where an expert sits on a GPU. fewest: [2, groups, batches]
+    messages that the busiest link of a group has at least. Adds the layer's microseconds of
+    messages to the objective: for `time` the mean over sampled batches of dispatch and combine
     time, otherwise summed link time.
     """
 
-    def __init__(self, model: IlpModel, net: Any, traffic: Traffic, place: list[list[Any]]) -> None:
-        self.model, self.net, self.place = model, net, place
+    def __init__(
+        self,
+        model: IlpModel,
+        net: Any,
+        traffic: Traffic,
+        place: list[list[Any]],
+        fewest: npt.NDArray[np.int64],
+    ) -> None:
+        self.model, self.net, self.place, self.fewest = model, net, place, fewest
         self.num_gpus = len(net.node_of)
         self.num_batches = traffic.num_batches
         self._link: dict[tuple[int, int, int], Terms] = defaultdict(list)
@@ -147,7 +158,8 @@ class MessageTerms:
                         low = max(low, float(table[0]))
                         continue
                     most = self.model.largest(loads)
-                    lines = convex_below(table, 0.0 if whole else 0.5)
+                    least = int(self.fewest[way, group, batch])
+                    lines = convex_below(table, 0.0 if whole else 0.5, least)
                     above += [([(most, slope)], constant) for slope, constant in lines]
                 self.model.largest(above, low=low, cost=1.0 / self.num_batches)
 

@@ -6,6 +6,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import comb
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +35,10 @@ class JointIlp:
     Each layer by itself (under C5 layers do not trade off). Where the model of
     `moesim.solvers.ilp.joint` fits an engine, it is solved and gives a bound; then, and in layers
     too large for it, programs of two to four GPUs (`moesim.solvers.ilp.neighbourhood`) improve the
-    placement until the time is up. Only exact improvements are taken, so that the result is never
-    worse than the start. `optimal` means that every layer was proven so. Everything else ends at
-    the time limit, and what was found by then depends on the machine's speed: of all solvers this
-    is the one for which the same seed need not give the same plan.
+    placement until none of all choices of GPUs does (status feasible) or the time is up. Only exact
+    improvements are taken, so that the result is never worse than the start. `optimal` means that
+    every layer was proven so. What was found by the time limit depends on the machine's speed: of
+    all solvers this is the one for which the same seed need not give the same plan.
     """
 
     name = "ilp"
@@ -72,9 +73,10 @@ class JointIlp:
         if not whole:
             notes = ["a layer is too large for one program: a few GPUs were solved at a time"]
         bounds = np.array([r.bound for r in found])
+        late = any(not r.proven and r.outcome == Outcome.TIME_LIMIT for r in found)
         return Solution(
             pack_table(problem, table),
-            "optimal" if proven == num_layers else "time_limit",
+            "optimal" if proven == num_layers else "time_limit" if late else "feasible",
             objective_value=float(np.mean([r.value for r in found])),
             bound=float(bounds.mean()) if np.isfinite(bounds).all() else None,
             seconds=time.monotonic() - started,
@@ -87,30 +89,38 @@ class JointIlp:
     ) -> LayerResult:
         ends = time.monotonic() + seconds
         seed = objective.problem.seed + layer
-        if whole:
-            model = JointLayer(objective, layer)
+        value = objective.layer_value(slots, layer)
+        result = LayerResult(slots, value, -np.inf, Outcome.FEASIBLE)
+        model = JointLayer(objective, layer) if whole else None
+        if model is not None:
             result = model.solve(slots, seconds * WHOLE_SHARE, engine=self.engine, seed=seed)
-        else:
-            value = objective.layer_value(slots, layer)
-            result = LayerResult(slots, value, -np.inf, Outcome.TIME_LIMIT)
         if result.proven or objective.problem.num_gpus < 2:
             return result
         state = LayerState(objective, layer, result.slots)
-        self._neighbourhoods(state, ends, seed)
+        exhausted = self._neighbourhoods(state, ends, seed)
         value = objective.layer_value(state.slots, layer)
         if value < result.value:
             result = replace(result, slots=state.slots, value=value)
-        return result
+        if not exhausted:
+            return replace(result, outcome=Outcome.TIME_LIMIT)
+        if model is not None and result.outcome == Outcome.TIME_LIMIT:
+            left = max(0.0, ends - time.monotonic())
+            again = model.solve(result.slots, left, engine=self.engine, seed=seed)
+            return replace(again, bound=max(again.bound, result.bound))
+        return replace(result, outcome=Outcome.FEASIBLE)
 
-    def _neighbourhoods(self, state: LayerState, ends: float, seed: int) -> None:
-        """Programs of GPUs drawn by how often they are the costliest, until time is up."""
+    def _neighbourhoods(self, state: LayerState, ends: float, seed: int) -> bool:
+        """Programs of GPUs drawn by how often they are the costliest, until time is up or, which
+        is returned as true, each choice of GPUs was tried since the last improvement."""
         problem = state.objective.problem
         rng = np.random.default_rng([seed, 0x11F])
         mean_slots = problem.num_slots / problem.num_gpus
         size = int(np.clip(round(FREED_ITEMS / mean_slots), 2, min(4, problem.num_gpus)))
+        choices = comb(problem.num_gpus, size)
+        tried: set[tuple[int, ...]] = set()
         while (left := ends - time.monotonic()) > 0 and not problem.stop():
             gpus = draw_gpus(state, size, rng)
-            regroup(
+            improved, _ = regroup(
                 state,
                 gpus,
                 time_limit_s=min(left, NEIGHBOURHOOD_S),
@@ -118,3 +128,9 @@ class JointIlp:
                 seed=seed,
                 stop=problem.stop,
             )
+            if improved:
+                tried.clear()
+            tried.add(tuple(sorted(gpus.tolist())))
+            if len(tried) == choices:
+                return True
+        return False

@@ -20,6 +20,7 @@ from moesim.solvers.message_bounds import (
     most_inside,
 )
 from moesim.solvers.objective import PlacementCost
+from moesim.solvers.registry import get_solver
 
 
 def traffic(
@@ -205,3 +206,22 @@ def test_no_placement_sends_less(
         traffic(ids, home, gpus, per_node, dedup, batches), experts, capacity, nodes, goal
     )
     assert message_bound(PlacementCost(asked), 0) <= fewest(asked) + 1e-6
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_integer_program_finds_the_fewest(seed: int) -> None:
+    """Three and four choices a token, all kinds of deduplication, one node and two: proven."""
+    capacity, experts, nodes, per_node = SHAPES[seed % 4]
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((8, experts)), axis=1)[:, : 3 + seed % 2]
+    gpus = len(capacity)
+    sampled = traffic(ids, (np.arange(8) % gpus).tolist(), gpus, per_node, seed % 3)
+    asked = problem(sampled, experts, capacity, nodes, "traffic")
+    solution = get_solver("ilp").solve(asked)
+    objective = PlacementCost(asked)
+    values = [
+        objective.layer_values(Placement(t[None].astype(np.int32), gpus, nodes, experts))[0]
+        for t in every_table(tuple(capacity), experts)
+    ]
+    assert solution.status == "optimal"
+    assert solution.objective_value == pytest.approx(min(values), rel=1e-5)
