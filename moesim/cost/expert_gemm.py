@@ -39,10 +39,11 @@ class ExpertGemmModel:
     The sum over experts is exact for a kernel bound by memory or arithmetic as a whole and
     ignores how thread blocks of several experts pack into the last wave.
 
-    `waves`: a kernel whose waves of thread blocks are known instead. A tile of r rows and s columns
-    of a GEMM of depth k costs pmax(s k x bytes per weight / weight_rate, 2 r s k / flop_rate; q),
-    `waves.at_once` of them at a time; an expert of n tokens has ceil(n / r) rows of tiles in each
-    of its two GEMMs, c - 1 matrices wide and one. The tile depends on the layer's mean tokens a
+    `waves`: a kernel whose waves of thread blocks are known instead. A wave of w tiles
+    (`waves.at_once`) of r rows and s columns, of a GEMM of depth k, takes
+    pmax(w s k x bytes per weight / weight_rate, 2 w r s k / flop_rate; q); an expert of n tokens
+    has ceil(n / r) rows of tiles in each of its two GEMMs, c - 1 matrices wide and one. The tile
+    depends on the layer's mean tokens a
     slot, idle slots included, so such a kernel can take less time for one token more; and waves are
     a layer's, not an expert's: `slots_time_us` counts them, a sum of `expert_time_us` has their
     fractions. `tile_tokens`, `half_tokens` and `token_gb_per_s` have no part in it.

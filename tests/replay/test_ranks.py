@@ -75,7 +75,7 @@ class Launched:
 
     def start(self, inputs, folder: Path) -> threading.Thread:
         arguments = arguments_of(inputs, folder / self.name, "linear", "replicas", tokens=64)
-        arguments += ["--batches", "2000", "--timeout", "5"]
+        arguments += ["--batches", "500", "--timeout", "5"]
 
         def run() -> None:
             try:
