@@ -1,4 +1,4 @@
-"""The recipes' moesim commands and Python run as they stand, on small dumps of each engine."""
+"""The recipes' moesim commands run as they stand, on small dumps of each engine."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from moesim.cli.export import export
 from moesim.cli.import_plan import import_plan
+from moesim.cli.plan import plan as plan_command
 from moesim.cli.trace_import import import_trace
 from moesim.model import load_model
 from moesim.plan import Placement, Plan, load_plan
@@ -29,12 +30,13 @@ app = typer.Typer()
 app.command("export")(export)
 app.command("import-plan")(import_plan)
 app.command("import")(import_trace)
+app.command("plan")(plan_command)
 
 
-def blocks(page: Path, language: str = "") -> list[str]:
-    """The fenced code blocks of a page in one language."""
+def blocks(page: Path) -> list[str]:
+    """The fenced code blocks of a page that name no language."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [code for name, code in found if name == language]
+    return [code for name, code in found if not name]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -168,18 +170,17 @@ def test_moesim_commands_of_the_recipe(page: Path, place: Path) -> None:
     np.testing.assert_array_equal(back.physical_to_logical, plan.physical_to_logical)
 
 
-def test_python_of_the_tensorrt_llm_recipe(place: Path) -> None:
-    """32 x 9 slots for 256 experts, balanced from counts alone."""
+def test_counts_of_the_tensorrt_llm_recipe_become_a_plan(place: Path) -> None:
+    """Its plan command, with a shorter search: 32 x 9 slots for 256 experts from counts alone."""
     page = DOCS / "recipes" / "tensorrt-llm.md"
     run(["import", "expert_statistic", "--model", "DeepSeek-V3", "--out", "load.npz"])
-    (code,) = blocks(page, "python")
-    code = code.replace(
-        'objective="balance",\n)', 'objective="balance",\n    time_limit_s=2,\n)', 1
-    )
-    exec(compile(code, str(page), "exec"), {})
+    (words,) = [words for words in commands(page) if words[0] == "plan"]
+    run([*words, "--solver", "greedy"])
     plan = load_plan(place / "plan.json")
     assert plan.placement.num_slots == 288
+    assert plan.placement.num_nodes == 4
     assert plan.layer_ids == load_trace(place / "load.npz").meta.layer_ids
+    assert plan.evaluation["num_steps"] == 1
 
 
 def test_engines_page_names_every_format_and_engine() -> None:
