@@ -15,12 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from typer.main import get_command
 
+from moesim.cli.main import VARIANTS, build_app
 from moesim.cli.plan import ROWS
 from moesim.cli.reference import command_tree, help_text, main, reference_pages, walk
 from moesim.errors import FormatError
 from moesim.plan import Placement, parse_plan
 from moesim.planning.evaluate import STATISTICS
+from moesim.serving.study.file import StudyFile, check_study
+from moesim.serving.study.registry import EVALUATORS, get_evaluator
 from moesim.solvers.base import Problem
 from moesim.solvers.registry import SOLVERS
 from moesim.trace.format import TOKEN_DTYPES, load_token_trace
@@ -122,7 +127,16 @@ def leaf(words: list[str]) -> tuple[Any, list[str], list[str]]:
     while words and words[0] in getattr(command, "commands", {}):
         path.append(words[0])
         command, words = command.commands[words[0]], words[1:]
+    flag = VARIANTS.get(path[-1], ("",))[0]
+    if flag in words:
+        command = variant(path[-1], flag)
     return command, path, words
+
+
+@cache
+def variant(name: str, flag: str) -> Any:
+    """What `name` is when called with `flag`."""
+    return get_command(build_app([name], [flag])).commands[name]  # type: ignore[attr-defined]
 
 
 def options_of(command: Any) -> set[str]:
@@ -294,6 +308,19 @@ def table_terms(section: str) -> list[str]:
     body = glossary.split(f"## {section}", 1)[1].split("\n## ", 1)[0]
     rows = [r for r in body.splitlines() if r.startswith("|") and not r.startswith("|---")]
     return [row.split("|")[1].strip() for row in rows[1:]]
+
+
+def test_the_page_on_studies_names_every_key_parameter_and_figure() -> None:
+    text = (ROOT / "docs" / "whatif.md").read_text()
+    example = yaml.safe_load(fences(ROOT / "docs" / "whatif.md", "yaml")[0])
+    check_study(example, "docs/whatif.md")
+    assert set(example) == set(StudyFile.model_fields)
+    # `ttft_` and the like stand for each statistic.
+    for name in EVALUATORS:
+        evaluator = get_evaluator(name)
+        figures = {re.sub(r"^(ttft|tpot|e2e)_.*", r"\1_", f.name) for f in evaluator.figures}
+        for word in {*evaluator.params.model_fields, *figures}:
+            assert f"`{word}`" in text, word
 
 
 def test_glossary_is_sorted_and_complete() -> None:

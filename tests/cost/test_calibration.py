@@ -433,8 +433,10 @@ def test_the_documented_file_loads_and_the_documented_errors_are_the_files() -> 
     folder = str(root / "verification" / "calibration")
     sys.path.insert(0, folder)
     try:
-        table = importlib.import_module("errors_table").table
+        errors_table = importlib.import_module("errors_table")
     finally:
         sys.path.remove(folder)
         sys.modules.pop("errors_table", None)
-    assert table(list((root / "topologies" / "calibration").glob("*.yaml"))) in text
+    files = list((root / "topologies" / "calibration").glob("*.yaml"))
+    assert errors_table.table(files) in text
+    assert errors_table.engine_table(files) in (root / "docs" / "step-time.md").read_text()
