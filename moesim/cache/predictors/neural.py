@@ -4,7 +4,7 @@ ExpertFlow (arXiv:2410.17954) trains a transformer on token ids to predict every
 Here it is one network of one hidden layer for each MoE layer, on the same signals that `learned`
 weighs in closed form. It needs torch, which is optional; training takes a minute or two a depth.
 The only file of the package besides replay, capture and reading .pt files that imports torch
-(docs/decisions/0006-neural-predictor.md).
+(docs/decisions/0007-neural-predictor.md).
 """
 
 from __future__ import annotations
