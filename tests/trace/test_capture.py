@@ -523,3 +523,19 @@ def test_command_line_and_json(
     meta = load(tmp_path / "t.npz").meta
     assert (meta.model, meta.license) == ("tiny", "CC0-1.0")
     assert run_cli(["trace", "check", str(tmp_path / "t.npz")]) == 0
+
+
+def test_the_run_of_the_guide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its model and prompts, captured without decoding, which depends on releases of torch."""
+    page = (Path(__file__).parents[2] / "docs" / "capture.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    command = next(
+        x for x in page.splitlines() if x.startswith("moesim trace capture --model tiny")
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/capture.md", "exec"), {})
+    assert run_cli([*command.split()[1:], "--max-new-tokens", "0"]) == 0
+    said = page.split("The capture says\n\n```text\n")[1].split(" prefill")[0]
+    assert capsys.readouterr().out.startswith(f"{said} prefill")
