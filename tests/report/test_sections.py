@@ -68,6 +68,17 @@ def test_points_without_figures_are_listed_with_the_reason(study: Any, tmp_path:
     assert [row[-2:] for row in table.table.rows] == [["infeasible", "does not fit"]]
 
 
+def test_the_answer_is_marked_in_the_table(study: Any, tmp_path: Path) -> None:
+    chosen = next(p for p in study["points"] if p["key"] == study["answer"]["point"])
+    found = section(study, tmp_path)
+    table = next(
+        b for b in found.blocks if isinstance(b, TableBlock) and b.title == "Points evaluated"
+    )
+    marked = [row for row in table.table.rows if row[-1].startswith("the answer")]
+    assert len(marked) == 1
+    assert marked[0][0] == str(chosen["params"][study["varied"][0]])
+
+
 def test_a_study_whose_answer_changes_says_with_what(study: Any, tmp_path: Path) -> None:
     row = study["sensitivity"]["rows"][0]
     row["changed"] = True

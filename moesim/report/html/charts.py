@@ -152,7 +152,8 @@ def intervals(
     ends = [x for row in rows for x in (row.low, row.high, row.value)]
     ends += [mark[0]] if mark else []
     low, high = padded(min(ends), max(ends))
-    start, end = (NAMES + 8, WIDTH - VALUES - 6) if compact else (PAD + 4, WIDTH - PAD - 4)
+    beside = max(VALUES, *(text_width(row.text) + PAD for row in rows)) + 12
+    start, end = (NAMES + 8, WIDTH - beside) if compact else (PAD + 4, WIDTH - PAD - 4)
     scale = Scale(low, high, start, end)
     top = 20.0 if mark else 4.0
     each = COMPACT_ROW if compact else ROW

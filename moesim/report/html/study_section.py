@@ -255,10 +255,14 @@ def _table(
     wanted += [b.text("figure") for b in question.children("slo")]
     wanted += [a.text("figure") for a in data.child("pareto").children("axes")]
     shown = [n for n in dict.fromkeys(wanted) if n and n not in varied]
+    answer = data.maybe("answer")
+    chosen = answer.text("point", "") if answer is not None else None
     rows = []
     for point in found:
         params, figures = point.child("params"), point.child("figures")
         marks = "front" if point.flag("pareto") else ""
+        if point.text("key", "") == chosen:
+            marks = "the answer" + (", front" if marks else "")
         if not point.flag("keeps", True):
             marks = "misses " + ", ".join(point.texts("missed"))
         cells = [
