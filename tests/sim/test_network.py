@@ -122,6 +122,7 @@ def test_cancelled_flows_count_what_they_carried() -> None:
     network.cancel([first, second])
     env.run(until=200)
     assert network.bytes[0] == pytest.approx(300)
+    assert network.busy_us[0] == pytest.approx(3)
     assert network.num_active == 0
 
 
