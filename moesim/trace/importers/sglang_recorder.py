@@ -72,7 +72,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace | LoadTrace:
     if kind == "stat":
         return assemble_load(_stat(packs), options, source, packs[0][0])
     if kind == "per_pass":
-        return assemble_load(_per_pass(packs), options, source, packs[0][0])
+        return assemble_load(_per_pass(packs, options), options, source, packs[0][0])
     return _per_token(packs, options, source)
 
 
@@ -109,7 +109,9 @@ def _stat(packs: list[tuple[str, dict[str, Any]]]) -> npt.NDArray[np.int64]:
     return np.concatenate(parts)
 
 
-def _per_pass(packs: list[tuple[str, dict[str, Any]]]) -> npt.NDArray[np.int64]:
+def _per_pass(
+    packs: list[tuple[str, dict[str, Any]]], options: ImportOptions
+) -> npt.NDArray[np.int64]:
     """[passes, L, E]: summed over ranks, ordered by forward_pass_id."""
     seen: set[tuple[int, int]] = set()
     passes: dict[int, npt.NDArray[np.int64]] = {}
@@ -129,6 +131,12 @@ def _per_pass(packs: list[tuple[str, dict[str, Any]]]) -> npt.NDArray[np.int64]:
             if before is not None and before.shape != count.shape:
                 raise FormatError(f"{here}: counts {count.shape}, others {before.shape}", DAMAGED)
             passes[pass_id] = count if before is None else before + count
+    ranks = {rank for _, rank in seen}
+    partial = len(passes) - sum(all((p, r) in seen for r in ranks) for p in passes)
+    if partial:
+        options.notify(
+            f"{partial} of {len(passes)} passes have no record of some of the {len(ranks)} ranks"
+        )
     shapes = {c.shape for c in passes.values()}
     if len(shapes) > 1:
         raise FormatError(f"passes have different shapes: {sorted(shapes)}", DAMAGED)

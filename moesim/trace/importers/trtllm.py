@@ -51,6 +51,8 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace | LoadTrace:
     """One folder after another."""
     source: dict[str, Any] = {"format": NAME, "files": [p.name for p in paths]}
     metas = [_meta(path) for path in paths]
+    for path in paths:
+        _note_missing_ranks(path, options)
     if len(set(metas)) > 1:
         raise FormatError(
             f"{paths[1]}: meta_info.json differs from that of {paths[0]}",
@@ -120,6 +122,15 @@ def _rank_files(path: Path, raw: bool) -> list[tuple[int, SafetensorsFile]]:
         if match and bool(match[2]) == raw:
             found.append((int(match[1]), file))
     return [(rank, open_safetensors(file)) for rank, file in sorted(found)]
+
+
+def _note_missing_ranks(path: Path, options: ImportOptions) -> None:
+    """Ranks count their own tokens, so a load without one of them is not that of the group."""
+    found = {int(m[1]) for file in path.iterdir() if (m := _RANK.fullmatch(file.name))}
+    missing = [rank for rank in range(max(found, default=0)) if rank not in found]
+    if missing:
+        shown = ", ".join(map(str, missing[:8]))
+        options.notify(f"{path}: has no file of rank {shown}: their tokens are not counted")
 
 
 def _keys(file: SafetensorsFile) -> list[tuple[int, int, str]]:

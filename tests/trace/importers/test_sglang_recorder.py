@@ -36,7 +36,7 @@ def test_stat_is_a_load_trace(tmp_path, options, notes):
     assert any("2 steps without any load" in note for note in notes)
 
 
-def test_per_pass_sums_ranks_and_maps_slots(tmp_path, options):
+def test_per_pass_sums_ranks_and_maps_slots(tmp_path, options, notes):
     """Slots 0 and 4 hold expert 0 in layer 0; slots 0, 4, 5 hold expert 3 in layer 1."""
     ranks = []
     for rank in (1, 0):
@@ -70,6 +70,12 @@ def test_per_pass_sums_ranks_and_maps_slots(tmp_path, options):
     ]
     with pytest.raises(FormatError, match="pass 1 of rank 1 was there already"):
         recorder.read([ranks[0], ranks[0]], options(top_k=1))
+    assert not any("some of the" in note for note in notes)
+    content = torch.load(ranks[1], weights_only=True)
+    content["records"] = content["records"][:1]
+    torch.save(content, ranks[1])
+    recorder.read(ranks, options(top_k=1))
+    assert "1 of 2 passes have no record of some of the 2 ranks" in notes
 
 
 def token_record(pass_id, mode, positions, slots, lengths=None, rank=0):

@@ -52,6 +52,12 @@ def test_counts_are_summed_over_ranks(folder, options):
     assert (load.meta.num_experts, load.meta.top_k) == (4, 2)
 
 
+def test_a_missing_rank_is_said(folder, options, notes):
+    (folder / "rank1.safetensors").rename(folder / "rank3.safetensors")
+    trtllm.read([folder], options())
+    assert any("no file of rank 1, 2: their tokens are not counted" in note for note in notes)
+
+
 def test_folders_follow_one_another(folder, options):
     load = trtllm.read([folder, folder], options())
     assert isinstance(load, LoadTrace)
