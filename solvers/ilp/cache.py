@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from moesim.errors import InfeasibleError, InputError
 from moesim.plan import Status
+from moesim.solvers.ilp.engine import take_banner
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -125,6 +126,7 @@ def choose(
     at_least: (option, how many groups must take it). Raises InputError for costs that are not
     finite, InfeasibleError where no choice meets the budgets.
     """
+    import highspy
     import pulp
 
     if not cost or any(len(c) == 0 or not np.isfinite(c).all() for c in cost):
@@ -163,6 +165,7 @@ def choose(
         )
     for option, count in at_least or []:
         problem += pulp.lpSum(row[option] for row in take) >= count
+    take_banner(highspy)
     solver = pulp.HiGHS(msg=False, timeLimit=time_limit_s, gapRel=1e-9, threads=1)
     problem.solve(solver)
     if problem.status == pulp.LpStatusInfeasible:

@@ -199,7 +199,7 @@ class IlpModel:
     ) -> tuple[Outcome, FloatArray | None, float]:
         import highspy
 
-        _take_banner(highspy)
+        take_banner(highspy)
         options: dict[str, Any] = {"random_seed": seed}
         if node_limit is not None:
             options["mip_max_nodes"] = node_limit
@@ -292,7 +292,7 @@ class IlpModel:
         return (Outcome.FEASIBLE if nodes else Outcome.TIME_LIMIT), values, bound
 
 
-def _take_banner(highspy: Any) -> None:
+def take_banner(highspy: Any) -> None:
     """HiGHS prints its name and version to standard output, where results go, as the first model
     of a process is made, and has no option against it: that first one is made here, unheard."""
     global _banner_taken

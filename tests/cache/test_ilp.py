@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import product
 
 import numpy as np
@@ -98,6 +100,16 @@ def test_significance_by_hand(toys) -> None:  # type: ignore[no-untyped-def]
     worth = significance(trace, toys.all_requests(trace), alpha=1.0, beta=1.0)
     expected = [0.5 * 0.7 / 1.3, 0.25 * 0.2 / 1.3, 0.25 * 0.4 / 1.3, 0.0]
     assert worth[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_says_nothing_on_standard_output() -> None:
+    """HiGHS prints its version there as the first thing of a process; `--json` must be JSON."""
+    code = (
+        "import numpy as np; from moesim.solvers.ilp.cache import choose;"
+        "choose([np.array([1.0, 2.0])], [([np.array([2.0, 1.0])], 1.0)])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == ""
 
 
 def test_bad_input() -> None:
