@@ -53,7 +53,8 @@ predictors nor slot counts were made from. Regenerate with
 
     python benchmarks/offloading_study.py --data ../shared/data --out reports/offloading
 
-(2 to 4 minutes on 2 cores). Speeds are predictions for one {gpu}, experts in pinned host memory;
+(about 11 minutes of one core with the neural predictor, which is left out where torch is not
+installed). Speeds are predictions for one {gpu}, experts in pinned host memory;
 the host link is measured (14.6 us + 50.4 GB/s), expert GEMMs are measured, the CPU is measured
 (`host_rates_h200.json`: 210 us + 54.5 GB/s for one expert of few tokens, torch bf16 on 16 vCPUs),
 attention and dense layers are datasheet figures times assumed efficiencies.
@@ -138,8 +139,11 @@ PREDICTION = """## Prediction
 Precision (equal to recall, since as many experts are named as are used) with top-k experts a
 layer, 1 and 4 layers ahead, and the experts named in vain for each token at 1 ahead. Learned: a
 linear map of the other signals (choices in the source layer, of the previous token, of the request
-so far, of the token's id), fitted in closed form. The traces of DeepSeek-V2-Lite and GPT-OSS-20B
-have no token ids.
+so far, of the token's id), fitted in closed form. Neural: the same signals through one hidden layer
+of 256, a network for each MoE layer, trained with torch for minutes where the others take seconds.
+It is no better than the linear map on debian-moe and 1 to 2 points better on the other two; a network
+over the whole sequence, as ExpertFlow's, was not tried. The traces of DeepSeek-V2-Lite and
+GPT-OSS-20B have no token ids.
 """
 
 CONSISTENCY = """## Local routing consistency beside published figures
