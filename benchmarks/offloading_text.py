@@ -141,8 +141,8 @@ layer, 1 and 4 layers ahead, and the experts named in vain for each token at 1 a
 linear map of the other signals (choices in the source layer, of the previous token, of the request
 so far, of the token's id), fitted in closed form. Neural: the same signals through one hidden layer
 of 256, a network for each MoE layer, trained with torch for minutes where the others take seconds.
-It is no better than the linear map on debian-moe and 1 to 2 points better on the other two; a network
-over the whole sequence, as ExpertFlow's, was not tried. The traces of DeepSeek-V2-Lite and
+It is no better than the linear map on debian-moe and 1 to 2 points better on the other two; a
+network over the whole sequence, as ExpertFlow's, was not tried. The traces of DeepSeek-V2-Lite and
 GPT-OSS-20B have no token ids.
 """
 
