@@ -1,9 +1,10 @@
 """SGLang's expert distribution recorder: `expert_distribution_recorder_*.pt` in all four modes.
 
 `stat` and `stat_approx` write `logical_count` [steps, layers, experts], summed over ranks: a load
-trace. `per_pass` writes, for each rank, records of one forward pass with `global_physical_count`
-[layers, slots]; they are summed over ranks by `forward_pass_id` and mapped to experts through
-`last_physical_to_logical_map`: a load trace. `per_token` records hold `topk_ids_of_layer`
+trace. Their steps are a ring buffer as it lies in memory: once it is full, the newest steps stand
+before the oldest. `per_pass` writes, for each rank, records of one forward pass with
+`global_physical_count` [layers, slots]; they are summed over ranks by `forward_pass_id` and mapped
+to experts through `last_physical_to_logical_map`: a load trace. `per_token` records hold `topk_ids_of_layer`
 [layers, tokens, 8] of slots, -1 beyond K and in dense layers, with `input_ids`, `positions`,
 `extend_seq_lens` and `forward_mode`: a token trace, mapped back in the same way. Layers are all
 hidden layers. The map is the one at the end of the recording: if experts were moved meanwhile,
@@ -70,7 +71,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace | LoadTrace:
     kind = kinds.pop()
     source["mode"] = kind
     if kind == "stat":
-        return assemble_load(_stat(packs), options, source, packs[0][0])
+        return assemble_load(_stat(packs, options), options, source, packs[0][0])
     if kind == "per_pass":
         return assemble_load(_per_pass(packs, options), options, source, packs[0][0])
     return _per_token(packs, options, source)
@@ -97,7 +98,7 @@ def _kind(pack: dict[str, Any], where: str) -> str:
     return "per_token" if "topk_ids_of_layer" in records[0] else "per_pass"
 
 
-def _stat(packs: list[tuple[str, dict[str, Any]]]) -> npt.NDArray[np.int64]:
+def _stat(packs: list[tuple[str, dict[str, Any]]], options: ImportOptions) -> npt.NDArray[np.int64]:
     """[steps, L, E] of all files, one after another."""
     parts = [_int_array(pack, "logical_count", where, 3) for where, pack in packs]
     for (where, _), part in zip(packs, parts, strict=True):
@@ -105,6 +106,11 @@ def _stat(packs: list[tuple[str, dict[str, Any]]]) -> npt.NDArray[np.int64]:
             raise FormatError(
                 f"{where}: logical_count has shape {part.shape}, the first file {parts[0].shape}",
                 "import runs of different models apart",
+            )
+        if len(part) > 1 and part[-1].any():
+            options.notify(
+                f"{where}: all {len(part)} steps of the buffer are in use, so it may have gone"
+                " round and lost their order; --expert-distribution-recorder-buffer-size -1 keeps all"
             )
     return np.concatenate(parts)
 

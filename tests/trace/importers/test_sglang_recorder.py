@@ -34,6 +34,10 @@ def test_stat_is_a_load_trace(tmp_path, options, notes):
     assert load.expert_load.tolist() == [[[3, 1, 0, 4]], [[1, 1, 1, 1]]]
     assert load.meta.layer_ids == (1,)
     assert any("2 steps without any load" in note for note in notes)
+    assert not any("gone round" in note for note in notes)
+    count[2:, 1] = 1
+    recorder.read([save(file, {"logical_count": count})], options(top_k=2))
+    assert any("all 4 steps of the buffer are in use" in note for note in notes)
 
 
 def test_per_pass_sums_ranks_and_maps_slots(tmp_path, options, notes):
