@@ -4,11 +4,11 @@
 trace. Their steps are a ring buffer as it lies in memory: once it is full, the newest steps stand
 before the oldest. `per_pass` writes, for each rank, records of one forward pass with
 `global_physical_count` [layers, slots]; they are summed over ranks by `forward_pass_id` and mapped
-to experts through `last_physical_to_logical_map`: a load trace. `per_token` records hold `topk_ids_of_layer`
-[layers, tokens, 8] of slots, -1 beyond K and in dense layers, with `input_ids`, `positions`,
-`extend_seq_lens` and `forward_mode`: a token trace, mapped back in the same way. Layers are all
-hidden layers. The map is the one at the end of the recording: if experts were moved meanwhile,
-earlier passes are mapped wrongly, and nothing in the file tells.
+to experts through `last_physical_to_logical_map`: a load trace. `per_token` records hold
+`topk_ids_of_layer` [layers, tokens, 8] of slots, -1 beyond K and in dense layers, with `input_ids`,
+`positions`, `extend_seq_lens` and `forward_mode`: a token trace, mapped back in the same way.
+Layers are all hidden layers. The map is the one at the end of the recording: if experts were moved
+meanwhile, earlier passes are mapped wrongly, and nothing in the file tells.
 
 Records do not name requests. They are put together from positions: a prefill sequence that starts
 at 0 opens a request; one that starts later, and every decoded token at position p, continues the
@@ -110,7 +110,8 @@ def _stat(packs: list[tuple[str, dict[str, Any]]], options: ImportOptions) -> np
         if len(part) > 1 and part[-1].any():
             options.notify(
                 f"{where}: all {len(part)} steps of the buffer are in use, so it may have gone"
-                " round and lost their order; --expert-distribution-recorder-buffer-size -1 keeps all"
+                " round and lost their order;"
+                " --expert-distribution-recorder-buffer-size -1 keeps all"
             )
     return np.concatenate(parts)
 
