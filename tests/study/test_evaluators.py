@@ -180,6 +180,7 @@ def test_step_is_what_simulate_says() -> None:
 
 def test_more_cache_more_hits() -> None:
     common = {"trace": "sample:debian-olmoe", "cluster": "l40s-pcie", "max_steps": 64}
+    common |= {"policy": "lru", "prefetch": "none", "cpu": "off"}
     small, large = (figures("cache", **common, hbm_gb=gb) for gb in (1.3, 1.8))
     assert small["num_slots"] < large["num_slots"]  # type: ignore[operator]
     assert small["hit_rate"] < large["hit_rate"]  # type: ignore[operator]

@@ -41,7 +41,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert len(path.read_bytes().splitlines()) == 5  # two headers, three points
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(cut=st.integers(0, 10_000))
 def test_a_journal_cut_anywhere_holds_its_whole_lines(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "j.jsonl"
