@@ -76,7 +76,7 @@ def split_steps(expert_load: npt.NDArray[np.int64]) -> LoadSplit:
     Raises InputError when no step has load.
     """
     steps = np.asarray(expert_load)
-    steps = steps[steps.sum(axis=(1, 2)) > 0]
+    steps = steps[steps.any(axis=(1, 2))]
     if not len(steps):
         raise InputError("every step of the load trace is empty", "record some traffic")
     if len(steps) == 1:
@@ -242,7 +242,7 @@ def _refuse(request: PlanRequest) -> None:
 
 def unequal_steps(expert_load: npt.NDArray[np.int64]) -> list[str]:
     """A notice where steps differ much in size: a balanced step is a matter of its size too."""
-    sizes = expert_load.sum(axis=2).max(axis=1)
+    sizes = expert_load.sum(axis=2, dtype=np.float64).max(axis=1)
     low, high = np.percentile(sizes[sizes > 0], (10, 90)) if sizes.any() else (1.0, 1.0)
     if high < UNEQUAL * low:
         return []

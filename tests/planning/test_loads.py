@@ -68,6 +68,12 @@ def test_one_step_serves_for_both_and_none_is_an_error() -> None:
         split_steps(load_trace([0, 0]).expert_load)
 
 
+def test_counts_whose_sum_no_integer_holds(two: Cluster) -> None:
+    """2^62 tokens of each of 4 experts: int64 sums would wrap to 0 and call the step empty."""
+    result = solve(load_trace([1 << 62] * 4, [1 << 62] * 4), two)
+    assert imbalances(result)["local_search"] == pytest.approx(1)
+
+
 def test_hand_worked_plan(two: Cluster) -> None:
     """Tuned on 6, 4, 2, 0: only {0, 3} and {1, 2} are even. Held out 4, 4, 2, 2: those have 6 and
     6; linear placement {0, 1}, {2, 3} has 8 and 4, max over mean 8 / 6."""
