@@ -26,6 +26,7 @@ from eplb_peer import load_peer
 
 from moesim.cluster import load_cluster
 from moesim.cost.step import StepModel, build_step_model
+from moesim.errors import InputError
 from moesim.model import load_model
 from moesim.planning.evaluate import Measured, Sample, difference, draw_sample, figures, measure
 from moesim.planning.traffic import sample_traffic
@@ -46,6 +47,8 @@ COUNTED_S = 3600.0
 CLOCKED = {"ilp": 60.0, "moetuner": 60.0, "exflow": 60.0, "transmissions": 60.0}
 """Time limits of those that end by the clock."""
 FIGURE = {"balance": "imbalance", "time": "step_us"}
+REFUSED = "refused"
+PROGRESS = ("solver", "status", "value", "change", "seconds")
 KEPT = ("imbalance", "imbalance_p99", "fan_out", "node_fan_out", "step_us")
 
 
@@ -214,30 +217,39 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     cases = [c for c in CASES if any(r["case"] == c.title for r in rows)]
-    figure, axes = plt.subplots(1, len(cases), figsize=(4.4 * len(cases), 4.2), squeeze=False)
+    names = list(dict.fromkeys(r["solver"] for r in rows))[::-1]
+    figure, axes = plt.subplots(
+        1, len(cases), figsize=(1.2 + 3.4 * len(cases), 4.4), squeeze=False, sharey=True
+    )
     for axis, case in zip(axes[0], cases, strict=True):
-        own = [r for r in rows if r["case"] == case.title]
+        own = [r for r in rows if r["case"] == case.title and r["status"] != REFUSED]
         for row in own:
             change, low, high = (float(row[k]) for k in ("change", "low", "high"))
-            seconds = max(float(row["cpu_seconds"]), 1e-3)
+            at = names.index(row["solver"])
             axis.errorbar(
-                seconds, change, [[change - low], [high - change]], fmt="o", ms=4, capsize=2
+                change,
+                at,
+                xerr=[[change - low], [high - change]],
+                fmt="o",
+                ms=4,
+                capsize=2,
+                color="#4477aa" if change <= 0 else "#ee6677",
             )
+            seconds = float(row["cpu_seconds"])
             axis.annotate(
-                row["solver"],
-                (seconds, change),
-                xytext=(4, 4),
+                f"{seconds:.1f} s" if seconds >= 0.1 else "< 0.1 s",
+                (high, at),
+                xytext=(5, -3),
                 textcoords="offset points",
                 fontsize=7,
             )
-        axis.set_xscale("log")
-        axis.set_yscale("symlog", linthresh=5)
-        axis.axhline(0, color="grey", lw=0.8)
+        axis.axvline(0, color="grey", lw=0.8)
         what = {"balance": "imbalance", "time": "predicted MoE time"}[case.objective]
         axis.set_title(f"{case.trace}, {case.gpus} GPUs\n{case.phase}, {what}", fontsize=9)
-        axis.set_xlabel("processor seconds")
+        axis.set_xlabel("against EPLB, held-out, %")
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.margins(x=0.2)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("against EPLB, held-out, % (lower is better)")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -263,7 +275,7 @@ def write_report(rows: list[dict], out: Path) -> None:
         "",
         "    python benchmarks/solvers.py --data ../shared/data --eplb eplb.py",
         "",
-        "![held-out change against EPLB by processor seconds](solvers.png)",
+        "![held-out change against EPLB, with processor seconds](solvers.png)",
         "",
         "| case | solver | status | objective | bound | gap | imbalance | p99 | GPUs a token |"
         " nodes a token | MoE time, ms | against EPLB | processor s | wall s |",
@@ -271,8 +283,12 @@ def write_report(rows: list[dict], out: Path) -> None:
     ]
     for case in CASES:
         own = [r for r in rows if r["case"] == case.title]
-        bound = max((float(r["bound"]) for r in own), default=0.0)
+        bound = max((float(r["bound"] or 0) for r in own), default=0.0)
         for row in own:
+            if row["status"] == REFUSED:
+                cells = [case.title, row["solver"], REFUSED + ": " + row["notes"], *[""] * 11]
+                lines.append("| " + " | ".join(cells) + " |")
+                continue
             value = float(row["value"])
             change = f"{float(row['change']):+.1f}%"
             change += f" ({float(row['low']):+.1f} to {float(row['high']):+.1f})"
@@ -318,13 +334,16 @@ def main() -> None:
         values = setting.cost.layer_values(eplb.placement)
         bound = lower_bound(setting.problem, layer_values=values, objective=setting.cost).value
         for name in missing:
-            row = run_solver(name, setting, peer, base, bound or 0.0)
+            try:
+                row = run_solver(name, setting, peer, base, bound or 0.0)
+            except InputError as error:
+                row = {"solver": name, "status": REFUSED, "notes": error.cause}
             rows.append({"case": case.title, **row})
             with table.open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
-            print(case.trace, name, row["value"], row["change"], row["seconds"], "s", flush=True)
+            print(case.trace, *(row.get(k) for k in PROGRESS), flush=True)
     plot(rows, args.out / "solvers.png")
     write_report(rows, args.out)
 
