@@ -369,6 +369,11 @@ def _build_load_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> LoadT
         )
     if load.min() < 0:
         raise FormatError(f"{where}: expert_load has negative counts", _REMEDY)
+    both = sorted(set(raw) & {"expert_ids", "gate_weights", *TOKEN_DTYPES})
+    if both:
+        raise FormatError(
+            f"{where}: holds expert_load and {both[0]}, counts and tokens", "write one of them"
+        )
     return LoadTrace(load, meta, where)
 
 

@@ -428,3 +428,23 @@ def test_meta_fields_are_checked(change: dict[str, Any], part: str) -> None:
 def test_meta_that_is_no_object(text: str) -> None:
     with pytest.raises(FormatError):
         parse_meta(text, "t")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"expert_load": np.full((2, 1, 4), -1)}, "negative counts"),
+        ({"expert_load": np.ones((2, 1, 4))}, "wanted int64"),
+        ({"expert_load": np.ones((2, 2, 4), np.int64)}, "wanted int64"),
+        ({"expert_ids": np.zeros((3, 1, 2), np.uint8)}, "holds expert_load and expert_ids"),
+    ],
+)
+def test_load_traces_that_are_wrong(
+    tmp_path: Path, changed: dict[str, np.ndarray], message: str
+) -> None:
+    meta = TraceMeta("toy", 4, 2, (0,))
+    arrays = {"expert_load": np.ones((2, 1, 4), np.int64), **changed}
+    np.savez(tmp_path / "l.npz", allow_pickle=False, **arrays, meta=np.array(meta.to_json()))
+    with pytest.raises(FormatError, match=message) as error:
+        load_trace(tmp_path / "l.npz")
+    assert "l.npz" in error.value.cause
