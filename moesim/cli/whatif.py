@@ -100,7 +100,7 @@ def whatif(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """What if: evaluate a grid of deployments, answer a question about it, and see whether the
-    answer holds when the inputs change. Exit code 1 if no point keeps the promises.
+    answer holds when the inputs change. Exit code 1 if no point keeps the promises, or none fits.
 
     Example: moesim whatif --evaluator plan --trace sample:debian-moe --gpus 4,8,16 --vary
     solver=linear,eplb
@@ -155,7 +155,7 @@ def whatif(
             f"{len(results.failures)} points failed, the first with: {results.failures[0].error};"
             " run this again to try them again"
         )
-    if made.question.bounds and results.answer is None:
+    if results.answer is None:
         raise typer.Exit(1)
 
 

@@ -118,7 +118,8 @@ def _print_answer(console: Console, data: dict[str, Any]) -> None:
     answer = data["answer"]
     if answer is None:
         near = data["nearest"]
-        console.print(f"no point keeps the promises ({_bounds(question)})")
+        bounds = _bounds(question)
+        console.print(f"no point keeps the promises ({bounds})" if bounds else "no point can be run")
         if near is not None:
             point = next(p for p in data["points"] if p["key"] == near["point"])
             console.print(

@@ -84,6 +84,13 @@ def test_nothing_keeps_the_promise(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(Path("study.json").read_text())["answer"] is None
 
 
+def test_models_that_fit_nowhere_are_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    assert whatif("--model", "deepseek-v3", "--gpus", "1,2") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "weights take 673.1" in out
+    assert "no point can be run" in out
+
+
 def test_all_infeasible_is_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     path = study("grid: {gpus: [1, 2]}", "slo: tpot_mean<1s", "minimize: gpus")
     assert whatif(path, "--model", "deepseek-v3") == 1
