@@ -117,7 +117,7 @@ def assemble(segments: Sequence[Segment], options: ImportOptions, source: dict[s
         ),
         positions=np.concatenate([s.positions[keep].astype(np.int32) for s, keep, _ in parts]),
         phases=np.concatenate([s.phases[keep].astype(np.uint8) for s, keep, _ in parts]),
-        gate_weights=_gates(parts, layer_idx),
+        gate_weights=_gates(parts, layer_idx, layer_ids),
         token_ids=_optional(parts, "token_ids", np.int32),
         step_ids=_optional(parts, "step_ids", np.int32),
         rank_ids=_optional(parts, "rank_ids", np.int32),
@@ -347,7 +347,9 @@ def _check(
 
 
 def _gates(
-    parts: list[tuple[Segment, BoolArray, Array]], layer_idx: npt.NDArray[np.int64]
+    parts: list[tuple[Segment, BoolArray, Array]],
+    layer_idx: npt.NDArray[np.int64],
+    layer_ids: tuple[int, ...],
 ) -> Array | None:
     given = [s.gate_weights for s, _, _ in parts]
     if any(g is None for g in given):
@@ -363,8 +365,13 @@ def _gates(
         gates = np.where(ids == -1, 0, gates[keep][:, layer_idx])
         with np.errstate(over="ignore"):
             gates = gates.astype(np.float16 if gates.dtype == np.float16 else np.float32)
-        if not np.isfinite(gates).all():
-            raise FormatError(f"{part.where}: weights are not all finite", DAMAGED)
+        if not (finite := np.isfinite(gates)).all():
+            token, layer, _ = (int(x[0]) for x in np.nonzero(~finite))
+            raise FormatError(
+                f"{part.where}: token {np.flatnonzero(keep)[token]}, layer {layer_ids[layer]}:"
+                f" a weight is {gates[~finite][0]}",
+                DAMAGED,
+            )
         out.append(gates)
     return np.concatenate(out)
 

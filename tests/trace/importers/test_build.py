@@ -68,8 +68,9 @@ def test_gates_and_optional_columns_need_every_segment(draw, options):
     assert both.token_ids is None
     with pytest.raises(FormatError, match="weights have shape"):
         assemble([segment(draw(3), gate_weights=gates[:2])], options(num_experts=8), {})
-    bad = np.full((3, 3, 2), np.inf, np.float32)
-    with pytest.raises(FormatError, match="not all finite"):
+    bad = gates.copy()
+    bad[2, 1, 0] = np.inf
+    with pytest.raises(FormatError, match="token 2, layer 1: a weight is inf"):
         assemble([segment(draw(3), gate_weights=bad)], options(num_experts=8), {})
 
 
