@@ -119,7 +119,8 @@ def _print_answer(console: Console, data: dict[str, Any]) -> None:
     if answer is None:
         near = data["nearest"]
         bounds = _bounds(question)
-        console.print(f"no point keeps the promises ({bounds})" if bounds else "no point can be run")
+        none = f"keeps the promises ({bounds})" if bounds else "can be run"
+        console.print(f"no point {none}")
         if near is not None:
             point = next(p for p in data["points"] if p["key"] == near["point"])
             console.print(
