@@ -48,7 +48,8 @@ def calibrate(
     Example: moesim calibrate --out host.yaml --model mixtral-8x7b
     """
     from moesim.cli.simulate_input import writable
-    from moesim.cost.calibration import load_calibration
+    from moesim.cost.calibration import parse_calibration_file
+    from moesim.replay.table_lines import link_lines, link_rows
     from moesim.replay.tables import load_raw, merge_raw, write_calibration
 
     writable(out, raw)
@@ -61,12 +62,13 @@ def calibrate(
         arguments += [part for s in section or [] for part in ("--section", s)]
         record = _measure(arguments, model or [], ranks, device, raw)
     write_calibration(record, out, name)
-    made = load_calibration(out)
+    made = parse_calibration_file(out.read_text(encoding="utf-8"), where=str(out))
     if as_json:
-        typer.echo(json.dumps(_summary(record, out), indent=1))
+        found = {**_summary(record, out), "links": link_rows(made)}
+        typer.echo(json.dumps(found, indent=1))
         return
     typer.echo(f"{out}: {made.gpu}")
-    for line in _lines(record):
+    for line in [*_lines(record), *link_lines(made)]:
         typer.echo(line)
 
 

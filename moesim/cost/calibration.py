@@ -38,7 +38,8 @@ class Calibration:
     """Models of one GPU type, ready to evaluate.
 
     `collectives`: `CollectiveModel`; `experts`: by (dtype, kernel), the first of a dtype being its
-    default; `copies`: by direction; `dense`: GEMM and attention. `eager_collective_us`: host time
+    default; `copies`: by direction, host copies of pinned memory with most GPUs at once;
+    `host_copies`: every host copy; `dense`: GEMM and attention. `eager_collective_us`: host time
     that a collective adds where it is not replayed from a CUDA graph. `local_copy_gb_per_s`: rate
     at which an uneven all-to-all copies what stays on its rank, None where not measured.
     `issue_us`: host time to enqueue one call of a kind (collective, ffn, permute, reduce).
@@ -55,6 +56,7 @@ class Calibration:
     dense: DenseModel = field(default_factory=DenseModel)
     issue_us: Mapping[str, float] = field(default_factory=dict)
     in_layer_saves_us: float = 0.0
+    host_copies: tuple[CopyModel, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def collective(
@@ -112,12 +114,15 @@ class Calibration:
         borrowed = [c for c in other.collectives.curves if not self.collectives.answers(c.kind)]
         dtypes = {dtype for dtype, _ in self.experts}
         experts = {key: m for key, m in other.experts.items() if key[0] not in dtypes}
+        copied = {(c.direction, c.pinned) for c in self.host_copies}
+        host = [c for c in other.host_copies if (c.direction, c.pinned) not in copied]
         mine, theirs = self.dense, other.dense
         return replace(
             self,
             collectives=CollectiveModel([*self.collectives.curves, *borrowed]),
             experts={**self.experts, **experts},
             copies={**other.copies, **self.copies},
+            host_copies=(*self.host_copies, *host),
             dense=DenseModel(
                 mine.gemms or theirs.gemms,
                 mine.attention or theirs.attention,
@@ -126,14 +131,32 @@ class Calibration:
             sources={**other.sources, **self.sources},
         )
 
-    def copy(self, direction: str) -> CopyModel:
-        """Host copy "h2d" or "d2h", or "permute" or "reduce" of rows.
+    def copy(
+        self, direction: str, *, pinned: bool = True, num_gpus_at_once: int | None = None
+    ) -> CopyModel:
+        """Host copy "h2d", "d2h" or "both" (so many bytes each way at once), or "permute" or
+        "reduce" of rows.
 
-        Raises UnknownNameError where not measured.
+        `pinned`: of the host's memory. `num_gpus_at_once`: GPUs that copy at a time; the most that
+        was measured where None. Raises UnknownNameError where not measured.
         """
-        if direction not in self.copies:
-            raise UnknownNameError("copy direction", direction, self.copies)
-        return self.copies[direction]
+        if pinned and num_gpus_at_once is None:
+            if direction not in self.copies:
+                raise UnknownNameError("copy direction", direction, self.copies)
+            return self.copies[direction]
+        found = {
+            c.num_gpus_at_once: c
+            for c in self.host_copies
+            if c.direction == direction and c.pinned == pinned
+        }
+        asked = num_gpus_at_once or max(found, default=1)
+        if asked not in found:
+            raise UnknownNameError("host copy", _named(direction, pinned, asked), self._host_names)
+        return found[asked]
+
+    @property
+    def _host_names(self) -> list[str]:
+        return [_named(c.direction, c.pinned, c.num_gpus_at_once) for c in self.host_copies]
 
 
 def calibration_names() -> list[str]:
@@ -191,9 +214,10 @@ def build_calibration(parsed: CalibrationFile) -> Calibration:
     return Calibration(
         name=parsed.name,
         gpu=parsed.gpu,
-        collectives=CollectiveModel([_collective(entry) for entry in parsed.collectives]),
+        collectives=CollectiveModel([_collective(e) for e in parsed.collectives if e.share == 1.0]),
         experts={(entry.dtype, entry.kernel): _expert(entry) for entry in parsed.expert_ffn},
         copies=_copies(parsed.copies),
+        host_copies=tuple(_copy([e]) for e in parsed.copies if not e.is_row_move and e.fan == 1.0),
         eager_collective_us=parsed.overheads.eager_collective_us,
         local_copy_gb_per_s=parsed.overheads.local_copy_gb_per_s,
         dense=_dense(parsed),
@@ -284,21 +308,35 @@ def _waves(entry: WavesEntry) -> TileWaves:
 
 
 def _copies(entries: Sequence[CopyEntry]) -> dict[str, CopyModel]:
-    """By direction; of entries that differ in their fan the smallest, with the others' curves."""
+    """By direction: of row moves all fans, of pinned host copies the one by most GPUs at once."""
     out = {}
-    for direction in dict.fromkeys(entry.direction for entry in entries):
-        same = sorted((e for e in entries if e.direction == direction), key=lambda e: e.fan)
-        first = same[0]
-        out[str(direction)] = CopyModel(
-            direction=direction,
-            curve=_copy_curve(first),
-            floor_us=first.floor_us,
-            bytes_range=_span(first.bytes_range, first.table),
-            fans=tuple((entry.fan, _copy_curve(entry)) for entry in same[1:]),
-            basis=first.basis,
-            source=first.source,
-        )
+    for direction in dict.fromkeys(entry.direction for entry in entries if entry.pinned):
+        same = [e for e in entries if e.direction == direction and e.pinned]
+        if not same[0].is_row_move:
+            most = max(e.num_gpus_at_once for e in same)
+            same = [e for e in same if e.num_gpus_at_once == most]
+        out[str(direction)] = _copy(same)
     return out
+
+
+def _copy(entries: Sequence[CopyEntry]) -> CopyModel:
+    """Of entries that differ in their fan the smallest, with the others' curves."""
+    first, *others = sorted(entries, key=lambda e: e.fan)
+    return CopyModel(
+        direction=first.direction,
+        curve=_copy_curve(first),
+        floor_us=first.floor_us,
+        bytes_range=_span(first.bytes_range, first.table),
+        fans=tuple((entry.fan, _copy_curve(entry)) for entry in others),
+        pinned=first.pinned,
+        num_gpus_at_once=first.num_gpus_at_once,
+        basis=first.basis,
+        source=first.source,
+    )
+
+
+def _named(direction: str, pinned: bool, num_gpus_at_once: int) -> str:
+    return f"{direction} {'pinned' if pinned else 'unpinned'} by {num_gpus_at_once}"
 
 
 def _copy_curve(entry: CopyEntry) -> SizeCurve:

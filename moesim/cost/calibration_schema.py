@@ -63,12 +63,18 @@ def _check_table(rows: list[list[float]] | None) -> None:
 
 
 class CollectiveEntry(_Entry):
-    """One kind over one group: concave pieces by link, or a table [bytes, us, spread_us]."""
+    """One kind over one group: concave pieces by link, or a table [bytes, us, spread_us].
+
+    `share`: of an `all_to_all_v`, what every other pair exchanges, of what each rank sends to the
+    busiest one, whose received bytes a table has. Entries below 1 are kept for the reader;
+    predictions take the even one at the busiest rank's bytes.
+    """
 
     kind: str
     group_size: PositiveInt
     num_nodes: PositiveInt = 1
     num_sms: PositiveInt | None = None
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0
     nvlink: list[Segment] | None = None
     nic: list[Segment] | None = None
     table: list[SizeRow] | None = None
@@ -84,6 +90,8 @@ class CollectiveEntry(_Entry):
         for name in ("nvlink", "nic"):
             if getattr(self, name) == []:
                 raise ValueError(f"{name}: needs at least one [latency_us, gb_per_s] pair")
+        if self.share < 1.0 and self.kind != "all_to_all_v":
+            raise ValueError("share: only an all_to_all_v can be uneven")
         if self.num_nodes > self.group_size:
             raise ValueError("num_nodes: more nodes than ranks")
         _check_table(self.table)
@@ -167,13 +175,17 @@ class ExpertEntry(_Entry):
 class CopyEntry(_Entry):
     """Host link or local copy: `max(floor_us, latency_us + bytes / gb_per_s)`, or a table.
 
+    A host copy (`h2d`, `d2h`, or `both`, so many bytes each way at once) is of pinned memory or
+    not, by one GPU alone or by several at once.
+
     `permute` gathers rows, `reduce` sums several rows into one with weights; their bytes are those
     of every distinct row read and every row written. `fan`: gathered rows a distinct row, or rows
     summed into one, of the entry; several entries of a direction that differ in it are
     interpolated (`moesim.cost.copies`).
     """
 
-    direction: Literal["h2d", "d2h", "permute", "reduce"]
+    direction: Literal["h2d", "d2h", "both", "permute", "reduce"]
+    pinned: bool = True
     num_gpus_at_once: PositiveInt = 1
     fan: Annotated[float, Field(ge=1, le=4096)] = 1.0
     floor_us: NonNegative = 0.0
@@ -187,8 +199,15 @@ class CopyEntry(_Entry):
         given = self.latency_us is not None and self.gb_per_s is not None
         if given == (self.table is not None):
             raise ValueError("give either latency_us and gb_per_s, or a 'table'")
+        if not self.pinned and self.is_row_move:
+            raise ValueError("pinned: a row move has no host memory")
         _check_table(self.table)
         return self
+
+    @property
+    def is_row_move(self) -> bool:
+        """Whether the copy stays on the GPU."""
+        return self.direction in ("permute", "reduce")
 
 
 DtypeName = Literal["fp32", "bf16", "fp16", "fp8", "mxfp4", "nvfp4", "int4"]
@@ -282,10 +301,14 @@ class CalibrationFile(_Strict):
             seen.add(expert.dtype)
         fans: dict[str, list[float]] = {}
         for copy in self.copies:
-            fans.setdefault(copy.direction, []).append(copy.fan)
-        for direction, of in fans.items():
+            name: str = copy.direction
+            if not copy.is_row_move:
+                kind = "pinned" if copy.pinned else "unpinned"
+                name = f"{kind} {name} by {copy.num_gpus_at_once}"
+            fans.setdefault(name, []).append(copy.fan)
+        for name, of in fans.items():
             if len(set(of)) < len(of) or min(of) != 1.0:
                 raise ValueError(
-                    f"copies: {direction} needs one entry a fan, and one of fan 1; has {of}"
+                    f"copies: {name} needs one entry a fan, and one of fan 1; has {of}"
                 )
         return self

@@ -12,8 +12,9 @@ from moesim.cost.curves import Basis, Evaluation, FloatArray, SizeCurve
 
 @dataclass(frozen=True)
 class CopyModel:
-    """Host-link (`h2d`, `d2h`, pinned memory) or local `permute` or `reduce` time by bytes.
+    """Host-link (`h2d`, `d2h`, `both` at once) or local `permute` or `reduce` time by bytes.
 
+    `pinned`, `num_gpus_at_once`: of a host copy, the memory, and the GPUs that copy at a time.
     `fans`: further curves of a row move as (fan, curve), ascending, `curve` being that of fan 1. A
     fan is the number of rows on the larger side a row on the smaller one; a curve's bytes are those
     of both sides.
@@ -24,6 +25,8 @@ class CopyModel:
     floor_us: float = 0.0
     bytes_range: tuple[float, float] = (0.0, float("inf"))
     fans: tuple[tuple[float, SizeCurve], ...] = ()
+    pinned: bool = True
+    num_gpus_at_once: int = 1
     basis: Basis = "measured"
     source: str = ""
 

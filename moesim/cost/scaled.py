@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from moesim.cost.calibration import Calibration
 from moesim.cost.collective import CollectiveCurve, CollectiveModel
+from moesim.cost.copies import CopyModel
 from moesim.cost.curves import FloatArray, SizeCurve
 from moesim.cost.dense import DenseModel
 from moesim.cost.step import StepModel
@@ -77,12 +78,11 @@ def faster_calibration(
     out = calibration
     if host_link != 1.0:
         copies = {
-            name: replace(copy, curve=FasterCurve(copy.curve, host_link))
-            if name in ("h2d", "d2h")
-            else copy
+            name: copy if name in ("permute", "reduce") else _faster_copy(copy, host_link)
             for name, copy in out.copies.items()
         }
-        out = replace(out, copies=copies)
+        every = tuple(_faster_copy(copy, host_link) for copy in out.host_copies)
+        out = replace(out, copies=copies, host_copies=every)
     if network != 1.0:
         out = replace(out, collectives=FasterCollectives(out.collectives, network))
     if compute != 1.0:
@@ -95,6 +95,10 @@ def faster_calibration(
             ),
         )
     return out
+
+
+def _faster_copy(copy: CopyModel, factor: float) -> CopyModel:
+    return replace(copy, curve=FasterCurve(copy.curve, factor))
 
 
 def _all(models: Mapping[Any, _M], factor: float) -> dict[Any, _M]:

@@ -169,4 +169,5 @@ SECTIONS: dict[str, Section] = {
     "copies": calibrate_links.measure_copies,
     "single_expert": calibrate_experts.measure_single,
     "collectives": calibrate_links.measure_collectives,
+    "subgroups": calibrate_links.measure_subgroups,
 }

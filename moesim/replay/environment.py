@@ -23,7 +23,7 @@ def describe(ctx: Context) -> dict[str, Any]:
         "device": platform.processor() or platform.machine(),
         "backend": "nccl" if ctx.is_cuda else "gloo",
         "num_ranks": ctx.num_ranks,
-        "num_nodes": ctx.num_ranks // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1),
+        "num_nodes": num_nodes_of(ctx.num_ranks),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -41,6 +41,16 @@ def describe(ctx: Context) -> dict[str, Any]:
             "driver": _driver(),
         }
     return out
+
+
+def ranks_per_node() -> int:
+    """Ranks that torchrun started on this host."""
+    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def num_nodes_of(num_ranks: int) -> int:
+    """Hosts over which the first `num_ranks` ranks lie."""
+    return -(-num_ranks // ranks_per_node())
 
 
 def _driver() -> str:

@@ -121,10 +121,12 @@ class Context:
             print(PREFIX + text, file=sys.stderr, flush=True)
 
 
-def all_gather_flat(out: torch.Tensor, mine: torch.Tensor) -> None:
+def all_gather_flat(
+    out: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup | None = None
+) -> None:
     """All-gather into one tensor, under the name that this version of torch prefers."""
     newer = getattr(dist, "all_gather_single", None)
-    (newer or dist.all_gather_into_tensor)(out, mine)
+    (newer or dist.all_gather_into_tensor)(out, mine, group=group)
 
 
 @contextmanager

@@ -71,7 +71,8 @@ def calibration_data(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     tables, environment = raw["tables"], raw["environment"]
     ranks, nodes = int(environment["num_ranks"]), int(environment.get("num_nodes", 1))
-    entries = [_collective(kind, ranks, nodes, rows) for kind, rows in _collectives(tables) if rows]
+    entries = [*_collectives(tables, ranks, nodes), *_uneven(tables, ranks, nodes)]
+    entries += _subgroups(tables)
     ffn = [r for r in tables.get("ffn", []) if r["us"] > 0]
     alone, num_sms = tables.get("ffn_alone", ffn), int(environment.get("num_sms", 0))
     experts = expert_entries(_pick(ffn), alone, SOURCE, num_sms)
@@ -107,22 +108,51 @@ def _pick(rows: Iterable[dict[str, Any]]) -> Rows:
     return graph or every
 
 
-def _collectives(tables: Mapping[str, Rows]) -> list[tuple[str, Rows]]:
+def _collectives(tables: Mapping[str, Rows], ranks: int, nodes: int) -> list[dict[str, Any]]:
+    """Even collectives of all ranks."""
     even = [r for r in _pick(tables.get("all_to_all_v", [])) if r["share"] == 1.0]
     rows = _pick(tables.get("collectives", []))
-    kinds = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce", "p2p")
-    return [("all_to_all_v", even), *((k, [r for r in rows if r["kind"] == k]) for k in kinds)]
+    out = _collective("all_to_all_v", ranks, nodes, even)
+    for kind in ("all_to_all", "all_gather", "reduce_scatter", "all_reduce", "p2p"):
+        of_kind = [r for r in rows if r["kind"] == kind]
+        two = kind == "p2p"
+        out += _collective(kind, 2 if two else ranks, 1 if two else nodes, of_kind)
+    return out
 
 
-def _collective(kind: str, ranks: int, nodes: int, rows: Rows) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "group_size": 2 if kind == "p2p" else ranks,
-        "num_nodes": 1 if kind == "p2p" else nodes,
-        "basis": "measured",
-        "source": SOURCE,
-        "table": _table(rows),
-    }
+def _uneven(tables: Mapping[str, Rows], ranks: int, nodes: int) -> list[dict[str, Any]]:
+    rows = _pick(tables.get("all_to_all_v", []))
+    shares = sorted({r["share"] for r in rows if r["share"] < 1.0}, reverse=True)
+    return [
+        entry
+        for share in shares
+        for entry in _collective(
+            "all_to_all_v", ranks, nodes, [r for r in rows if r["share"] == share], share=share
+        )
+    ]
+
+
+def _subgroups(tables: Mapping[str, Rows]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, int, int, float], Rows] = {}
+    for row in _pick(tables.get("subgroups", [])):
+        key = (str(row["kind"]), int(row["group_size"]), int(row["num_nodes"]), row["share"])
+        groups.setdefault(key, []).append(row)
+    out: list[dict[str, Any]] = []
+    for (kind, size, nodes, share), rows in groups.items():
+        more = {} if share == 1.0 else {"share": share}
+        out += _collective(kind, size, nodes, rows, **more)
+    return out
+
+
+def _collective(
+    kind: str, ranks: int, nodes: int, rows: Rows, **more: float
+) -> list[dict[str, Any]]:
+    """An entry, or none where fewer than two sizes were measured."""
+    table = _table(rows)
+    if len(table) < 2:
+        return []
+    fixed = {"kind": kind, "group_size": ranks, "num_nodes": nodes, **more}
+    return [{**fixed, "basis": "measured", "source": SOURCE, "table": table}]
 
 
 def _table(rows: Rows) -> list[list[float]]:
@@ -157,7 +187,7 @@ def _overheads(tables: Mapping[str, Rows]) -> dict[str, Any]:
 
 
 def _copies(tables: Mapping[str, Rows]) -> list[dict[str, Any]]:
-    """Row moves, an entry a fan, and pinned host copies with all GPUs at once."""
+    """Row moves, an entry a fan, and host copies: pinned by all GPUs at once, then the rest."""
     out: list[dict[str, Any]] = []
     moves = _pick(tables.get("permute", []))
     for direction, op in (("permute", "gather"), ("reduce", "reduce")):
@@ -165,16 +195,20 @@ def _copies(tables: Mapping[str, Rows]) -> list[dict[str, Any]]:
             rows = [r for r in moves if r["op"] == op and r["fan"] == fan]
             if len({r["bytes"] for r in rows}) > 1:
                 out.append(_copy_entry(direction, rows, fan=float(fan)))
-    pinned = [r for r in tables.get("copies", []) if r["pinned"]]
-    most = max((r["num_gpus_at_once"] for r in pinned), default=1)
-    for direction in ("h2d", "d2h"):
-        rows = [r for r in pinned if r["direction"] == direction and r["num_gpus_at_once"] == most]
-        if len(rows) > 1:
-            out.append(_copy_entry(direction, rows, num_gpus_at_once=most))
+    host: dict[tuple[bool, int, str], Rows] = {}
+    for row in tables.get("copies", []):
+        key = (bool(row["pinned"]), int(row["num_gpus_at_once"]), str(row["direction"]))
+        host.setdefault(key, []).append(row)
+    order = ("h2d", "d2h", "both")
+    for pinned, gpus, direction in sorted(host, key=lambda k: (not k[0], -k[1], order.index(k[2]))):
+        rows = host[pinned, gpus, direction]
+        if len({r["bytes"] for r in rows}) > 1:
+            more = {} if pinned else {"pinned": False}
+            out.append(_copy_entry(direction, rows, **more, num_gpus_at_once=gpus))
     return out
 
 
-def _copy_entry(direction: str, rows: Rows, **more: float) -> dict[str, Any]:
+def _copy_entry(direction: str, rows: Rows, **more: float | bool) -> dict[str, Any]:
     fixed = {"direction": direction, **more, "basis": "measured", "source": SOURCE}
     return {**fixed, "table": _table(rows)}
 

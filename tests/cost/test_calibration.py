@@ -99,6 +99,11 @@ EXPERT = "  - {{dtype: bf16, kernel: k, weight_bytes_per_param: 2, {}}}\n"
             "consistent",
         ),
         (HEAD + "copies:\n  - {direction: h2d, latency_us: 3}\n", "either"),
+        (HEAD + "collectives:\n" + ENTRY.format("share: 0.5, nvlink: [[1, 1]]"), "uneven"),
+        (
+            HEAD + "copies:\n  - {direction: reduce, pinned: false, latency_us: 3, gb_per_s: 1}\n",
+            "no host memory",
+        ),
     ],
 )
 def test_bad_files_name_the_field(text: str, says: str) -> None:
@@ -289,6 +294,40 @@ def test_host_copies() -> None:
     assert copy.time_us([1e5, 1e7]) == pytest.approx([20.0, 210.0])
     with pytest.raises(UnknownNameError, match="d2h"):
         parse_calibration(text).copy("d2h")
+
+
+def test_host_copies_by_memory_and_company() -> None:
+    each = "  - {{direction: {}, pinned: {}, num_gpus_at_once: {}, latency_us: {}, gb_per_s: 1}}\n"
+    rows = [("h2d", "true", 1, 1), ("h2d", "true", 4, 2), ("h2d", "false", 2, 9)]
+    rows.append(("d2h", "false", 1, 7))
+    made = parse_calibration(HEAD + "copies:\n" + "".join(each.format(*row) for row in rows))
+    # Without a word: pinned, by the most GPUs at once.
+    assert made.copy("h2d").time_us(0) == 2.0
+    assert made.copy("h2d", num_gpus_at_once=1).time_us(0) == 1.0
+    assert made.copy("h2d", pinned=False).time_us(0) == 9.0
+    # Pinned memory is not answered by unpinned, nor three GPUs by four.
+    with pytest.raises(UnknownNameError, match="d2h"):
+        made.copy("d2h")
+    with pytest.raises(UnknownNameError, match="'h2d pinned by 3'"):
+        made.copy("h2d", num_gpus_at_once=3)
+    with pytest.raises(UnknownNameError, match="'both unpinned by 1'"):
+        made.copy("both", pinned=False)
+    # What is lacking comes from the other; an entry of one's own stays.
+    other = parse_calibration(HEAD + "copies:\n" + each.format("d2h", "true", 1, 3))
+    assert made.completed_by(other).copy("d2h").time_us(0) == 3.0
+    assert made.completed_by(other).copy("d2h", num_gpus_at_once=1).time_us(0) == 3.0
+    assert other.completed_by(made).copy("h2d", pinned=False).time_us(0) == 9.0
+
+
+def test_an_uneven_entry_answers_nothing() -> None:
+    entry = "  - {{kind: all_to_all_v, group_size: 2, {}}}\n"
+    uneven = entry.format("share: 0.5, table: [[1000, 5], [2000, 6]]")
+    even = entry.format("table: [[1000, 8], [2000, 9]]")
+    for text in (even + uneven, uneven + even):
+        made = parse_calibration(HEAD + "collectives:\n" + text)
+        assert made.collective("all_to_all_v", 2).time_us(1000) == pytest.approx(8)
+    with pytest.raises(UnknownNameError):
+        parse_calibration(HEAD + "collectives:\n" + uneven).collective("all_to_all_v", 2)
 
 
 def test_gemm_by_hand() -> None:

@@ -56,6 +56,18 @@ def test_every_kernel_and_link_gets_quicker_and_none_by_more(name: str) -> None:
     assert float(fast.copy("h2d").time_us(1e9)) < float(copy.time_us(1e9))
 
 
+def test_every_host_copy_is_faster_over_a_faster_host_link() -> None:
+    plain = load_calibration("h200x4-torch")
+    fast = faster_calibration(plain, host_link=2.0)
+    for direction, pinned, gpus in (("h2d", False, 4), ("d2h", True, 1), ("both", True, 4)):
+        before, after = (
+            c.copy(direction, pinned=pinned, num_gpus_at_once=gpus) for c in (plain, fast)
+        )
+        assert after.time_us(1e8) < 0.6 * before.time_us(1e8)
+    assert fast.copy("both").time_us(1e8) < plain.copy("both").time_us(1e8)
+    assert fast.copy("reduce").time_us(1e8) == plain.copy("reduce").time_us(1e8)
+
+
 def test_a_step_model_on_a_faster_network(build: ModuleType) -> None:
     step = build_step_model(
         build.small_cluster(), build.toy_model(1, 4, 2), calibration=build.toy_calibration()

@@ -58,7 +58,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     made.add_plan("round_robin", [0, 2, 4, 6, 1, 3, 5, 7], 2)
     made.add_plan("replicas", [0, 2, 4, 6, 1, 0, 1, 3, 5, 7], 2)
     made.add_plan("empty_slots", [0, 1, 2, 3, 4, 5, 6, 7, -1, -1, -1, -1], 2)
-    made.add_plan("three", [*range(8), -1], 3)
+    made.add_plan("idle_rank", [*range(8), -1, -1, -1, -1], 4)
     made.add_plan("four", list(range(8)), 4)
     return made
 
@@ -75,10 +75,10 @@ class Forked:
 
 @pytest.fixture(scope="session")
 def forked(inputs: Inputs) -> Forked:
-    """ranks.py, run once: three ranks."""
-    raw, measured = inputs.folder / "raw.json", inputs.folder / "three-measured.json"
+    """ranks.py, run once: four ranks."""
+    raw, measured = inputs.folder / "raw.json", inputs.folder / "four-ranks.json"
     script = Path(__file__).with_name("ranks.py")
-    command = [sys.executable, str(script), str(inputs.trace), str(inputs.plans["three"])]
+    command = [sys.executable, str(script), str(inputs.trace), str(inputs.plans["idle_rank"])]
     command += [str(raw), str(measured)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

@@ -30,7 +30,7 @@ from moesim.trace.format import load_token_trace
 CONTAINER_PART = (__main__, offload, validate)
 NOT_NEEDED = {"moesim.cost", "moesim.sim"}
 SHAPE = ExpertShape("tiny", 64, 32, 8, 2, "fp32")
-NUM_RANKS = 3
+NUM_RANKS = 4
 NUM_TOKENS = 60
 
 
@@ -39,7 +39,7 @@ def variants(ctx: Context, trace_path: str) -> int:
     trace = load_token_trace(trace_path, "test")
     placement = np.array([0, 1, 2, 3, 4, 5, 6, 7, 0, -1, 1, -1])
     count = 0
-    engine = Engine(ctx, SHAPE, 4, 64, Kernels(), num_sets=1)
+    engine = Engine(ctx, SHAPE, 3, 64, Kernels(), num_sets=1)
     every_home = {
         "even": home_ranks(NUM_TOKENS, ctx.num_ranks),
         "one rank has none": np.arange(NUM_TOKENS) % (ctx.num_ranks - 1),

@@ -27,14 +27,14 @@ def arguments_of(inputs, out: Path, *names: str, tokens: int = 16) -> list[str]:
     return [*arguments, "--tokens", str(tokens), "--budget", "0.05", "--timeout", "30"]
 
 
-def test_every_variant_on_three_ranks(forked) -> None:
+def test_every_variant_on_four_ranks(forked) -> None:
     """Numerics and conservation (INV-1) for each policy, dedup and home distribution, idle ranks
     too; a calibration and a validation; all with torch, numpy and moesim alone to import."""
     assert forked.returncode == 0, forked.stderr[-2000:]
-    assert "18 variants and a synthetic layer on 3 ranks" in forked.stderr
+    assert "18 variants and a synthetic layer on 4 ranks" in forked.stderr
     record = json.loads(forked.measured.read_text())
-    assert record["environment"]["num_ranks"] == 3
-    assert [c["plan"] for c in record["checks"]] == ["three"]
+    assert record["environment"]["num_ranks"] == 4
+    assert [c["plan"] for c in record["checks"]] == ["idle_rank"]
     assert record["checks"][0]["relative_error"] < 1e-5
     assert record["kernels"]["ffn"] == "loop"
     assert record["environment"]["settings"]["NCCL_NVLS_ENABLE"] == "0"

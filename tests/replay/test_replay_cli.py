@@ -29,10 +29,16 @@ def test_calibrated_then_validated(inputs, forked, tmp_path, capsys) -> None:
     shape = json.dumps(inputs.shape.to_json())
     host = tmp_path / "host.yaml"
     assert run(["calibrate", "--from-raw", str(forked.raw), "--out", str(host), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["num_rows"]
+    summary = json.loads(capsys.readouterr().out)
+    rows = summary["num_rows"]
     assert {"launch", "all_to_all_v", "permute", "ffn", "collectives", "single_expert"} <= set(rows)
     made = load_calibration(host)
-    assert made.collective("all_to_all_v", 3).group_measured
+    for kind in ("all_to_all_v", "all_to_all", "all_gather", "reduce_scatter", "all_reduce"):
+        groups = {r["group_size"] for r in summary["links"] if r["kind"] == kind}
+        assert groups == {2, 4}
+        assert all(made.collective(kind, size).group_measured for size in groups)
+    shares = {r["share"] for r in summary["links"] if r["kind"] == "all_to_all_v"}
+    assert shares == {1.0, 0.5, 0.125, 0.0}
     assert [fan for fan, _ in made.copy("reduce").fans] == [2.0, 8.0]
 
     out = tmp_path / "measured.json"
