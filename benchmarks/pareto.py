@@ -93,15 +93,17 @@ def plot(rows: list[dict], path: Path) -> None:
                 capsize=2,
                 color=colour,
             )
+            ours = bool(int(row["ours"]))
             axis.annotate(
-                row["plan"],
+                row["plan"].replace(", network x", " x").removesuffix(" x 1"),
                 (float(row["fan_out"]), float(row[key])),
-                xytext=(5, 5),
+                xytext=(-5, -12) if ours else (5, 5),
+                ha="right" if ours else "left",
                 textcoords="offset points",
                 fontsize=8,
             )
-        ours = sorted((float(r["fan_out"]), float(r[key])) for r in own if int(r["ours"]))
-        axis.plot(*zip(*ours, strict=True), color="#4477aa", lw=1, alpha=0.5)
+        curve = sorted((float(r["fan_out"]), float(r[key])) for r in own if int(r["ours"]))
+        axis.plot(*zip(*curve, strict=True), color="#4477aa", lw=1, alpha=0.5)
         axis.set_xlabel("GPUs a token (fan-out)")
         axis.set_ylabel(labels[key])
         axis.margins(x=0.16)
