@@ -173,7 +173,7 @@ def plot_layers(rows: list[dict[str, Any]], path: Path) -> None:
 def tables(rows: list[dict[str, Any]], layers: list[dict[str, Any]]) -> str:
     """Markdown of the crossovers, the cost of never switching, and the layers."""
     out = [
-        "| model | cluster | quickest way by tokens of each GPU | slowest basis |",
+        "| model | cluster | quickest way by tokens of each GPU | rests on |",
         "|---|---|---|---|",
     ]
     for row in (r for r in rows if r["spread"] == 1.0):
