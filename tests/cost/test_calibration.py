@@ -479,3 +479,14 @@ def test_the_documented_file_loads_and_the_documented_errors_are_the_files() -> 
     files = list((root / "topologies" / "calibration").glob("*.yaml"))
     assert errors_table.table(files) in text
     assert errors_table.engine_table(files) in (root / "docs" / "step-time.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in calibration_names() if n.split("-")[-1] in ("vllm", "sglang", "trtllm")]
+)
+@pytest.mark.parametrize("group", [2, 4, 8])
+def test_large_all_reduces_of_engines_are_nccls(name: str, group: int) -> None:
+    """Beyond their own kernels' sizes engines call NCCL: the same bytes take the same time."""
+    own = load_calibration(name).collective("all_reduce", group)
+    nccl = load_calibration(name.split("-")[0]).collective("all_reduce", group)
+    assert own.time_us(128 * 2**20) == pytest.approx(nccl.time_us(128 * 2**20), rel=0.1)
