@@ -27,9 +27,9 @@ from moesim.trace.batches import RequestIndex, draw_batches, index_requests, spl
 from moesim.trace.format import Trace, load_token_trace
 
 CASES = (("debian-moe", 16, "prefill", 4096), ("gpt-oss-20b", 16, "decode", 512))
-SPLITS = 3
-NUM_LAYERS = 6
-TUNING_BATCHES = 600
+SPLITS = 2
+NUM_LAYERS = 4
+TUNING_BATCHES = 400
 TEST_BATCHES = 32
 PLANS = ("linear", "eplb", "local_search", "worst-domain", "cvar:0.9")
 FAMILIES = {
