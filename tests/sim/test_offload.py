@@ -158,18 +158,24 @@ def test_inv8_alone_it_is_the_closed_form(
     np.testing.assert_allclose(counts.stall_us, closed.wait_s * 1e6, rtol=1e-6, atol=1e-6)
 
 
-def test_a_copy_that_could_begin_at_the_gate_has_not_begun(one_gpu) -> None:
-    """Layer 0 fetches expert 0 (20-50 us) and computes it until 60; the prefetch of 1 for layer 1
-    runs 50-80. Layer 1 begins at 60, so its gate is at 80 as well: the prefetch of 0, next in the
-    queue, is dropped there, and expert 2 is fetched from 80 to 110, done at 120, tail 125. Had
-    the prefetch begun, expert 2 would come at 140."""
+@pytest.mark.parametrize(("gate", "kernel"), [(20, 10), (12, 7), (23, 10)])
+def test_a_copy_that_could_begin_at_the_gate_has_not_begun(one_gpu, gate, kernel) -> None:
+    """A load takes a gate and a kernel, 20 + 10 us: layer 0 fetches expert 0 (20-50) and computes
+    it until 60; the prefetch of 1 for layer 1 runs 50-80. Layer 1 begins at 60, so its gate is at
+    80 as well: the prefetch of 0, next in the queue, is dropped there, and expert 2 is fetched from
+    80 to 110, done at 120, tail 125. Had the prefetch begun, expert 2 would come at 140. With the
+    other numbers rounding puts the end of the first prefetch just before the gate."""
     trace, stream = one_step([[[0], [2]]], 3)
     predicted = np.array([[[-1, -1], [1, 0]]], np.int16)
-    one, table = setup(2, 3, 0, depth=1, width=2), times(2, 3, 30.0)
+    load = gate + kernel
+    one, table = setup(2, 3, 0, depth=1, width=2), times(2, 3, float(load))
+    table.gate_s[:] = gate * 1e-6
+    table.gpu_s[1:] = kernel * 1e-6
     closed = run_timeline(trace, stream, one, table, predicted)
     run, result = simulated(one_gpu, trace, stream, [one], table, predicted=predicted)
-    assert closed.step_s * 1e6 == pytest.approx([125.0])
-    assert result.step_us == pytest.approx([125.0])
+    expected = gate + 3 * load + kernel + 5
+    assert closed.step_s * 1e6 == pytest.approx([expected])
+    assert result.step_us == pytest.approx([expected])
     assert closed.wasted.tolist() == run.memories[0].counts.wasted.tolist() == [[0, 1]]
     assert run.memories[0].copies.bytes_moved[0] == pytest.approx(3 * SIZE)
 
