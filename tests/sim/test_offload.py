@@ -131,13 +131,14 @@ def test_misses_are_the_cache_simulators(one_gpu, policy, warm, batch) -> None:
     load=st.integers(3, 30).map(lambda n: 10.0 * n) | st.floats(30.0, 300.0),
 )
 @example(seed=0, slots=0, depth=1, cpu="none", policy="static", batch=1, load=30.0)
+@example(seed=1, slots=1, depth=0, cpu="none", policy="lfu", batch=3, load=40.0)
 def test_inv8_alone_it_is_the_closed_form(
     one_gpu, seed, slots, depth, cpu, policy, batch, load
 ) -> None:
     """INV-8 for caches: one GPU with nobody beside it has the times, hits, prefetch hits, fetches,
     CPU executions, waste and waiting of `moesim.cache.timeline`, step by step. Loads of whole tens
     let gates, copies and kernels meet at one instant, as in the example: gates are 20 us after a
-    layer begins, kernels 10 us."""
+    layer begins, kernels 10 us a token."""
     trace = TOYS.random_trace(seed, num_requests=3, tokens=12, layers=3)
     requests = TOYS.all_requests(trace)
     stream = decode_stream(requests, batch, seed=seed)
@@ -145,6 +146,7 @@ def test_inv8_alone_it_is_the_closed_form(
     predicted = rng.integers(-1, 8, (stream.num_steps, 3, 2)).astype(np.int16)
     predicted[predicted[..., 0] == predicted[..., 1]] = -1
     table = times(3, 8, load)
+    table.gpu_s[:] = 10e-6 * np.arange(len(table.gpu_s))
     one = setup(
         3, 8, slots, depth=depth, width=2, cpu=cpu, policy=policy,
         frequency=expert_frequency(trace, requests), warm=bool(seed % 2),
