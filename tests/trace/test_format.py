@@ -321,7 +321,9 @@ def test_a_size_in_the_zip_directory_that_lies(make_trace: MakeTrace, tmp_path: 
     assert "expert_ids: truncated" in refused(path).cause
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_damaged_files_are_refused_or_read(
     make_trace: MakeTrace, tmp_path: Path, data: st.DataObject
