@@ -7,6 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("moesim", deadline=None)  # a busy machine is not a failure
+settings.load_profile("moesim")
 
 
 @pytest.fixture(scope="session")
