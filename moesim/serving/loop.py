@@ -87,7 +87,8 @@ def advance(
         ):
             _arrive(req, ids, ranks, queues, prefix, cfg, levels, clock)
         for i in range(len(inst)):
-            if inst[i].busy_until_us == np.inf or inst[i].busy_until_us == now:
+            idle = inst[i].busy_until_us == np.inf and _has_work(ranks, inst, i)
+            if idle or inst[i].busy_until_us == now:
                 _begin_step(
                     req,
                     ids,
@@ -105,6 +106,14 @@ def advance(
                     now,
                 )
     return PAUSED
+
+
+@njit(**INTERNAL)
+def _has_work(ranks: Any, inst: Any, i: int) -> bool:
+    for rank in range(inst[i].first_rank, inst[i].last_rank):
+        if ranks[rank].num_waiting > 0 or ranks[rank].num_running > 0:
+            return True
+    return False
 
 
 @njit(**INTERNAL)
