@@ -137,6 +137,21 @@ def test_a_gpu_that_fails_while_loading_loads_again(trace, models_of, batches_of
     assert result.extra["faults"]["bytes_from_host"] == 2 * 48 * EXPERT_BYTES
 
 
+def test_nothing_passes_a_gpu_that_is_down(trace, batches, models_of) -> None:
+    """DeepEP sends a token between nodes to the GPU of its own rank, which forwards it. With GPU 3
+    down from the start another one of its node does: no byte leaves or reaches GPU 3 (on a network
+    without rails, whose routes pass other GPUs)."""
+    models = models_of(16, all_to_all="deepep", cluster="h100-sxm-roce-leafspine")
+    result, run = run_with(
+        models, trace, batches, replicated(models), [Fault("gpu:3", 0.0, gpus=(3,))]
+    )
+    at_3 = ["gpu:3" in name.split("->") for name in models.links.names]
+    assert sum(at_3) >= 4
+    assert run.engine.network.bytes[at_3].sum() == 0
+    assert run.engine.network.bytes.sum() > 0
+    assert result.extra["faults"]["bytes_from_host"] == 0
+
+
 def test_the_worst_of_a_links_faults_counts(trace, batches, models_of, linear_of) -> None:
     """Half a link for good, a fifth of it from 20 to 40 us: then half again, not all of it."""
     models = models_of(8)
