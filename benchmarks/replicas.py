@@ -32,8 +32,8 @@ CASES = (
     ("synthetic DeepSeek-V3", 32, "prefill", 8192),
 )
 MAX_REDUNDANT = 64
-NUM_LAYERS = 6
-TUNING_BATCHES = 600
+NUM_LAYERS = 4
+TUNING_BATCHES = 300
 POLICIES = ("split", "hash", "nearest", "lp")
 SOLVERS = ("eplb", "local_search")
 FIELDS = ("balancedness", "imbalance_p99", "fan_out")
