@@ -8,7 +8,9 @@ spread of the resamples' figures, a little wide because each resample has fewer 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,28 +115,27 @@ def measure(
     speed: FloatArray | None = None,
     homes: Callable[[Batches], npt.NDArray[np.int32]] | None = None,
 ) -> Measured:
-    """Route the whole sample through `placement`, a few batches at a time.
+    """Route the whole sample through `placement`, a few batches at a time, on threads.
 
     homes: home GPU of every token of some batches; default `home_ranks`.
     """
     batches = sample.batches
+    workers = os.cpu_count() or 1
     cells = trace.num_layers * placement.num_gpus**2
-    chunk = max(1, CHUNK_CELLS // cells)
-    parts: list[dict[str, FloatArray]] = []
-    load = np.zeros((trace.num_layers, placement.num_gpus))
-    for start in range(0, len(batches), chunk):
+    chunk = max(1, min(CHUNK_CELLS // cells // workers, -(-len(batches) // (2 * workers))))
+
+    def part(start: int) -> tuple[dict[str, FloatArray], FloatArray]:
         stop = min(start + chunk, len(batches))
         span = slice(int(batches.indptr[start]), int(batches.indptr[stop]))
-        part = Batches(
+        some = Batches(
             batches.token_idx[span],
             batches.indptr[start : stop + 1] - batches.indptr[start],
             batches.phase,
             batches.batch_tokens,
         )
-        home = homes(part) if homes else home_ranks(trace, part, placement.num_gpus)
-        routed = route(trace, part, placement, policy=policy, dedup=dedup, home=home)
+        home = homes(some) if homes else home_ranks(trace, some, placement.num_gpus)
+        routed = route(trace, some, placement, policy=policy, dedup=dedup, home=home)
         tokens = routed.gpu_tokens(placement.num_gpus)
-        load += tokens[: max(0, sample.num_main - start)].sum(axis=0)
         per = routed.num_tokens * trace.num_layers
         values = {
             "imbalance": imbalance(tokens, speed),
@@ -154,8 +155,12 @@ def measure(
                 "compute_us": cost.compute_us.max(axis=2).sum(axis=1),
                 "combine_us": cost.combine_us.sum(axis=1),
             }
-        parts.append(values)
-    joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return values, tokens[: max(0, sample.num_main - start)].sum(axis=0)
+
+    with ThreadPoolExecutor(workers) as pool:
+        parts = list(pool.map(part, range(0, len(batches), chunk)))
+    joined = {name: np.concatenate([values[name] for values, _ in parts]) for name in parts[0][0]}
+    load = np.sum([load for _, load in parts], axis=0)
     return Measured(joined, load / sample.num_main)
 
 
