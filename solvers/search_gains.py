@@ -17,7 +17,7 @@ class Gains(NamedTuple):
     """What moving one replica saves and costs in link time, summed over the sampled tokens.
 
     Replica r of expert e is row first[e] + r. place: [R] its GPU.
-    add_gpu: [R, G], add_node: [R, N] link time of messages that it would add on a GPU, on a node;
+    add_gpu: [G, R], add_node: [N, R] link time of messages that it would add on a GPU, on a node;
     drop_gpu, drop_node: [R] of those that nothing else needs where it is. Nodes count only for
     deduplication per node. token_indptr [T + 1], token_row: replicas that serve each token's
     choices; row_indptr [R + 1], row_token: tokens that each replica serves.
@@ -67,8 +67,8 @@ def make_gains(tokens: Tokens, net: Net, flow: Flow, gpus: Array, count: Array) 
     gains = Gains(
         first,
         place,
-        np.zeros((num_rows, num_gpus)),
-        np.zeros((num_rows, num_nodes)),
+        np.zeros((num_gpus, num_rows)),
+        np.zeros((num_nodes, num_rows)),
         np.zeros(num_rows),
         np.zeros(num_rows),
         token_indptr,
@@ -77,25 +77,33 @@ def make_gains(tokens: Tokens, net: Net, flow: Flow, gpus: Array, count: Array) 
         row_token,
     )
     on_gpu, on_node = np.zeros(num_gpus), np.zeros(num_nodes)
+    add_gpu, add_node = np.zeros((num_rows, num_gpus)), np.zeros((num_rows, num_nodes))
+    reach, enter = np.zeros((num_gpus, num_gpus)), np.zeros((num_gpus, num_nodes))
+    for home in range(num_gpus):
+        for g in range(num_gpus):
+            reach[home, g] = reach_us(net, home, g)
+        for n in range(num_nodes):
+            if net.dedup == 2 and n != net.node_of[home]:
+                enter[home, n] = enter_us(net, home, n)
     for t in range(num_tokens):
         home = tokens.home[t]
         for g in range(num_gpus):
             missing = flow.on_gpu[t, g] == 0 or net.dedup == 0
-            on_gpu[g] = reach_us(net, home, g) if missing else 0.0
+            on_gpu[g] = reach[home, g] if missing else 0.0
         for n in range(num_nodes):
-            on_node[n] = 0.0
-            if net.dedup == 2 and n != net.node_of[home] and flow.on_node[t, n] == 0:
-                on_node[n] = enter_us(net, home, n)
+            on_node[n] = enter[home, n] if flow.on_node[t, n] == 0 else 0.0
         for j in range(token_indptr[t], token_indptr[t + 1]):
             r = token_row[j]
             g = place[r]
             n = net.node_of[g]
-            gains.add_gpu[r] += on_gpu
-            gains.add_node[r] += on_node
+            add_gpu[r] += on_gpu
+            add_node[r] += on_node
             if flow.on_gpu[t, g] == 1 or net.dedup == 0:
-                gains.drop_gpu[r] += reach_us(net, home, g)
-            if net.dedup == 2 and n != net.node_of[home] and flow.on_node[t, n] == 1:
-                gains.drop_node[r] += enter_us(net, home, n)
+                gains.drop_gpu[r] += reach[home, g]
+            if flow.on_node[t, n] == 1:
+                gains.drop_node[r] += enter[home, n]
+    gains.add_gpu[:] = add_gpu.T
+    gains.add_node[:] = add_node.T
     return gains
 
 
@@ -148,7 +156,7 @@ def gpu_step(
     for j in range(gains.token_indptr[token], gains.token_indptr[token + 1]):
         r = gains.token_row[j]
         if others == 0:
-            gains.add_gpu[r, gpu] -= us
+            gains.add_gpu[gpu, r] -= us
         elif r != row and gains.place[r] == gpu:
             gains.drop_gpu[r] -= us
 
@@ -167,7 +175,7 @@ def node_step(
     for j in range(gains.token_indptr[token], gains.token_indptr[token + 1]):
         r = gains.token_row[j]
         if others == 0:
-            gains.add_node[r, node] -= us
+            gains.add_node[node, r] -= us
         elif r != row and net.node_of[gains.place[r]] == node:
             gains.drop_node[r] -= us
 
@@ -297,10 +305,10 @@ def replicas(gains: Gains, expert: int) -> int:
 @njit(cache=True, nogil=True)
 def moved_us(gains: Gains, net: Net, row: int, dst: int) -> float:
     """Change of the summed link time when one replica moves to `dst` and nothing else does."""
-    us = gains.add_gpu[row, dst] - gains.drop_gpu[row]
+    us = gains.add_gpu[dst, row] - gains.drop_gpu[row]
     src_node, dst_node = net.node_of[gains.place[row]], net.node_of[dst]
     if src_node != dst_node:
-        us += gains.add_node[row, dst_node] - gains.drop_node[row]
+        us += gains.add_node[dst_node, row] - gains.drop_node[row]
     return us
 
 

@@ -79,6 +79,9 @@ def pair_pass(
     pair = np.empty(2, np.int64)
     row1 = np.empty(slots.shape[1], np.int64)
     row2 = np.empty(slots.shape[1], np.int64)
+    moved2 = np.empty(slots.shape[1])
+    shared2 = np.empty(slots.shape[1])
+    count2 = np.empty(slots.shape[1])
     load_sum = float(peaks.value[0].sum())
     messages_now = message_us(net, flow)
     for g1 in range(num_gpus):
@@ -95,6 +98,11 @@ def pair_pass(
                 row1[s] = replica_row(gains, slots[g1, s], g1)
             for s in range(capacity[g2]):
                 row2[s] = replica_row(gains, slots[g2, s], g2)
+                moved2[s], shared2[s], count2[s] = 0.0, 0.0, 1.0
+                if row2[s] >= 0:
+                    moved2[s] = moved_us(gains, net, row2[s], g1)
+                    shared2[s] = shared_us(gains, net, row2[s], far)
+                    count2[s] = replicas(gains, slots[g2, s])
             hot = gather_pair(work, load, peaks, slots, capacity, unit, g1, g2, scratch)
             mark_rest(peaks, g1, g2, scratch.rest)
             least = float((scratch.hot_others[:hot] - scratch.hot_most[:hot]).sum())
@@ -104,20 +112,19 @@ def pair_pass(
                 e1, r1 = slots[g1, s1], row1[s1]
                 if e1 != empty and holds[g2, e1]:
                     continue
-                us1 = moved_us(gains, net, r1, g2) if e1 < empty else 0.0
+                us1, shared1, count1 = 0.0, 0.0, 1.0
+                if e1 < empty:
+                    us1 = moved_us(gains, net, r1, g2)
+                    shared1 = shared_us(gains, net, r1, far)
+                    count1 = replicas(gains, e1)
                 for s2 in range(capacity[g2]):
-                    e2, r2 = slots[g2, s2], row2[s2]
+                    e2 = slots[g2, s2]
                     if e1 == e2 or (e2 != empty and holds[g1, e2]):
                         continue
-                    us = us1
-                    if e2 < empty:
-                        us += moved_us(gains, net, r2, g1)
-                        if e1 < empty and net.dedup > 0:
-                            both = tokens.together[e1, e2] / (
-                                replicas(gains, e1) * replicas(gains, e2)
-                            )
-                            us += both * shared_us(gains, net, r1, far)
-                            us += both * shared_us(gains, net, r2, far)
+                    us = us1 + moved2[s2]
+                    if e1 < empty and e2 < empty and net.dedup > 0:
+                        both = tokens.together[e1, e2] / (count1 * count2[s2])
+                        us += both * (shared1 + shared2[s2])
                     messages = messages_now + per_us * us
                     worst = np.argmax(score)
                     floor = objective((load_sum + least) / num_batches, messages, ceiling, weight)
@@ -143,7 +150,9 @@ def pair_pass(
                         work[u2, e2],
                         work[u2, e1],
                         delta,
-                        np.inf,
+                        (score[worst] - messages) * num_batches - load_sum
+                        if ceiling == 0.0
+                        else np.inf,
                     )
                     after = (load_sum + delta) / num_batches
                     estimate = objective(after, messages, ceiling, weight)
@@ -247,8 +256,6 @@ def search_messages(
             if changed.max() <= before:
                 break
         rebuild(work, slots, capacity, unit, load)
-        gpus, count = replica_gpus(slots, capacity, num_experts)
-        fill_flow(tokens, net, flow, gpus, count)
         value = objective(mean_max(load), message_us(net, flow), ceiling, weight)
         if value < best_value * (1 - MARGIN):
             best_value = value

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numba import njit
 
 Array = npt.NDArray[Any]
-BLOCK = 256
+BLOCK = 128
 NEVER = np.float32(1e30)
 
 
