@@ -34,8 +34,9 @@ same plan."""
 MESSAGE_OPS = 4e8
 """The same for kicks that look at messages; a step is one token moved from GPU to GPU."""
 MAX_MESSAGE_KICKS = 12
-MESSAGE_BATCHES = 512
-"""Tuning batches, about, on which load is judged for objectives that see messages."""
+MESSAGE_LOADS = 1.1e6
+"""GPU loads, about, over all layers and batches, by which objectives that see messages judge load:
+batches are left out, evenly, where there are more."""
 
 
 class LocalSearch:
@@ -123,8 +124,8 @@ class _Shared:
         problem = self.problem
         counts = self.objective.layer_counts(layer)
         if problem.objective != "balance":
-            step = max(1, problem.num_batches // MESSAGE_BATCHES)
-            counts = np.ascontiguousarray(counts[:, ::step])
+            loads = problem.num_layers * problem.num_gpus * problem.num_batches
+            counts = np.ascontiguousarray(counts[:, :: max(1, round(loads / MESSAGE_LOADS))])
         if problem.objective != "traffic":
             value = self.search_layer(
                 counts,

@@ -45,7 +45,7 @@ from moesim.solvers.search_traffic import (
 )
 
 Array = npt.NDArray[Any]
-TRIES_PER_PAIR = 1
+TRIES_PER_PAIR = 2
 MAX_PASSES = 30
 
 
