@@ -283,7 +283,7 @@ def write_report(rows: list[dict], out: Path) -> None:
     ]
     for case in CASES:
         own = [r for r in rows if r["case"] == case.title]
-        bound = max((float(r["bound"] or 0) for r in own), default=0.0)
+        bound = max((float(r.get("bound") or 0) for r in own), default=0.0)
         for row in own:
             if row["status"] == REFUSED:
                 cells = [case.title, row["solver"], REFUSED + ": " + row["notes"], *[""] * 11]
