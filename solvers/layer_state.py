@@ -31,11 +31,9 @@ class LayerState:
         self.tokens: Any = None
         self.per_message = 0.0
         self._hits: FloatArray | None = None
-        traffic = objective.problem.traffic
-        if objective.net is not None and traffic is not None:
-            problem = objective.problem
+        if objective.net is not None:
             self.tokens = objective.tokens(layer)
-            self._flow = make_flow(traffic, problem.num_gpus, problem.num_nodes)
+            self._flow = make_flow(self.tokens, objective.net)
         self.messages_us = self._messages(self.slots)
         if self.tokens is not None:
             self.per_message = self.messages_us / max(1, len(self.tokens.token))
@@ -81,7 +79,8 @@ class LayerState:
             hits = np.zeros((self.objective.problem.num_experts, len(self.slots)))
             if self.tokens is not None:
                 expert = np.repeat(np.arange(len(hits)), np.diff(self.tokens.indptr))
-                np.add.at(hits, (expert, self.tokens.home[self.tokens.token]), 1)
+                home = self.tokens.run_home[self.tokens.run_of[self.tokens.token >> 6]]
+                np.add.at(hits, (expert, home), 1)
             self._hits = hits
         return self._hits
 

@@ -13,16 +13,19 @@ import numpy.typing as npt
 from moesim.plan import EMPTY
 from moesim.solvers.base import Problem, Progress, Solution, pack_table
 from moesim.solvers.layer_state import LayerState, draw_gpus
-from moesim.solvers.local_search import LocalSearch
+from moesim.solvers.local_search import LayerSearch, LocalSearch, message_kicks
 from moesim.solvers.objective import PlacementCost
 
 IntArray = npt.NDArray[np.int64]
 START_SHARE = 0.6
 """Of the time limit, at most, for the local search that gives the start."""
-OPS = 1.2e11
+OPS = {"balance": 1.2e11, "time": 3e10, "traffic": 3e10}
 """Elementary steps over all layers: what sets the number of rounds, so that the same seed gives
 the same plan on any machine and with any number of workers."""
 MAX_ROUNDS = 400
+KICK_OPS = 6e9
+"""The same for kicks that look at messages, as the local search counts them."""
+KICKS_AT_ONCE = 8
 MAX_WAYS = 50_000
 BATCHES = 192
 """Tuning batches that a sub-problem looks at; the others have their say when it is accepted."""
@@ -59,11 +62,12 @@ class LargeNeighbourhoodSearch:
         )
         ends = started + problem.time_limit_s
         objective = PlacementCost(problem)
-        rounds = num_rounds(problem)
+        search = LayerSearch(objective)
+        rounds, kicks = num_rounds(problem), message_kicks(problem, KICK_OPS)
         slots = [objective.layer_slots(begin.placement, i) for i in range(problem.num_layers)]
         run = Parallel(n_jobs=self.workers, require="sharedmem", return_as="generator")
         jobs = (
-            delayed(improve_layer)(objective, layer, slots[layer], rounds, ends)
+            delayed(improve_layer)(search, layer, slots[layer], kicks, rounds, ends)
             for layer in range(problem.num_layers)
         )
         late, gained = 0, 0
@@ -90,15 +94,23 @@ class LargeNeighbourhoodSearch:
 def num_rounds(problem: Problem) -> int:
     """Rounds of a layer, from the counted budget."""
     per_round = MAX_WAYS * 8 * min(BATCHES, problem.num_batches) * problem.num_layers
-    return int(np.clip(OPS / per_round, 4, MAX_ROUNDS))
+    return int(np.clip(OPS[problem.objective] / per_round, 4, MAX_ROUNDS))
 
 
 def improve_layer(
-    objective: PlacementCost, layer: int, slots: IntArray, rounds: int, ends: float
+    search: LayerSearch, layer: int, slots: IntArray, kicks: int, rounds: int, ends: float
 ) -> tuple[LayerState, bool]:
     """(improved layer, whether all rounds were made before `ends` and without being stopped)"""
-    problem = objective.problem
-    state = LayerState(objective, layer, slots)
+    problem = search.problem
+    state = LayerState(search.objective, layer, slots)
+    everything = np.arange(problem.num_gpus)
+    for first in range(0, kicks, KICKS_AT_ONCE):
+        if time.monotonic() > ends or problem.stop():
+            return state, False
+        trial = state.slots.copy()
+        number = min(KICKS_AT_ONCE, kicks - first)
+        search.search_messages(layer, trial, number, problem.seed + layer + 1000 * (first + 1))
+        state.accept(everything, trial)
     rng = np.random.default_rng([problem.seed, layer, 0x175])
     step = max(1, problem.num_batches // BATCHES)
     idle = 0

@@ -22,18 +22,16 @@ from moesim.solvers.linear import Linear
 from moesim.solvers.objective import (
     CEILING_WEIGHT,
     PlacementCost,
-    layer_tokens,
     make_flow,
 )
 
 MAX_KICKS = 120
-LOAD_OPS = 1.8e9
+LOAD_OPS = {"balance": 1.8e9, "time": 1e8}
 """Steps spent on kicks, over all layers, a step being a pair of slots in one batch. It keeps small
 cases thorough and large ones quick without looking at a clock, so that the same seed gives the
-same plan."""
-MESSAGE_OPS = 4e8
-"""The same for kicks that look at messages; a step is one token moved from GPU to GPU."""
-MAX_MESSAGE_KICKS = 12
+same plan. Where messages count, load alone is only where the search begins."""
+MESSAGE_OPS = 1.3e9
+"""The same for kicks that look at messages; a step is 64 tokens of a replica, or one choice."""
 MESSAGE_LOADS = 1.1e6
 """GPU loads, about, over all layers and batches, by which objectives that see messages judge load:
 batches are left out, evenly, where there are more."""
@@ -61,7 +59,7 @@ class LocalSearch:
         size = int(problem.capacity.max())
         slots = start.reshape(problem.num_layers, problem.num_gpus, size).astype(np.int64)
         slots[slots == EMPTY] = problem.num_experts
-        shared = _Shared(problem)
+        shared = LayerSearch(PlacementCost(problem))
         values = np.full(problem.num_layers, np.nan)
 
         def run(layer: int) -> None:
@@ -98,60 +96,52 @@ def _compile(problem: Problem) -> None:
     slots = Linear().solve(tiny).placement.physical_to_logical[0].astype(np.int64)
     slots = slots.reshape(problem.num_gpus, -1)
     slots[slots == EMPTY] = problem.num_experts
-    _Shared(tiny, thorough=False).search(0, slots)
+    LayerSearch(PlacementCost(tiny), thorough=False).search(0, slots)
 
 
-class _Shared:
-    """What the layers of one problem have in common."""
+class LayerSearch:
+    """The search of one layer after another of one problem."""
 
-    def __init__(self, problem: Problem, *, thorough: bool = True) -> None:
-        from moesim.solvers.search_load import search_layer
-
-        self.problem = problem
-        self.search_layer = search_layer
-        self.objective = PlacementCost(problem)
+    def __init__(self, objective: PlacementCost, *, thorough: bool = True) -> None:
+        self.problem, self.objective = objective.problem, objective
+        problem = self.problem
         pairs = problem.num_gpus * int(problem.capacity.max()) ** 2
         per_kick = pairs * problem.num_batches * problem.num_layers
-        self.kicks = int(np.clip(LOAD_OPS / per_kick, 1, MAX_KICKS)) if thorough else 0
-        self.message_kicks = 0
-        if thorough and problem.traffic is not None:
-            choices = problem.traffic.expert_ids.size / problem.num_experts
-            moves = 60 * problem.num_gpus**2 * choices
-            self.message_kicks = int(np.clip(MESSAGE_OPS / moves, 0, MAX_MESSAGE_KICKS))
+        ops = LOAD_OPS.get(problem.objective, 0.0) if thorough else 0.0
+        self.kicks = int(np.clip(ops / per_kick, 1 if thorough else 0, MAX_KICKS))
+        self.message_kicks = message_kicks(problem, MESSAGE_OPS) if thorough else 0
 
     def search(self, layer: int, slots: npt.NDArray[np.int64]) -> float:
         """Improve `slots` [G, S] of one layer; returns the objective."""
-        problem = self.problem
-        counts = self.objective.layer_counts(layer)
-        if problem.objective != "balance":
-            loads = problem.num_layers * problem.num_gpus * problem.num_batches
-            counts = np.ascontiguousarray(counts[:, :: max(1, round(loads / MESSAGE_LOADS))])
+        from moesim.solvers.search_load import search_layer
+
+        problem, objective = self.problem, self.objective
         if problem.objective != "traffic":
-            value = self.search_layer(
-                counts,
+            value = search_layer(
+                self._counts(layer),
                 slots,
-                self.objective.capacity,
-                self.objective.unit,
-                self.objective.scale,
-                self.objective.table,
+                objective.capacity,
+                objective.unit,
+                objective.scale,
+                objective.table,
                 self.kicks,
                 problem.seed + layer,
             )
             if problem.objective == "balance":
                 return float(value)
-        return self._search_messages(layer, counts, slots)
+        return self.search_messages(layer, slots, self.message_kicks, problem.seed + layer)
 
-    def _search_messages(
-        self, layer: int, counts: npt.NDArray[np.float32], slots: npt.NDArray[np.int64]
+    def search_messages(
+        self, layer: int, slots: npt.NDArray[np.int64], kicks: int, seed: int
     ) -> float:
+        """Improve `slots` [G, S] of one layer by load and messages; returns the objective. The
+        numbers of replicas stay."""
         from moesim.solvers.search_messages import search_messages
         from moesim.solvers.search_traffic import fill_flow, message_us, replica_gpus
 
         problem, objective = self.problem, self.objective
-        traffic = problem.traffic
-        assert traffic is not None
-        tokens = layer_tokens(traffic, layer, problem.num_experts)
-        flow = make_flow(traffic, problem.num_gpus, problem.num_nodes)
+        counts, tokens = self._counts(layer), objective.tokens(layer)
+        flow = make_flow(tokens, objective.net)
         ceiling, weight = 0.0, 0.0
         if not objective.by_time:
             linear = Linear().solve(problem).placement
@@ -170,7 +160,29 @@ class _Shared:
                 objective.unit,
                 ceiling,
                 weight,
-                self.message_kicks,
-                problem.seed + layer,
+                kicks,
+                seed,
             )
         )
+
+    def _counts(self, layer: int) -> npt.NDArray[np.float32]:
+        """[E, B]: see `PlacementCost.layer_counts`; of some batches where messages count."""
+        problem = self.problem
+        counts = self.objective.layer_counts(layer)
+        if problem.objective == "balance":
+            return counts
+        loads = problem.num_layers * problem.num_gpus * problem.num_batches
+        return np.ascontiguousarray(counts[:, :: max(1, round(loads / MESSAGE_LOADS))])
+
+
+def message_kicks(problem: Problem, ops: float) -> int:
+    """Kicks of each layer, looking at messages, for `ops` steps over all layers."""
+    if problem.traffic is None or problem.objective == "balance":
+        return 0
+    traffic, gpus = problem.traffic, problem.num_gpus
+    words = len(traffic.home) / 64 + traffic.num_batches * gpus / 2
+    estimated = 3 * gpus * problem.num_slots * words
+    tried = 0.5 * gpus**2 * traffic.num_batches * (4 * len(traffic.link_group) + 10 * gpus)
+    filled = 30 * traffic.expert_ids[:, 0].size
+    per_kick = problem.num_layers * (estimated + tried + filled)
+    return int(np.clip(ops / per_kick, 0, MAX_KICKS))

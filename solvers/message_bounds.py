@@ -187,11 +187,12 @@ class _Messages:
         for src in range(num_gpus):
             for dst in range(num_gpus):
                 across = self.nodes[src] != self.nodes[dst]
-                rail = (dst - src) % net.per_node == 0
+                rail = net.relay[src, self.nodes[dst]] == dst
                 if src == dst or across != self.far or (self.far and net.dedup == 2 and not rail):
                     continue
-                row = src * num_gpus + dst if way == 0 else dst * num_gpus + src
-                links = net.route_links[net.route_indptr[row] : net.route_indptr[row + 1]]
+                row = src * num_gpus + dst
+                links = net.link[net.indptr[row] : net.indptr[row + 1]] - way * len(net.group)
+                links = links[(links >= 0) & (links < len(net.group))]
                 links = links[net.group[links] == group]
                 least = min(least, float(net.scale[links].sum()))
                 used.update(links.tolist())

@@ -107,7 +107,7 @@ class PlacementCost:
 
         problem = self.problem
         assert problem.traffic is not None
-        flow = make_flow(problem.traffic, problem.num_gpus, problem.num_nodes)
+        flow = make_flow(tokens, self.net)
         gpus, held = replica_gpus(slots, self.capacity, problem.num_experts)
         fill_flow(tokens, self.net, flow, gpus, held)
         return float(message_us(self.net, flow))
@@ -147,12 +147,12 @@ class PlacementCost:
 
 def layer_tokens(traffic: Traffic, layer: int, num_experts: int) -> Any:
     """The `search_traffic.Tokens` of one layer."""
-    from moesim.solvers.search_traffic import Tokens, group_choices
+    from moesim.solvers.search_traffic import Tokens, group_choices, number_tokens
 
     ids = np.ascontiguousarray(traffic.expert_ids[:, layer], np.int64)
     batch = traffic.batch_idx.astype(np.int64)
-    indptr, token, turn, together = group_choices(ids, batch, num_experts)
-    return Tokens(indptr, token, turn, traffic.home.astype(np.int64), batch, together)
+    number, *runs = number_tokens(traffic.home, batch)
+    return Tokens(*group_choices(ids, batch, number, num_experts), *runs)
 
 
 def make_net(traffic: Traffic, num_gpus: int, num_nodes: int, *, by_time: bool) -> Any:
@@ -163,37 +163,46 @@ def make_net(traffic: Traffic, num_gpus: int, num_nodes: int, *, by_time: bool) 
     last = traffic.time_us.shape[2] - 1
     slope = (traffic.time_us[:, :, last] - traffic.time_us[:, :, last // 2]) / (last - last // 2)
     pair_us = np.zeros((num_gpus, num_gpus))
+    links: list[npt.NDArray[np.int64]] = []
     for src in range(num_gpus):
         for dst in range(num_gpus):
             for way, row in ((0, src * num_gpus + dst), (1, dst * num_gpus + src)):
-                links = traffic.link_idx[traffic.indptr[row] : traffic.indptr[row + 1]]
-                group = traffic.link_group[links]
+                route = traffic.link_idx[traffic.indptr[row] : traffic.indptr[row + 1]]
+                group = traffic.link_group[route]
                 pair_us[src, dst] += float(
-                    (slope[way][group] * traffic.link_scale[links]).max(initial=0.0)
+                    (slope[way][group] * traffic.link_scale[route]).max(initial=0.0)
                 )
+                links.append(route.astype(np.int64) + way * len(traffic.link_group))
+    gpus = np.arange(num_gpus)
+    node_of = gpus // per_node
+    relay = np.repeat(gpus[:, None], num_nodes, axis=1)
+    if traffic.dedup == 2:
+        relay = np.arange(num_nodes) * per_node + gpus[:, None] % per_node
     return Net(
-        traffic.indptr.astype(np.int64),
-        traffic.link_idx.astype(np.int64),
+        np.append(0, np.cumsum([len(n) for n in links])[1::2]),
+        np.concatenate(links),
         traffic.link_group.astype(np.int64),
         traffic.link_scale.astype(np.float64),
         traffic.time_us.astype(np.float64),
-        np.arange(num_gpus) // per_node,
-        per_node,
+        node_of,
         traffic.dedup,
         pair_us,
+        relay,
+        pair_us[relay[:, node_of], gpus],
+        pair_us[gpus[:, None], relay],
         int(by_time),
     )
 
 
-def make_flow(traffic: Traffic, num_gpus: int, num_nodes: int) -> Any:
+def make_flow(tokens: Any, net: Any) -> Any:
     """An empty `search_traffic.Flow` of the right size."""
-    from moesim.solvers.search_traffic import Flow
+    from moesim.solvers.search_traffic import Flow, Held
 
-    tokens, batches, links = len(traffic.home), traffic.num_batches, len(traffic.link_group)
-    return Flow(
-        np.zeros((tokens, num_gpus), np.uint16),
-        np.zeros((tokens, num_nodes), np.uint16),
-        np.zeros((batches, links), np.int32),
-        np.zeros((batches, links), np.int32),
-        np.zeros(1),
-    )
+    words, batches = len(tokens.run_of), int(tokens.run_batch[-1]) + 1
+
+    def held(places: int) -> Held:
+        bits = (np.zeros((places, words), np.uint64) for _ in range(2))
+        return Held(np.zeros((places, 64 * words), np.int16), *bits)
+
+    load = np.zeros((batches, 2 * len(net.group)), np.int32)
+    return Flow(held(len(net.node_of)), held(net.relay.shape[1]), load, np.zeros(1))

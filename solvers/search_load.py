@@ -29,7 +29,6 @@ Array = npt.NDArray[Any]
 MARGIN = 1e-6
 MAX_ROUNDS = 100
 REPLACE_CANDIDATES = 12
-KICK_SWAPS = 1
 REPLACE_EVERY = 8
 """Kicks from one round of replica moves to the next."""
 
@@ -344,14 +343,14 @@ def replace_delta(
 
 @njit(cache=True, nogil=True)
 def kick(
-    work: Array, load: Array, slots: Array, capacity: Array, unit: Array, holds: Array
+    work: Array, load: Array, slots: Array, capacity: Array, unit: Array, holds: Array, swaps: int
 ) -> Array:
-    """`KICK_SWAPS` random valid swaps; returns the GPUs that they changed."""
+    """`swaps` random valid swaps; returns the GPUs that they changed."""
     num_gpus = load.shape[0]
     touched = np.zeros(num_gpus, np.bool_)
     empty = work.shape[1] - 1
     done, tries = 0, 0
-    while done < KICK_SWAPS and tries < 50 * KICK_SWAPS:
+    while done < swaps and tries < 50 * swaps:
         tries += 1
         g1, g2 = np.random.randint(num_gpus), np.random.randint(num_gpus)
         if g1 == g2 or capacity[g1] == 0 or capacity[g2] == 0:
@@ -419,7 +418,7 @@ def search_layer(
     clock = 0
     for attempt in range(num_kicks + 1):
         if attempt > 0:
-            kicked = kick(work, load, slots, capacity, unit, holds)
+            kicked = kick(work, load, slots, capacity, unit, holds, 1)
             clock += 1
             changed[kicked] = clock
             total = rank_peaks(load, peaks, kicked)

@@ -13,13 +13,12 @@ import numpy.typing as npt
 from numba import njit
 
 from moesim.solvers.search_gains import (
-    Gains,
-    make_gains,
+    Serving,
+    make_serving,
     move_rows,
-    moved_us,
+    move_us,
     replica_row,
     replicas,
-    shared_us,
     try_swap,
 )
 from moesim.solvers.search_load import MARGIN, apply_swap, kick, mean_max, rebuild
@@ -46,7 +45,10 @@ from moesim.solvers.search_traffic import (
 
 Array = npt.NDArray[Any]
 TRIES_PER_PAIR = 2
+KICK_SWAPS = 4
 MAX_PASSES = 30
+STEP = 1e-5
+"""Least relative gain of a swap that is made; smaller ones take long to add up to anything."""
 
 
 @njit(cache=True, nogil=True)
@@ -55,7 +57,7 @@ def pair_pass(
     net: Net,
     flow: Flow,
     trial: Flow,
-    gains: Gains,
+    serving: Serving,
     work: Array,
     load: Array,
     peaks: Peaks,
@@ -92,21 +94,19 @@ def pair_pass(
             scanned[g1, g2] = clock
             now = objective(load_sum / num_batches, messages_now, ceiling, weight)
             per_us = messages_now / max(flow.total[0], 1e-12)
-            far = net.node_of[g1] != net.node_of[g2]
             u1, u2 = unit[g1], unit[g2]
             for s in range(capacity[g1]):
-                row1[s] = replica_row(gains, slots[g1, s], g1)
+                row1[s] = replica_row(serving, slots[g1, s], g1)
             for s in range(capacity[g2]):
-                row2[s] = replica_row(gains, slots[g2, s], g2)
+                row2[s] = replica_row(serving, slots[g2, s], g2)
                 moved2[s], shared2[s], count2[s] = 0.0, 0.0, 1.0
                 if row2[s] >= 0:
-                    moved2[s] = moved_us(gains, net, row2[s], g1)
-                    shared2[s] = shared_us(gains, net, row2[s], far)
-                    count2[s] = replicas(gains, slots[g2, s])
+                    moved2[s], shared2[s] = move_us(tokens, net, flow, serving, row2[s], g1)
+                    count2[s] = replicas(serving, slots[g2, s])
             hot = gather_pair(work, load, peaks, slots, capacity, unit, g1, g2, scratch)
             mark_rest(peaks, g1, g2, scratch.rest)
             least = float((scratch.hot_others[:hot] - scratch.hot_most[:hot]).sum())
-            score[:] = now * (1 - MARGIN)
+            score[:] = now * (1 - STEP)
             pick[:] = -1
             for s1 in range(capacity[g1]):
                 e1, r1 = slots[g1, s1], row1[s1]
@@ -114,9 +114,8 @@ def pair_pass(
                     continue
                 us1, shared1, count1 = 0.0, 0.0, 1.0
                 if e1 < empty:
-                    us1 = moved_us(gains, net, r1, g2)
-                    shared1 = shared_us(gains, net, r1, far)
-                    count1 = replicas(gains, e1)
+                    us1, shared1 = move_us(tokens, net, flow, serving, r1, g2)
+                    count1 = replicas(serving, e1)
                 for s2 in range(capacity[g2]):
                     e2 = slots[g2, s2]
                     if e1 == e2 or (e2 != empty and holds[g1, e2]):
@@ -160,19 +159,19 @@ def pair_pass(
                         score[worst] = estimate
                         pick[worst, 0], pick[worst, 1] = s1, s2
                         value[worst] = after
-            best, best_i = now * (1 - MARGIN), -1
+            best, best_i = now * (1 - STEP), -1
             for i in range(TRIES_PER_PAIR):
                 if pick[i, 0] < 0:
                     continue
                 r1, r2 = row1[pick[i, 0]], row2[pick[i, 1]]
-                try_swap(tokens, net, flow, trial, gains, r1, g1, r2, g2)
+                try_swap(tokens, net, flow, trial, serving, r1, g1, r2, g2)
                 exact = objective(value[i], message_us(net, trial), ceiling, weight)
                 if exact < best:
                     best, best_i = exact, i
             if best_i >= 0:
                 s1, s2 = pick[best_i]
-                try_swap(tokens, net, flow, trial, gains, row1[s1], g1, row2[s2], g2)
-                move_rows(tokens, net, flow, trial, gains, row1[s1], g1, row2[s2], g2)
+                try_swap(tokens, net, flow, trial, serving, row1[s1], g1, row2[s2], g2)
+                move_rows(net, flow, trial, serving, row1[s1], g1, row2[s2], g2)
                 apply_swap(work, load, slots, unit, holds, g1, s1, g2, s2)
                 pair[0], pair[1] = g1, g2
                 load_sum = rank_peaks(load, peaks, pair)
@@ -201,8 +200,8 @@ def search_messages(
 
     work: [U, E + 1, B] float32 (see search_load); the numbers of replicas do not change.
     ceiling, weight: objective traffic's limit on the mean largest load, and what a unit above it
-    costs; ceiling 0 for objective time. After a kick only pairs with a GPU that it changed are
-    looked at, and all of them again once it was kept.
+    costs; ceiling 0 for objective time. A kick is `KICK_SWAPS` random swaps, kept with what was
+    descended to from there if that is better; only pairs with a GPU that it changed are looked at.
     """
     np.random.seed(seed)
     num_gpus, num_experts = len(capacity), work.shape[1] - 1
@@ -212,7 +211,7 @@ def search_messages(
     every = np.arange(num_gpus)
     peaks = make_peaks(num_gpus, num_batches)
     scratch = make_scratch(slots.shape[1], num_batches)
-    trial = Flow(flow.on_gpu, flow.on_node, flow.out.copy(), flow.back.copy(), flow.total.copy())
+    trial = Flow(flow.on_gpu, flow.on_node, flow.load.copy(), flow.total.copy())
     best_value = np.inf
     best_slots = slots.copy()
     changed = np.zeros(num_gpus, np.int64)
@@ -226,11 +225,11 @@ def search_messages(
         changed[:] = 0
         clock = 1
         if attempt > 0:
-            changed[kick(work, load, slots, capacity, unit, holds)] = clock
+            changed[kick(work, load, slots, capacity, unit, holds, KICK_SWAPS)] = clock
         rank_peaks(load, peaks, every)
         gpus, count = replica_gpus(slots, capacity, num_experts)
         fill_flow(tokens, net, flow, gpus, count)
-        gains = make_gains(tokens, net, flow, gpus, count)
+        serving = make_serving(tokens, gpus, count)
         for _ in range(MAX_PASSES):
             before = clock
             clock = pair_pass(
@@ -238,7 +237,7 @@ def search_messages(
                 net,
                 flow,
                 trial,
-                gains,
+                serving,
                 work,
                 load,
                 peaks,
@@ -260,9 +259,8 @@ def search_messages(
         if value < best_value * (1 - MARGIN):
             best_value = value
             best_slots[:] = slots
-            scanned[:] = -1
         else:
             slots[:] = best_slots
-            scanned[:] = 0
+        scanned[:] = 1
     slots[:] = best_slots
     return float(best_value)

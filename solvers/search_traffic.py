@@ -1,7 +1,8 @@
 """Compiled message counts of a placement: one layer, a sample of tuning tokens, exactly.
 
-Every token's set of GPUs is kept, and a swap changes the link loads of just the tokens that chose
-one of the two experts. `moesim.solvers.search_messages` searches on it.
+Tokens are numbered such that those of one batch and home fill whole words of 64 bits (a run). Who
+is served where is kept as bits, so that what a swap changes is counted 64 tokens at a time.
+`moesim.solvers.search_messages` searches on it.
 """
 
 from __future__ import annotations
@@ -16,24 +17,46 @@ Array = npt.NDArray[Any]
 
 
 class Tokens(NamedTuple):
-    """Sampled choices of one layer, grouped by expert.
+    """Sampled choices of one layer, grouped by expert. T counts numbers, those of no token too.
 
     indptr [E + 1]; token [n] and turn [n]: the i-th choice of an expert in its batch goes to
-    replica i mod r. home [T], batch [T]. together [E, E] float32: tokens that chose both.
+    replica i mod r. together [E, E] float32: tokens that chose both. Run u, the tokens of batch
+    run_batch[u] and home run_home[u], has the words run_words[u] to run_words[u + 1]; run_of:
+    [T / 64] the run of each word.
     """
 
     indptr: Array
     token: Array
     turn: Array
-    home: Array
-    batch: Array
     together: Array
+    run_words: Array
+    run_home: Array
+    run_batch: Array
+    run_of: Array
+
+
+def number_tokens(home: Array, batch: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Number of every token [T], then run_words, run_home, run_batch and run_of of `Tokens`."""
+    order = np.lexsort((home, batch))
+    home, batch = home[order], batch[order]
+    starts = np.ones(len(order), np.bool_)
+    starts[1:] = (home[1:] != home[:-1]) | (batch[1:] != batch[:-1])
+    first = np.flatnonzero(starts)
+    words = -(-np.diff(np.append(first, len(order))) // 64)
+    run_words = np.append(0, np.cumsum(words))
+    run = np.cumsum(starts) - 1
+    number = np.empty(len(order), np.int64)
+    number[order] = 64 * run_words[run] + np.arange(len(order)) - first[run]
+    run_of = np.repeat(np.arange(len(first)), words)
+    return number, run_words, home[first].astype(np.int64), batch[first].astype(np.int64), run_of
 
 
 @njit(cache=True, nogil=True)
-def group_choices(ids: Array, batch: Array, num_experts: int) -> tuple[Array, Array, Array, Array]:
+def group_choices(
+    ids: Array, batch: Array, number: Array, num_experts: int
+) -> tuple[Array, Array, Array, Array]:
     """indptr, token, turn and together of `Tokens` from the choices ids [T, K], -1 for none, of
-    tokens in ascending batches."""
+    tokens in ascending batches, and their numbers."""
     num_tokens, top_k = ids.shape
     indptr = np.zeros(num_experts + 1, np.int64)
     together = np.zeros((num_experts, num_experts), np.float32)
@@ -57,7 +80,7 @@ def group_choices(ids: Array, batch: Array, num_experts: int) -> tuple[Array, Ar
                 continue
             if last[e] != batch[t]:
                 last[e], first[e] = batch[t], filled[e]
-            token[filled[e]], turn[filled[e]] = t, filled[e] - first[e]
+            token[filled[e]], turn[filled[e]] = number[t], filled[e] - first[e]
             filled[e] += 1
     return indptr, token, turn, together
 
@@ -65,68 +88,71 @@ def group_choices(ids: Array, batch: Array, num_experts: int) -> tuple[Array, Ar
 class Net(NamedTuple):
     """Routes and what their links cost.
 
-    route_indptr, route_links: CSR over pairs s * G + d. group, scale: [links]. time_us: [2, 3, M].
-    node_of: [G]; per_node: GPUs a node; dedup: 0 none, 1 GPU, 2 node. pair_us: [G, G] link time
-    of one message, dispatch and combine together. use_time: whether the objective is time on
-    the busiest link (1) or summed link time (0).
+    indptr, link: CSR over pairs s * G + d, the links of a message and, counted on from the number
+    of links, those of its way back. group, scale: [links]. time_us: [2, 3, M]. node_of: [G]; dedup:
+    0 none, 1 GPU, 2 node. pair_us: [G, G] link time of one message, dispatch and combine together.
+    relay: [G, N] GPU that sends a hidden state of one GPU on to those of a node: with deduplication
+    per node that of the same rank there, else itself. reach_us: [G, G] link time of the message
+    that brings it to another GPU from there; enter_us: [G, N] of the message to the relay.
+    use_time: whether the objective is time on the busiest link (1) or summed link time (0).
     """
 
-    route_indptr: Array
-    route_links: Array
+    indptr: Array
+    link: Array
     group: Array
     scale: Array
     time_us: Array
     node_of: Array
-    per_node: int
     dedup: int
     pair_us: Array
+    relay: Array
+    reach_us: Array
+    enter_us: Array
     use_time: int
 
 
-class Flow(NamedTuple):
-    """Mutable message state: on_gpu [T, G], on_node [T, N] uint16 counts of a token's choices;
-    out, back: [B, links] int32 messages over each link; total: [1] summed link time in us."""
+class Held(NamedTuple):
+    """Choices of each token at each of P places: number [P, T]; bits [P, T / 64] uint64 of the
+    tokens with exactly one there (`one`) and with any (`some`)."""
 
-    on_gpu: Array
-    on_node: Array
-    out: Array
-    back: Array
+    number: Array
+    one: Array
+    some: Array
+
+
+class Flow(NamedTuple):
+    """Mutable message state: what GPUs and nodes serve; load: [B, 2 links] int32 messages over each
+    link, dispatch and combine; total: [1] summed link time in us."""
+
+    on_gpu: Held
+    on_node: Held
+    load: Array
     total: Array
 
 
 @njit(cache=True, nogil=True)
+def set_bits(held: Held) -> None:
+    """Bring `one` and `some` in step with `number`."""
+    num_places, num_words = held.one.shape
+    for p in range(num_places):
+        for w in range(num_words):
+            one, some = np.uint64(0), np.uint64(0)
+            for i in range(64):
+                count = held.number[p, 64 * w + i]
+                one |= np.uint64(count == 1) << np.uint64(i)
+                some |= np.uint64(count > 0) << np.uint64(i)
+            held.one[p, w], held.some[p, w] = one, some
+
+
+@njit(cache=True, nogil=True, inline="always")
 def add_message(net: Net, flow: Flow, batch: int, src: int, dst: int, number: int) -> None:
     """Add `number` hidden states from src to dst (remove, where negative), and their way back."""
-    if src == dst:
-        return
-    num_gpus = len(net.node_of)
-    flow.total[0] += number * net.pair_us[src, dst]
-    if net.use_time == 0:
-        return
-    row = src * num_gpus + dst
-    for i in range(net.route_indptr[row], net.route_indptr[row + 1]):
-        flow.out[batch, net.route_links[i]] += number
-    row = dst * num_gpus + src
-    for i in range(net.route_indptr[row], net.route_indptr[row + 1]):
-        flow.back[batch, net.route_links[i]] += number
-
-
-@njit(cache=True, nogil=True)
-def add_choice(net: Net, flow: Flow, token: int, home: int, batch: int, gpu: int) -> None:
-    """One more choice of `token` is served on `gpu`."""
-    node = net.node_of[gpu]
-    if net.dedup == 0:
-        add_message(net, flow, batch, home, gpu, 1)
-    elif flow.on_gpu[token, gpu] == 0:
-        if net.dedup == 1 or node == net.node_of[home]:
-            add_message(net, flow, batch, home, gpu, 1)
-        else:
-            relay = node * net.per_node + home % net.per_node
-            add_message(net, flow, batch, relay, gpu, 1)
-            if flow.on_node[token, node] == 0:
-                add_message(net, flow, batch, home, relay, 1)
-    flow.on_gpu[token, gpu] += 1
-    flow.on_node[token, node] += 1
+    if number != 0 and src != dst:
+        flow.total[0] += number * net.pair_us[src, dst]
+        if net.use_time == 1:
+            row = src * len(net.node_of) + dst
+            for i in range(net.indptr[row], net.indptr[row + 1]):
+                flow.load[batch, net.link[i]] += number
 
 
 @njit(cache=True, nogil=True)
@@ -135,20 +161,20 @@ def message_us(net: Net, flow: Flow) -> float:
 
     Slow links can count for more messages than the table has; it is then continued in line.
     """
-    num_batches = flow.out.shape[0]
+    num_batches, num_links = len(flow.load), len(net.group)
     if net.use_time == 0:
         return flow.total[0] / num_batches
     last = net.time_us.shape[2] - 1
     total = 0.0
     for b in range(num_batches):
         for way in range(2):
-            load = flow.out if way == 0 else flow.back
+            load = flow.load[b, way * num_links : (way + 1) * num_links]
             worst = 0.0
             most = np.zeros(3)
-            for link in range(len(net.group)):
+            for link in range(num_links):
                 g = net.group[link]
                 if g >= 0:
-                    most[g] = max(most[g], load[b, link] * net.scale[link])
+                    most[g] = max(most[g], load[link] * net.scale[link])
             for g in range(3):
                 count = int(most[g] + 0.5)
                 us = net.time_us[way, g, min(last, count)]
@@ -177,16 +203,34 @@ def replica_gpus(slots: Array, capacity: Array, num_experts: int) -> tuple[Array
 @njit(cache=True, nogil=True)
 def fill_flow(tokens: Tokens, net: Net, flow: Flow, gpus: Array, count: Array) -> None:
     """Set the message state from scratch."""
-    flow.on_gpu[:] = 0
-    flow.on_node[:] = 0
-    flow.out[:] = 0
-    flow.back[:] = 0
-    flow.total[0] = 0.0
+    num_gpus = len(net.node_of)
+    on_gpu, on_node = flow.on_gpu.number, flow.on_node.number
+    on_gpu[:] = 0
+    on_node[:] = 0
+    number = np.zeros((len(flow.load), num_gpus, num_gpus), np.int32)
     for e in range(len(count)):
         for i in range(tokens.indptr[e], tokens.indptr[e + 1]):
             t = tokens.token[i]
             gpu = gpus[e, tokens.turn[i] % count[e]]
-            add_choice(net, flow, t, tokens.home[t], tokens.batch[t], gpu)
+            run, node = tokens.run_of[t >> 6], net.node_of[gpu]
+            home, batch = tokens.run_home[run], tokens.run_batch[run]
+            if net.dedup == 0:
+                number[batch, home, gpu] += 1
+            elif on_gpu[gpu, t] == 0:
+                relay = net.relay[home, node]
+                number[batch, relay, gpu] += 1
+                if on_node[node, t] == 0:
+                    number[batch, home, relay] += 1
+            on_gpu[gpu, t] += 1
+            on_node[node, t] += 1
+    set_bits(flow.on_gpu)
+    set_bits(flow.on_node)
+    flow.load[:] = 0
+    flow.total[0] = 0.0
+    for batch in range(len(number)):
+        for src in range(num_gpus):
+            for dst in range(num_gpus):
+                add_message(net, flow, batch, src, dst, number[batch, src, dst])
 
 
 @njit(cache=True, nogil=True)

@@ -108,15 +108,11 @@ class MessageTerms:
                 continue
             here = self._any([self.place[e][gpu] for e in experts])
             node = int(net.node_of[gpu])
-            if net.dedup == 1 or node == net.node_of[home]:
-                self._message(here, count, batch, home, gpu)
-                continue
-            relay = node * net.per_node + home % net.per_node
-            self._message(here, count, batch, relay, gpu)
-            by_node[node].append(here)
+            self._message(here, count, batch, int(net.relay[home, node]), gpu)
+            if net.relay[home, node] != home:
+                by_node[node].append(here)
         for node, reached in by_node.items():
-            relay = node * net.per_node + home % net.per_node
-            self._message(self._any(reached), count, batch, home, relay)
+            self._message(self._any(reached), count, batch, home, int(net.relay[home, node]))
 
     def _any(self, of: list[Any]) -> Any:
         """1 where any of the given is 1."""
@@ -131,9 +127,10 @@ class MessageTerms:
         if not net.use_time:
             self.model.cost(on, count * net.pair_us[src, dst] / self.num_batches)
             return
-        for way, row in ((0, src * self.num_gpus + dst), (1, dst * self.num_gpus + src)):
-            for link in net.route_links[net.route_indptr[row] : net.route_indptr[row + 1]]:
-                self._link[batch, way, int(link)].append((on, float(count)))
+        pair = src * self.num_gpus + dst
+        for link in net.link[net.indptr[pair] : net.indptr[pair + 1]]:
+            way, number = divmod(int(link), len(net.group))
+            self._link[batch, way, number].append((on, float(count)))
 
     def _times(self) -> None:
         net = self.net
