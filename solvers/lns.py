@@ -13,7 +13,12 @@ import numpy.typing as npt
 from moesim.plan import EMPTY
 from moesim.solvers.base import Problem, Progress, Solution, pack_table
 from moesim.solvers.layer_state import LayerState, draw_gpus
-from moesim.solvers.local_search import LayerSearch, LocalSearch, message_kicks
+from moesim.solvers.local_search import (
+    LayerSearch,
+    LocalSearch,
+    compile_kernels,
+    message_kicks,
+)
 from moesim.solvers.objective import PlacementCost
 
 IntArray = npt.NDArray[np.int64]
@@ -56,6 +61,7 @@ class LargeNeighbourhoodSearch:
     def solve(self, problem: Problem, *, progress: Progress | None = None) -> Solution:
         from joblib import Parallel, delayed
 
+        compile_kernels(problem)
         started = time.monotonic()
         begin = LocalSearch().solve(
             replace(problem, time_limit_s=problem.time_limit_s * START_SHARE)

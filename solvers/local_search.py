@@ -53,7 +53,7 @@ class LocalSearch:
     name = "local_search"
 
     def solve(self, problem: Problem, *, progress: Progress | None = None) -> Solution:
-        _compile(problem)
+        compile_kernels(problem)
         started = time.monotonic()
         start = Greedy().solve(problem).placement.physical_to_logical
         size = int(problem.capacity.max())
@@ -81,7 +81,7 @@ class LocalSearch:
         )
 
 
-def _compile(problem: Problem) -> None:
+def compile_kernels(problem: Problem) -> None:
     """Run the kernels once on next to nothing, so that compiling them, which a fresh installation
     does at the first call, does not count against the time limit and change the plan."""
     traffic = problem.traffic

@@ -24,6 +24,8 @@ Dedup = Literal["gpu", "node", "none"]
 DEDUP_CODES: dict[str, int] = {"none": 0, "gpu": 1, "node": 2}
 POLICY_CODES: dict[str, int] = {"split": 0, "hash": 1, "nearest": 2, "lp": 3}
 Array = npt.NDArray[Any]
+BLOCK_TOKENS = 64
+"""Tokens of which one layer after another is routed, so that a layer's tables stay in cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -254,6 +256,11 @@ def route_kernel(
         (num_layers, num_experts if policy == 3 else 0, num_gpus, logical_to_physical.shape[2]),
         np.int32,
     )
+    relay = np.empty((num_gpus, num_nodes), np.int64)
+    for g in range(num_gpus):
+        for node in range(num_nodes):
+            across = dedup == 2 and node != node_of_gpu[g]
+            relay[g, node] = node * per_node + g % per_node if across else g
     stamp = np.int64(0)
     for b in range(len(indptr) - 1):
         turn[:] = 0
@@ -269,56 +276,52 @@ def route_kernel(
                 node_of_gpu,
                 share,
             )
-        for i in range(indptr[b], indptr[b + 1]):
-            token = token_idx[i]
-            h = np.int64(home[i])
-            home_node = node_of_gpu[h]
-            local_rank = h - home_node * per_node
+        for first in range(indptr[b], indptr[b + 1], BLOCK_TOKENS):
+            last = min(first + BLOCK_TOKENS, indptr[b + 1])
             for layer in range(num_layers):
-                stamp += 1
-                sent = messages[b, layer]
-                num_seen, num_nodes_seen = 0, 0
-                for k in range(top_k):
-                    expert = np.int64(expert_ids[token, layer, k])
-                    if expert < 0:
-                        continue
-                    slot = np.int64(logical_to_physical[layer, expert, 0])
-                    if replica_count[layer, expert] > 1:
-                        slot = np.int64(
-                            pick_slot(
-                                logical_to_physical[layer, expert],
-                                replica_count[layer, expert],
-                                h,
-                                token,
-                                expert,
-                                gpu_of_slot,
-                                node_of_gpu,
-                                policy,
-                                turn[layer],
-                                share[layer],
+                sent, served, turns = messages[b, layer], slot_tokens[b, layer], turn[layer]
+                slots_of, count_of = logical_to_physical[layer], replica_count[layer]
+                for i in range(first, last):
+                    token = token_idx[i]
+                    h = np.int64(home[i])
+                    stamp += 1
+                    num_seen, num_nodes_seen = 0, 0
+                    for k in range(top_k):
+                        expert = np.int64(expert_ids[token, layer, k])
+                        if expert < 0:
+                            continue
+                        slot = np.int64(slots_of[expert, 0])
+                        count = count_of[expert]
+                        if count > 1 and policy == 0:
+                            now = turns[expert]
+                            slot = np.int64(slots_of[expert, now])
+                            turns[expert] = now + 1 if now + 1 < count else 0
+                        elif count > 1:
+                            slot = np.int64(
+                                pick_slot(
+                                    slots_of[expert],
+                                    count,
+                                    h,
+                                    token,
+                                    expert,
+                                    gpu_of_slot,
+                                    node_of_gpu,
+                                    policy,
+                                    turns,
+                                    share[layer],
+                                )
                             )
-                        )
-                    slot_tokens[b, layer, slot] += 1
-                    gpu = np.int64(gpu_of_slot[slot])
-                    if dedup == 0 and gpu != h:
-                        sent[h, gpu] += 1
-                    if gpu_seen[gpu] == stamp:
-                        continue
-                    gpu_seen[gpu] = stamp
-                    num_seen += 1
-                    node = node_of_gpu[gpu]
-                    first_on_node = node_seen[node] != stamp
-                    if first_on_node:
+                        served[slot] += 1
+                        gpu = np.int64(gpu_of_slot[slot])
+                        node = node_of_gpu[gpu]
+                        fresh = gpu_seen[gpu] != stamp
+                        fresh_node = node_seen[node] != stamp
+                        gpu_seen[gpu] = stamp
                         node_seen[node] = stamp
-                        num_nodes_seen += 1
-                    if dedup == 1 or (dedup == 2 and node == home_node):
-                        if gpu != h:
-                            sent[h, gpu] += 1
-                    elif dedup == 2:
-                        relay = node * per_node + local_rank
-                        if first_on_node:
-                            sent[h, relay] += 1
-                        if gpu != relay:
-                            sent[relay, gpu] += 1
-                fan_out[0, b, layer] += num_seen
-                fan_out[1, b, layer] += num_nodes_seen
+                        num_seen += fresh
+                        num_nodes_seen += fresh_node
+                        via = relay[h, node]
+                        sent[h, via] += fresh_node & (via != h)
+                        sent[via, gpu] += (fresh | (dedup == 0)) & (gpu != via)
+                    fan_out[0, b, layer] += num_seen
+                    fan_out[1, b, layer] += num_nodes_seen
