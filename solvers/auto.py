@@ -11,11 +11,11 @@ PROVABLE_CELLS = 32
 """Experts x GPUs up to which the integer program proves a layer's best balance in seconds."""
 PROOF_S = 5.0
 """Time limit a layer that such a proof is given."""
-LOAD_S = 0.1
+LOAD_S = 0.25
 """Local search of a layer on load alone, in seconds on two cores."""
-MESSAGES_S = 0.4
+MESSAGES_S = 0.2
 """The same with messages."""
-LNS_FACTOR = 2.5
+LNS_FACTOR = 3.5
 """A large neighbourhood search, local search included, over the local search alone."""
 
 

@@ -162,25 +162,30 @@ def make_net(traffic: Traffic, num_gpus: int, num_nodes: int, *, by_time: bool) 
     per_node = num_gpus // num_nodes
     last = traffic.time_us.shape[2] - 1
     slope = (traffic.time_us[:, :, last] - traffic.time_us[:, :, last // 2]) / (last - last // 2)
-    pair_us = np.zeros((num_gpus, num_gpus))
-    links: list[npt.NDArray[np.int64]] = []
-    for src in range(num_gpus):
-        for dst in range(num_gpus):
-            for way, row in ((0, src * num_gpus + dst), (1, dst * num_gpus + src)):
-                route = traffic.link_idx[traffic.indptr[row] : traffic.indptr[row + 1]]
-                group = traffic.link_group[route]
-                pair_us[src, dst] += float(
-                    (slope[way][group] * traffic.link_scale[route]).max(initial=0.0)
-                )
-                links.append(route.astype(np.int64) + way * len(traffic.link_group))
+    pairs = np.arange(num_gpus**2)
+    back = pairs.reshape(num_gpus, num_gpus).T.ravel()
+    order, at = [], []
+    us = np.zeros((2, num_gpus**2))
+    for way, rows in enumerate((pairs, back)):
+        crossed = np.diff(traffic.indptr)[rows]
+        first = np.cumsum(crossed) - crossed
+        steps = np.arange(crossed.sum()) + np.repeat(traffic.indptr[rows] - first, crossed)
+        route, pair = traffic.link_idx[steps].astype(np.int64), np.repeat(pairs, crossed)
+        np.maximum.at(
+            us[way], pair, slope[way][traffic.link_group[route]] * traffic.link_scale[route]
+        )
+        order.append(route + way * len(traffic.link_group))
+        at.append(pair)
+    links, owner = np.concatenate(order), np.concatenate(at)
+    pair_us = us.sum(axis=0).reshape(num_gpus, num_gpus)
     gpus = np.arange(num_gpus)
     node_of = gpus // per_node
     relay = np.repeat(gpus[:, None], num_nodes, axis=1)
     if traffic.dedup == 2:
         relay = np.arange(num_nodes) * per_node + gpus[:, None] % per_node
     return Net(
-        np.append(0, np.cumsum([len(n) for n in links])[1::2]),
-        np.concatenate(links),
+        np.append(0, np.cumsum(np.bincount(owner, minlength=num_gpus**2))),
+        links[np.argsort(owner, kind="stable")],
         traffic.link_group.astype(np.int64),
         traffic.link_scale.astype(np.float64),
         traffic.time_us.astype(np.float64),
