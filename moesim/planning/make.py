@@ -418,6 +418,8 @@ def _one_domain(trace: Trace, domain: str | None) -> Trace:
 def _workload(request: PlanRequest, trace: Trace, defaults: dict[str, str]) -> tuple[Phase, int]:
     phase = request.phase
     if phase is None:
+        if not trace.num_tokens:
+            raise InputError("the trace has no tokens", "use a trace with at least two requests")
         phase = "prefill" if (np.asarray(trace.phases) == PREFILL).any() else "decode"
         share = float((np.asarray(trace.phases) == DECODE).mean())
         defaults["phase"] = f"{phase} ({share:.0%} of the trace's tokens are decode)"

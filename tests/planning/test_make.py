@@ -291,6 +291,12 @@ def test_a_trace_without_domains(build: ModuleType, cluster: Cluster) -> None:
         make_plan(PlanRequest(plain, cluster, None, domain="code"))
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_empty_trace_is_refused_without_warnings(trace: Trace, cluster: Cluster) -> None:
+    with pytest.raises(InputError, match="no tokens"):
+        make_plan(PlanRequest(trace.take(np.array([], np.int64)), cluster, None))
+
+
 def test_one_request_cannot_be_split(build: ModuleType, cluster: Cluster) -> None:
     lone = build.random_trace(np.random.default_rng(0), 48, 1, EXPERTS, 2, request_tokens=48)
     with pytest.raises(InputError, match="1 request"):
