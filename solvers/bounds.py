@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from moesim.kernels import kernel
 from moesim.solvers.base import Problem
 from moesim.solvers.colocation import applies, colocation_bound
 from moesim.solvers.message_bounds import message_bound
@@ -132,7 +132,7 @@ def load_bound(objective: PlacementCost, layer: int) -> FloatArray:
     return out
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _at(table: Array, tokens: float) -> float:
     """Cost of `tokens` by linear interpolation, as `search_load.fill_row` has it."""
     last = len(table) - 1
@@ -142,7 +142,7 @@ def _at(table: Array, tokens: float) -> float:
     return table[low] + (table[low + 1] - table[low]) * (tokens - low)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _work(counts: Array, table: Array) -> Array:
     out = np.empty(counts.shape)
     for e in range(counts.shape[0]):
@@ -151,7 +151,7 @@ def _work(counts: Array, table: Array) -> Array:
     return out
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _load_bounds(
     counts: Array,
     table: Array,

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from moesim.kernels import kernel
 from moesim.solvers.base import Problem
 
 Array = npt.NDArray[Any]
@@ -64,7 +64,7 @@ def colocation_bound(work: FloatArray, num_gpus: int, floor: FloatArray) -> floa
     return best * unit
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def smooth_max(full: Array, work: Array, floor: Array, sharpness: float, slope: Array) -> float:
     """Mean over batches of the smoothed largest of `full` @ `work` [E, B] and `floor` [B]; adds
     its derivative by `full` [E, E] to `slope`. Terms below exp(-20) are left out."""

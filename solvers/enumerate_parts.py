@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from moesim.kernels import kernel
 
 Array = npt.NDArray[Any]
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def mean_largest(fixed: Array, loads: Array, rest: Array, even: float) -> float:
     """Mean over batches of the largest of `fixed` [B], `loads` [G, B] and, where `even` > 0, of
     their sum with `rest` [B] times `even`, which no way of dealing `rest` can be below."""
@@ -32,7 +33,7 @@ def mean_largest(fixed: Array, loads: Array, rest: Array, even: float) -> float:
     return float(total) / num_batches
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def value_of(mean: float, messages: float, ceiling: float, weight: float) -> float:
     """The objective: messages plus load, or for traffic plus load above the ceiling."""
     if ceiling > 0:
@@ -40,7 +41,7 @@ def value_of(mean: float, messages: float, ceiling: float, weight: float) -> flo
     return mean + messages
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def best_parts(
     item: Array,
     work: Array,

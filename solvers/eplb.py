@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from moesim.errors import InputError
+from moesim.kernels import kernel
 from moesim.solvers.base import Problem, Progress, Solution, pack_table
 from moesim.solvers.repair import separate_replicas
 
@@ -78,7 +78,7 @@ def rebalance_experts(
     return table
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _rebalance_layer(
     load: Array, num_groups: int, num_nodes: int, num_gpus: int, out: Array
 ) -> None:
@@ -111,7 +111,7 @@ def _rebalance_layer(
             out[slot] = members[node, copy_of[p]]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def pack(weight: Array, num_packs: int) -> tuple[Array, Array]:
     """Pack n items into packs of n / num_packs each, heaviest first to the lightest pack with
     room; returns the pack of each item and its rank in the pack."""
@@ -133,7 +133,7 @@ def pack(weight: Array, num_packs: int) -> tuple[Array, Array]:
     return pack_of, rank
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def replicate(weight: Array, num_copies: int) -> tuple[Array, Array]:
     """Give each of n items one copy, and each further copy to the item with the most weight a
     copy; returns the item of each copy [num_copies] and the copies of each item [n]."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from moesim.errors import InfeasibleError, InputError
+from moesim.kernels import kernel
 from moesim.plan import Placement
 
 Array = npt.NDArray[Any]
@@ -49,7 +49,7 @@ def messages_saved(
     return out
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _saved(
     ids: Array,
     logical_to_physical: Array,

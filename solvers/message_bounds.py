@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from moesim.kernels import kernel
 from moesim.solvers.base import Traffic
 from moesim.solvers.objective import PlacementCost
 
@@ -56,7 +56,7 @@ def fewest_on_busiest(objective: PlacementCost, layer: int) -> npt.NDArray[np.in
     if problem.num_gpus == 1:
         return np.zeros((2, groups, traffic.num_batches), np.int64)
     found = _Messages(objective, traffic, layer)
-    shares = np.array([[found.share(way, group) for group in range(groups)] for way in range(2)])
+    shares = link_shares(objective.net, far=found.far)
     return np.floor(shares[:, :, None] * found.by_batch() + 1e-6).astype(np.int64)
 
 
@@ -164,11 +164,12 @@ class _Messages:
         """
         batches = self.by_batch()
         mean = max(self.outside(nodes=self.far) / len(batches), batches.mean())
+        shares = link_shares(self.net, far=self.far)
         total = 0.0
         for way in range(2):
             best = 0.0
             for group in range(self.net.time_us.shape[1]):
-                share = self.share(way, group)
+                share = shares[way, group]
                 if share == 0.0:
                     continue
                 time = np.minimum.accumulate(self.net.time_us[way, group][::-1])[::-1]
@@ -179,24 +180,30 @@ class _Messages:
             total += best
         return total
 
-    def share(self, way: int, group: int) -> float:
-        """What one message, there or back, adds at least to the average link of a group: its
-        scaled load over the number of links that such messages can use."""
-        net, num_gpus = self.net, self.problem.num_gpus
-        least, used = np.inf, set()
-        for src in range(num_gpus):
-            for dst in range(num_gpus):
-                across = self.nodes[src] != self.nodes[dst]
-                rail = net.relay[src, self.nodes[dst]] == dst
-                if src == dst or across != self.far or (self.far and net.dedup == 2 and not rail):
-                    continue
-                row = src * num_gpus + dst
-                links = net.link[net.indptr[row] : net.indptr[row + 1]] - way * len(net.group)
-                links = links[(links >= 0) & (links < len(net.group))]
-                links = links[net.group[links] == group]
-                least = min(least, float(net.scale[links].sum()))
-                used.update(links.tolist())
-        return least / len(used) if used else 0.0
+
+def link_shares(net: Any, *, far: bool) -> FloatArray:
+    """[2, groups]: what one message between GPUs (or between nodes, `far`), there or back, adds at
+    least to the average link of a group: its scaled load over the number of links that such
+    messages can use."""
+    num_gpus, num_links, groups = len(net.node_of), len(net.group), net.time_us.shape[1]
+    src, dst = np.divmod(np.arange(num_gpus**2), num_gpus)
+    counted = src != dst
+    if far:
+        counted &= net.node_of[src] != net.node_of[dst]
+        if net.dedup == 2:
+            counted &= net.relay[src, net.node_of[dst]] == dst
+    else:
+        counted &= net.node_of[src] == net.node_of[dst]
+    pair = np.repeat(np.arange(num_gpus**2), np.diff(net.indptr))
+    way, link = np.divmod(net.link, num_links)
+    out = np.zeros((2, groups))
+    for w in range(2):
+        for g in range(groups):
+            here = counted[pair] & (way == w) & (net.group[link] == g)
+            load = np.bincount(pair[here], net.scale[link[here]], num_gpus**2)[counted]
+            used = len(np.unique(link[here]))
+            out[w, g] = load.min() / used if used else 0.0
+    return out
 
 
 def even_pairs(num_choices: int, num_places: int) -> int:
@@ -270,7 +277,7 @@ def most_inside(weights: FloatArray, sizes: Array) -> float:
     return best
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def hull_at(values: Array, x: float) -> float:
     """The largest convex function below `values` at 0, 1, 2, ..., at x; the last value beyond."""
     corners = np.empty(len(values), np.int64)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from moesim.kernels import kernel
 from moesim.solvers.search_traffic import Flow, Held, Net, Tokens, add_message
 
 Array = npt.NDArray[Any]
@@ -26,7 +26,7 @@ class Serving(NamedTuple):
     number: Array
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def make_serving(tokens: Tokens, gpus: Array, count: Array) -> Serving:
     """Serving of a placement (see `search_traffic.replica_gpus`)."""
     num_experts = len(count)
@@ -44,7 +44,7 @@ def make_serving(tokens: Tokens, gpus: Array, count: Array) -> Serving:
     return Serving(first, place, bits, number)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def ones(word: Any) -> Any:
     """Bits set in a uint64 (H. S. Warren, Hacker's Delight, 5-1)."""
     word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
@@ -54,7 +54,7 @@ def ones(word: Any) -> Any:
     return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def move_us(
     tokens: Tokens, net: Net, flow: Flow, serving: Serving, row: int, dst: int
 ) -> tuple[float, float]:
@@ -87,7 +87,7 @@ def move_us(
     return more - less, less / max(1, serving.number[row])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def try_swap(
     tokens: Tokens,
     net: Net,
@@ -107,7 +107,7 @@ def try_swap(
     move_messages(tokens, net, flow, trial, serving, row2, g2, g1, row1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def move_messages(
     tokens: Tokens,
     net: Net,
@@ -160,7 +160,7 @@ def move_messages(
         came_node[:] = 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def move_rows(
     net: Net, flow: Flow, trial: Flow, serving: Serving, row1: int, g1: int, row2: int, g2: int
 ) -> None:
@@ -171,7 +171,7 @@ def move_rows(
     move_row(net, flow, serving, row2, g2, g1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def move_row(net: Net, flow: Flow, serving: Serving, row: int, src: int, dst: int) -> None:
     """Serve one replica's tokens on another GPU; nothing for -1. Messages stay as they are."""
     if row < 0:
@@ -185,7 +185,7 @@ def move_row(net: Net, flow: Flow, serving: Serving, row: int, src: int, dst: in
         add_bits(flow.on_node, to_node, serving.bits[row], 1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def add_bits(held: Held, place: int, bits: Array, number: int) -> None:
     """`number` more choices, at a place, of every token in `bits`."""
     count = held.number[place]
@@ -202,13 +202,13 @@ def add_bits(held: Held, place: int, bits: Array, number: int) -> None:
         held.one[place, w], held.some[place, w] = one, some
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def replicas(serving: Serving, expert: int) -> int:
     """Replicas of an expert."""
     return int(serving.first[expert + 1] - serving.first[expert])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def replica_row(serving: Serving, expert: int, gpu: int) -> int:
     """Row of the replica of `expert` on `gpu`; -1 for the empty slot."""
     if expert >= len(serving.first) - 1:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from moesim.kernels import kernel
 from moesim.solvers.search_pairs import (
     Peaks,
     Scratch,
@@ -33,7 +33,7 @@ REPLACE_EVERY = 8
 """Kicks from one round of replica moves to the next."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_row(
     counts: Array, expert: int, replicas: int, scale: Array, table: Array, out: Array
 ) -> None:
@@ -54,7 +54,7 @@ def fill_row(
             out[u, b] = (table[u, low] + step * (tokens - low)) * scale[u]
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def mean_max(load: Array) -> float:
     """Mean over batches of the largest of `load` [G, B] over GPUs."""
     total = 0.0
@@ -66,7 +66,7 @@ def mean_max(load: Array) -> float:
     return total / load.shape[1]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def swap_pass(
     work: Array,
     load: Array,
@@ -107,7 +107,7 @@ def swap_pass(
     return clock
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def apply_swap(
     work: Array,
     load: Array,
@@ -131,7 +131,7 @@ def apply_swap(
     holds[g2, e1] = True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def rebuild(work: Array, slots: Array, capacity: Array, unit: Array, load: Array) -> None:
     """Set `load` from scratch, which also clears rounding drift."""
     load[:] = 0
@@ -150,7 +150,7 @@ class Rows(NamedTuple):
     after: Array
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def make_rows(work: Array, num_gpus: int) -> Rows:
     """Rows to go with `work`."""
     num_units, num_rows, num_batches = work.shape
@@ -162,7 +162,7 @@ def make_rows(work: Array, num_gpus: int) -> Rows:
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def replace_pass(
     counts: Array,
     scale: Array,
@@ -240,7 +240,7 @@ def replace_pass(
     return clock
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def row_sum(row: Array) -> float:
     """Sum of a row of `work`."""
     total = np.float32(0)
@@ -249,7 +249,7 @@ def row_sum(row: Array) -> float:
     return float(total)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def affected(holds: Array, old: int, new: int, gpu: int) -> Array:
     """GPUs whose load changes when `gpu` gives a replica of `old` for one of `new`."""
     out = holds[:, new].copy()
@@ -259,7 +259,7 @@ def affected(holds: Array, old: int, new: int, gpu: int) -> Array:
     return np.flatnonzero(out)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def after_replace(
     work: Array,
     load: Array,
@@ -296,7 +296,7 @@ def after_replace(
                 out[g, b] += less[u, b] - work[u, old, b]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def replace_delta(
     load: Array,
     peaks: Peaks,
@@ -341,7 +341,7 @@ def replace_delta(
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def kick(
     work: Array, load: Array, slots: Array, capacity: Array, unit: Array, holds: Array, swaps: int
 ) -> Array:
@@ -366,7 +366,7 @@ def kick(
     return np.flatnonzero(touched)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def search_layer(
     counts: Array,
     slots: Array,

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from moesim.kernels import kernel
 from moesim.solvers.search_gains import (
     Serving,
     make_serving,
@@ -51,7 +51,7 @@ STEP = 1e-5
 """Least relative gain of a swap that is made; smaller ones take long to add up to anything."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def pair_pass(
     tokens: Tokens,
     net: Net,
@@ -182,7 +182,7 @@ def pair_pass(
     return clock
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def search_messages(
     tokens: Tokens,
     net: Net,

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from moesim.kernels import kernel
 from moesim.solvers.search_load import (
     MARGIN,
     MAX_ROUNDS,
@@ -26,7 +26,7 @@ from moesim.solvers.search_load import (
 Array = npt.NDArray[Any]
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def others_max(load: Array, g1: int, g2: int, out: Array) -> None:
     """out[b]: the largest of `load` over GPUs other than g1 and g2."""
     out[:] = 0
@@ -36,7 +36,7 @@ def others_max(load: Array, g1: int, g2: int, out: Array) -> None:
                 out[b] = max(out[b], load[g, b])
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def swap_value(
     others: Array, load1: Array, load2: Array, out1: Array, in1: Array, out2: Array, in2: Array
 ) -> float:
@@ -50,13 +50,13 @@ def swap_value(
     return float(total)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def is_new(before: Array, gpu: int, expert: int) -> int:
     """1 if `gpu` must fetch `expert`. before: [G, E + 1], what GPUs held; empty slots are held."""
     return 0 if before[gpu, expert] else 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def best_swap(
     work: Array,
     load: Array,
@@ -103,7 +103,7 @@ def best_swap(
     return best1, best2
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def replace_pass(
     counts: Array,
     scale: Array,
@@ -169,7 +169,7 @@ def replace_pass(
     return changed
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def search_moves(
     counts: Array,
     slots: Array,

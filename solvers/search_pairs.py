@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from moesim.kernels import kernel
 
 Array = npt.NDArray[Any]
 BLOCK = 128
 NEVER = np.float32(1e30)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def swap_delta(
     others: Array, most: Array, base1: Array, more1: Array, base2: Array, more2: Array
 ) -> float:
@@ -36,7 +37,7 @@ def swap_delta(
     return float(total)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def rest_delta(
     rest: Array,
     load1: Array,
@@ -77,7 +78,7 @@ class Peaks(NamedTuple):
     start: Array
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def make_peaks(num_gpus: int, num_batches: int) -> Peaks:
     """Peaks of the right size, not yet ranked."""
     return Peaks(
@@ -88,7 +89,7 @@ def make_peaks(num_gpus: int, num_batches: int) -> Peaks:
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def rank_peaks(load: Array, peaks: Peaks, moved: Array) -> float:
     """Bring `peaks` in step with `load` after the GPUs in `moved` (all of them, or what changed
     since the last call) changed; returns the sum over batches of the largest load."""
@@ -146,7 +147,7 @@ class Scratch(NamedTuple):
     rest: Array
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def make_scratch(num_slots: int, num_batches: int) -> Scratch:
     """Scratch for GPUs of up to `num_slots` slots."""
     return Scratch(
@@ -160,7 +161,7 @@ def make_scratch(num_slots: int, num_batches: int) -> Scratch:
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def gather_pair(
     work: Array,
     load: Array,
@@ -202,7 +203,7 @@ def gather_pair(
     return num_hot
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def mark_rest(peaks: Peaks, g1: int, g2: int, out: Array) -> None:
     """out [B]: the largest load, and more than any load in the hot batches."""
     out[:] = peaks.value[0]
@@ -211,7 +212,7 @@ def mark_rest(peaks: Peaks, g1: int, g2: int, out: Array) -> None:
             out[peaks.order[i]] = NEVER
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def best_swap(
     work: Array,
     load: Array,

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from moesim.kernels import kernel
 
 Array = npt.NDArray[Any]
 
@@ -51,7 +52,7 @@ def number_tokens(home: Array, batch: Array) -> tuple[Array, Array, Array, Array
     return number, run_words, home[first].astype(np.int64), batch[first].astype(np.int64), run_of
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def group_choices(
     ids: Array, batch: Array, number: Array, num_experts: int
 ) -> tuple[Array, Array, Array, Array]:
@@ -130,7 +131,7 @@ class Flow(NamedTuple):
     total: Array
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def set_bits(held: Held) -> None:
     """Bring `one` and `some` in step with `number`."""
     num_places, num_words = held.one.shape
@@ -144,7 +145,7 @@ def set_bits(held: Held) -> None:
             held.one[p, w], held.some[p, w] = one, some
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def add_message(net: Net, flow: Flow, batch: int, src: int, dst: int, number: int) -> None:
     """Add `number` hidden states from src to dst (remove, where negative), and their way back."""
     if number != 0 and src != dst:
@@ -155,7 +156,7 @@ def add_message(net: Net, flow: Flow, batch: int, src: int, dst: int, number: in
                 flow.load[batch, net.link[i]] += number
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def message_us(net: Net, flow: Flow) -> float:
     """Mean over sampled batches: time of dispatch and combine, or summed link time.
 
@@ -185,7 +186,7 @@ def message_us(net: Net, flow: Flow) -> float:
     return total / num_batches
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def replica_gpus(slots: Array, capacity: Array, num_experts: int) -> tuple[Array, Array]:
     """GPUs of each expert's replicas [E, G] in order, and how many there are [E]."""
     num_gpus = len(capacity)
@@ -200,7 +201,7 @@ def replica_gpus(slots: Array, capacity: Array, num_experts: int) -> tuple[Array
     return gpus, count
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_flow(tokens: Tokens, net: Net, flow: Flow, gpus: Array, count: Array) -> None:
     """Set the message state from scratch."""
     num_gpus = len(net.node_of)
@@ -233,7 +234,7 @@ def fill_flow(tokens: Tokens, net: Net, flow: Flow, gpus: Array, count: Array) -
                 add_message(net, flow, batch, src, dst, number[batch, src, dst])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def objective(load_value: float, messages: float, ceiling: float, weight: float) -> float:
     """Time: load plus messages. Traffic (ceiling > 0): messages, and load above the ceiling."""
     if ceiling > 0:

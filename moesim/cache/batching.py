@@ -17,12 +17,12 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from moesim.cache.events import IntArray, Stream
 from moesim.cache.predictors.base import by_request, multi_hot
 from moesim.cache.predictors.token_id import TokenId, token_ids
 from moesim.errors import InputError, UnknownNameError
+from moesim.kernels import kernel
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
 
@@ -151,7 +151,7 @@ def _expected(
     return out.reshape(len(tokens), -1)
 
 
-@njit(cache=True)
+@kernel
 def _schedule(begin, length, batch_size, pool, patience, sets):  # type: ignore[no-untyped-def]
     """Places in the request index in order of execution, the lane of each, and step bounds.
 

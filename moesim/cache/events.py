@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from moesim.errors import InputError
+from moesim.kernels import kernel
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
 
@@ -172,7 +172,7 @@ def _ramp(length: IntArray) -> IntArray:
     return np.arange(total) - np.repeat(np.cumsum(length) - length, length)
 
 
-@njit(cache=True)
+@kernel
 def _schedule(length, num_lanes):  # type: ignore[no-untyped-def]
     """First step and lane of each request when the earliest free lane takes the next request."""
     free_at = np.zeros(num_lanes, np.int64)
@@ -189,7 +189,7 @@ def _schedule(length, num_lanes):  # type: ignore[no-untyped-def]
     return start, lane
 
 
-@njit(cache=True)
+@kernel
 def _collect(ids, gates, indptr, num_items):  # type: ignore[no-untyped-def]
     num_events = len(indptr) - 1
     item = np.empty(ids.size, np.int32)

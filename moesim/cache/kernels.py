@@ -16,7 +16,8 @@ notice changes across files, so delete `__pycache__` after editing this one.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from moesim.kernels import kernel
 
 STATIC, LRU, LFU, LFRU, SCORE, ACTIVATION, LOOKAHEAD, BELADY, OPTIMUM = range(9)
 ATOMIC, SEQUENTIAL, TOKEN = range(3)
@@ -27,7 +28,7 @@ convention of arXiv:2505.16056); SEQUENTIAL events have one access each, made so
 NEVER = np.int64(1) << np.int64(62)
 
 
-@njit(cache=True)
+@kernel
 def next_uses(item, num_items):  # type: ignore[no-untyped-def]
     """[A] for each access the index of the next access to the same item, NEVER if none; and
     [num_items] the index of each item's first access."""
@@ -39,13 +40,13 @@ def next_uses(item, num_items):  # type: ignore[no-untyped-def]
     return out, upcoming
 
 
-@njit(cache=True, inline="always")
+@kernel(inline="always")
 def better(a, b, prio, last):  # type: ignore[no-untyped-def]
     """Whether item a is to be kept rather than b: higher priority, then more recent use."""
     return prio[a] > prio[b] or (prio[a] == prio[b] and last[a] > last[b])
 
 
-@njit(cache=True)
+@kernel
 def observe(  # type: ignore[no-untyped-def]
     policy, now, lo, hi, item, gate, tokens, alpha, next_use, prio, last, clock, count, used
 ):
@@ -79,7 +80,7 @@ def observe(  # type: ignore[no-untyped-def]
     return clock
 
 
-@njit(cache=True)
+@kernel
 def observe_requests(ids, lo, hi, lane, starts, prior, weight, rows, size, prio):  # type: ignore[no-untyped-def]
     """ACTIVATION: add tokens lo..hi to their requests' activation rows and sum the rows.
 
@@ -105,7 +106,7 @@ def observe_requests(ids, lo, hi, lane, starts, prior, weight, rows, size, prio)
         prio[e] *= weight[e]
 
 
-@njit(cache=True, inline="always")
+@kernel(inline="always")
 def _insert(carry, head, tail, e, prio, last):  # type: ignore[no-untyped-def]
     """Insert e into carry[head:tail], which is sorted best first; there is room at `tail`."""
     p = tail
@@ -115,7 +116,7 @@ def _insert(carry, head, tail, e, prio, last):  # type: ignore[no-untyped-def]
     carry[p] = e
 
 
-@njit(cache=True)
+@kernel
 def _restack(stack, size, lo, hi, item, bypass, prio, last, mark, stamp, carry, place):  # type: ignore[no-untyped-def]
     """The stack after the items lo..hi were asked for; returns its new size.
 
@@ -170,7 +171,7 @@ def _restack(stack, size, lo, hi, item, bypass, prio, last, mark, stamp, carry, 
     return out
 
 
-@njit(cache=True)
+@kernel
 def lru_depths(indptr, item, num_items):  # type: ignore[no-untyped-def]
     """`stack_depths` of LRU from an empty cache: the stack is in order of last use, so an item's
     depth is the number of items used since, which is counted rather than kept."""
@@ -195,7 +196,7 @@ def lru_depths(indptr, item, num_items):  # type: ignore[no-untyped-def]
     return depth
 
 
-@njit(cache=True)
+@kernel
 def stack_depths(  # type: ignore[no-untyped-def]
     policy,
     semantics,

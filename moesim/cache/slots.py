@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from moesim.errors import InfeasibleError, InputError
+from moesim.kernels import kernel
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -84,7 +84,7 @@ def allocate_tiers(
     return best[1], best[2], best[0], min(bound, best[0])
 
 
-@njit(cache=True)
+@kernel
 def _solve(cost, budget, least):  # type: ignore[no-untyped-def]
     num_layers, width = cost.shape
     best = np.zeros(budget + 1)

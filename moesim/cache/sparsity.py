@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from moesim.errors import InputError
+from moesim.kernels import kernel
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
 
@@ -50,7 +50,7 @@ def sparsity(
     return Sparsity(tls, cls)
 
 
-@njit(cache=True)
+@kernel
 def _idle_fraction(ids, indptr, chunk, num_experts):  # type: ignore[no-untyped-def]
     seen = np.full(num_experts, -1, np.int64)
     chunks = 0

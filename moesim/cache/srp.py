@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from moesim.errors import InputError
+from moesim.kernels import kernel
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
 
@@ -96,7 +96,7 @@ def _best(histogram: npt.NDArray[np.generic], m: int) -> tuple[float, float]:
     return float(f1[best]), float(predicted[best] / total)
 
 
-@njit(cache=True)
+@kernel
 def _count_windows(ids, indptr, m, num_experts):  # type: ignore[no-untyped-def]
     """Histogram [m + 1] over windows and experts. An expert's count changes only when one of its
     tokens enters or leaves, so each change settles how many windows the old count lasted."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from moesim.cache.kernels import (
     ACTIVATION,
@@ -15,13 +14,14 @@ from moesim.cache.kernels import (
     observe,
     observe_requests,
 )
+from moesim.kernels import kernel
 
 TIE_S = 1e-9
 """Times closer than this are one instant, so that rounding decides nothing: a prefetch that could
 begin at a gate has not begun, and the CPU takes a miss only if that ends the layer sooner."""
 
 
-@njit(cache=True)
+@kernel
 def admit(e, slots, forced, resident, held, num_held, mark, stamp, prio, last):  # type: ignore[no-untyped-def]
     """Put e into the layer's slots if the policy wants it there; returns the slots in use."""
     if num_held < slots:
@@ -45,7 +45,7 @@ def admit(e, slots, forced, resident, held, num_held, mark, stamp, prio, last): 
     return num_held
 
 
-@njit(cache=True)
+@kernel
 def split_misses(gate, link, busy, miss, count, gpu_s, cpu_s, host, cpu_start, load):  # type: ignore[no-untyped-def]
     """How many of the misses, fewest tokens first, the CPU should take so that the layer ends
     soonest. `busy`: when the GPU is done with what it has."""
@@ -64,7 +64,7 @@ def split_misses(gate, link, busy, miss, count, gpu_s, cpu_s, host, cpu_start, l
     return best
 
 
-@njit(cache=True)
+@kernel
 def run_kernel(  # type: ignore[no-untyped-def]
     policy,
     indptr,

@@ -30,12 +30,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from moesim.kernels import kernel
 
 Array = npt.NDArray[Any]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def share_out(
     demand: Array,
     fixed: Array,
@@ -71,7 +72,7 @@ def share_out(
     return most
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def nearest_quota(demand: Array, gpus: Array, count: int, node_of_gpu: Array, quota: Array) -> None:
     """Add `demand` [G] of one expert to the quotas [R] of the nearest replicas: on the home GPU,
     else evenly over those of its node, else evenly over all."""
@@ -97,7 +98,7 @@ def nearest_quota(demand: Array, gpus: Array, count: int, node_of_gpu: Array, qu
         turn += over
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def level(gpus: Array, count: Array, quota: Array, load: Array) -> int:
     """Move tokens between replicas until the largest `load` [G] is as small as it can be.
 
@@ -176,7 +177,7 @@ def level(gpus: Array, count: Array, quota: Array, load: Array) -> int:
         load[end] += amount
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def deal(
     demand: Array, gpus: Array, count: int, node_of_gpu: Array, quota: Array, share: Array
 ) -> None:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from moesim.cost.replica_lp import share_out
 from moesim.errors import InputError, MismatchError, UnknownNameError
+from moesim.kernels import kernel
 from moesim.plan import Placement, ReplicaPolicy
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
@@ -137,7 +137,7 @@ def check_match(trace: Trace, placement: Placement) -> None:
         )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def mix(a: np.uint64, b: np.uint64) -> np.uint64:
     """A 64-bit hash of two numbers (splitmix64's finaliser)."""
     x = a * np.uint64(0x9E3779B97F4A7C15) + b + np.uint64(0x632BE59BD9B4E019)
@@ -146,7 +146,7 @@ def mix(a: np.uint64, b: np.uint64) -> np.uint64:
     return x ^ (x >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def pick_slot(
     slots: Array,
     count: int,
@@ -189,7 +189,7 @@ def pick_slot(
     return chosen
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def share_batch(
     expert_ids: Array,
     tokens: Array,
@@ -227,7 +227,7 @@ def share_batch(
         )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def route_kernel(
     expert_ids: Array,
     token_idx: Array,

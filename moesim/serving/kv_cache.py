@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
+from moesim.kernels import kernel
 from moesim.serving.prefix import drop, evict
 from moesim.serving.state import INTERNAL
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def reserve(req: Any, ranks: Any, prefix: Any, cfg: Any, rank: int, r: int, tokens: int) -> bool:
     """Give `r` the blocks that `tokens` cached tokens need; False, and nothing done, if the rank
     has not enough free or evictable ones."""
@@ -27,7 +26,7 @@ def reserve(req: Any, ranks: Any, prefix: Any, cfg: Any, rank: int, r: int, toke
     return True
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def release(req: Any, ids: Any, ranks: Any, prefix: Any, rank: int, r: int) -> None:
     """Give back all blocks of `r`; the end of its prompt becomes evictable before the beginning."""
     ranks[rank].free_blocks += req[r].blocks
@@ -38,7 +37,7 @@ def release(req: Any, ids: Any, ranks: Any, prefix: Any, rank: int, r: int) -> N
     req[r].shared = 0
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def remove_running(ranks: Any, running: Any, rank: int, place: int) -> None:
     """Take the request at `place` out of the running ones, keeping their order."""
     last = ranks[rank].num_running - 1
@@ -48,7 +47,7 @@ def remove_running(ranks: Any, running: Any, rank: int, place: int) -> None:
     ranks[rank].num_running = last
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def push_waiting(req: Any, ranks: Any, queues: Any, rank: int, r: int, front: bool) -> None:
     """Queue `r` behind, or before, the waiting requests of its level."""
     level = req[r].level
@@ -67,7 +66,7 @@ def push_waiting(req: Any, ranks: Any, queues: Any, rank: int, r: int, front: bo
     ranks[rank].num_waiting += 1
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def pop_waiting(req: Any, ranks: Any, queues: Any, rank: int, level: int) -> None:
     """Take the first waiting request of a level out of its queue."""
     r = queues[0, rank, level]
@@ -75,7 +74,7 @@ def pop_waiting(req: Any, ranks: Any, queues: Any, rank: int, level: int) -> Non
     ranks[rank].num_waiting -= 1
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def victim(req: Any, ranks: Any, running: Any, rank: int) -> int:
     """Place of the running request to preempt: the least urgent level, then the last admitted."""
     best = 0
@@ -85,7 +84,7 @@ def victim(req: Any, ranks: Any, running: Any, rank: int) -> int:
     return best
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def preempt(
     req: Any,
     ids: Any,

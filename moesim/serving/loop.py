@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from moesim.kernels import kernel
 from moesim.serving.kv_cache import push_waiting, release
 from moesim.serving.prefix import register
 from moesim.serving.router import admit_level, choose_rank
@@ -36,7 +36,7 @@ from moesim.serving.state import (
 )
 
 
-@njit(cache=True)
+@kernel
 def advance(
     req: Any,
     ids: Any,
@@ -108,7 +108,7 @@ def advance(
     return PAUSED
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _has_work(ranks: Any, inst: Any, i: int) -> bool:
     for rank in range(inst[i].first_rank, inst[i].last_rank):
         if ranks[rank].num_waiting > 0 or ranks[rank].num_running > 0:
@@ -116,7 +116,7 @@ def _has_work(ranks: Any, inst: Any, i: int) -> bool:
     return False
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _nothing_left(ranks: Any) -> bool:
     for rank in range(len(ranks)):
         if ranks[rank].num_waiting > 0 or ranks[rank].num_running > 0:
@@ -124,7 +124,7 @@ def _nothing_left(ranks: Any) -> bool:
     return True
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _count_waiting(ranks: Any, inst: Any, clock: Any, now: float) -> None:
     """Add those that waited since the last instant to the series."""
     for i in range(len(inst)):
@@ -136,7 +136,7 @@ def _count_waiting(ranks: Any, inst: Any, clock: Any, now: float) -> None:
             _spread(clock, m, 5, clock.now_us[0], now, float(waiting))
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _spread(clock: Any, m: int, column: int, start: float, end: float, value: float) -> None:
     """Add `value` x time from start to end to a column of the series, bin by bin."""
     width = clock.bin_us[0]
@@ -145,7 +145,7 @@ def _spread(clock: Any, m: int, column: int, start: float, end: float, value: fl
         clock.series[m, place, column] += max(inside, 0.0) * value
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _arrive(
     req: Any, ids: Any, ranks: Any, queues: Any, prefix: Any, cfg: Any, levels: Any, clock: Any
 ) -> None:
@@ -166,19 +166,19 @@ def _arrive(
     clock.counts[MOST_WAITING] = max(clock.counts[MOST_WAITING], ranks[rank].num_waiting)
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _assign(req: Any, ranks: Any, cfg: Any, rank: int, r: int) -> None:
     ranks[rank].outstanding += 1
     ranks[rank].backlog += req[r].prompt + cfg.mean_output
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _unassign(req: Any, ranks: Any, cfg: Any, rank: int, r: int) -> None:
     ranks[rank].outstanding -= 1
     ranks[rank].backlog -= req[r].prompt + cfg.mean_output
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _begin_step(
     req: Any,
     ids: Any,
@@ -248,7 +248,7 @@ def _begin_step(
     clock.drafts[drafts] += 1
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _domain_shares(
     req: Any, ranks: Any, running: Any, first: int, last: int, tokens: int, shares: Any
 ) -> None:
@@ -259,7 +259,7 @@ def _domain_shares(
             shares[req[r].domain] += running[1, rank, s] / tokens
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _end_step(
     req: Any,
     ids: Any,
@@ -323,7 +323,7 @@ def _end_step(
     _spread(clock, m, 6, began, now, inst[i].kv_used)
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _finish(
     req: Any, ids: Any, ranks: Any, prefix: Any, cfg: Any, clock: Any, rank: int, r: int, now: float
 ) -> None:
@@ -334,7 +334,7 @@ def _finish(
     clock.counts[NUM_DONE] += 1
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _begin_transfer(
     req: Any, ids: Any, ranks: Any, prefix: Any, cfg: Any, clock: Any, rank: int, r: int, now: float
 ) -> None:
@@ -359,12 +359,12 @@ def _begin_transfer(
     clock.heap_request[child] = r
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _sooner(a_us: float, a: int, b_us: float, b: int) -> bool:
     return a_us < b_us or (a_us == b_us and a < b)
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _end_transfer(
     req: Any, ids: Any, ranks: Any, queues: Any, prefix: Any, cfg: Any, clock: Any
 ) -> None:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
+from moesim.kernels import kernel
 from moesim.serving.state import INTERNAL, NEWER, OLDER, REFS
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def count_hits(req: Any, ids: Any, prefix: Any, cfg: Any, rank: int, r: int) -> int:
     """Leading blocks of the prompt of `r` that `rank` holds; at least one token is left over."""
     first = req[r].hash_start
@@ -26,14 +25,14 @@ def count_hits(req: Any, ids: Any, prefix: Any, cfg: Any, rank: int, r: int) -> 
     return hits
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _unlink(prefix: Any, rank: int, block: int) -> None:
     newer, older = prefix[NEWER, rank, block], prefix[OLDER, rank, block]
     prefix[NEWER, rank, older] = newer
     prefix[OLDER, rank, newer] = older
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def take(ranks: Any, prefix: Any, rank: int, block: int) -> None:
     """One more request uses a cached block."""
     if prefix[REFS, rank, block] == 0:
@@ -42,7 +41,7 @@ def take(ranks: Any, prefix: Any, rank: int, block: int) -> None:
     prefix[REFS, rank, block] += 1
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def drop(ranks: Any, prefix: Any, rank: int, block: int) -> None:
     """One request less uses a cached block; unused, it is the last to be evicted."""
     prefix[REFS, rank, block] -= 1
@@ -56,7 +55,7 @@ def drop(ranks: Any, prefix: Any, rank: int, block: int) -> None:
         ranks[rank].num_evictable += 1
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def evict(ranks: Any, prefix: Any, cfg: Any, rank: int) -> None:
     """Free the block that was unused for longest."""
     end = prefix.shape[2] - 1
@@ -67,7 +66,7 @@ def evict(ranks: Any, prefix: Any, cfg: Any, rank: int) -> None:
     ranks[rank].free_blocks += cfg.hash_blocks
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def register(req: Any, ids: Any, ranks: Any, prefix: Any, cfg: Any, rank: int, r: int) -> None:
     """The prompt of `r` is computed: its whole blocks become shared ones."""
     first = req[r].hash_start

@@ -15,8 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from moesim.kernels import kernel
 from moesim.serving.prefix import count_hits
 from moesim.serving.state import (
     DEMOTE,
@@ -31,7 +31,7 @@ from moesim.serving.state import (
 )
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def choose_rank(
     req: Any, ids: Any, ranks: Any, prefix: Any, cfg: Any, clock: Any, r: int, decode: bool
 ) -> int:
@@ -56,7 +56,7 @@ def choose_rank(
     return group[best]
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def admit_level(req: Any, ranks: Any, cfg: Any, levels: Any, rank: int, r: int) -> bool:
     """Apply the level's rule at arrival; False where the request is refused."""
     level = req[r].level

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
+from moesim.kernels import kernel
 from moesim.serving.kv_cache import pop_waiting, preempt, release, reserve, victim
 from moesim.serving.prefix import count_hits, take
 from moesim.serving.state import INTERNAL
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def plan_rank(
     req: Any,
     ids: Any,
@@ -61,7 +60,7 @@ def plan_rank(
     return _sum_up(req, ranks, running, rank)
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _any_prefill(req: Any, ranks: Any, running: Any, rank: int) -> bool:
     for s in range(ranks[rank].num_running):
         r = running[0, rank, s]
@@ -70,7 +69,7 @@ def _any_prefill(req: Any, ranks: Any, running: Any, rank: int) -> bool:
     return False
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _plan_running(
     req: Any,
     ids: Any,
@@ -113,7 +112,7 @@ def _plan_running(
     return budget
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _admit(
     req: Any,
     ids: Any,
@@ -165,7 +164,7 @@ def _admit(
     return budget
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _sum_up(req: Any, ranks: Any, running: Any, rank: int) -> int:
     """The rank's part of the step in the terms of `BatchShape`; returns its tokens."""
     rows, context, prompt, pairs, chunks = 0, 0, 0, 0.0, 0

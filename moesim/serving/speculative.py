@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from moesim.errors import InputError
+from moesim.kernels import kernel
 from moesim.serving.state import INTERNAL
 from moesim.serving.step_table import step_us
 
@@ -51,7 +51,7 @@ class Speculation:
         return np.asarray((1 - self.acceptance ** (k + 1)) / (1 - self.acceptance), np.float64)
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def choose_drafts(
     cfg: Any, expected: Any, tables: Any, m: int, ranks: Any, first: int, last: int, shares: Any
 ) -> tuple[int, float, float, float]:
@@ -77,7 +77,7 @@ def choose_drafts(
     return best, best_time, mean, slowest
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def accepted_drafts(cfg: Any, drafts: int, r: int, generated: int) -> int:
     """Drafts accepted of request `r` at a position: a function of these and the seed alone."""
     if drafts == 0:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
-INTERNAL = {"cache": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+INTERNAL = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """How what only compiled code calls is compiled: half the time, since nothing is unpacked."""
 
 UNFINISHED, FINISHED, TOO_LARGE, REFUSED = 0, 1, 2, 3

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from moesim.kernels import kernel
 from moesim.serving.state import INTERNAL
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _padded(tables: Sequence[tuple[FloatArray, FloatArray]]) -> tuple[FloatArray
     return np.stack([x for x, _ in both]), np.stack([y for _, y in both])
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _locate(x: Any, count: float) -> tuple[int, float]:
     """Left point of the interval of `count`, and the weight of the right one."""
     last = len(x) - 1
@@ -148,7 +148,7 @@ def _locate(x: Any, count: float) -> tuple[int, float]:
     return low, (count - x[low]) / (x[high] - x[low])
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _table(x: Any, y: Any, count: float) -> float:
     if count <= 0:
         return 0.0
@@ -159,7 +159,7 @@ def _table(x: Any, y: Any, count: float) -> float:
     return y[i] if w == 0.0 else y[i] + w * (y[i + 1] - y[i])
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _attention_us(terms: Any, rows: float, context: float, prompt: float, pairs: float) -> float:
     total = 0.0
     for q in range(len(terms)):
@@ -185,7 +185,7 @@ def _attention_us(terms: Any, rows: float, context: float, prompt: float, pairs:
     return total
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def _moe_us(tables: Any, m: int, total: float, shares: Any) -> float:
     """All MoE layers for `total` tokens, a share of them from each domain.
 
@@ -207,7 +207,7 @@ def _moe_us(tables: Any, m: int, total: float, shares: Any) -> float:
     return mean - gap * (1.0 - squares) / (1.0 - 1.0 / domains)
 
 
-@njit(**INTERNAL)
+@kernel(**INTERNAL)
 def step_us(
     tables: Any,
     m: int,

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from moesim.kernels import kernel
 from moesim.sim.engine import CATEGORIES, COMM_CATEGORIES, COMPUTE_CATEGORIES, StepRun
 
 Array = npt.NDArray[Any]
@@ -74,7 +74,7 @@ def _segments(comms: list[tuple[float, float, int]]) -> tuple[FloatArray, Array]
     return np.array(spans).reshape(-1, 2), np.array(kinds, np.int64)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _split(
     num_gpus: int,
     indptr: Array,

@@ -19,9 +19,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from moesim.errors import InputError, MismatchError, UnknownNameError
+from moesim.kernels import kernel
 from moesim.plan import EMPTY, Placement
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
@@ -180,7 +180,7 @@ def _count(ids: Array, group: Array, num_groups: int, num_experts: int) -> Array
     return np.bincount(cell, minlength=num_groups * num_experts).reshape(num_groups, -1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _substitute(
     original: Array, kept: Array, over: Array, home: Array, group: Array, held: Array, room: Array
 ) -> int:

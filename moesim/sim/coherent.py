@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from moesim.cost.routing import POLICY_CODES, Routed, check_match, pick_slot, share_batch
 from moesim.cost.step import calibration_of_gpu
 from moesim.errors import InputError
+from moesim.kernels import kernel
 from moesim.plan import Placement
 from moesim.sim.collectives.base import make_stage
 from moesim.sim.network import Flow
@@ -118,7 +118,7 @@ def _leader(trace: Trace, batch: Batches) -> Array:
     return np.asarray(trace.gate_weights)[batch.token_idx].argmax(axis=2)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _follow(
     ids: Array,
     leader: Array,

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from moesim.kernels import kernel
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
@@ -19,7 +20,7 @@ SLACK = 1e-12
 """Relative distance at which a link counts as full."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def max_min_rates(
     indptr: Array, link_idx: Array, load: Array, limit: Array, room: Array, used: Array
 ) -> FloatArray:

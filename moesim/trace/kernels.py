@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from moesim.kernels import kernel
 
 IntArray = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -19,7 +20,7 @@ Array = npt.NDArray[Any]
 _BLOCK_TOKENS = 512
 
 
-@njit(cache=True)
+@kernel
 def count_load(ids: Array, group_idx: IntArray, out: IntArray) -> None:
     """out[g, l, e] += choices of expert e in layer l by tokens of group g.
 
@@ -44,7 +45,7 @@ def count_load_reference(ids: Array, group_idx: IntArray, out: IntArray) -> None
             out[group_idx[t], layer, ids[t, layer, k]] += 1
 
 
-@njit(cache=True)
+@kernel
 def count_pairs(ids: Array, between: Array, within: Array) -> None:
     """Joint counts of expert choices, between adjacent layers and within a layer.
 
@@ -92,7 +93,7 @@ def count_pairs_reference(ids: Array, between: Array, within: Array) -> None:
                     between[layer, a, b] += 1
 
 
-@njit(cache=True)
+@kernel
 def count_reuse(ids: Array, follows: npt.NDArray[np.bool_], shared: IntArray) -> None:
     """shared[l] += experts that token t shares with token t-1 in layer l, where follows[t].
 

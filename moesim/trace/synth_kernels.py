@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from moesim.kernels import kernel
 
 Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
@@ -38,7 +39,7 @@ def noise_tables() -> tuple[Float32Array, Float32Array]:
     return (-np.log(-np.log(p))).astype(np.float32), np.asarray(ndtri(p), np.float32)
 
 
-@njit(cache=True)
+@kernel
 def splitmix(x: np.uint64) -> np.uint64:
     """The splitmix64 finaliser."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -46,7 +47,7 @@ def splitmix(x: np.uint64) -> np.uint64:
     return x ^ (x >> np.uint64(31))
 
 
-@njit(cache=True)
+@kernel
 def draw_types(
     types: IntArray,
     starts: IntArray,
@@ -86,7 +87,7 @@ def draw_types(
                 types[t] = min(np.searchsorted(cum, v * cum[-1], "right"), num_types - 1)
 
 
-@njit(cache=True)
+@kernel
 def choose_experts(
     ids: Array,
     types: IntArray,
@@ -162,7 +163,7 @@ def choose_experts(
                     key[chosen] = _TAKEN
 
 
-@njit(cache=True)
+@kernel
 def type_responsibilities(
     ids: Array,
     log_share: Float32Array,
@@ -203,7 +204,7 @@ def type_responsibilities(
                         row[c] += p[c]
 
 
-@njit(cache=True)
+@kernel
 def request_variance(ids: Array, starts: IntArray, share: FloatArray) -> FloatArray:
     """[L]: how far requests are from the mean load, sum over requests and experts of
     (c_re - n_r share_e)^2 over sum of n_r^2.

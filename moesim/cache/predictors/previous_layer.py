@@ -7,11 +7,11 @@ expert e of layer l follows expert e' of layer l - depth for the same token.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from moesim.cache.events import Stream, layer_ids
 from moesim.cache.predictors.base import Scores, check_depth, multi_hot, source_layer
 from moesim.cache.simulate import expert_frequency
+from moesim.kernels import kernel
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
 
@@ -47,7 +47,7 @@ class PreviousLayer:
         return np.asarray(hot @ self._given[layer_idx] / trace.top_k, np.float32)
 
 
-@njit(cache=True)
+@kernel
 def _count_pairs(before, after, num_experts):  # type: ignore[no-untyped-def]
     """[E, E]: tokens that chose e' before and e after."""
     pairs = np.zeros((num_experts, num_experts))
