@@ -81,8 +81,9 @@ def plan_group(
     """
     plans, results, notes = [], [], []
     share = -(-request.batch_size // placement.num_gpus)
+    at_once = placement.num_gpus // placement.num_nodes
     for g, hosted in enumerate(hosted_experts(placement)):
-        rates = build_rates(model, gpus[g], host or HostSpec())
+        rates = build_rates(model, gpus[g], host or HostSpec(), num_gpus=at_once)
         here = replace(request, home_requests=share)
         work: Workload = make_workload(trace, here, hosted)
         planned = plan_cache(work, rates, here)

@@ -59,7 +59,8 @@ class HostSpec:
 class Rates:
     """What `StepTimes` are made from, for one model on one GPU and host.
 
-    `basis` is the weakest kind among them and `notes` name each with its source.
+    `basis` is the weakest kind among them and `notes` name each with its source. `num_gpus`: GPUs
+    of the host that copy at once.
     """
 
     model: ModelSpec
@@ -69,10 +70,11 @@ class Rates:
     calibration: Calibration
     basis: Basis
     notes: tuple[str, ...] = field(default=())
+    num_gpus: int = 1
 
     def transfer_s(self, num_bytes: npt.ArrayLike) -> FloatArray:
         """Seconds of one copy of `num_bytes` from pinned host memory to the GPU."""
-        return self.calibration.copy("h2d").time_us(num_bytes) * 1e-6
+        return self.calibration.host_copy("h2d", self.num_gpus).time_us(num_bytes) * 1e-6
 
     def nvme_s(self, num_bytes: npt.ArrayLike) -> FloatArray:
         """Seconds of one copy from NVMe through host memory, the two transfers overlapped."""
@@ -94,12 +96,17 @@ class Rates:
 
 
 def build_rates(
-    model: ModelSpec, gpu: GpuSpec, host: HostSpec, calibration: Calibration | None = None
+    model: ModelSpec,
+    gpu: GpuSpec,
+    host: HostSpec,
+    calibration: Calibration | None = None,
+    num_gpus: int = 1,
 ) -> Rates:
-    """Rates from the GPU's calibration, or datasheet figures where there is none."""
+    """Rates from the GPU's calibration, or datasheet figures where there is none. `num_gpus`: GPUs
+    of the host that copy at once."""
     found = calibration or calibration_of_gpu(gpu, None, only_type=True)
     experts = _expert_model(found, model.expert_dtype)
-    copy = found.copy("h2d")
+    copy = found.host_copy("h2d", num_gpus)
     basis = weakest(experts.basis, copy.basis, host.kind, "assumed")
     notes = (
         f"experts on the GPU: {experts.basis} ({experts.source or experts.kernel})",
@@ -109,7 +116,7 @@ def build_rates(
         f"attention and dense layers: assumed ({HBM_EFFICIENCY:.0%} of HBM,"
         f" {TFLOPS_EFFICIENCY:.0%} of peak arithmetic)",
     )
-    return Rates(model, gpu, host, experts, found, basis, notes)
+    return Rates(model, gpu, host, experts, found, basis, notes, num_gpus)
 
 
 def step_times(
@@ -169,7 +176,7 @@ def _gate_s(rates: Rates, n: FloatArray, context_tokens: int) -> FloatArray:
         / (gpu.hbm_gb_per_s * 1e9 * HBM_EFFICIENCY)
     )
     launch = KERNELS_BEFORE_GATE * gpu.kernel_launch_us * 1e-6
-    known = rates.calibration.copy("d2h").time_us(np.array(0.0)) * 1e-6
+    known = rates.calibration.host_copy("d2h", rates.num_gpus).time_us(np.array(0.0)) * 1e-6
     expert_launch = rates.experts.layer_launch_us(eager=True) * 1e-6
     out = np.zeros((model.num_moe_layers, len(n)))
     row = 0

@@ -90,12 +90,12 @@ def _row(
     predicted = float(result["predicted_us"])
     if calibration is not None:
         from moesim.cost.calibration import load_calibration
-        from moesim.replay.cache_schedule import calibrated_times_us
+        from moesim.replay.cache_schedule import calibrated_costs
         from moesim.replay.schedule import predict_tokens_us
 
-        times = calibrated_times_us(shape, load_calibration(calibration), schedule)
+        costs = calibrated_costs(shape, load_calibration(calibration), schedule)
         warm = schedule.num_tokens - int(result["num_tokens"])
-        predicted = float(predict_tokens_us(schedule, *times)[warm:].mean())
+        predicted = float(predict_tokens_us(schedule, costs)[warm:].mean())
     measured = float(result["token_us"]["mean"])
     return {
         "cache": result["label"],

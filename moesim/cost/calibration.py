@@ -42,8 +42,9 @@ class Calibration:
     `host_copies`: every host copy; `dense`: GEMM and attention. `eager_collective_us`: host time
     that a collective adds where it is not replayed from a CUDA graph. `local_copy_gb_per_s`: rate
     at which an uneven all-to-all copies what stays on its rank, None where not measured.
-    `issue_us`: host time to enqueue one call of a kind (collective, ffn, permute, reduce).
+    `issue_us`: host time to enqueue one call of a kind (collective, ffn, permute, reduce, fetch).
     `in_layer_saves_us`: what a row move or collective takes less in a layer than alone.
+    `hand_over_us`: what a host copy takes longer where it waits for a kernel and a kernel for it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Calibration:
     dense: DenseModel = field(default_factory=DenseModel)
     issue_us: Mapping[str, float] = field(default_factory=dict)
     in_layer_saves_us: float = 0.0
+    hand_over_us: float = 0.0
     host_copies: tuple[CopyModel, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -154,6 +156,18 @@ class Calibration:
             raise UnknownNameError("host copy", _named(direction, pinned, asked), self._host_names)
         return found[asked]
 
+    def host_copy(self, direction: str, num_gpus: int) -> CopyModel:
+        """Pinned host copy while `num_gpus` GPUs copy at a time: as measured with so many, else
+        with the next more that were measured, else with the most.
+
+        Raises UnknownNameError for a direction that the calibration lacks.
+        """
+        counts = sorted(
+            c.num_gpus_at_once for c in self.host_copies if c.direction == direction and c.pinned
+        )
+        enough = next((n for n in counts if n >= num_gpus), None)
+        return self.copy(direction, num_gpus_at_once=enough)
+
     @property
     def _host_names(self) -> list[str]:
         return [_named(c.direction, c.pinned, c.num_gpus_at_once) for c in self.host_copies]
@@ -223,6 +237,7 @@ def build_calibration(parsed: CalibrationFile) -> Calibration:
         dense=_dense(parsed),
         issue_us={str(k): v for k, v in parsed.overheads.issue_us.items()},
         in_layer_saves_us=parsed.overheads.in_layer_saves_us,
+        hand_over_us=parsed.overheads.hand_over_us,
         sources=parsed.sources,
     )
 

@@ -265,12 +265,17 @@ class OverheadEntry(_Entry):
     the GPU waits for the host; `layer`: of a whole MoE layer with all that it calls.
     `in_layer_saves_us`: what a row move or collective takes less between the other operations of a
     layer, in a CUDA graph, than repeated alone.
+    `hand_over_us`: what a host copy on a stream of its own takes longer than the copy itself, where
+    it waits for a kernel and the next kernel waits for it; half of it on each side.
     """
 
     eager_collective_us: NonNegative = 0.0
     local_copy_gb_per_s: Positive | None = None
     in_layer_saves_us: NonNegative = 0.0
-    issue_us: dict[Literal["collective", "ffn", "permute", "reduce", "layer"], NonNegative] = {}
+    hand_over_us: NonNegative = 0.0
+    issue_us: dict[
+        Literal["collective", "ffn", "permute", "reduce", "fetch", "layer"], NonNegative
+    ] = {}
 
 
 class CalibrationFile(_Strict):

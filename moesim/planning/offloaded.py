@@ -135,7 +135,8 @@ class _Builder:
             model = self.request.model
             if self.made["expert_dtype"] is not None:
                 model = replace(model, expert_dtype=self.made["expert_dtype"])
-            self._rates[spec.name] = build_rates(model, spec, self.made["host"])
+            at_once = self.placement.num_gpus // self.placement.num_nodes
+            self._rates[spec.name] = build_rates(model, spec, self.made["host"], num_gpus=at_once)
         return self._rates[spec.name]
 
     def run(

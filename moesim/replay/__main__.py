@@ -39,6 +39,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-bytes", type=int, default=512 << 20, help="largest message or copy")
     parser.add_argument("--section", action="append", default=[], help="only these; repeat")
     parser.add_argument("--ffn", choices=("auto", "grouped_mm", "loop"), default="auto")
+    parser.add_argument("--ffn-rows", type=float, nargs="+", default=[], help="mean rows a slot")
     parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
     parser.add_argument("--budget", type=float, default=0.06, help="seconds of timing a case")
 
@@ -107,6 +108,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         sections=tuple(arguments.section),
         ffn=arguments.ffn,
         graphs=not arguments.no_graphs,
+        ffn_rows=tuple(arguments.ffn_rows),
     )
     with joined(arguments.device, arguments.timeout) as ctx:
         record = calibrate(ctx, options, arguments.out)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moesim.cache.plan import CachePlan
 from moesim.cost.calibration import Calibration
 from moesim.errors import MismatchError, UnknownNameError
-from moesim.replay.schedule import Schedule, lru_schedule
+from moesim.replay.schedule import Schedule, StepCosts, lru_schedule
 from moesim.replay.shape import ExpertShape
 
 REPLAYED_POLICIES = ("lru",)
@@ -55,16 +55,28 @@ def plan_schedule(
     )
 
 
-def calibrated_times_us(
-    shape: ExpertShape, calibration: Calibration, schedule: Schedule
-) -> tuple[float, float]:
-    """Microseconds of one expert's copy, gate and up apart from down as the replay sends them, and
-    of one step of one token: the slower of the GPU's experts and the host that launches them."""
-    link = calibration.copy("h2d")
+def calibrated_costs(shape: ExpertShape, calibration: Calibration, schedule: Schedule) -> StepCosts:
+    """What one GPU's calibration says of a schedule of one token a step.
+
+    A copy is gate and up, then down, as the replay sends them, by the copy measured for one GPU
+    where there is one. A step gathers the token's row for each expert and runs the experts, all
+    launched call by call.
+    """
+    link = calibration.host_copy("h2d", 1)
     copy = link.time_us(shape.expert_bytes * 2 / 3) + link.time_us(shape.expert_bytes / 3)
     sizes = (shape.hidden_size, shape.moe_intermediate_size)
     model = calibration.expert_ffn(shape.dtype, shape=sizes)
     tokens = np.zeros(schedule.slots_per_layer or schedule.num_slots)
     tokens[: shape.top_k] = 1
-    step = max(float(model.layer_time_us(tokens, *sizes)), calibration.issue_us.get("ffn", 0.0))
-    return float(copy), step
+    step = float(model.layer_time_us(tokens, *sizes, eager=True))
+    if "permute" in calibration.copies:
+        gather = calibration.copy("permute")
+        step += float(gather.rows_us(shape.top_k, 1, shape.row_bytes))
+    issue = calibration.issue_us
+    return StepCosts(
+        copy_us=float(copy),
+        step_us=step,
+        issue_us=issue.get("permute", 0.0) + issue.get("ffn", 0.0),
+        fetch_issue_us=issue.get("fetch", 0.0),
+        hand_over_us=calibration.hand_over_us,
+    )

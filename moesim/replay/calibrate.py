@@ -50,7 +50,8 @@ class Options:
     """What to measure.
 
     shapes: experts, replayed at their real sizes. max_tokens_per_rank: FFN and permutation cases go
-    up to what a batch of so many tokens a rank brings. max_bytes: largest collective and copy.
+    up to what a batch of so many tokens a rank brings. ffn_rows: mean rows a slot of the FFN cases
+    instead of the built-in ones. max_bytes: largest collective and copy.
     budget_s: timing of one case. sections: empty for all.
     """
 
@@ -62,6 +63,7 @@ class Options:
     sections: tuple[str, ...] = ()
     ffn: str = "auto"
     graphs: bool = True
+    ffn_rows: tuple[float, ...] = ()
 
 
 @dataclass

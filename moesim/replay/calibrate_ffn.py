@@ -181,7 +181,10 @@ def _means(session: Session, shape: ExpertShape, num_local: int) -> list[float]:
     """Mean rows a slot, up to what the largest batch brings to the busiest GPU."""
     most = session.options.max_tokens_per_rank * shape.top_k
     largest = most * (SKEW_MARGIN if session.ctx.num_ranks > 1 else 1.0) / num_local
-    means = [float(n) for n in MEAN_TOKENS if n <= largest] or [largest]
+    asked = session.options.ffn_rows
+    means = [float(n) for n in asked or MEAN_TOKENS if n <= largest] or [largest]
+    if asked:
+        return means
     if largest > means[-1] * LAST_STEP:
         means.append(largest)
     return means

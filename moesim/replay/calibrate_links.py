@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from moesim.replay.environment import num_nodes_of, ranks_per_node
 from moesim.replay.process import Context, all_gather_flat
+from moesim.replay.streams import measure_fetch
 from moesim.replay.timing import Body
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ SMALLEST_UNEVEN = 12288
 UNEVEN_SHARES = (1.0, 0.5, 0.125, 0.0)
 SUBGROUP_SHARES = (1.0, 0.0)
 SUBGROUP_STEP = 8  # sizes of a sub-group grow by this factor
+FETCH_SIZES = (3 << 18, 3 << 20, 3 << 22, 3 << 23)
 COPY_SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28)
 
 
@@ -168,6 +170,33 @@ def measure_copies(session: Session) -> None:
                     }
                     mine = body if ctx.rank == 0 or not alone else _idle
                     recorder.time("copies", row, mine, per_round=4, modes=("eager",))
+    _measure_fetches(session)
+
+
+def _measure_fetches(session: Session) -> None:
+    """Pinned copies in two parts, as an expert's, on a stream of their own between two kernels, by
+    every rank at once. Adds what the hand-over takes, and the host's time."""
+    ctx, recorder = session.ctx, session.recorder
+    small = torch.zeros(1024, device=ctx.device)
+    for num_bytes in (n for n in FETCH_SIZES if n <= session.options.max_bytes):
+        ctx.beat(f"calibrating a fetch of {num_bytes} bytes")
+        parts = [slice(0, num_bytes * 2 // 3), slice(num_bytes * 2 // 3, num_bytes)]
+        host = _host_noise(num_bytes, True)
+        device = torch.empty(num_bytes, dtype=torch.uint8, device=ctx.device)
+
+        def copy(
+            _: int, to: torch.Tensor = device, of: torch.Tensor = host, both: list[slice] = parts
+        ) -> None:
+            for part in both:
+                to[part].copy_(of[part], non_blocking=True)
+
+        found = measure_fetch(ctx, copy, lambda _: small.add_(1.0))
+        row = {"bytes": num_bytes, "num_gpus_at_once": ctx.num_ranks}
+        copies = round(ctx.max(found.copy_us), 3)
+        recorder.value("fetch", {**row, "copy_us": copies}, found.hand_over_us)
+        recorder.value(
+            "launch", {"what": "fetch, host time to enqueue", "bytes": num_bytes}, found.issue_us
+        )
 
 
 def _copies(ctx: Context, num_bytes: int, pinned: bool) -> dict[str, Body]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,16 @@ from moesim.replay.memory import MemoryNeed, available_host_bytes, require_memor
 from moesim.replay.numerics import TOLERANCE, NumericsError
 from moesim.replay.ops import TORCH_DTYPES, Kernels, choose, grouped_ffn
 from moesim.replay.process import Context
-from moesim.replay.schedule import FloatArray, Schedule, lru_schedule, predict_tokens_us
+from moesim.replay.schedule import (
+    FloatArray,
+    Schedule,
+    StepCosts,
+    lru_schedule,
+    predict_tokens_us,
+)
 from moesim.replay.shape import ExpertShape
-from moesim.replay.timing import spread, time_calls
+from moesim.replay.streams import Fetch, cycles_of, measure_fetch, queued_us
+from moesim.replay.timing import issue_us, spread, time_calls
 from moesim.trace.format import load_token_trace
 
 FORMAT = "moesim-offload-measured"
@@ -87,7 +94,7 @@ class Player:
         self.ctx, self.cache, self.schedule = ctx, cache, schedule
         self.kernel = kernels.ffn
         self.copy_stream = torch.cuda.Stream(ctx.device) if ctx.is_cuda else None
-        self._cycles = _cycles(ctx, other_us)
+        self._cycles = cycles_of(ctx, other_us)
         generator = torch.Generator(ctx.device).manual_seed(schedule.num_steps)
         dtype = TORCH_DTYPES[cache.shape.dtype]
         noise = torch.randn(64, cache.shape.hidden_size, device=ctx.device, generator=generator)
@@ -245,6 +252,7 @@ def offload(
     ctx.beat("filling host memory")
     cache = SlotCache(ctx, shape, num_items, num_slots, options.seed)
     copy_us, copy_low, copy_high = _copy_us(ctx, cache)
+    fetch = _fetch(ctx, cache, copy_us)
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -254,6 +262,7 @@ def offload(
         "notes": list(kernels.notes),
         "expert_bytes": shape.expert_bytes,
         "copy_us": [copy_us, copy_low, copy_high],
+        "fetch": asdict(fetch),
         "other_us": options.other_us,
         "results": [],
     }
@@ -262,7 +271,7 @@ def offload(
             record["notes"].append(f"time limit: stopped before {schedule.label}")
             break
         ctx.beat(f"replaying {schedule.label}")
-        result = _replay(ctx, cache, schedule, kernels, options, copy_us)
+        result = _replay(ctx, cache, schedule, kernels, options, fetch)
         record["results"].append(result)
         ctx.rank0_print(
             f"{schedule.label}: {result['token_us']['median']:.0f} us a token,"
@@ -298,7 +307,7 @@ def _replay(
     schedule: Schedule,
     kernels: Kernels,
     options: Options,
-    copy_us: float,
+    fetch: Fetch,
 ) -> dict[str, Any]:
     player = Player(ctx, cache, schedule, kernels, options.other_us)
     _, kept = player.run()
@@ -308,20 +317,18 @@ def _replay(
             f"{schedule.label}: relative error {error:.3g} against float64",
             "a step read a slot before its copy arrived, or a kernel is at fault: report it",
         )
-    step_us = spread(
-        time_calls(ctx, lambda i: player.compute(i % schedule.num_steps), mode="eager")
-    )[0]
+    costs = _costs(ctx, player, fetch)
     warm = min(options.warm_tokens, schedule.num_tokens - 1)
     runs = np.stack([player.run()[0] for _ in range(options.reps)])
     every = np.median(runs, axis=0)
-    predicted = predict_tokens_us(schedule, copy_us, step_us, options.other_us)
+    predicted = predict_tokens_us(schedule, costs, options.other_us)
     middle, low, high = spread(every[warm:])
     return {
         "label": schedule.label,
         "num_slots": schedule.num_slots,
         "num_tokens": schedule.num_tokens - warm,
         "copies_per_token": float(schedule.copies_per_token[warm:].mean()),
-        "step_us": step_us,
+        **asdict(costs),
         "token_us": {
             "mean": float(every[warm:].mean()),
             "median": middle,
@@ -335,6 +342,32 @@ def _replay(
         "predicted_tokens_us": predicted.round(1).tolist(),
         "copies": schedule.copies_per_token.tolist(),
     }
+
+
+def _costs(ctx: Context, player: Player, fetch: Fetch) -> StepCosts:
+    """What a schedule's steps and copies take by themselves, measured."""
+
+    def step(i: int) -> torch.Tensor:
+        return player.compute(i % player.schedule.num_steps)
+
+    return StepCosts(
+        copy_us=fetch.copy_us,
+        step_us=float(np.median(queued_us(ctx, step))),
+        issue_us=issue_us(ctx, step) if ctx.is_cuda else 0.0,
+        fetch_issue_us=fetch.issue_us,
+        hand_over_us=fetch.hand_over_us,
+    )
+
+
+def _fetch(ctx: Context, cache: SlotCache, copy_us: float) -> Fetch:
+    """One expert's copy between two small kernels; on the CPU a copy is all there is to it."""
+    if not ctx.is_cuda:
+        return Fetch(copy_us, 0.0, 0.0)
+    items, slots = len(cache.host_down), len(cache.down)
+    small = torch.zeros(1024, device=ctx.device)
+    return measure_fetch(
+        ctx, lambda i: cache.fetch(i * 7 % items, i % slots), lambda _: small.add_(1.0)
+    )
 
 
 def _copy_us(ctx: Context, cache: SlotCache) -> tuple[float, float, float]:
@@ -358,12 +391,3 @@ def _require_host_memory(num_bytes: int, shape: ExpertShape) -> None:
             f" {free / 1e9:.1f} GB are available",
             "replay fewer layers (--layers)",
         )
-
-
-def _cycles(ctx: Context, other_us: float) -> int:
-    """Clock cycles of a busy wait of `other_us`, from a timed one."""
-    if other_us <= 0 or not ctx.is_cuda:
-        return 0
-    trial = 1_000_000
-    samples = time_calls(ctx, lambda _: torch.cuda._sleep(trial), mode="eager", per_round=2)
-    return int(other_us * trial / float(np.median(samples)))

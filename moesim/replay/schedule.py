@@ -205,25 +205,43 @@ def _most_beyond(
     return most
 
 
-def predict_tokens_us(
-    schedule: Schedule, copy_us: float, step_us: float, other_us: float = 0.0
-) -> FloatArray:
-    """[T] time of each token with one copy engine and one compute stream.
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """What a schedule is made of, in microseconds.
 
-    Copies run one after another, `copy_us` each, not before the step that issues them starts; a
-    step starts when the step before it has ended and the copies it needs are there, and takes
-    `step_us`, followed by `other_us` of work that needs no expert (attention).
+    copy_us: one expert's copy. step_us: the GPU's time for one step. issue_us, fetch_issue_us: the
+    host's time to enqueue a step and a copy; 0 for a host that is never waited for. hand_over_us:
+    what a copy between two kernels takes longer than the copy itself, half before it, half after.
+    """
+
+    copy_us: float
+    step_us: float
+    issue_us: float = 0.0
+    fetch_issue_us: float = 0.0
+    hand_over_us: float = 0.0
+
+
+def predict_tokens_us(schedule: Schedule, costs: StepCosts, other_us: float = 0.0) -> FloatArray:
+    """[T] time of each token with one copy engine, one compute stream and one host.
+
+    Copies run one after another, not before the step before the one that issues them has ended; a
+    step starts when the step before it has ended and the copies it needs are there, and is followed
+    by `other_us` of work that needs no expert (attention). Neither starts before the host has
+    enqueued it. The host never waits, so while the GPU waits for copies it gets ahead.
     """
     begin = np.searchsorted(schedule.issue, np.arange(schedule.num_steps + 1))
     ready = np.zeros(schedule.num_steps)
     ends = np.zeros(schedule.num_steps)
-    now = engine_free = 0.0
+    half = costs.hand_over_us / 2
+    now = engine_free = host = 0.0
     for step in range(schedule.num_steps):
         for f in range(begin[step], begin[step + 1]):
-            engine_free = max(engine_free, now) + copy_us
+            host += costs.fetch_issue_us
+            engine_free = max(engine_free, now + half, host) + costs.copy_us
             target = schedule.need[f]
-            ready[target] = max(ready[target], engine_free)
-        now = max(now, ready[step]) + step_us + other_us
+            ready[target] = max(ready[target], engine_free + half)
+        host += costs.issue_us
+        now = max(now, ready[step], host) + costs.step_us + other_us
         ends[step] = now
     return np.diff(ends[schedule.num_layers - 1 :: schedule.num_layers], prepend=0.0)
 

@@ -22,7 +22,13 @@ from moesim.replay.table_experts import Rows, expert_entries
 FORMAT = "moesim-calibration-raw"
 SOURCE = "measured"
 SMALL_MESSAGE_BYTES = 1 << 16
-ISSUES = {"all-to-all": "collective", "expert FFN": "ffn", "gather": "permute", "reduce": "reduce"}
+ISSUES = {
+    "all-to-all": "collective",
+    "expert FFN": "ffn",
+    "gather": "permute",
+    "reduce": "reduce",
+    "fetch": "fetch",
+}
 
 
 def load_raw(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -171,6 +177,7 @@ def _table(rows: Rows) -> list[list[float]]:
 
 def _overheads(tables: Mapping[str, Rows]) -> dict[str, Any]:
     issue: dict[str, float] = {}
+    out: dict[str, Any]
     names = {**ISSUES, "layer": "layer"}
     for row in tables.get("launch", []):
         what = str(row["what"]).removesuffix(", host time to enqueue")
@@ -183,7 +190,11 @@ def _overheads(tables: Mapping[str, Rows]) -> dict[str, Any]:
     adds = 0.0
     if modes["graph"] and modes["eager"]:
         adds = max(0.0, float(np.median(modes["eager"]) - np.median(modes["graph"])))
-    return {"eager_collective_us": round(adds, 2), "issue_us": issue}
+    out = {"eager_collective_us": round(adds, 2), "issue_us": issue}
+    hand_overs = [float(row["us"]) for row in tables.get("fetch", [])]
+    if hand_overs:
+        out["hand_over_us"] = round(float(np.median(hand_overs)), 3)
+    return out
 
 
 def _copies(tables: Mapping[str, Rows]) -> list[dict[str, Any]]:

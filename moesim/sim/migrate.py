@@ -85,7 +85,8 @@ def build_mover(cluster: Cluster, links: LinkTable, expert_bytes: float) -> Move
         nic_gb_per_s=float(nics.min()) if len(nics) else None,
     )
     us = links.us_per_byte(curve)
-    copy = asymptotic_gb_per_s(calibration.copy("h2d").curve) / slowest.pcie_gb_per_s
+    at_once = cluster.num_gpus // cluster.num_nodes
+    copy = asymptotic_gb_per_s(calibration.host_copy("h2d", at_once).curve) / slowest.pcie_gb_per_s
     host_only = np.array([c == "pcie" for c in links.classes]) & (links.group < 0)
     us[host_only] = 1.0 / (links.line_gb_per_s[host_only] * copy * 1e3)
     return Mover(cluster, expert_bytes, us)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import FormatError, InputError, MismatchError, UnknownNameError
-from moesim.replay.schedule import load_schedule, lru_schedule, predict_tokens_us
+from moesim.replay.schedule import StepCosts, load_schedule, lru_schedule, predict_tokens_us
 
 
 def test_lru_by_hand() -> None:
@@ -26,14 +26,26 @@ def test_lru_by_hand() -> None:
 def test_predicted_times_by_hand() -> None:
     schedule = lru_schedule(np.array([0, 2, 0, 1, 3])[:, None, None], 4, 2)
     # Copy 10, compute 3: a hit takes 3, a miss waits 10 first.
-    assert predict_tokens_us(schedule, 10.0, 3.0).tolist() == [3, 13, 3, 13, 13]
+    assert predict_tokens_us(schedule, StepCosts(10.0, 3.0)).tolist() == [3, 13, 3, 13, 13]
     # One step ahead: the copy for step 1 is issued when step 0 starts (slot 1 is unread before),
     # so it ends at 10, step 1 at 13. Step 2 ends at 16; the copy for step 3 goes to slot 1, last
     # read by step 1, issued at step 2 (13): there at 23, step 3 ends at 26. The copy for step 4
     # goes to slot 0, read by step 2, issued at step 3 (16), behind the engine (23): 33, end 36.
     ahead = lru_schedule(np.array([0, 2, 0, 1, 3])[:, None, None], 4, 2, lookahead=1)
     assert ahead.issue.tolist() == [0, 2, 3]
-    assert predict_tokens_us(ahead, 10.0, 3.0).tolist() == [3, 10, 3, 10, 10]
+    assert predict_tokens_us(ahead, StepCosts(10.0, 3.0)).tolist() == [3, 10, 3, 10, 10]
+
+
+def test_host_and_hand_over_by_hand() -> None:
+    schedule = lru_schedule(np.array([0, 2, 0, 1, 3])[:, None, None], 4, 2)
+    # A copy between two kernels takes 10, and 1 before and 1 after it: a miss takes 15.
+    costs = StepCosts(10.0, 3.0, hand_over_us=2.0)
+    assert predict_tokens_us(schedule, costs).tolist() == [3, 15, 3, 15, 15]
+    # The host takes 5 to enqueue a step and 4 a copy, and does not wait for either. Enqueued at 5,
+    # 9 + 5, 19, 23 + 5, 32 + 5. Step 0 runs from 5 to 8; the copy starts at 9, step 1 ends at 22;
+    # step 2 is enqueued by then: 25; the copy starts at 25, step 3 ends at 38; then 48 and 51.
+    host = StepCosts(10.0, 3.0, issue_us=5.0, fetch_issue_us=4.0)
+    assert predict_tokens_us(schedule, host).tolist() == [8, 14, 3, 13, 13]
 
 
 def test_pinned_experts_and_staging_by_hand() -> None:

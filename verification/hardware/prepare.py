@@ -1,7 +1,7 @@
 """Traces, plans and model shapes for the validation on hardware, into one folder to carry there.
 
     python verification/hardware/prepare.py OUT_FOLDER [--data ../shared/data] [--gpus 2]
-        [--redundant 8] [--model NAME]...
+        [--redundant 8] [--model NAME]... [--no-plans]
 
 The models that calibration measures by default, or those named. Where a real token-level trace of
 the model exists it is used; otherwise the routing is drawn, and `about.json`, every trace's
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--redundant", type=int, help="slots a layer; default: 1/8 of the experts")
     parser.add_argument("--model", action="append", choices=sorted(SHAPES), help="repeat")
+    parser.add_argument("--no-plans", action="store_true", help="traces, shapes and caches alone")
     arguments = parser.parse_args()
     about = {}
     for shape in [SHAPES[n] for n in arguments.model or [s.name for s in DEFAULT_SHAPES]]:
@@ -77,7 +78,9 @@ def main() -> None:
         (folder / "shape.json").write_text(json.dumps(shape.to_json()))
         shares = {}
         (folder / "config.json").write_text(json.dumps(hf_config(trace, shape)))
-        plans = make_plans(trace, shape, arguments.gpus, arguments.redundant, folder)
+        plans = {}
+        if not arguments.no_plans:
+            plans = make_plans(trace, shape, arguments.gpus, arguments.redundant, folder)
         for name, plan in plans.items():
             plan.save(folder / f"{name}.json")
             shares[name] = plan.evaluation["largest_gpu_share"]

@@ -30,7 +30,7 @@ import study_tables
 
 from moesim.cluster import load_cluster
 from moesim.cost.calibration import Calibration, load_calibration
-from moesim.replay.cache_schedule import calibrated_times_us
+from moesim.replay.cache_schedule import calibrated_costs
 from moesim.replay.cases import longest_first
 from moesim.replay.compare import Comparison, compare, load_measured
 from moesim.replay.predict import build_predictor
@@ -276,7 +276,7 @@ def offloading(
             "calibrated_us": None,
         }
         if schedule is not None:
-            times = predict_tokens_us(schedule, *calibrated_times_us(shape, calibration, schedule))
+            times = predict_tokens_us(schedule, calibrated_costs(shape, calibration, schedule))
             row["calibrated_us"] = float(times[-result["num_tokens"] :].mean())
         elif known.get(label, {}).get("copies_per_token") == result["copies_per_token"]:
             row["calibrated_us"] = known[label]["calibrated_us"]

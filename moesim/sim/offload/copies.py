@@ -99,7 +99,7 @@ def host_paths(
             f"the cache plan keeps experts on NVMe, and {cluster.name} has none",
             "give the cluster nvme:, or make the cache plan with more --dram",
         )
-    copy = rates.calibration.copy("h2d").curve
+    copy = rates.calibration.host_copy("h2d", rates.num_gpus).curve
     share = min(1.0, asymptotic_gb_per_s(copy) / rates.gpu.pcie_gb_per_s)
     classes = np.array(links.classes)
     rate = links.line_gb_per_s * OTHER_LINK_EFFICIENCY
