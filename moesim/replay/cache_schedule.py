@@ -68,7 +68,7 @@ def calibrated_costs(shape: ExpertShape, calibration: Calibration, schedule: Sch
     model = calibration.expert_ffn(shape.dtype, shape=sizes)
     tokens = np.zeros(schedule.slots_per_layer or schedule.num_slots)
     tokens[: shape.top_k] = 1
-    step = float(model.layer_time_us(tokens, *sizes, eager=True))
+    step = float(model.layer_time_us(tokens, *sizes))
     if "permute" in calibration.copies:
         gather = calibration.copy("permute")
         step += float(gather.rows_us(shape.top_k, 1, shape.row_bytes))
