@@ -312,6 +312,11 @@ def test_host_copies_by_memory_and_company() -> None:
         made.copy("h2d", num_gpus_at_once=3)
     with pytest.raises(UnknownNameError, match="'both unpinned by 1'"):
         made.copy("both", pinned=False)
+    # A prediction for n GPUs takes the next more that were measured, else the most.
+    for num_gpus, us in ((1, 1.0), (2, 2.0), (4, 2.0), (8, 2.0)):
+        assert made.host_copy("h2d", num_gpus).time_us(0) == us
+    with pytest.raises(UnknownNameError, match="d2h"):
+        made.host_copy("d2h", 1)
     # What is lacking comes from the other; an entry of one's own stays.
     other = parse_calibration(HEAD + "copies:\n" + each.format("d2h", "true", 1, 3))
     assert made.completed_by(other).copy("d2h").time_us(0) == 3.0

@@ -145,6 +145,17 @@ def test_offload_on_the_cpu(inputs, tmp_path) -> None:
         offload(alone, short, str(inputs.trace), [], options, None)
 
 
+def test_experts_at_the_rows_asked_for(inputs) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from moesim.replay.calibrate import Options, calibrate
+    from moesim.replay.process import Context, Watchdog
+
+    alone = Context(0, 1, 0, torch.device("cpu"), 60.0, Watchdog(60.0, print))
+    options = Options((inputs.shape,), sections=("ffn",), ffn_rows=(1, 3), budget_s=0.001)
+    rows = calibrate(alone, options, None)["tables"]["ffn"]
+    assert {r["tokens"] / r["local_experts"] for r in rows} == {1, 3}
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1 << 30), slots=st.integers(3, 8))
 def test_same_misses_as_the_cache_simulator(seed: int, slots: int) -> None:

@@ -6,14 +6,22 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed (pip install 'moesim[torch]')")
 
-from moesim.cost.calibration import build_calibration, parse_calibration_file
+from moesim.cost.calibration import (
+    build_calibration,
+    parse_calibration,
+    parse_calibration_file,
+)
 from moesim.cost.calibration_schema import CalibrationFile
+from moesim.replay.cache_schedule import calibrated_costs
 from moesim.replay.calibrate_links import growing, subgroup_sizes
 from moesim.replay.environment import num_nodes_of
+from moesim.replay.schedule import lru_schedule
+from moesim.replay.shape import ExpertShape
 from moesim.replay.table_lines import link_lines, link_rows
 from moesim.replay.tables import calibration_data, load_raw
 
@@ -96,6 +104,47 @@ def test_host_copies_of_a_record() -> None:
         "h2d, unpinned",
     ]
     assert "0.5 +- 0.001 GB/s at 1 MB" in link_lines(parsed)[1]
+
+
+def test_fetches_of_a_record() -> None:
+    launch = [{"what": "fetch, host time to enqueue", "us": us} for us in (40.0, 44.0)]
+    raw = {
+        "environment": {**ENVIRONMENT, "backend": "nccl"},
+        "tables": {
+            "copies": sizes(1.0, pinned=True, num_gpus_at_once=1, direction="h2d"),
+            "fetch": [{"bytes": 1, "us": us} for us in (7.0, 8.0, 30.0)],
+            "launch": launch,
+        },
+    }
+    made = build_calibration(CalibrationFile.model_validate(calibration_data(raw, "x")))
+    assert made.hand_over_us == 8.0
+    assert made.issue_us == {"fetch": 44.0}
+
+
+def test_an_offloaded_step_by_hand() -> None:
+    """One GPU's copy in two parts, experts in a graph's time, a gather; the host and hand-overs."""
+    text = """
+format: moesim-calibration
+version: 1
+name: x
+gpu: x
+sources: {s: s}
+overheads: {hand_over_us: 8, issue_us: {ffn: 70, permute: 9, fetch: 40}}
+copies:
+- {direction: h2d, num_gpus_at_once: 1, latency_us: 1, gb_per_s: 1, source: s}
+- {direction: h2d, num_gpus_at_once: 2, latency_us: 5, gb_per_s: 1, source: s}
+- {direction: permute, table: [[1, 2], [1000000, 2]], source: s}
+expert_ffn:
+- {dtype: bf16, kernel: k, weight_bytes_per_param: 2, launch_us: 10, eager_launch_us: 15,
+   weight_gb_per_s: 1, tflops: 1, sharpness: 64, source: s}
+"""
+    shape = ExpertShape("x", 100, 10, 4, 2)
+    schedule = lru_schedule(np.array([[[0, 1]]]), 4, 2)
+    costs = calibrated_costs(shape, parse_calibration(text), schedule)
+    # 6,000 bytes an expert at 1 kB/us: 6 us in two parts of 1 us latency. Two experts read: 12 us.
+    assert costs.copy_us == pytest.approx(8.0)
+    assert costs.step_us == pytest.approx(10.0 + 12.0 + 2.0, rel=0.01)
+    assert (costs.issue_us, costs.fetch_issue_us, costs.hand_over_us) == (79.0, 40.0, 8.0)
 
 
 def test_sub_groups_fill_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
