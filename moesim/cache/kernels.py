@@ -9,8 +9,7 @@ The *depth* of an access is its item's place in the stack before the event: it h
 cache of more than `depth` slots.
 
 `tests/cache/reference.py` has the same semantics in plain Python, one capacity at a time.
-`timeline_kernel.py` calls these functions from a kernel of its own: numba's on-disk cache does not
-notice changes across files, so delete `__pycache__` after editing this one.
+`timeline_kernel.py` calls these functions from a kernel of its own.
 """
 
 from __future__ import annotations
