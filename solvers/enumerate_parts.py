@@ -17,20 +17,23 @@ from moesim.kernels import kernel
 Array = npt.NDArray[Any]
 
 
-@kernel(fastmath=True)
-def mean_largest(fixed: Array, loads: Array, rest: Array, even: float) -> float:
-    """Mean over batches of the largest of `fixed` [B], `loads` [G, B] and, where `even` > 0, of
-    their sum with `rest` [B] times `even`, which no way of dealing `rest` can be below."""
+@kernel
+def mean_largest(fixed: Array, loads: Array, rest: Array, shared: int, grains: float) -> float:
+    """Mean over batches of the largest of `fixed` [B], `loads` [G, B] and, where `shared` > 0, a
+    `shared`-th of their sum with `rest` [B], which no way of dealing `rest` can be below. The
+    first three in grains, of which `grains` are a unit of the result."""
     num_gpus, num_batches = loads.shape
-    total = np.float32(0)
+    total = 0
     for b in range(num_batches):
         most = fixed[b]
         both = rest[b]
         for g in range(num_gpus):
             most = max(most, loads[g, b])
             both += loads[g, b]
-        total += max(most, np.float32(even) * both)
-    return float(total) / num_batches
+        if shared > 0:
+            most = max(most, both // shared)
+        total += most
+    return total / (num_batches * grains)
 
 
 @kernel
@@ -57,13 +60,14 @@ def best_parts(
     start: Array,
     empty: int,
     node_limit: int,
+    grains: float,
 ) -> tuple[Array, float, int]:
     """(GPU of every item, value, nodes looked at): the least value over all ways, unless
     `node_limit` comes first; ties keep `start`.
 
     item: [n] expert of each item, `empty` for an empty slot; two of one expert never share a GPU.
-    work: [U, n, B] their cost on each kind of GPU; base: [G, B] what the GPUs keep; fixed: [B] the
-    costliest GPU elsewhere; room: [G] items that each takes; unit: [G] kinds. alone [n, G], apart
+    work: [U, n, B] their cost on each kind of GPU, in grains; base: [G, B] what the GPUs keep;
+    fixed: [B] the costliest GPU elsewhere; room: [G] items that each takes; unit: [G] kinds. alone [n, G], apart
     [n, n]: microseconds of messages, see `LayerState.message_terms`; between [G, G]: the part of
     `apart` that two items pay by where they are. start: [n] where the items come from.
     Costs O(G B + n G) a node.
@@ -71,11 +75,11 @@ def best_parts(
     num, num_gpus = len(item), len(room)
     num_batches = len(fixed)
     order = np.argsort(-work[unit[0]].sum(axis=1))
-    rest = np.zeros((num + 1, num_batches), np.float32)
+    rest = np.zeros((num + 1, num_batches), np.int64)
     for depth in range(num - 1, -1, -1):
         rest[depth] = rest[depth + 1] + work[0, order[depth]]
-    even = 1.0 / num_gpus if work.shape[0] == 1 else 0.0
-    loads = np.empty((num + 1, num_gpus, num_batches), np.float32)
+    shared = num_gpus if work.shape[0] == 1 else 0
+    loads = np.empty((num + 1, num_gpus, num_batches), np.int32)
     loads[0] = base
     for i in range(num):
         loads[0, start[i]] += work[unit[start[i]], i]
@@ -86,7 +90,7 @@ def best_parts(
         for j in range(i):
             messages += apart[i, j] * between[start[i], start[j]]
     best_value = value_of(
-        mean_largest(fixed, loads[0], rest[num], 0.0), messages, ceiling, weight
+        mean_largest(fixed, loads[0], rest[num], 0, grains), messages, ceiling, weight
     ) * (1 - 1e-6)
     loads[0] = base
     left = room.copy()
@@ -133,7 +137,7 @@ def best_parts(
                 if left[h] > 0:
                     cheapest = min(cheapest, pay[depth + 1, j, h])
             least += cheapest
-        mean = mean_largest(fixed, loads[depth + 1], rest[depth + 1], even)
+        mean = mean_largest(fixed, loads[depth + 1], rest[depth + 1], shared, grains)
         value = value_of(mean, least, ceiling, weight)
         if value >= best_value:
             left[g] += 1

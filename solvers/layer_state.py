@@ -15,18 +15,20 @@ from moesim.solvers.objective import PlacementCost, make_flow
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int64]
+LoadArray = npt.NDArray[np.int32]
 MARGIN = 1e-6
 
 
 class LayerState:
     """slots: [G, S] int64, the number of experts for an empty slot. work: [U, E + 1, B] cost of a
-    slot of each expert on each kind of GPU; load: [G, B]; value: the objective of the layer.
+    slot of each expert on each kind of GPU and load: [G, B], both in grains (`grains` a unit); value: the objective of the layer.
     messages_us: its message term; per_message: that term a sampled choice, 0 without messages."""
 
     def __init__(self, objective: PlacementCost, layer: int, slots: IntArray) -> None:
         self.objective, self.layer = objective, layer
         self.slots = slots.copy()
-        self.work = objective.work(objective.layer_counts(layer), self.slots)
+        counts = objective.layer_counts(layer)
+        self.work, self.grains = objective.work(counts, self.slots), objective.grains(counts)
         self.load = np.stack([self._row(g, self.slots[g]) for g in range(len(slots))])
         self.tokens: Any = None
         self.per_message = 0.0
@@ -39,10 +41,10 @@ class LayerState:
             self.per_message = self.messages_us / max(1, len(self.tokens.token))
         self.value = self._value(self.load, self.messages_us)
 
-    def _row(self, gpu: int, experts: IntArray) -> FloatArray:
+    def _row(self, gpu: int, experts: IntArray) -> LoadArray:
         unit = self.objective.unit[gpu]
         held = experts[: self.objective.capacity[gpu]]
-        return np.asarray(self.work[unit, held].sum(axis=0, dtype=np.float32))
+        return np.asarray(self.work[unit, held].sum(axis=0, dtype=np.int32))
 
     def _messages(self, slots: IntArray) -> float:
         from moesim.solvers.search_traffic import fill_flow, message_us, replica_gpus
@@ -54,8 +56,11 @@ class LayerState:
         fill_flow(self.tokens, objective.net, self._flow, gpus, held)
         return float(message_us(objective.net, self._flow))
 
-    def _value(self, load: FloatArray, messages_us: float) -> float:
-        mean = float(load.max(axis=0).mean(dtype=np.float64))
+    def _mean_largest(self, load: LoadArray) -> float:
+        return int(load.max(axis=0).sum(dtype=np.int64)) / (load.shape[1] * self.grains)
+
+    def _value(self, load: LoadArray, messages_us: float) -> float:
+        mean = self._mean_largest(load)
         ceiling, weight = self.objective.limits(self.layer)
         if ceiling > 0:
             return messages_us + weight * max(0.0, mean - ceiling)
@@ -66,11 +71,11 @@ class LayerState:
         count = np.bincount(self.load.argmax(axis=0), minlength=len(self.load))
         return count / self.load.shape[1]
 
-    def others(self, gpus: IntArray) -> FloatArray:
+    def others(self, gpus: IntArray) -> LoadArray:
         """[B]: the costliest of the GPUs that are not among `gpus`, 0 where there is none."""
         rest = np.delete(np.arange(len(self.load)), gpus)
         if not len(rest):
-            return np.zeros(self.load.shape[1], np.float32)
+            return np.zeros(self.load.shape[1], np.int32)
         return np.asarray(self.load[rest].max(axis=0))
 
     def home_hits(self) -> FloatArray:
@@ -126,8 +131,7 @@ class LayerState:
             slots[gpu] = row
             load[gpu] = self._row(gpu, row)
         if self.objective.net is None or not self.objective.limits(self.layer)[0]:
-            least = float(load.max(axis=0).mean(dtype=np.float64))
-            if least >= self.value * (1 - MARGIN):
+            if self._mean_largest(load) >= self.value * (1 - MARGIN):
                 return False
         messages = self._messages(slots)
         value = self._value(load, messages)

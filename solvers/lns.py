@@ -159,7 +159,7 @@ def deal_anew(state: LayerState, gpus: IntArray, step: int, rng: np.random.Gener
             state.work[objective.unit[g], row][:, ::step].sum(axis=0)
             for g, row in zip(gpus, kept, strict=True)
         ]
-    ).astype(np.float32)
+    ).astype(np.int32)
     alone, apart = state.message_terms(item, gpus, staying)
     between = 1.0 - state.near()[np.ix_(gpus, gpus)]
     ceiling, weight = objective.limits(state.layer)
@@ -178,6 +178,7 @@ def deal_anew(state: LayerState, gpus: IntArray, step: int, rng: np.random.Gener
         start,
         empty,
         NODE_LIMIT,
+        state.grains,
     )
     if (found == start).all():
         return False

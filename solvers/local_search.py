@@ -117,18 +117,20 @@ class LayerSearch:
 
         problem, objective = self.problem, self.objective
         if problem.objective != "traffic":
+            counts = self._counts(layer)
+            grains = objective.grains(counts)
             value = search_layer(
-                self._counts(layer),
+                counts,
                 slots,
                 objective.capacity,
                 objective.unit,
-                objective.scale,
+                objective.scale * grains,
                 objective.table,
                 self.kicks,
                 problem.seed + layer,
             )
             if problem.objective == "balance":
-                return float(value)
+                return float(value) / grains
         return self.search_messages(layer, slots, self.message_kicks, problem.seed + layer)
 
     def search_messages(
@@ -162,6 +164,7 @@ class LayerSearch:
                 weight,
                 kicks,
                 seed,
+                objective.grains(counts),
             )
         )
 

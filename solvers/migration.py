@@ -171,10 +171,14 @@ def _searched(
     held[np.arange(problem.num_gpus)[:, None], before] = True
     held[:, -1] = True
     counts = cost.layer_counts(layer)
+    grains = cost.grains(counts)
+    scale = cost.scale * grains
     out = []
     for start in (before, target):
         slots = start.copy()
-        search_moves(counts, slots, cost.capacity, cost.unit, cost.scale, cost.table, held, price)
+        search_moves(
+            counts, slots, cost.capacity, cost.unit, scale, cost.table, held, price * grains
+        )
         out.append(slots)
     return out
 

@@ -80,26 +80,43 @@ class PlacementCost:
         slots[slots == EMPTY] = self.problem.num_experts
         return slots
 
+    def grains(self, counts: npt.NDArray[np.float32]) -> float:
+        """Grains a unit of cost for `counts` [E, B]: a power of two, such that what a GPU can be
+        given in a batch stays below 2**30 grains.
+
+        Searches count load in whole grains. Sums of integers do not depend on the order in which a
+        CPU's vector units take them, so that near ties fall the same way on every CPU (INV-6).
+        """
+        most = float(counts.max(initial=0.0))
+        last = self.table.shape[1] - 1
+        cost = np.full(len(self.table), most)
+        if last > 0:
+            beyond = max(0.0, most - last) * (self.table[:, last] - self.table[:, last - 1])
+            cost = self.table[:, : int(min(most, last)) + 2].max(axis=1) + np.maximum(beyond, 0.0)
+        largest = float((cost * self.scale).max()) * (int(self.capacity.max()) + 1)
+        return float(2.0 ** np.floor(np.log2(2**30 / max(largest, 1e-30))))
+
     def work(
         self, counts: npt.NDArray[np.float32], slots: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """[U, E + 1, B]: what a slot of each expert costs, shared among its replicas."""
+    ) -> npt.NDArray[np.int32]:
+        """[U, E + 1, B]: what a slot of each expert costs, shared among its replicas, in grains."""
         from moesim.solvers.search_load import fill_row
 
         num_experts = len(counts)
         replicas = np.bincount(slots.ravel(), minlength=num_experts + 1)
-        out = np.zeros((len(self.scale), num_experts + 1, counts.shape[1]), np.float32)
+        out = np.zeros((len(self.scale), num_experts + 1, counts.shape[1]), np.int32)
+        scale = self.scale * self.grains(counts)
         for e in range(num_experts):
-            fill_row(counts, e, replicas[e], self.scale, self.table, out[:, e])
+            fill_row(counts, e, replicas[e], scale, self.table, out[:, e])
         return out
 
     def load_value(self, slots: npt.NDArray[np.int64], counts: npt.NDArray[np.float32]) -> float:
         """Mean over the batches of `counts` [E, B] of the costliest GPU."""
         from moesim.solvers.search_load import mean_max, rebuild
 
-        load = np.zeros((len(slots), counts.shape[1]), np.float32)
+        load = np.zeros((len(slots), counts.shape[1]), np.int32)
         rebuild(self.work(counts, slots), slots, self.capacity, self.unit, load)
-        return float(mean_max(load))
+        return float(mean_max(load)) / self.grains(counts)
 
     def message_value(self, slots: npt.NDArray[np.int64], tokens: Any) -> float:
         """Microseconds of messages: dispatch and combine, or for traffic summed link time."""

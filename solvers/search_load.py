@@ -4,7 +4,8 @@ The objective is the mean over batches of the largest GPU cost, where a GPU's co
 its slots' costs. All costs of one expert at its present number of replicas form a row of `work`,
 so that a swap changes two rows of `load`; `search_pairs` finds the best one of a pair of GPUs.
 
-Rows are float32; index E is the empty slot, whose row is zero.
+Costs are whole numbers of grains (see `objective.grains`), int32, so that sums are exact and the
+same in any order, on any CPU (INV-6). Index E is the empty slot, whose row is zero.
 """
 
 from __future__ import annotations
@@ -37,27 +38,29 @@ REPLACE_EVERY = 8
 def fill_row(
     counts: Array, expert: int, replicas: int, scale: Array, table: Array, out: Array
 ) -> None:
-    """out[u, b]: what one of `replicas` replicas of `expert` costs a GPU of unit u in batch b.
+    """out[u, b]: what one of `replicas` replicas of `expert` costs a GPU of unit u in batch b, in
+    whole grains.
 
-    counts: [E, B] tokens; scale: [U] factor of each kind of GPU; table: [U, N + 1] cost by tokens
-    with linear interpolation (linear continuation past N), or [U, 1] for tokens as they are.
+    counts: [E, B] tokens; scale: [U] grains a unit of cost on each kind of GPU; table: [U, N + 1]
+    cost by tokens with linear interpolation (linear continuation past N), or [U, 1] for tokens as
+    they are.
     """
     last = table.shape[1] - 1
     for u in range(len(scale)):
         for b in range(counts.shape[1]):
             tokens = counts[expert, b] / replicas
             if last == 0:
-                out[u, b] = tokens * scale[u]
+                out[u, b] = np.int32(tokens * scale[u] + 0.5)
                 continue
             low = min(int(tokens), last - 1)
             step = table[u, low + 1] - table[u, low]
-            out[u, b] = (table[u, low] + step * (tokens - low)) * scale[u]
+            out[u, b] = np.int32((table[u, low] + step * (tokens - low)) * scale[u] + 0.5)
 
 
-@kernel(fastmath=True)
+@kernel
 def mean_max(load: Array) -> float:
     """Mean over batches of the largest of `load` [G, B] over GPUs."""
-    total = 0.0
+    total = 0
     for b in range(load.shape[1]):
         most = load[0, b]
         for g in range(1, load.shape[0]):
@@ -86,7 +89,7 @@ def swap_pass(
     `load`, before and after.
     """
     num_gpus = load.shape[0]
-    least = MARGIN * float(peaks.value[0].sum())
+    least = int(MARGIN * peaks.value[0].sum())
     pair = np.empty(2, np.int64)
     for g1 in range(num_gpus):
         for g2 in range(g1 + 1, num_gpus):
@@ -133,7 +136,7 @@ def apply_swap(
 
 @kernel
 def rebuild(work: Array, slots: Array, capacity: Array, unit: Array, load: Array) -> None:
-    """Set `load` from scratch, which also clears rounding drift."""
+    """Set `load` from scratch."""
     load[:] = 0
     for g in range(load.shape[0]):
         for s in range(capacity[g]):
@@ -155,10 +158,10 @@ def make_rows(work: Array, num_gpus: int) -> Rows:
     """Rows to go with `work`."""
     num_units, num_rows, num_batches = work.shape
     return Rows(
-        np.empty((num_units, num_rows - 1, num_batches), np.float32),
+        np.empty((num_units, num_rows - 1, num_batches), np.int32),
         np.full(num_rows - 1, -1, np.int64),
         np.zeros((num_units, num_rows - 1)),
-        np.empty((num_gpus, num_batches), np.float32),
+        np.empty((num_gpus, num_batches), np.int32),
     )
 
 
@@ -186,11 +189,11 @@ def replace_pass(
     """
     num_gpus, num_batches = load.shape
     empty = work.shape[1] - 1
-    less = np.zeros((work.shape[0], num_batches), np.float32)
+    less = np.zeros((work.shape[0], num_batches), np.int32)
     for u in range(work.shape[0]):
         for e in range(empty):
             rows.share[u, e] = row_sum(work[u, e])
-    least = MARGIN * float(peaks.value[0].sum())
+    least = int(MARGIN * peaks.value[0].sum())
     for g in range(num_gpus):
         order = np.argsort(-rows.share[unit[g]])
         for s in range(capacity[g]):
@@ -240,13 +243,13 @@ def replace_pass(
     return clock
 
 
-@kernel(fastmath=True)
-def row_sum(row: Array) -> float:
+@kernel
+def row_sum(row: Array) -> int:
     """Sum of a row of `work`."""
-    total = np.float32(0)
+    total = 0
     for b in range(len(row)):
         total += row[b]
-    return float(total)
+    return total
 
 
 @kernel
@@ -259,7 +262,7 @@ def affected(holds: Array, old: int, new: int, gpu: int) -> Array:
     return np.flatnonzero(out)
 
 
-@kernel(fastmath=True)
+@kernel
 def after_replace(
     work: Array,
     load: Array,
@@ -305,8 +308,8 @@ def replace_delta(
     new: int,
     gpu: int,
     after: Array,
-    best: float,
-) -> float:
+    best: int,
+) -> int:
     """Change of the summed objective by a replacement, or 0 where that is not below `best`.
 
     after: [G, B] from `after_replace`. It can only gain in batches whose costliest GPU is `gpu` or
@@ -315,7 +318,7 @@ def replace_delta(
     moved = affected(holds, old, new, gpu)
     touched = np.zeros(load.shape[0], np.bool_)
     touched[moved] = True
-    total = 0.0
+    total = 0
     for stage in range(2):
         for hot in range(load.shape[0]):
             gains = hot == gpu or holds[hot, new]
@@ -323,7 +326,7 @@ def replace_delta(
                 continue
             for i in range(peaks.start[hot], peaks.start[hot + 1]):
                 b = peaks.order[i]
-                most = np.float32(-1)
+                most = -1
                 for k in range(3):
                     g = peaks.gpu[k, b]
                     if g < 0 or not touched[g]:
@@ -337,7 +340,7 @@ def replace_delta(
                     most = max(most, after[g, b])
                 total += most - peaks.value[0, b]
         if total >= best:
-            return 0.0
+            return 0
     return total
 
 
@@ -377,7 +380,7 @@ def search_layer(
     num_kicks: int,
     seed: int,
 ) -> float:
-    """Iterated local search on one layer; improves `slots` in place, returns the objective.
+    """Iterated local search on one layer; improves `slots` in place, returns the objective in grains.
 
     counts: [E, B] float32; slots: [G, S] int64, E for empty; capacity: [G]; unit: [G], index of
     each GPU's kind; scale, table: see `fill_row`. After descending over swaps and replica moves,
@@ -395,7 +398,7 @@ def search_layer(
             holds[g, slots[g, s]] = True
             if slots[g, s] < num_experts:
                 replicas[slots[g, s]] += 1
-    work = np.zeros((len(scale), num_experts + 1, num_batches), np.float32)
+    work = np.zeros((len(scale), num_experts + 1, num_batches), np.int32)
     for e in range(num_experts):
         fill_row(counts, e, replicas[e], scale, table, work[:, e])
     spare = False
@@ -403,7 +406,7 @@ def search_layer(
         for s in range(capacity[g]):
             e = slots[g, s]
             spare = spare or e == num_experts or replicas[e] > 1
-    load = np.zeros((num_gpus, num_batches), np.float32)
+    load = np.zeros((num_gpus, num_batches), np.int32)
     rebuild(work, slots, capacity, unit, load)
     every = np.arange(num_gpus)
     peaks = make_peaks(num_gpus, num_batches)
@@ -427,7 +430,7 @@ def search_layer(
             clock = swap_pass(
                 work, load, peaks, slots, capacity, unit, holds, changed, scanned, clock, scratch
             )
-            total = float(peaks.value[0].sum())
+            total = peaks.value[0].sum()
             if clock > before and total < start * (1 - MARGIN):
                 continue
             if not spare or attempt % REPLACE_EVERY > 0:
@@ -449,7 +452,7 @@ def search_layer(
                 clock,
                 rows,
             )
-            total = float(peaks.value[0].sum())
+            total = peaks.value[0].sum()
             if clock == before:
                 break
         if total < best_value * (1 - MARGIN):

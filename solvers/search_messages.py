@@ -71,9 +71,11 @@ def pair_pass(
     scanned: Array,
     clock: int,
     scratch: Scratch,
+    grains: float,
 ) -> int:
     """One round over all pairs of GPUs; returns the advanced clock."""
-    num_gpus, num_batches = load.shape
+    num_gpus = load.shape[0]
+    unit_grains = grains * load.shape[1]
     empty = work.shape[1] - 1
     score = np.empty(TRIES_PER_PAIR)
     pick = np.empty((TRIES_PER_PAIR, 2), np.int64)
@@ -84,7 +86,7 @@ def pair_pass(
     moved2 = np.empty(slots.shape[1])
     shared2 = np.empty(slots.shape[1])
     count2 = np.empty(slots.shape[1])
-    load_sum = float(peaks.value[0].sum())
+    load_sum = peaks.value[0].sum()
     messages_now = message_us(net, flow)
     for g1 in range(num_gpus):
         for g2 in range(g1 + 1, num_gpus):
@@ -92,7 +94,7 @@ def pair_pass(
                 continue
             clock += 1
             scanned[g1, g2] = clock
-            now = objective(load_sum / num_batches, messages_now, ceiling, weight)
+            now = objective(load_sum / unit_grains, messages_now, ceiling, weight)
             per_us = messages_now / max(flow.total[0], 1e-12)
             u1, u2 = unit[g1], unit[g2]
             for s in range(capacity[g1]):
@@ -105,7 +107,7 @@ def pair_pass(
                     count2[s] = replicas(serving, slots[g2, s])
             hot = gather_pair(work, load, peaks, slots, capacity, unit, g1, g2, scratch)
             mark_rest(peaks, g1, g2, scratch.rest)
-            least = float((scratch.hot_others[:hot] - scratch.hot_most[:hot]).sum())
+            least = (scratch.hot_others[:hot] - scratch.hot_most[:hot]).sum()
             score[:] = now * (1 - STEP)
             pick[:] = -1
             for s1 in range(capacity[g1]):
@@ -126,7 +128,7 @@ def pair_pass(
                         us += both * (shared1 + shared2[s2])
                     messages = messages_now + per_us * us
                     worst = np.argmax(score)
-                    floor = objective((load_sum + least) / num_batches, messages, ceiling, weight)
+                    floor = objective((load_sum + least) / unit_grains, messages, ceiling, weight)
                     if floor >= score[worst]:
                         continue
                     delta = swap_delta(
@@ -137,7 +139,7 @@ def pair_pass(
                         scratch.hot_base2[s2, :hot],
                         scratch.hot_more2[s1, :hot],
                     )
-                    after = (load_sum + delta) / num_batches
+                    after = (load_sum + delta) / unit_grains
                     if objective(after, messages, ceiling, weight) >= score[worst]:
                         continue
                     delta = rest_delta(
@@ -149,11 +151,11 @@ def pair_pass(
                         work[u2, e2],
                         work[u2, e1],
                         delta,
-                        (score[worst] - messages) * num_batches - load_sum
+                        (score[worst] - messages) * unit_grains - load_sum
                         if ceiling == 0.0
                         else np.inf,
                     )
-                    after = (load_sum + delta) / num_batches
+                    after = (load_sum + delta) / unit_grains
                     estimate = objective(after, messages, ceiling, weight)
                     if estimate < score[worst]:
                         score[worst] = estimate
@@ -195,10 +197,12 @@ def search_messages(
     weight: float,
     num_kicks: int,
     seed: int,
+    grains: float,
 ) -> float:
     """Iterated local search over swaps; improves `slots` [G, S] in place, returns the objective.
 
-    work: [U, E + 1, B] float32 (see search_load); the numbers of replicas do not change.
+    work: [U, E + 1, B] int32, of which `grains` are a unit of cost (see search_load); the numbers
+    of replicas do not change.
     ceiling, weight: objective traffic's limit on the mean largest load, and what a unit above it
     costs; ceiling 0 for objective time. A kick is `KICK_SWAPS` random swaps, kept with what was
     descended to from there if that is better; only pairs with a GPU that it changed are looked at.
@@ -206,7 +210,7 @@ def search_messages(
     np.random.seed(seed)
     num_gpus, num_experts = len(capacity), work.shape[1] - 1
     num_batches = work.shape[2]
-    load = np.zeros((num_gpus, num_batches), np.float32)
+    load = np.zeros((num_gpus, num_batches), np.int32)
     holds = np.zeros((num_gpus, num_experts + 1), np.bool_)
     every = np.arange(num_gpus)
     peaks = make_peaks(num_gpus, num_batches)
@@ -251,11 +255,12 @@ def search_messages(
                 scanned,
                 clock,
                 scratch,
+                grains,
             )
             if changed.max() <= before:
                 break
         rebuild(work, slots, capacity, unit, load)
-        value = objective(mean_max(load), message_us(net, flow), ceiling, weight)
+        value = objective(mean_max(load) / grains, message_us(net, flow), ceiling, weight)
         if value < best_value * (1 - MARGIN):
             best_value = value
             best_slots[:] = slots

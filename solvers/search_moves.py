@@ -1,7 +1,7 @@
 """Compiled local search from a placement that is in use: every expert that moves has a price.
 
 The objective of one layer is what `search_load` minimises, the mean over batches of the costliest
-GPU, plus `price` for every expert that a GPU holds and did not hold before.
+GPU, plus `price` for every expert that a GPU holds and did not hold before; all in grains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moesim.solvers.search_load import (
 Array = npt.NDArray[Any]
 
 
-@kernel(fastmath=True)
+@kernel
 def others_max(load: Array, g1: int, g2: int, out: Array) -> None:
     """out[b]: the largest of `load` over GPUs other than g1 and g2."""
     out[:] = 0
@@ -36,18 +36,18 @@ def others_max(load: Array, g1: int, g2: int, out: Array) -> None:
                 out[b] = max(out[b], load[g, b])
 
 
-@kernel(fastmath=True)
+@kernel
 def swap_value(
     others: Array, load1: Array, load2: Array, out1: Array, in1: Array, out2: Array, in2: Array
-) -> float:
+) -> int:
     """Sum over batches of the largest cost after GPU 1 gives `out1` for `in1` and GPU 2 gives
     `out2` for `in2`."""
-    total = np.float32(0)
+    total = 0
     for b in range(len(others)):
         a = load1[b] - out1[b] + in1[b]
         c = load2[b] - out2[b] + in2[b]
         total += max(others[b], max(a, c))
-    return float(total)
+    return total
 
 
 @kernel
@@ -97,9 +97,9 @@ def best_swap(
             )
             moves = is_new(before, g1, e2) + is_new(before, g2, e1)
             moves -= is_new(before, g1, e1) + is_new(before, g2, e2)
-            value += moves * price * num_batches
-            if value < best:
-                best, best1, best2 = value, s1, s2
+            priced = value + moves * price * num_batches
+            if priced < best:
+                best, best1, best2 = priced, s1, s2
     return best1, best2
 
 
@@ -123,8 +123,8 @@ def replace_pass(
     num_gpus, num_batches = load.shape
     empty = work.shape[1] - 1
     trial = np.empty_like(load)
-    less = np.zeros((work.shape[0], num_batches), np.float32)
-    more = np.empty((work.shape[0], num_batches), np.float32)
+    less = np.zeros((work.shape[0], num_batches), np.int32)
+    more = np.empty((work.shape[0], num_batches), np.int32)
     share = np.zeros(empty, np.float64)
     changed = 0
     for g in range(num_gpus):
@@ -183,8 +183,7 @@ def search_moves(
     """Descend from `slots` [G, S] in place, over swaps and replica moves.
 
     counts: [E, B]; unit, scale, table: see `search_load.search_layer`; before: [G, E + 1], whether
-    a GPU held an expert, true in the last column; price: of one expert moved, in units of the
-    objective. Every accepted step lowers load plus price, so that the result is never worse than
+    a GPU held an expert, true in the last column; price: of one expert moved, in grains. Every accepted step lowers load plus price, so that the result is never worse than
     the start.
     """
     num_experts, num_batches = counts.shape
@@ -200,12 +199,12 @@ def search_moves(
             else:
                 spare = True
     spare = spare or replicas.max() > 1
-    work = np.zeros((len(scale), num_experts + 1, num_batches), np.float32)
+    work = np.zeros((len(scale), num_experts + 1, num_batches), np.int32)
     for e in range(num_experts):
         fill_row(counts, e, replicas[e], scale, table, work[:, e])
-    load = np.zeros((num_gpus, num_batches), np.float32)
+    load = np.zeros((num_gpus, num_batches), np.int32)
     rebuild(work, slots, capacity, unit, load)
-    others = np.empty(num_batches, np.float32)
+    others = np.empty(num_batches, np.int32)
     for _ in range(MAX_ROUNDS):
         changed = 0
         for g1 in range(num_gpus):

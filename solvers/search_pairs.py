@@ -19,25 +19,25 @@ from moesim.kernels import kernel
 
 Array = npt.NDArray[Any]
 BLOCK = 128
-NEVER = np.float32(1e30)
+NEVER = np.int32(2**31 - 1)
 
 
-@kernel(fastmath=True)
+@kernel
 def swap_delta(
     others: Array, most: Array, base1: Array, more1: Array, base2: Array, more2: Array
-) -> float:
+) -> int:
     """Sum over batches of the largest of `others`, base1 + more1 and base2 + more2, less `most`:
     by how much a swap changes the summed objective when GPU 1 is left with `base1` and given
     `more1`, GPU 2 likewise."""
-    total = np.float32(0)
+    total = 0
     for b in range(len(others)):
         one, two, three = base1[b] + more1[b], base2[b] + more2[b], others[b]
         one = one if one > two else two
         total += (one if one > three else three) - most[b]
-    return float(total)
+    return total
 
 
-@kernel(fastmath=True)
+@kernel
 def rest_delta(
     rest: Array,
     load1: Array,
@@ -46,20 +46,20 @@ def rest_delta(
     load2: Array,
     less2: Array,
     more2: Array,
-    delta: float,
+    delta: int,
     best: float,
-) -> float:
+) -> int:
     """`delta` plus the same sum with `rest` for both `others` and `most`, where a swap can only
     lose; stops as soon as the total is not below `best`. `load` less `less` is what is left."""
     num_batches = len(rest)
     for first in range(0, num_batches, BLOCK):
-        total = np.float32(0)
+        total = 0
         for b in range(first, min(first + BLOCK, num_batches)):
             one = load1[b] - less1[b] + more1[b]
             two = load2[b] - less2[b] + more2[b]
             above = (one if one > two else two) - rest[b]
-            total += above if above > 0 else np.float32(0)
-        delta += float(total)
+            total += above if above > 0 else 0
+        delta += total
         if delta >= best:
             break
     return delta
@@ -68,7 +68,7 @@ def rest_delta(
 class Peaks(NamedTuple):
     """The three costliest GPUs of every batch.
 
-    value [3, B] float32, descending, 0 where there are fewer GPUs; gpu [3, B], -1 there.
+    value [3, B] int32, descending, 0 where there are fewer GPUs; gpu [3, B], -1 there.
     order [B]: batches sorted by their costliest GPU; start [G + 1]: where each GPU's begin.
     """
 
@@ -82,7 +82,7 @@ class Peaks(NamedTuple):
 def make_peaks(num_gpus: int, num_batches: int) -> Peaks:
     """Peaks of the right size, not yet ranked."""
     return Peaks(
-        np.zeros((3, num_batches), np.float32),
+        np.zeros((3, num_batches), np.int32),
         np.full((3, num_batches), -1, np.int32),
         np.zeros(num_batches, np.int32),
         np.zeros(num_gpus + 1, np.int64),
@@ -90,7 +90,7 @@ def make_peaks(num_gpus: int, num_batches: int) -> Peaks:
 
 
 @kernel
-def rank_peaks(load: Array, peaks: Peaks, moved: Array) -> float:
+def rank_peaks(load: Array, peaks: Peaks, moved: Array) -> int:
     """Bring `peaks` in step with `load` after the GPUs in `moved` (all of them, or what changed
     since the last call) changed; returns the sum over batches of the largest load."""
     num_gpus, num_batches = load.shape
@@ -100,14 +100,14 @@ def rank_peaks(load: Array, peaks: Peaks, moved: Array) -> float:
         touched[g] = True
     everything = len(moved) == num_gpus
     start[:] = 0
-    total = 0.0
+    total = 0
     for b in range(num_batches):
         i0, i1, i2 = gpu[0, b], gpu[1, b], gpu[2, b]
         v0, v1, v2 = value[0, b], value[1, b], value[2, b]
         again = everything or touched[i0] or touched[i1] or touched[i2]
         if again:
             i0, i1, i2 = np.int32(-1), np.int32(-1), np.int32(-1)
-            v0, v1, v2 = np.float32(0), np.float32(0), np.float32(0)
+            v0, v1, v2 = np.int32(0), np.int32(0), np.int32(0)
         for i in range(num_gpus if again else len(moved)):
             g = np.int32(i if again else moved[i])
             x = load[g, b]
@@ -151,13 +151,13 @@ class Scratch(NamedTuple):
 def make_scratch(num_slots: int, num_batches: int) -> Scratch:
     """Scratch for GPUs of up to `num_slots` slots."""
     return Scratch(
-        np.empty(num_batches, np.float32),
-        np.empty(num_batches, np.float32),
-        np.empty((num_slots, num_batches), np.float32),
-        np.empty((num_slots, num_batches), np.float32),
-        np.empty((num_slots, num_batches), np.float32),
-        np.empty((num_slots, num_batches), np.float32),
-        np.empty(num_batches, np.float32),
+        np.empty(num_batches, np.int32),
+        np.empty(num_batches, np.int32),
+        np.empty((num_slots, num_batches), np.int32),
+        np.empty((num_slots, num_batches), np.int32),
+        np.empty((num_slots, num_batches), np.int32),
+        np.empty((num_slots, num_batches), np.int32),
+        np.empty(num_batches, np.int32),
     )
 
 
@@ -223,9 +223,9 @@ def best_swap(
     holds: Array,
     g1: int,
     g2: int,
-    least: float,
+    least: int,
     scratch: Scratch,
-) -> tuple[float, int, int]:
+) -> tuple[int, int, int]:
     """(change of the summed objective, slot of g1, slot of g2) of the best swap of a pair of GPUs
     that gains more than `least`; slots are -1 if there is none.
 

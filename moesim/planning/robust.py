@@ -150,7 +150,7 @@ class Losses:
 
         cost, (layers, num_batches) = self.cost, self.even.shape
         out = np.zeros(num_batches)
-        load = np.zeros((cost.problem.num_gpus, num_batches), np.float32)
+        load = np.zeros((cost.problem.num_gpus, num_batches), np.int32)
         for layer in range(layers):
             slots = cost.layer_slots(placement, layer)
             work = cost.work(cost.layer_counts(layer), slots)

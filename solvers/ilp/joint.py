@@ -246,11 +246,13 @@ def _work_by_replicas(
 
     units = len(objective.scale)
     out = np.empty((replicas, units, *counts.shape))
-    row = np.empty((units, counts.shape[1]))
+    row = np.empty((units, counts.shape[1]), np.int32)
+    grains = objective.grains(counts)
+    scale = objective.scale * grains
     for r in range(replicas):
         for expert in range(len(counts)):
-            fill_row(counts, expert, r + 1, objective.scale, objective.table, row)
-            out[r, :, expert] = row
+            fill_row(counts, expert, r + 1, scale, objective.table, row)
+            out[r, :, expert] = row / grains
     return out
 
 

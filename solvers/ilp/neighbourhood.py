@@ -115,7 +115,7 @@ def _model(
 def _grouped(state: LayerState, gpus: IntArray) -> tuple[FloatArray, FloatArray, FloatArray]:
     """(work [U, E + 1, C], costliest other GPU [C], share of batches [C])"""
     num_batches = state.load.shape[1]
-    others = state.others(gpus).astype(np.float64)
+    others = state.others(gpus)
     freed = state.load[gpus]
     costliest = np.where(others >= freed.max(axis=0), len(gpus), freed.argmax(axis=0))
     order = np.lexsort((freed.max(axis=0) - others, costliest))
@@ -123,9 +123,13 @@ def _grouped(state: LayerState, gpus: IntArray) -> tuple[FloatArray, FloatArray,
     groups = np.empty(num_batches, np.int64)
     groups[order] = np.arange(num_batches) * num // num_batches
     size = np.bincount(groups, minlength=num).astype(np.float64)
-    member = np.zeros((num_batches, num))
-    member[np.arange(num_batches), groups] = 1 / size[groups]
-    return state.work.astype(np.float64) @ member, others @ member, size / num_batches
+    unit = size * state.grains
+    work = np.zeros((*state.work.shape[:2], num), np.int64)
+    rest = np.zeros(num, np.int64)
+    for b in range(num_batches):
+        work[:, :, groups[b]] += state.work[:, :, b]
+        rest[groups[b]] += others[b]
+    return work / unit, rest / unit, size / num_batches
 
 
 def _messages(

@@ -26,6 +26,8 @@ from moesim.solvers.objective import PlacementCost
 
 GOALS: tuple[Objective, ...] = ("balance", "time", "traffic")
 
+GRAINS = 2.0**12
+
 
 def reference(
     item: np.ndarray,
@@ -68,16 +70,17 @@ def test_best_of_all_ways(seed: int, room: list[int], kinds: bool, ceiling: bool
     if rng.random() < 0.3:
         item[1] = 99
     unit = np.arange(gpus) % 2 if kinds else np.zeros(gpus, np.int64)
-    work = rng.gamma(0.7, 10, (2 if kinds else 1, num, batches)).astype(np.float32)
+    work = rng.gamma(0.7, 10, (2 if kinds else 1, num, batches))
+    work = np.round(work * GRAINS).astype(np.int32)
     work[:, item == 99] = 0
-    base = rng.gamma(1.0, 3, (gpus, batches)).astype(np.float32)
-    fixed = rng.gamma(1.0, 10, batches).astype(np.float32)
+    base = np.round(rng.gamma(1.0, 3, (gpus, batches)) * GRAINS).astype(np.int32)
+    fixed = np.round(rng.gamma(1.0, 10, batches) * GRAINS).astype(np.int32)
     alone, apart = rng.random((num, gpus)), rng.random((num, num))
     apart += apart.T
     between = 1 - np.eye(gpus)
     between[0, 1] = between[1, 0] = 0.3
     limits = (12.0, 5.0) if ceiling else (0.0, 0.0)
-    given_ = (item, work, base, fixed, unit, alone, apart, between, *limits)
+    given_ = (item, work / GRAINS, base / GRAINS, fixed / GRAINS, unit, alone, apart, between, *limits)
     best = np.inf
     for on in set(permutations(start.tolist())):
         pairs = [(e, g) for e, g in zip(item.tolist(), on, strict=True) if e != 99]
@@ -97,6 +100,7 @@ def test_best_of_all_ways(seed: int, room: list[int], kinds: bool, ceiling: bool
         start,
         99,
         10**6,
+        GRAINS,
     )
     assert np.bincount(found, minlength=gpus).tolist() == room
     assert reference(*given_, found) == pytest.approx(best, rel=1e-4)
@@ -106,11 +110,11 @@ def test_best_of_all_ways(seed: int, room: list[int], kinds: bool, ceiling: bool
 def test_mean_largest_by_hand() -> None:
     """Batches (2, 8): fixed 5, 1; loads 2 + 4 and 3 + 0; rest 8 and 2. Largest 5 and 4 without
     evenness; with halves (2 + 3 + 8) / 2 = 6.5 and (4 + 0 + 2) / 2 = 3, so 6.5 and 4."""
-    fixed = np.array([5, 1], np.float32)
-    loads = np.array([[2, 4], [3, 0]], np.float32)
-    rest = np.array([8, 2], np.float32)
-    assert mean_largest(fixed, loads, rest, 0.0) == pytest.approx(4.5)
-    assert mean_largest(fixed, loads, rest, 0.5) == pytest.approx(5.25)
+    fixed, loads, rest = (
+        np.array(x, np.int32) * 4 for x in ([5, 1], [[2, 4], [3, 0]], [8, 2])
+    )
+    assert mean_largest(fixed, loads, rest, 0, 4.0) == pytest.approx(4.5)
+    assert mean_largest(fixed, loads, rest, 2, 4.0) == pytest.approx(5.25)
 
 
 def test_how_much_is_freed() -> None:

@@ -166,7 +166,7 @@ def test_same_seed_same_placement_on_any_number_of_threads(
 def test_other_seeds_search_elsewhere(problem: Problem) -> None:
     found = {
         LocalSearch()
-        .solve(replace(problem, seed=seed, capacity=np.full(GPUS, 5)))
+        .solve(replace(problem, objective="time", seed=seed, capacity=np.full(GPUS, 5)))
         .placement.physical_to_logical.tobytes()
         for seed in range(4)
     }

@@ -191,23 +191,27 @@ def test_search_improves_what_the_step_model_predicts(
     slots = case.slots(1)
     rng = np.random.default_rng(0)
     counts = rng.poisson(20, (case.experts, 30)).astype(np.float32)
-    work = np.zeros((1, case.experts + 1, 30), np.float32)
+    grains = 1024.0
+    work = np.zeros((1, case.experts + 1, 30), np.int32)
     for expert in range(case.experts):
-        fill_row(counts, expert, 1, np.ones(1), np.zeros((1, 1)), work[:, expert])
+        fill_row(counts, expert, 1, np.full(1, grains), np.zeros((1, 1)), work[:, expert])
     unit = np.zeros(case.num_gpus, np.int64)
 
     def predicted(held: Slots) -> float:
-        load = np.zeros((case.num_gpus, 30), np.float32)
+        load = np.zeros((case.num_gpus, 30), np.int32)
         rebuild(work, held, case.capacity, unit, load)
         table = case.placement.physical_to_logical.copy()
         table[1] = held.ravel()
         placement = Placement(table, case.num_gpus, case.cluster.num_nodes, case.experts)
         cost = case.step.cost(case.routed(placement))
-        return float(mean_max(load)) + float((cost.dispatch_us + cost.combine_us)[:, 1].mean())
+        messages = float((cost.dispatch_us + cost.combine_us)[:, 1].mean())
+        return float(mean_max(load)) / grains + messages
 
     start = predicted(slots)
     tokens, net, flow, _, _ = case.state(slots, 1, by_time=True)
-    value = search_messages(tokens, net, flow, work, slots, case.capacity, unit, 0.0, 0.0, 3, 0)
+    value = search_messages(
+        tokens, net, flow, work, slots, case.capacity, unit, 0.0, 0.0, 3, 0, grains
+    )
     assert value == pytest.approx(predicted(slots), rel=1e-6)
     assert value <= start * (1 + 1e-6)
     assert sorted(slots.ravel().tolist()) == list(range(case.experts))
