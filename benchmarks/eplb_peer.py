@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.solvers.eplb import rebalance_experts
+from moesim.solvers.methods.eplb import rebalance_experts
 
 ROUNDING = 1e-5
 FloatArray = npt.NDArray[np.float64]

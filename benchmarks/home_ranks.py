@@ -18,7 +18,7 @@ import numpy as np
 from moesim.cluster import load_cluster
 from moesim.cost.step import build_step_model
 from moesim.errors import MismatchError
-from moesim.model import load_model
+from moesim.model.names import load_model
 from moesim.planning.evaluate import difference, draw_sample, figures, measure
 from moesim.planning.home_ranks import choose_predictor, predict_homes
 from moesim.planning.traffic import sample_traffic

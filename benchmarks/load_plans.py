@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moesim.planning.loads import measure_loads
+from moesim.jobs.plan_loads import measure_loads
 from moesim.planning.tuning import batch_counts
 from moesim.solvers.base import Problem
 from moesim.solvers.registry import get_solver

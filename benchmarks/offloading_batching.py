@@ -18,7 +18,7 @@ from moesim.cache.rates import HostSpec, build_rates, step_times
 from moesim.cache.simulate import expert_frequency
 from moesim.cache.timeline import Setup, all_events, run_timeline
 from moesim.cluster.load import load_gpu
-from moesim.model import load_model
+from moesim.model.names import load_model
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import load_token_trace
 

@@ -30,8 +30,8 @@ from moesim.cache.simulate import CacheSettings, expert_frequency, hit_curves
 from moesim.cache.slots import allocate_slots
 from moesim.cache.timeline import run_timeline
 from moesim.cluster.load import load_gpu
-from moesim.model import load_model
-from moesim.report.cache_plot import plot_hit_rates, plot_speed_by_memory
+from moesim.draw.cache import plot_hit_rates, plot_speed_by_memory
+from moesim.model.names import load_model
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import load_token_trace
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from moesim.cluster import load_cluster
 from moesim.errors import InputError
-from moesim.model import load_model
+from moesim.model.names import load_model
 from moesim.serving.moe_load import MoeLoad, assumed_load, load_of_trace
 from moesim.serving.parallelism import WAYS, LayerTimes, best_way, crossovers, layer_times
 from moesim.trace.format import load_token_trace

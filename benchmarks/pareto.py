@@ -16,8 +16,8 @@ import csv
 from pathlib import Path
 
 from moesim.cluster import load_cluster
-from moesim.model import load_model
-from moesim.planning.make import PlanRequest, make_plan
+from moesim.jobs.plan import PlanRequest, make_plan
+from moesim.model.names import load_model
 from moesim.trace.format import load_token_trace
 
 TRACE = "deepseek-v2-lite"

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from moesim.cluster import load_cluster
-from moesim.model import load_model
-from moesim.planning.make import PlanRequest, make_plan
+from moesim.jobs.plan import PlanRequest, make_plan
+from moesim.model.names import load_model
 from moesim.trace.format import load_token_trace
 
 TRACES = ("debian-moe", "deepseek-v2-lite", "gpt-oss-20b")

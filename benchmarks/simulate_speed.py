@@ -24,8 +24,8 @@ import numpy as np
 import simpy
 
 from moesim.cluster import load_cluster
-from moesim.model import load_model
-from moesim.modelspec import ModelSpec
+from moesim.model.names import load_model
+from moesim.model.spec import ModelSpec
 from moesim.plan import Placement
 from moesim.sim.analytic import run_analytic
 from moesim.sim.collectives.registry import build_exchange

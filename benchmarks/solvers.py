@@ -27,12 +27,12 @@ from eplb_peer import load_peer
 from moesim.cluster import load_cluster
 from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InputError
-from moesim.model import load_model
+from moesim.model.names import load_model
 from moesim.planning.evaluate import Measured, Sample, difference, draw_sample, figures, measure
 from moesim.planning.traffic import sample_traffic
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import Objective, Problem, Solution, pack_table
-from moesim.solvers.bounds import lower_bound
+from moesim.solvers.bounds.load import lower_bound
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import get_solver, solver_names
 from moesim.solvers.repair import separate_replicas

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from moesim.plan import EMPTY, Placement
 from moesim.solvers.base import Problem, Traffic
-from moesim.solvers.linear import Linear
+from moesim.solvers.methods.linear import Linear
 
 CEILING_WEIGHT = 4.0
 """Objective traffic: a whole unit of max/mean load above the ceiling costs as much as this many
@@ -100,7 +100,7 @@ class PlacementCost:
         self, counts: npt.NDArray[np.float32], slots: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int32]:
         """[U, E + 1, B]: what a slot of each expert costs, shared among its replicas, in grains."""
-        from moesim.solvers.search_load import fill_row
+        from moesim.solvers.kernels.load import fill_row
 
         num_experts = len(counts)
         replicas = np.bincount(slots.ravel(), minlength=num_experts + 1)
@@ -112,7 +112,7 @@ class PlacementCost:
 
     def load_value(self, slots: npt.NDArray[np.int64], counts: npt.NDArray[np.float32]) -> float:
         """Mean over the batches of `counts` [E, B] of the costliest GPU."""
-        from moesim.solvers.search_load import mean_max, rebuild
+        from moesim.solvers.kernels.load import mean_max, rebuild
 
         load = np.zeros((len(slots), counts.shape[1]), np.int32)
         rebuild(self.work(counts, slots), slots, self.capacity, self.unit, load)
@@ -120,7 +120,7 @@ class PlacementCost:
 
     def message_value(self, slots: npt.NDArray[np.int64], tokens: Any) -> float:
         """Microseconds of messages: dispatch and combine, or for traffic summed link time."""
-        from moesim.solvers.search_traffic import fill_flow, message_us, replica_gpus
+        from moesim.solvers.kernels.traffic import fill_flow, message_us, replica_gpus
 
         problem = self.problem
         assert problem.traffic is not None
@@ -144,7 +144,7 @@ class PlacementCost:
 
     def layer_value(self, slots: npt.NDArray[np.int64], layer: int) -> float:
         """The objective of one layer."""
-        from moesim.solvers.search_traffic import objective
+        from moesim.solvers.kernels.traffic import objective
 
         load = self.load_value(slots, self.layer_counts(layer))
         if self.net is None:
@@ -164,7 +164,7 @@ class PlacementCost:
 
 def layer_tokens(traffic: Traffic, layer: int, num_experts: int) -> Any:
     """The `search_traffic.Tokens` of one layer."""
-    from moesim.solvers.search_traffic import Tokens, group_choices, number_tokens
+    from moesim.solvers.kernels.traffic import Tokens, group_choices, number_tokens
 
     ids = np.ascontiguousarray(traffic.expert_ids[:, layer], np.int64)
     batch = traffic.batch_idx.astype(np.int64)
@@ -174,7 +174,7 @@ def layer_tokens(traffic: Traffic, layer: int, num_experts: int) -> Any:
 
 def make_net(traffic: Traffic, num_gpus: int, num_nodes: int, *, by_time: bool) -> Any:
     """The `search_traffic.Net` of a problem."""
-    from moesim.solvers.search_traffic import Net
+    from moesim.solvers.kernels.traffic import Net
 
     per_node = num_gpus // num_nodes
     last = traffic.time_us.shape[2] - 1
@@ -218,7 +218,7 @@ def make_net(traffic: Traffic, num_gpus: int, num_nodes: int, *, by_time: bool) 
 
 def make_flow(tokens: Any, net: Any) -> Any:
     """An empty `search_traffic.Flow` of the right size."""
-    from moesim.solvers.search_traffic import Flow, Held
+    from moesim.solvers.kernels.traffic import Flow, Held
 
     words, batches = len(tokens.run_of), int(tokens.run_batch[-1]) + 1
 

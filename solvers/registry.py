@@ -8,23 +8,35 @@ from moesim.errors import UnknownNameError
 from moesim.solvers.base import Solver
 
 SOLVERS: dict[str, tuple[str, str, str]] = {
-    "auto": ("auto", "Auto", "one of these, by size, objective and time limit; says which and why"),
-    "linear": ("linear", "Linear", "experts in order, as engines start; ignores load"),
-    "round_robin": ("round_robin", "RoundRobin", "expert i on GPU i mod G; ignores load"),
-    "eplb": ("eplb", "Eplb", "DeepSeek's load balancer: average load, replicas, node groups"),
-    "greedy": ("greedy", "Greedy", "longest processing time first: average load, unequal GPUs"),
+    "auto": (
+        "methods.auto",
+        "Auto",
+        "one of these, by size, objective and time limit; says which and why",
+    ),
+    "linear": ("methods.linear", "Linear", "experts in order, as engines start; ignores load"),
+    "round_robin": ("methods.round_robin", "RoundRobin", "expert i on GPU i mod G; ignores load"),
+    "eplb": (
+        "methods.eplb",
+        "Eplb",
+        "DeepSeek's load balancer: average load, replicas, node groups",
+    ),
+    "greedy": (
+        "methods.greedy",
+        "Greedy",
+        "longest processing time first: average load, unequal GPUs",
+    ),
     "coclustering": (
-        "coclustering",
+        "methods.coclustering",
         "Coclustering",
         "spectral co-clustering of tokens and experts: few GPUs a token, balance second",
     ),
     "local_search": (
-        "local_search",
+        "methods.local_search",
         "LocalSearch",
         "swaps and replica moves on batch-by-batch load, traffic or time (default)",
     ),
     "lns": (
-        "lns",
+        "methods.lns",
         "LargeNeighbourhoodSearch",
         "local_search, then the contents of two or three GPUs dealt anew, exactly",
     ),

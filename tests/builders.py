@@ -16,7 +16,7 @@ from moesim.cost.calibration import Calibration
 from moesim.cost.collective import KINDS, CollectiveCurve, CollectiveModel
 from moesim.cost.curves import AffineMin
 from moesim.cost.expert_gemm import ExpertGemmModel
-from moesim.model import AttentionSpec, ModelSpec
+from moesim.model.names import AttentionSpec, ModelSpec
 from moesim.plan import Placement
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace, TraceMeta

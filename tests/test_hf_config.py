@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import FormatError, InputError, MoesimError
-from moesim.hf_config import MAX_FILE_BYTES, spec_from_config
-from moesim.model import load_model
-from moesim.modelspec import ModelSpec
+from moesim.model.hf_config import MAX_FILE_BYTES, spec_from_config
+from moesim.model.names import load_model
+from moesim.model.spec import ModelSpec
 
 BASE = {
     "num_hidden_layers": 4,

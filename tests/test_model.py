@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.errors import FormatError, InputError, UnknownNameError
-from moesim.model import (
+from moesim.model.names import (
     KV_BYTES,
     TOKEN_BYTES,
     WEIGHT_BYTES,

@@ -17,8 +17,8 @@ import numpy as np
 
 from moesim.cache.info import offload_info
 from moesim.cluster import load_cluster
-from moesim.model import load_model
-from moesim.planning.make import PlanRequest, make_plan
+from moesim.jobs.plan import PlanRequest, make_plan
+from moesim.model.names import load_model
 from moesim.trace.format import Trace, load_token_trace
 from moesim.trace.synth import generate
 from moesim.trace.synth_fit import fit

@@ -15,7 +15,7 @@ from moesim.cache.planner import Request, Workload, make_workload, plan_cache
 from moesim.cache.rates import HostSpec, build_rates
 from moesim.cluster.types import GpuSpec
 from moesim.errors import FormatError
-from moesim.model import ModelSpec
+from moesim.model.names import ModelSpec
 from moesim.plan import EMPTY, Placement
 from moesim.trace.format import Trace
 

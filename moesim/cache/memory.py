@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesim.errors import InfeasibleError, InputError
-from moesim.model import ModelSpec
+from moesim.model.names import ModelSpec
 
 WORKSPACE_BYTES = 1_000_000_000
 """Assumed for the CUDA context, activations and library workspaces."""

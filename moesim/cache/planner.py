@@ -24,7 +24,7 @@ from moesim.cache.simulate import CacheSettings, expert_frequency
 from moesim.cache.slots import allocate_slots, allocate_tiers
 from moesim.cache.timeline import CpuMode, Setup, StepTimes, Timeline, all_events, run_timeline
 from moesim.errors import InputError, MismatchError, UnknownNameError
-from moesim.model import ModelSpec
+from moesim.model.names import ModelSpec
 from moesim.trace.batches import RequestIndex, index_requests, split_requests
 from moesim.trace.format import Trace
 

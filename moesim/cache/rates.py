@@ -15,7 +15,7 @@ from moesim.cost.datasheet import HBM_EFFICIENCY, TFLOPS_EFFICIENCY
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.step import calibration_of_gpu
 from moesim.errors import InputError
-from moesim.model import WEIGHT_BYTES, ModelSpec, bytes_per
+from moesim.model.names import WEIGHT_BYTES, ModelSpec, bytes_per
 
 FloatArray = npt.NDArray[np.float64]
 SCALE_BITS = 0.5

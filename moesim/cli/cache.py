@@ -13,7 +13,7 @@ from moesim.errors import InputError
 
 if TYPE_CHECKING:
     from moesim.cache.compare import Result
-    from moesim.cache.job import CacheJob
+    from moesim.jobs.cache import CacheJob
 
 DEFAULT_GPU = "l40s"
 
@@ -90,7 +90,7 @@ def cache(
 
     Example: moesim cache --trace sample:debian-moe --hbm 1.3 --plot cache.png
     """
-    from moesim.cache.job import CacheOptions, run_cache
+    from moesim.jobs.cache import CacheOptions, run_cache
     from moesim.trace.format import load_token_trace
 
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -130,7 +130,7 @@ def cache(
     if out is not None:
         job.plan.save(out)
     if plot is not None and job.sweep is not None:
-        from moesim.report.cache_plot import plot_speed_by_memory
+        from moesim.draw.cache import plot_speed_by_memory
 
         title = f"{job.plan.model}, {job.plan.gpu}, batch {batch}, {context} tokens of context"
         plot_speed_by_memory(job.sweep, job.request.hbm_gb, title, plot)

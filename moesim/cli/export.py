@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from moesim.export.base import ExportOptions
-    from moesim.modelspec import ModelSpec
+    from moesim.model.spec import ModelSpec
     from moesim.plan import Plan
 
 
@@ -123,7 +123,7 @@ def _apply(plan: Plan, source: Path, target: Path, options: ExportOptions, as_js
 def _spec(plan: Plan, model: str | None) -> ModelSpec | None:
     """The model that was named, else that of the plan if it is known."""
     from moesim.errors import MoesimError
-    from moesim.model import load_model
+    from moesim.model.names import load_model
 
     if model is not None:
         return load_model(model)

@@ -38,7 +38,7 @@ def import_plan(
     from moesim.errors import FormatError, InputError
     from moesim.export.base import ReadOptions
     from moesim.export.registry import exporter
-    from moesim.model import load_model
+    from moesim.model.names import load_model
     from moesim.plan import MAX_PLAN_BYTES
 
     source = exporter(engine)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from moesim.modelspec import ModelSpec
+    from moesim.model.spec import ModelSpec
 
 app = typer.Typer(help="Model shapes: presets and Hugging Face config.json.", no_args_is_help=True)
 
@@ -21,7 +21,7 @@ def list_models(as_json: JsonOption = False) -> None:
 
     Example: moesim model list
     """
-    from moesim.model import load_model, preset_aliases, preset_names
+    from moesim.model.names import load_model, preset_aliases, preset_names
 
     specs = [load_model(name) for name in preset_names()]
     if as_json:
@@ -87,7 +87,7 @@ def show_model(
 
     Examples: moesim model show DeepSeek-V3; moesim model show ./my-model/config.json --json
     """
-    from moesim.model import load_model
+    from moesim.model.names import load_model
 
     spec = load_model(name)
     if as_json:
@@ -106,7 +106,7 @@ def show_model(
 
 
 def _rows(spec: ModelSpec) -> list[tuple[str, str]]:
-    from moesim.modelspec import WEIGHT_BYTES
+    from moesim.model.spec import WEIGHT_BYTES
 
     attention = spec.attention
     heads = f"{attention.num_heads} heads of {attention.head_dim}"

@@ -14,8 +14,8 @@ from moesim.errors import InputError
 
 if TYPE_CHECKING:
     from moesim.cache.group import GroupPlan
+    from moesim.jobs.plan import PlanRequest, PlanResult
     from moesim.planning.evaluate import Figure
-    from moesim.planning.make import PlanRequest, PlanResult
 
 OBJECTIVE_FIGURE = {"balance": "imbalance", "traffic": "fan_out", "time": "step_us"}
 
@@ -134,10 +134,10 @@ def plan(
     from moesim.cli.progress import progress_bar
     from moesim.cluster import load_cluster
     from moesim.cost.step import KINDS_OF
+    from moesim.jobs.plan import DEFAULT_CLUSTER, PlanRequest, make_plan
+    from moesim.jobs.plan_loads import make_load_plan
     from moesim.plan import load_plan
     from moesim.planning.home_ranks import HOME_RANKS
-    from moesim.planning.loads import make_load_plan
-    from moesim.planning.make import DEFAULT_CLUSTER, PlanRequest, make_plan
     from moesim.planning.migration import DEFAULT_STEPS
     from moesim.planning.robust import parse_robust
     from moesim.trace.format import LoadTrace, load_trace, require_tokens
@@ -191,7 +191,7 @@ def plan(
         result = replace(result, plan=replace(result.plan, cache=cached.to_dict()))
     result.plan.save(out)
     if plot is not None:
-        from moesim.report.plan_plot import plot_load
+        from moesim.draw.plan import plot_load
 
         plot_load(result, plot)
     if as_json:
@@ -219,7 +219,7 @@ def _check_target(path: Path) -> None:
 def _model(name: str | None, from_trace: str) -> Any:
     """The model asked for, or the preset that the trace names; a trace cannot name a file."""
     from moesim.errors import UnknownNameError
-    from moesim.model import load_model, preset_aliases
+    from moesim.model.names import load_model, preset_aliases
 
     if name is not None:
         return load_model(name)

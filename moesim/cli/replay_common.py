@@ -37,7 +37,7 @@ def shape_of(model: str) -> ExpertShape:
 
     Experts stored in another type than bf16 are replayed as bf16, with a notice.
     """
-    from moesim.model import load_model
+    from moesim.model.names import load_model
     from moesim.replay.shape import ExpertShape, load_shape
 
     if model.lstrip().startswith("{"):

@@ -198,8 +198,8 @@ def simulate(
     )
     from moesim.cli.simulate_print import print_report, report_json
     from moesim.files import atomic_write
-    from moesim.planning.simulation import FIDELITIES, SimRequest
-    from moesim.planning.simulation import simulate as run
+    from moesim.jobs.simulate import FIDELITIES, SimRequest
+    from moesim.jobs.simulate import simulate as run
     from moesim.sim.stragglers import parse_slow
 
     writable(timeline, plot)
@@ -254,7 +254,7 @@ def simulate(
         atomic_write(timeline, report.timeline.to_json())
         typer.echo(f"wrote {timeline} (open it at ui.perfetto.dev)", err=True)
     if plot is not None:
-        from moesim.report.simulate_plot import plot_simulation
+        from moesim.draw.simulate import plot_simulation
 
         title = f"{loaded.model.name}, {loaded.cluster.num_gpus} GPUs of {loaded.cluster.name}"
         plot_simulation(report.results, plot, title)

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from moesim.cache.batching import Batching
     from moesim.cache.plan import CachePlan
     from moesim.cluster import Cluster
-    from moesim.modelspec import ModelSpec
+    from moesim.jobs.simulate import FaultSpec
+    from moesim.model.spec import ModelSpec
     from moesim.plan import Plan
-    from moesim.planning.simulation import FaultSpec
     from moesim.sim.capacity import DropPolicy
     from moesim.sim.rebalance import Rebalance
     from moesim.trace.format import Trace
@@ -52,7 +52,7 @@ def load_inputs(
     from moesim.cache.group import parse_group
     from moesim.cache.plan import is_cache_plan, load_cache_plan
     from moesim.cluster import DEFAULT_CLUSTER, cluster_names, load_cluster
-    from moesim.model import load_model
+    from moesim.model.names import load_model
     from moesim.plan import load_plan
     from moesim.trace.format import load_token_trace
 
@@ -159,8 +159,8 @@ def fault_spec(
 ) -> FaultSpec:
     """The faults that were asked for. A GPU has as many spare slots a layer as its memory has room
     for experts beyond one copy of everything else. Raises InputError."""
-    from moesim.planning.make import HBM_USABLE
-    from moesim.planning.simulation import FaultSpec
+    from moesim.jobs.plan import HBM_USABLE
+    from moesim.jobs.simulate import FaultSpec
     from moesim.sim.faults import Recovery, parse_fault
 
     if repair_ms is not None and mtbf_ms is None:

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moesim.planning.simulation import SimReport, SimRequest
+    from moesim.jobs.simulate import SimReport, SimRequest
     from moesim.sim.result import SimResult
 
 PARTS = (

@@ -180,10 +180,10 @@ def simulate_requests(
         routing_of,
     )
     from moesim.cli.simulate_requests_print import print_run
+    from moesim.jobs.serve import simulate_serving
     from moesim.serving.config import ServingConfig
     from moesim.serving.fit import check_possible
     from moesim.serving.record import run_record
-    from moesim.serving.simulate import simulate_serving
     from moesim.serving.slo import parse_slo
     from moesim.serving.speculative import Speculation
 
@@ -246,7 +246,7 @@ def simulate_requests(
         seconds=time.perf_counter() - begin,
     )
     if plot is not None:
-        from moesim.report.serving_plot import plot_serving
+        from moesim.draw.serving import plot_serving
 
         plot_serving(record, plot)
         typer.echo(f"wrote {plot}", err=True)

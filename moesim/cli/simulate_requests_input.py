@@ -71,7 +71,7 @@ def load_service(
     Raises InputError where the GPUs do not divide, or nothing names the model.
     """
     from moesim.cluster import DEFAULT_CLUSTER
-    from moesim.model import load_model
+    from moesim.model.names import load_model
     from moesim.plan import load_plan
     from moesim.trace.format import load_token_trace
 

@@ -116,7 +116,7 @@ def show_topology(
         raise InputError("--yaml and --json together", "choose one")
     cluster = load_cluster(name, gpus)
     if plot is not None:
-        from moesim.report.topology_plot import plot_topology
+        from moesim.draw.topology import plot_topology
 
         plot_topology(cluster, plot)
         typer.echo(f"wrote {plot}", err=True)

@@ -58,9 +58,9 @@ def import_trace(
     Example: moesim trace import responses.jsonl --model Qwen3-30B-A3B --out t.npz
     """
     from moesim.errors import InputError
+    from moesim.jobs.import_trace import import_files
     from moesim.trace.format import save_trace
     from moesim.trace.importers.registry import MODULES, importer
-    from moesim.trace.importers.run import import_files
 
     if list_formats:
         titles = {name: importer(name).TITLE for name in MODULES}
@@ -154,7 +154,7 @@ def _options(
     layers = parse_layer_ids(layer_ids) if layer_ids is not None else None
     name = ""
     if model is not None:
-        from moesim.model import load_model
+        from moesim.model.names import load_model
 
         spec = load_model(model)
         name = spec.name

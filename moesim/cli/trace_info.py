@@ -82,7 +82,7 @@ def info(
         report["offload"] = found.to_dict()
         caching = found.lines()
     if plot is not None:
-        from moesim.report.trace_plot import plot_load
+        from moesim.draw.trace import plot_load
 
         plot_load(load, loaded.meta, sample, plot)
         typer.echo(f"wrote {plot}", err=True)

@@ -124,7 +124,7 @@ def _shape(
 ) -> tuple[str, tuple[int, ...], int, int] | None:
     """Name, layer ids, experts and top-k that were asked for; None if none of them was."""
     if model is not None:
-        from moesim.model import load_model
+        from moesim.model.names import load_model
 
         known = load_model(model)
         layer_ids = known.moe_layer_ids if layers is None else tuple(range(layers))

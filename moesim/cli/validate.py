@@ -125,7 +125,7 @@ def validate(
     modes = MODES[:2] if mode == "both" else (mode,)
     found = compare(record, predictor, tolerance, again, modes)
     if plot is not None:
-        from moesim.report.validate_plot import plot_validation
+        from moesim.draw.validate import plot_validation
 
         plot_validation([found], plot)
     if as_json:

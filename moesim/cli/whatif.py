@@ -11,7 +11,7 @@ import typer
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
-    from moesim.serving.study.run import Results
+    from moesim.study.run import Results
 
 LISTED = ("trace", "model", "cluster", "gpus", "requests")
 
@@ -108,10 +108,10 @@ def whatif(
     from moesim.backend import open_backend
     from moesim.cli.progress import progress_bar
     from moesim.cli.whatif_print import print_results
-    from moesim.serving.study.file import read_study
-    from moesim.serving.study.prices import parse_prices
-    from moesim.serving.study.result import save, to_json
-    from moesim.serving.study.run import make_study, run_study
+    from moesim.study.file import read_study
+    from moesim.study.prices import parse_prices
+    from moesim.study.result import save, to_json
+    from moesim.study.run import make_study, run_study
 
     content: dict[str, Any] = read_study(study) if study is not None else {}
     given = {"trace": trace, "model": model, "cluster": cluster, "gpus": gpus, "requests": requests}
@@ -142,7 +142,7 @@ def whatif(
     data = to_json(results)
     save(data, out)
     if plot is not None:
-        from moesim.report.study_plot import plot_study
+        from moesim.draw.study import plot_study
 
         plot_study(data, plot)
     if as_json:

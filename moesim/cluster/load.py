@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +25,7 @@ DEFAULT_CLUSTER = "h100-sxm-ib"
 @lru_cache(maxsize=1)
 def topology_dir() -> Path:
     """Directory of the shipped cluster and GPU files."""
-    spec = importlib.util.find_spec("moesim.topologies")
-    if spec is not None and spec.origin is not None:
-        return Path(spec.origin).parent
-    return Path(__file__).resolve().parents[2] / "topologies"
+    return Path(str(resources.files("moesim.topologies")))
 
 
 def cluster_names() -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from moesim.cost.dense import AttentionKernel, DenseModel, GemmModel, MlaModule
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.tile_waves import Tile, TileWaves
 from moesim.errors import FormatError, InputError, UnknownNameError
-from moesim.model import WEIGHT_BYTES
+from moesim.model.names import WEIGHT_BYTES
 
 MAX_FILE_BYTES = 4 << 20
 

@@ -19,7 +19,7 @@ from moesim.cost.dense import (
 )
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.errors import InputError
-from moesim.model import WEIGHT_BYTES
+from moesim.model.names import WEIGHT_BYTES
 
 # What the fitted H100 reaches of its datasheet (topologies/calibration/h100.yaml), rounded, and
 # assumed to carry over: all-to-all 285 to 323 of 450 GB/s, weights 2.9 of 3.35 TB/s, bf16 expert

@@ -25,7 +25,7 @@ from moesim.cost.curves import (
 from moesim.errors import UnknownNameError
 
 if TYPE_CHECKING:
-    from moesim.modelspec import AttentionSpec
+    from moesim.model.spec import AttentionSpec
 
 Phase = Literal["decode", "prefill"]
 KV_ELEMENT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0}

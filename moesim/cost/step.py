@@ -24,7 +24,7 @@ from moesim.trace.batches import Phase
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster, GpuSpec
-    from moesim.modelspec import ModelSpec
+    from moesim.model.spec import ModelSpec
 
 AllToAll = Literal["nccl", "deepep", "deepep_ll", "nvlink"]
 FloatArray = npt.NDArray[np.float64]

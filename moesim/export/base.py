@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError, MismatchError
-from moesim.model import ModelSpec
+from moesim.model.names import ModelSpec
 from moesim.plan import EMPTY, Placement, Plan
 
 

@@ -27,7 +27,7 @@ from moesim.trace.format import Trace
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
-    from moesim.modelspec import ModelSpec
+    from moesim.model.spec import ModelSpec
 
 FloatArray = npt.NDArray[np.float64]
 

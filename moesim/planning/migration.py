@@ -11,14 +11,14 @@ import numpy.typing as npt
 from moesim.cost.step import StepModel
 from moesim.errors import InputError, MismatchError
 from moesim.plan import EMPTY, Placement, Plan
+from moesim.planning.migrate import Migration, migrate
 from moesim.sim.links import link_table
 from moesim.sim.migrate import Mover, build_mover, holdings, plan_moves
 from moesim.solvers.base import Problem, Progress
-from moesim.solvers.migration import Migration, migrate
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
-    from moesim.modelspec import ModelSpec
+    from moesim.model.spec import ModelSpec
     from moesim.trace.format import Trace
 
 DEFAULT_STEPS = 1000.0
@@ -118,7 +118,7 @@ def plan_migration(
     *,
     progress: Progress | None = None,
 ) -> Migration:
-    """`moesim.solvers.migration.migrate` with times of the cluster's links. Raises InputError
+    """`moesim.planning.migrate.migrate` with times of the cluster's links. Raises InputError
     unless the objective is time and `steps` is a positive number."""
     if problem.objective != "time":
         raise InputError(

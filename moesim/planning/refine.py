@@ -34,7 +34,7 @@ from moesim.trace.batches import Batches, Phase, RequestIndex, draw_batches
 from moesim.trace.format import Trace
 
 if TYPE_CHECKING:
-    from moesim.planning.make import PlanRequest
+    from moesim.jobs.plan import PlanRequest
 
 IN_USE = "in use"
 DOMAIN_BATCHES = 32

@@ -146,7 +146,7 @@ class Losses:
 
     def of(self, placement: Placement) -> FloatArray:
         """[B]."""
-        from moesim.solvers.search_load import rebuild
+        from moesim.solvers.kernels.load import rebuild
 
         cost, (layers, num_batches) = self.cost, self.even.shape
         out = np.zeros(num_batches)

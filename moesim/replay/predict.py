@@ -18,7 +18,7 @@ from moesim.cost.calibration import Calibration
 from moesim.cost.routing import Routed
 from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InputError
-from moesim.modelspec import AttentionSpec, ModelSpec
+from moesim.model.spec import AttentionSpec, ModelSpec
 from moesim.replay.shape import ExpertShape
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from moesim.errors import InputError, MismatchError, UnknownNameError
-from moesim.model import KV_BYTES, WEIGHT_BYTES, load_model
+from moesim.model.names import KV_BYTES, WEIGHT_BYTES, load_model
 from moesim.serving.engines import EngineProfile, engine_profile
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster, GpuSpec
     from moesim.cost.calibration import Calibration
-    from moesim.modelspec import ModelSpec
+    from moesim.model.spec import ModelSpec
     from moesim.plan import Plan
     from moesim.trace.format import Trace
 

@@ -11,7 +11,7 @@ from moesim.serving.memory import gpu_memory, require_fit
 from moesim.serving.step_cost import StepCost
 
 if TYPE_CHECKING:
-    from moesim.modelspec import ModelSpec
+    from moesim.model.spec import ModelSpec
     from moesim.serving.config import ServingConfig
     from moesim.serving.requests import Requests
     from moesim.serving.slo import Slo

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moesim.cluster import Cluster
     from moesim.cost.calibration import Calibration
     from moesim.cost.collective import CollectiveCurve
-    from moesim.modelspec import ModelSpec
+    from moesim.model.spec import ModelSpec
 
 FloatArray = npt.NDArray[np.float64]
 WAYS = ("ep", "ep_gather", "tp", "dp", "dp_gather")

@@ -14,7 +14,7 @@ from moesim.cost.step import calibration_of_gpu
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
-    from moesim.modelspec import ModelSpec
+    from moesim.model.spec import ModelSpec
     from moesim.trace.batches import Batches
     from moesim.trace.format import Trace
 

@@ -30,10 +30,10 @@ import numpy.typing as npt
 
 from moesim.plan import EMPTY
 from moesim.solvers.base import Problem
-from moesim.solvers.bounds import ROUNDING, load_bound
+from moesim.solvers.bounds.load import ROUNDING, load_bound
+from moesim.solvers.bounds.messages import fewest_on_busiest, message_bound
 from moesim.solvers.ilp.engine import IlpModel, Outcome, Terms
 from moesim.solvers.ilp.messages import MessageTerms, patterns
-from moesim.solvers.message_bounds import fewest_on_busiest, message_bound
 from moesim.solvers.objective import PlacementCost
 
 FloatArray = npt.NDArray[np.float64]
@@ -242,7 +242,7 @@ def _work_by_replicas(
     objective: PlacementCost, counts: npt.NDArray[np.float32], replicas: int
 ) -> FloatArray:
     """[R, U, E, B] cost of a replica of each expert when it has 1 .. R of them."""
-    from moesim.solvers.search_load import fill_row
+    from moesim.solvers.kernels.load import fill_row
 
     units = len(objective.scale)
     out = np.empty((replicas, units, *counts.shape))

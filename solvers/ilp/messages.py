@@ -1,11 +1,11 @@
 """Messages of one layer as linear terms: fan-out over GPUs and nodes, link loads, collective time.
 
-The messages of `moesim.solvers.search_traffic` (dispatch and combine, one each way for every GPU,
+The messages of `moesim.solvers.kernels.traffic` (dispatch and combine, one each way for every GPU,
 node or choice, by the problem's dedup), for placements without replicas. Tokens of one batch and
 home with the same set of experts are one pattern. Without rounding a pattern reaches a GPU as much
 as the most of its experts there, so that relaxed placements pay for the part of an expert that
 they put away from home. Time by link load is replaced by the largest convex function below it from
-the fewest messages of a batch on (`moesim.solvers.message_bounds`), which keeps every bound valid;
+the fewest messages of a batch on (`moesim.solvers.bounds.messages`), which keeps every bound valid;
 where the table is convex there, as past its latency, nothing is lost.
 """
 

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from moesim.errors import InputError
 from moesim.solvers.base import Problem, Progress, Solution, pack_table
-from moesim.solvers.greedy import Greedy
 from moesim.solvers.ilp.chain import chain_cost, slots_from, solve_chain, tokens_of, transitions
 from moesim.solvers.ilp.engine import IlpModel, Outcome
+from moesim.solvers.methods.greedy import Greedy
 from moesim.solvers.objective import make_net
 
 FloatArray = npt.NDArray[np.float64]

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from moesim.solvers.base import never
 from moesim.solvers.ilp.engine import IlpModel, IlpSolution, Terms
-from moesim.solvers.layer_state import LayerState
+from moesim.solvers.kernels.layer_state import LayerState
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

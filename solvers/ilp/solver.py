@@ -15,8 +15,8 @@ from moesim.solvers.base import Problem, Progress, Solution, pack_table
 from moesim.solvers.ilp.engine import Outcome
 from moesim.solvers.ilp.joint import JointLayer, LayerResult, as_table, fits
 from moesim.solvers.ilp.neighbourhood import regroup
-from moesim.solvers.layer_state import LayerState, draw_gpus
-from moesim.solvers.local_search import LocalSearch
+from moesim.solvers.kernels.layer_state import LayerState, draw_gpus
+from moesim.solvers.methods.local_search import LocalSearch
 from moesim.solvers.objective import PlacementCost
 
 IntArray = npt.NDArray[np.int64]

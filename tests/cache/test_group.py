@@ -14,7 +14,7 @@ from moesim.cache.planner import Request
 from moesim.cli.main import run
 from moesim.cluster.load import load_gpu
 from moesim.errors import FormatError, InfeasibleError
-from moesim.model import AttentionSpec, ModelSpec
+from moesim.model.names import AttentionSpec, ModelSpec
 from moesim.plan import Placement, load_plan
 from moesim.trace.format import load_token_trace, save_trace
 

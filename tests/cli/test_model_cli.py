@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from moesim.cli.model import app
 from moesim.errors import FormatError, UnknownNameError
-from moesim.model import load_model, preset_names
+from moesim.model.names import load_model, preset_names
 
 runner = CliRunner()
 
@@ -94,7 +94,7 @@ def test_errors_reach_the_caller_as_ours(tmp_path: Path) -> None:
     assert runner.invoke(app, ["show"]).exit_code == 2
 
 
-@pytest.mark.parametrize("heavy", ["numpy", "yaml", "rich.table", "moesim.model"])
+@pytest.mark.parametrize("heavy", ["numpy", "yaml", "rich.table", "moesim.model.names"])
 def test_importing_the_commands_loads_nothing_heavy(heavy: str) -> None:
     code = f"import sys, moesim.cli.model; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

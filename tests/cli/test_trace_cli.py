@@ -147,7 +147,7 @@ def test_heat_map(call: Call, toy: Path, counts: Path, tmp_path: Path) -> None:
 
 def test_heat_map_of_odd_traces(tmp_path: Path, toy: Path) -> None:
     """No load, one expert, unused experts, and a name that is a formula to matplotlib."""
-    from moesim.report.trace_plot import plot_load
+    from moesim.draw.trace import plot_load
 
     meta = replace(load_token_trace(toy, "x").meta, model="$\\frac{")
     for name, load in (

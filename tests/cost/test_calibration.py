@@ -26,7 +26,7 @@ from moesim.cost.datasheet import GpuFigures, datasheet_models
 from moesim.cost.dense import AttentionKernel, GemmModel, causal_pairs
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.errors import FormatError, InputError, MoesimError, UnknownNameError
-from moesim.model import load_model
+from moesim.model.names import load_model
 
 HEAD = "format: moesim-calibration\nversion: 1\nname: t\ngpu: T\n"
 

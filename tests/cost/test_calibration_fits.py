@@ -175,7 +175,7 @@ def test_dense_gemm(scripts: dict[str, ModuleType]) -> None:
 
 
 def test_latent_attention_of_all_heads(scripts: dict[str, ModuleType]) -> None:
-    from moesim.model import load_model
+    from moesim.model.names import load_model
 
     model = load_model("deepseek-v3")
     dense = load_calibration("h100").dense

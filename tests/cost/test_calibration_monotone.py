@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moesim.cost.calibration import Calibration, load_calibration, parse_calibration
 from moesim.cost.datasheet import GpuFigures, datasheet_models
-from moesim.model import load_model
+from moesim.model.names import load_model
 
 GPUS = ("h100", "h200", "gb200", "datasheet")
 size = st.floats(0, 1e11)

@@ -15,7 +15,7 @@ from moesim.export import eplb, megatron, omni_infer, sglang, tensorrt_llm, vllm
 from moesim.export import vllm_pr41141 as pr41141
 from moesim.export.base import ExportOptions, ReadOptions
 from moesim.export.registry import MODULES, exporter
-from moesim.model import load_model
+from moesim.model.names import load_model
 from moesim.plan import Placement, Plan
 
 SMALL = Plan(

@@ -18,7 +18,7 @@ from moesim.cli.export import export
 from moesim.cli.import_plan import import_plan
 from moesim.cli.plan import plan as plan_command
 from moesim.cli.trace_import import import_trace
-from moesim.model import load_model
+from moesim.model.names import load_model
 from moesim.plan import Placement, Plan, load_plan
 from moesim.safetensors_file import TensorInfo, write_header
 from moesim.trace.format import load_trace

@@ -12,11 +12,11 @@ import pytest
 
 from moesim.cluster import Cluster
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
+from moesim.jobs import plan_loads as loads_module
+from moesim.jobs.plan import PlanRequest, PlanResult
+from moesim.jobs.plan_loads import make_load_plan, measure_loads, split_steps, unequal_steps
 from moesim.plan import EMPTY, Placement, parse_plan
-from moesim.planning import loads as loads_module
 from moesim.planning.evaluate import NUM_RESAMPLES
-from moesim.planning.loads import make_load_plan, measure_loads, split_steps, unequal_steps
-from moesim.planning.make import PlanRequest, PlanResult
 from moesim.planning.robust import parse_robust
 from moesim.trace.format import LoadTrace, TraceMeta
 

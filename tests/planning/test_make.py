@@ -12,9 +12,7 @@ import pytest
 
 from moesim.cluster import Cluster, load_cluster
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
-from moesim.model import ModelSpec, load_model
-from moesim.plan import parse_plan
-from moesim.planning.make import (
+from moesim.jobs.plan import (
     PlanRequest,
     PlanResult,
     _workload,
@@ -22,6 +20,8 @@ from moesim.planning.make import (
     make_plan,
     slots_of,
 )
+from moesim.model.names import ModelSpec, load_model
+from moesim.plan import parse_plan
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import Trace
 
@@ -258,7 +258,7 @@ def test_names_are_checked_before_the_work(
     def never(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("moesim.planning.make.tuning_counts", never)
+    monkeypatch.setattr("moesim.jobs.plan.tuning_counts", never)
     for options in ({"solver": "local_serch"}, {"replica_policy": "closest"}):
         with pytest.raises(InputError):
             make_plan(PlanRequest(trace, cluster, model, **options))

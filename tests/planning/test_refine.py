@@ -17,10 +17,10 @@ from moesim.cli.main import run
 from moesim.cluster import Cluster
 from moesim.cost.routing import home_ranks
 from moesim.errors import InputError, MismatchError, UnknownNameError
-from moesim.model import ModelSpec
+from moesim.jobs.plan import PlanRequest, PlanResult, make_plan
+from moesim.model.names import ModelSpec
 from moesim.plan import Placement, load_plan
 from moesim.planning.home_ranks import choose_predictor, predict_homes
-from moesim.planning.make import PlanRequest, PlanResult, make_plan
 from moesim.planning.migration import movers
 from moesim.planning.robust import (
     OTHER,

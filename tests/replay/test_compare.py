@@ -228,7 +228,7 @@ def test_noise_from_a_repeated_run() -> None:
 
 
 def test_plot(tmp_path) -> None:
-    from moesim.report.validate_plot import plot_validation
+    from moesim.draw.validate import plot_validation
 
     found = compare(record({"linear": 1.0, "a": 1.1}), predictor())
     plot_validation([found], tmp_path / "v.png")

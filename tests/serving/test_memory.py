@@ -8,7 +8,7 @@ import pytest
 
 from moesim.cluster import load_cluster
 from moesim.errors import InfeasibleError
-from moesim.model import load_model
+from moesim.model.names import load_model
 from moesim.serving.deployment import deploy
 from moesim.serving.memory import gpu_memory, kv_bytes_per_token_per_gpu, require_fit
 

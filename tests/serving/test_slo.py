@@ -119,7 +119,7 @@ def test_impossible_promises() -> None:
 def test_deployments_that_fit() -> None:
     """DeepSeek-V3 (671 GB in fp8) needs more than 8 H100s; 16 hold it only with tensor parallelism
     or expert parallelism over all; the numbers are said where nothing fits."""
-    from moesim.model import load_model
+    from moesim.model.names import load_model
 
     model = load_model("deepseek-v3")
     with pytest.raises(InfeasibleError, match=r"weights take [0-9.]+") as error:

@@ -14,7 +14,7 @@ from moesim.cost.collective import CollectiveCurve, CollectiveModel
 from moesim.cost.curves import AffineMin
 from moesim.cost.dense import AttentionKernel, DenseModel, GemmModel
 from moesim.cost.expert_gemm import ExpertGemmModel
-from moesim.model import load_model
+from moesim.model.names import load_model
 from moesim.serving.batch import BatchShape, chunk_pairs
 from moesim.serving.deployment import Deployment, deploy
 from moesim.serving.engines import ENGINES

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moesim.cluster import load_cluster
-from moesim.model import load_model
+from moesim.model.names import load_model
 from moesim.plan import Placement
 from moesim.sim.collectives.registry import build_exchange
 from moesim.sim.home import HomeModel

@@ -16,7 +16,7 @@ from moesim.cache.rates import HostSpec, build_rates
 from moesim.cache.simulate import CacheSettings, expert_frequency, layer_choices, run_policy
 from moesim.cache.timeline import Setup, StepTimes, run_timeline
 from moesim.errors import MismatchError
-from moesim.model import load_model
+from moesim.model.names import load_model
 from moesim.plan import Placement
 from moesim.sim.links import asymptotic_gb_per_s
 from moesim.sim.offload.run import GpuCache, OffloadRun

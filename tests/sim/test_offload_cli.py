@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from moesim.cache.group import plan_group
-from moesim.cache.job import CacheOptions, run_cache
 from moesim.cache.planner import Request
 from moesim.cli.main import run
 from moesim.cluster import load_cluster
-from moesim.model import load_model
+from moesim.jobs.cache import CacheOptions, run_cache
+from moesim.model.names import load_model
 from moesim.plan import Placement, Plan
 from moesim.trace.format import load_token_trace
 

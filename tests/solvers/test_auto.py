@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesim.solvers.auto import Auto, choose
 from moesim.solvers.base import Problem
+from moesim.solvers.methods.auto import Auto, choose
 from moesim.solvers.registry import get_solver
 
 

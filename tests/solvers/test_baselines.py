@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.plan import EMPTY
 from moesim.solvers.base import Problem, Solution, Traffic
-from moesim.solvers.greedy import Greedy, replica_counts
-from moesim.solvers.linear import Linear
+from moesim.solvers.methods.greedy import Greedy, replica_counts
+from moesim.solvers.methods.linear import Linear
+from moesim.solvers.methods.round_robin import RoundRobin
 from moesim.solvers.registry import get_solver, solver_names
 from moesim.solvers.repair import separate_replicas
-from moesim.solvers.round_robin import RoundRobin
 
 
 def problem(load: list[float], capacity: list[int], **options: Any) -> Problem:

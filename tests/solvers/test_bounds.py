@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from moesim.plan import Placement
 from moesim.solvers.base import Objective, Problem, Traffic
-from moesim.solvers.bounds import Bound, load_bound, lower_bound
-from moesim.solvers.colocation import applies, colocation_bound, least_neighbours
+from moesim.solvers.bounds.colocation import applies, colocation_bound, least_neighbours
+from moesim.solvers.bounds.load import Bound, load_bound, lower_bound
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import get_solver
 

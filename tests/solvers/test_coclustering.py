@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from moesim.plan import EMPTY
 from moesim.solvers.base import Problem
-from moesim.solvers.coclustering import Coclustering, balanced_clusters, co_activation, embed
+from moesim.solvers.methods.coclustering import (
+    Coclustering,
+    balanced_clusters,
+    co_activation,
+    embed,
+)
 
 
 def planted(rng: np.random.Generator, clusters: int, size: int, batches: int) -> np.ndarray:
@@ -100,7 +105,7 @@ def test_valid_and_deterministic(
 def test_tokens_of_a_cluster_stay_on_their_gpu(build: ModuleType) -> None:
     """With co-chosen experts together no token needs two GPUs; linear placement needs two."""
     from moesim.cost.routing import route
-    from moesim.solvers.linear import Linear
+    from moesim.solvers.methods.linear import Linear
 
     pairs = [[0, 4], [1, 5], [2, 6], [3, 7]]
     trace = build.make_trace(np.array(pairs * 8)[:, None, :], 8)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moesim.errors import InputError
 from moesim.solvers.base import Problem
-from moesim.solvers.eplb import Eplb, rebalance_experts
+from moesim.solvers.methods.eplb import Eplb, rebalance_experts
 
 GOLDEN = json.loads(
     (Path(__file__).parents[1] / "golden" / "eplb_readme.json").read_text(encoding="utf-8")

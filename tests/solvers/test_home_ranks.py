@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moesim.cost.routing import DEDUP_CODES, route
 from moesim.errors import InfeasibleError, InputError
 from moesim.plan import Placement
-from moesim.solvers.home_ranks import assign_homes, messages_saved
+from moesim.planning.home_rank_fit import assign_homes, messages_saved
 
 
 def test_saved_by_hand() -> None:

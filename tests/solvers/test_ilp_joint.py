@@ -16,8 +16,8 @@ from moesim.solvers.ilp.joint import JointLayer, fits
 from moesim.solvers.ilp.messages import convex_below
 from moesim.solvers.ilp.neighbourhood import regroup
 from moesim.solvers.ilp.solver import JointIlp
-from moesim.solvers.layer_state import LayerState
-from moesim.solvers.local_search import LocalSearch
+from moesim.solvers.kernels.layer_state import LayerState
+from moesim.solvers.methods.local_search import LocalSearch
 from moesim.solvers.objective import PlacementCost
 
 GOALS: tuple[Objective, ...] = ("balance", "time", "traffic")

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.solvers.base import Objective, Problem, Traffic
-from moesim.solvers.enumerate_parts import best_parts, mean_largest, value_of
-from moesim.solvers.layer_state import LayerState, draw_gpus
-from moesim.solvers.lns import (
+from moesim.solvers.kernels.enumerate_parts import best_parts, mean_largest, value_of
+from moesim.solvers.kernels.layer_state import LayerState, draw_gpus
+from moesim.solvers.methods.lns import (
     MAX_WAYS,
     LargeNeighbourhoodSearch,
     deal_anew,
@@ -21,7 +21,7 @@ from moesim.solvers.lns import (
     num_rounds,
     ways,
 )
-from moesim.solvers.local_search import LocalSearch
+from moesim.solvers.methods.local_search import LocalSearch
 from moesim.solvers.objective import PlacementCost
 
 GOALS: tuple[Objective, ...] = ("balance", "time", "traffic")
@@ -80,7 +80,17 @@ def test_best_of_all_ways(seed: int, room: list[int], kinds: bool, ceiling: bool
     between = 1 - np.eye(gpus)
     between[0, 1] = between[1, 0] = 0.3
     limits = (12.0, 5.0) if ceiling else (0.0, 0.0)
-    given_ = (item, work / GRAINS, base / GRAINS, fixed / GRAINS, unit, alone, apart, between, *limits)
+    given_ = (
+        item,
+        work / GRAINS,
+        base / GRAINS,
+        fixed / GRAINS,
+        unit,
+        alone,
+        apart,
+        between,
+        *limits,
+    )
     best = np.inf
     for on in set(permutations(start.tolist())):
         pairs = [(e, g) for e, g in zip(item.tolist(), on, strict=True) if e != 99]
@@ -110,9 +120,7 @@ def test_best_of_all_ways(seed: int, room: list[int], kinds: bool, ceiling: bool
 def test_mean_largest_by_hand() -> None:
     """Batches (2, 8): fixed 5, 1; loads 2 + 4 and 3 + 0; rest 8 and 2. Largest 5 and 4 without
     evenness; with halves (2 + 3 + 8) / 2 = 6.5 and (4 + 0 + 2) / 2 = 3, so 6.5 and 4."""
-    fixed, loads, rest = (
-        np.array(x, np.int32) * 4 for x in ([5, 1], [[2, 4], [3, 0]], [8, 2])
-    )
+    fixed, loads, rest = (np.array(x, np.int32) * 4 for x in ([5, 1], [[2, 4], [3, 0]], [8, 2]))
     assert mean_largest(fixed, loads, rest, 0, 4.0) == pytest.approx(4.5)
     assert mean_largest(fixed, loads, rest, 2, 4.0) == pytest.approx(5.25)
 

@@ -16,10 +16,10 @@ from moesim.metrics import imbalance
 from moesim.plan import EMPTY, Placement
 from moesim.planning.traffic import sample_traffic
 from moesim.solvers.base import OBJECTIVES, Problem, Solution
-from moesim.solvers.eplb import Eplb
-from moesim.solvers.greedy import Greedy
-from moesim.solvers.linear import Linear
-from moesim.solvers.local_search import LocalSearch
+from moesim.solvers.methods.eplb import Eplb
+from moesim.solvers.methods.greedy import Greedy
+from moesim.solvers.methods.linear import Linear
+from moesim.solvers.methods.local_search import LocalSearch
 from moesim.trace.batches import index_requests
 
 LAYERS, EXPERTS, GPUS = 3, 12, 4

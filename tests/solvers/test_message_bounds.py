@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moesim.plan import Placement
 from moesim.solvers.base import Objective, Problem, Traffic
-from moesim.solvers.message_bounds import (
+from moesim.solvers.bounds.messages import (
     even_pairs,
     fewest_messages,
     hull_at,

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from moesim.errors import MismatchError
 from moesim.plan import Placement
-from moesim.planning.tuning import batch_counts
-from moesim.solvers.base import Problem, Traffic
-from moesim.solvers.migration import (
+from moesim.planning.migrate import (
     Migration,
     check_same_shape,
     migrate,
@@ -23,6 +21,8 @@ from moesim.solvers.migration import (
     seat,
     slots_in_use,
 )
+from moesim.planning.tuning import batch_counts
+from moesim.solvers.base import Problem, Traffic
 from moesim.solvers.objective import PlacementCost
 from moesim.trace.batches import Batches
 

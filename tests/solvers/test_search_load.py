@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from moesim.metrics import imbalance
 from moesim.plan import EMPTY
 from moesim.solvers.base import Problem
-from moesim.solvers.local_search import LocalSearch
-from moesim.solvers.search_load import (
+from moesim.solvers.kernels.load import (
     fill_row,
     make_rows,
     mean_max,
@@ -24,7 +23,8 @@ from moesim.solvers.search_load import (
     search_layer,
     swap_pass,
 )
-from moesim.solvers.search_pairs import best_swap, make_peaks, make_scratch, rank_peaks
+from moesim.solvers.kernels.pairs import best_swap, make_peaks, make_scratch, rank_peaks
+from moesim.solvers.methods.local_search import LocalSearch
 
 Array = npt.NDArray[Any]
 GRAINS = 2.0**18
@@ -100,8 +100,8 @@ class Case:
 
 
 def test_cost_rows_by_hand() -> None:
-    """Two kinds of GPU, 2 and 4 grains a token; 0, 1, 3 and 8 tokens of an expert with two replicas:
-    0, 0.5, 1.5, 4 each."""
+    """Two kinds of GPU, 2 and 4 grains a token; 0, 1, 3 and 8 tokens of an expert with two
+    replicas: 0, 0.5, 1.5, 4 each."""
     counts = np.array([[0, 1, 3, 8]], np.float32)
     scale = np.array([2.0, 4.0])
     out = np.zeros((2, 4), np.int32)

@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from moesim.cluster import Cluster, load_cluster
 from moesim.cost.routing import Routed, route
 from moesim.cost.step import StepModel, build_step_model
-from moesim.model import load_model
+from moesim.model.names import load_model
 from moesim.plan import Placement
 from moesim.planning.traffic import binding_links, sample_traffic
 from moesim.solvers.base import Traffic
-from moesim.solvers.objective import layer_tokens, make_flow, make_net
-from moesim.solvers.search_gains import make_serving, move_rows, move_us, replica_row, try_swap
-from moesim.solvers.search_load import fill_row, mean_max, rebuild
-from moesim.solvers.search_messages import search_messages
-from moesim.solvers.search_traffic import (
+from moesim.solvers.kernels.gains import make_serving, move_rows, move_us, replica_row, try_swap
+from moesim.solvers.kernels.load import fill_row, mean_max, rebuild
+from moesim.solvers.kernels.messages import search_messages
+from moesim.solvers.kernels.traffic import (
     fill_flow,
     message_us,
     replica_gpus,
 )
+from moesim.solvers.objective import layer_tokens, make_flow, make_net
 from moesim.trace.batches import Batches, index_requests
 from moesim.trace.format import Trace
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.errors import InputError, UnknownNameError
-from moesim.serving.study.evaluator import Outcome
-from moesim.serving.study.question import (
+from moesim.study.evaluator import Outcome
+from moesim.study.question import (
     COST,
     Question,
     best,
@@ -19,8 +19,8 @@ from moesim.serving.study.question import (
     pareto,
     parse_bounds,
 )
-from moesim.serving.study.registry import get_evaluator
-from moesim.serving.study.run import Results
+from moesim.study.registry import get_evaluator
+from moesim.study.run import Results
 
 STATIC = get_evaluator("static")
 

@@ -19,7 +19,7 @@ from tables import DensePoints, attention_points, gemm_points, mla_points
 
 from moesim.cost.dense import AttentionKernel, GemmModel, MlaModule
 from moesim.cost.fitting import robust_fit, round_significant
-from moesim.model import WEIGHT_BYTES, load_model
+from moesim.model.names import WEIGHT_BYTES, load_model
 
 MAX_TRAIN_POINTS = 5000
 MEMORY_RATES = ("gb_per_s", "weight_gb_per_s", "kv_gb_per_s", "row_gb_per_s")

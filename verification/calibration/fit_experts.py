@@ -20,7 +20,7 @@ from tables import OWN_SOURCE, ExpertPoints, own_grouped_points, vllm_moe_points
 
 from moesim.cost.expert_gemm import NUM_MATRICES, ExpertGemmModel
 from moesim.cost.fitting import round_significant
-from moesim.model import WEIGHT_BYTES
+from moesim.model.names import WEIGHT_BYTES
 
 
 @dataclass(frozen=True)

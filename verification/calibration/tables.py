@@ -25,7 +25,7 @@ from routing_bytes import (
 )
 
 from moesim.cost.fitting import ExpertFit, drop_spikes
-from moesim.model import WEIGHT_BYTES
+from moesim.model.names import WEIGHT_BYTES
 
 FloatArray = np.ndarray
 

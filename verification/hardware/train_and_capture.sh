@@ -3,7 +3,7 @@
 #
 #   verification/hardware/train_and_capture.sh [CORPUS] [OUT]
 #
-# CORPUS is what traces/debian_corpus.py wrote. OUT (default: OUT in the environment) gets the
+# CORPUS is what verification/samples/debian_corpus.py wrote. OUT (default: OUT in the environment) gets the
 # trace, the loss curve, the training totals and the log; the model stays in a temporary folder.
 # SECONDS_TO_TRAIN, TRAIN_ARGS, CAPTURE_ARGS, PYTHON and DEVICE change the run.
 set -euo pipefail
@@ -18,7 +18,7 @@ exec > >(tee "$out/log.txt") 2>&1
 "$python" -c 'import torch, transformers; print(torch.__version__, transformers.__version__)'
 [ "$device" != cuda ] || nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 # shellcheck disable=SC2086
-timeout -k 10 330 "$python" traces/train_debian_moe.py --corpus "$corpus" --out "$model/debian-olmoe" \
+timeout -k 10 330 "$python" verification/samples/train_debian_moe.py --corpus "$corpus" --out "$model/debian-olmoe" \
   --seconds "${SECONDS_TO_TRAIN:-230}" --device "$device" ${TRAIN_ARGS:-}
 echo "== trained after $SECONDS s"
 cp "$model"/debian-olmoe/{loss.csv,training.json,config.json} "$out/"

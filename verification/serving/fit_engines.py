@@ -35,7 +35,7 @@ from tables import alternate
 
 from moesim.cost.dense import AttentionKernel, GemmModel, MlaModule
 from moesim.cost.fitting import fit_affine_min
-from moesim.model import WEIGHT_BYTES, load_model
+from moesim.model.names import WEIGHT_BYTES, load_model
 
 SHAPES = {
     "fp8": ((3072, 1536), (4096, 1536), (7168, 2048), (6144, 2048), (4096, 1024)),

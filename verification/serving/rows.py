@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 
 from moesim.errors import InfeasibleError, MoesimError
-from moesim.hf_config import spec_from_config
-from moesim.model import load_model
-from moesim.modelspec import ModelSpec
+from moesim.model.hf_config import spec_from_config
+from moesim.model.names import load_model
+from moesim.model.spec import ModelSpec
 from moesim.serving.deployment import Deployment, deploy
 from moesim.serving.engines import EngineProfile
 from moesim.serving.static import LoadTest

@@ -150,7 +150,7 @@ def _one_model(runs: Iterable[Run]) -> None:
 def _known_as(model: str) -> str:
     """The preset that `model` is a name of, or `model` itself; a run cannot name a file."""
     from moesim.errors import UnknownNameError
-    from moesim.model import load_model, preset_aliases
+    from moesim.model.names import load_model, preset_aliases
 
     try:
         preset_aliases(model)

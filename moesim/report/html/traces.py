@@ -13,7 +13,7 @@ from moesim.trace.format import Trace, load_token_trace, sample_names
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
-    from moesim.modelspec import ModelSpec
+    from moesim.model.spec import ModelSpec
 
 NEEDED_BY = "moesim report"
 
@@ -67,7 +67,7 @@ def _named(plan: Plan) -> str | None:
 def _hardware(plan: Plan) -> tuple[Cluster | None, ModelSpec | None]:
     """The plan's cluster and model where moesim knows them by name, and the cluster is the same."""
     from moesim.cluster import cluster_names, load_cluster
-    from moesim.model import load_model, preset_aliases
+    from moesim.model.names import load_model, preset_aliases
 
     cluster, model = None, None
     name = plan.provenance.get("cluster")

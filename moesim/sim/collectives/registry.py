@@ -16,7 +16,7 @@ from moesim.sim.links import LinkTable, link_table
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
-    from moesim.modelspec import ModelSpec
+    from moesim.model.spec import ModelSpec
 
 HIERARCHICAL: dict[str, type[TwoLevel] | type[BiLevel]] = {
     "two-level": TwoLevel,

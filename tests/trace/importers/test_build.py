@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from moesim.errors import FormatError, InputError, MismatchError, UnknownNameError
+from moesim.jobs.import_trace import import_files
 from moesim.trace.format import LoadTrace, Trace, TraceMeta
 from moesim.trace.importers.build import Segment, assemble, assemble_load, to_logical
 from moesim.trace.importers.registry import MODULES, detect_format, importer
-from moesim.trace.importers.run import import_files
 from moesim.trace.importers.warmup import warmup_steps, warmup_tokens
 
 

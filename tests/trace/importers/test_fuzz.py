@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import MoesimError
+from moesim.jobs.import_trace import import_files
 from moesim.trace.format import load_trace, save_trace
 from moesim.trace.importers.base import ImportOptions
-from moesim.trace.importers.run import import_files
 
 from_disk = settings(
     max_examples=50,

@@ -1,0 +1,1 @@
+"""One file a job: a request in, a result out."""

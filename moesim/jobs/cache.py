@@ -1,0 +1,268 @@
+"""One caching question from start to end: what `moesim cache` and `moesim plan --offload` ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.cache.bits import assumed_errors, choose_bits, loss_table, significance
+from moesim.cache.compare import (
+    OfflineBound,
+    Result,
+    Sweep,
+    compare,
+    offline_bound,
+    sweep_hbm,
+)
+from moesim.cache.plan import CachePlan
+from moesim.cache.planner import (
+    Planned,
+    Request,
+    Workload,
+    check_model,
+    make_workload,
+    plan_cache,
+)
+from moesim.cache.policies import POLICIES
+from moesim.cache.predictors.base import accuracy
+from moesim.cache.rates import FloatArray, HostSpec, Rates, build_rates
+from moesim.cluster.load import load_gpu
+from moesim.errors import FormatError, InputError
+from moesim.model.names import ModelSpec, load_model
+from moesim.trace.format import Trace
+
+MAX_ERROR_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """What the user says; see `moesim cache --help`. `host` overrides fields of HostSpec."""
+
+    gpu: str
+    model: str | None = None
+    hbm_gb: float | None = None
+    batch_size: int = 1
+    context_tokens: int = 2048
+    policy: str = "auto"
+    prefetch: str = "auto"
+    cpu: str = "auto"
+    expert_dtype: str | None = None
+    average_bits: float | None = None
+    bit_errors: Path | None = None
+    host: dict[str, Any] = field(default_factory=dict)
+    max_steps: int = 4096
+    seed: int = 0
+    sweep: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheJob:
+    """The plan and everything said about it; `notes` are for the user's eyes. `loss`: [L, E, 3]
+    loss of each bit-width where experts have mixed precision, `average_bits` their budget."""
+
+    request: Request
+    plan: CachePlan
+    planned: Planned
+    results: tuple[Result, ...]
+    bound: OfflineBound
+    sweep: Sweep | None
+    notes: tuple[str, ...]
+    rate_notes: tuple[str, ...]
+    basis: str
+    bits: str | None
+    rates: Rates
+    loss: FloatArray | None
+    average_bits: float
+
+    @property
+    def bound_tokens_per_s(self) -> float:
+        return self.bound.tokens_per_s(self.planned.memory.num_slots)
+
+    @property
+    def bound_hit_rate(self) -> float:
+        return self.bound.hit_rate(self.planned.memory.num_slots)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON data: the plan, the figures beside it, the sweep where one was made."""
+        data: dict[str, Any] = {
+            "format": "moesim-cache-run",
+            "version": 1,
+            "model": self.plan.model,
+            "plan": self.plan.to_dict(),
+            "results": [asdict(row) for row in self.results],
+            "offline_bound": {
+                "tokens_per_s": self.bound_tokens_per_s,
+                "hit_rate": self.bound_hit_rate,
+            },
+            "candidates": [
+                {"name": name, "tokens_per_s": speed} for name, speed in self.planned.candidates
+            ],
+            "basis": self.basis,
+            "rates": list(self.rate_notes),
+            "notes": list(self.notes),
+        }
+        if self.sweep is not None:
+            data["sweep"] = {
+                "hbm_gb": self.sweep.hbm_gb.tolist(),
+                "slots": self.sweep.slots.tolist(),
+                "tokens_per_s": {
+                    name: [None if np.isnan(x) else float(x) for x in speed]
+                    for name, speed in self.sweep.speed.items()
+                },
+            }
+        return data
+
+
+def run_cache(
+    trace: Trace, options: CacheOptions, progress: Callable[[str], None] = lambda _: None
+) -> CacheJob:
+    """Plan, compare with others and with the bound, and, if asked, sweep the memory size."""
+    model = _model(options, trace)
+    check_model(trace, model)
+    gpu = load_gpu(options.gpu)
+    host = HostSpec()
+    if options.host:
+        changed = ", ".join(sorted(options.host))
+        host = replace(
+            host, **options.host, kind="assumed", source=f"given: {changed}; {host.source}"
+        )
+    rates = build_rates(model, gpu, host)
+    hbm = gpu.hbm_gb if options.hbm_gb is None else options.hbm_gb
+    request = Request(
+        hbm_gb=hbm,
+        batch_size=options.batch_size,
+        context_tokens=options.context_tokens,
+        policy=options.policy,
+        prefetch=options.prefetch,
+        cpu=options.cpu,
+        max_steps=options.max_steps,
+        seed=options.seed,
+    )
+    notes = [
+        f"{name} needs the future: this is a bound, not a plan that a server can run"
+        for name in (options.policy, options.prefetch)
+        if name == "oracle" or (name in POLICIES and POLICIES[name].offline)
+    ]
+    if hbm > gpu.hbm_gb:
+        notes.append(f"{hbm:g} GB are more than the {gpu.hbm_gb:g} GB of one {gpu.name}")
+    progress("requests and steps")
+    work = make_workload(trace, request)
+    bits_line, loss = None, None
+    if options.average_bits is not None:
+        worth = significance(trace, work.fit)
+        loss = loss_table(worth, _errors(options.bit_errors, worth.shape))
+        chosen = choose_bits(loss, options.average_bits)
+        request = replace(request, bits=chosen)
+        bits_line = _bits_line(chosen, loss, options.bit_errors)
+    planned = plan_cache(work, rates, request, progress)
+    expert_bytes = float(planned.memory.slot_bytes)
+    progress("baselines and bound")
+    results = compare(work, planned, expert_bytes)
+    bound = offline_bound(work, planned.times, cpu=planned.plan.cpu == "auto")
+    sweep = None
+    if options.sweep:
+        progress("memory sizes")
+        sweep = sweep_hbm(work, rates, request, planned, bound)
+    own = next(row for row in results if row.name == "this plan")
+    slots = planned.memory.num_slots
+    if slots < trace.num_layers * trace.top_k and not planned.memory.everything_fits:
+        notes.append(
+            f"{slots} slots are fewer than one token's {trace.num_layers * trace.top_k} experts:"
+            " most experts are moved or computed on the CPU for every token"
+        )
+    plan = replace(
+        planned.plan,
+        predicted=asdict(own)
+        | {
+            "bound_tokens_per_s": bound.tokens_per_s(slots),
+            "bound_hit_rate": bound.hit_rate(slots),
+            "num_tokens": work.held_out.num_tokens,
+            "batch_size": options.batch_size,
+            "context_tokens": options.context_tokens,
+            "semantics": "atomic",
+            "basis": rates.basis,
+            **_prediction(work, planned.plan),
+        },
+        provenance={
+            "trace_hash": trace.content_hash(),
+            "seed": options.seed,
+            "max_steps": options.max_steps,
+            "expert_dtype": options.expert_dtype,
+            "host": options.host,
+        },
+    )
+    return CacheJob(
+        request,
+        plan,
+        planned,
+        tuple(results),
+        bound,
+        sweep,
+        (*notes, *work.notes),
+        rates.notes if planned.plan.nvme else rates.notes[:3] + rates.notes[4:],
+        rates.basis,
+        bits_line,
+        rates,
+        loss,
+        options.average_bits or 0.0,
+    )
+
+
+def _prediction(work: Workload, plan: CachePlan) -> dict[str, float]:
+    """How right the plan's predictor is on the held-out requests, mean over layers, whether or not
+    an expert was in HBM already."""
+    if plan.prefetch is None:
+        return {}
+    found = accuracy(work.guess(work.held_out, plan.prefetch), work.trace, work.held_out)
+    return {
+        "prefetch_precision": float(np.nanmean(found.precision)),
+        "prefetch_recall": float(np.nanmean(found.recall)),
+    }
+
+
+def _model(options: CacheOptions, trace: Trace) -> ModelSpec:
+    name = options.model or trace.meta.model
+    if not name:
+        raise InputError("the trace names no model", "give --model: moesim model list")
+    model = load_model(name)
+    if options.expert_dtype is not None:
+        model = replace(model, expert_dtype=options.expert_dtype)
+    return model
+
+
+def _errors(path: Path | None, shape: tuple[int, int]) -> Any:
+    """[L, E, 3] quantisation errors from a .npy file, or the assumed ones."""
+    if path is None:
+        return assumed_errors(shape)
+    try:
+        if path.stat().st_size > MAX_ERROR_BYTES:
+            raise FormatError(f"{path}: larger than {MAX_ERROR_BYTES} bytes", "give a smaller file")
+        table = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", "give a .npy file") from None
+    except (ValueError, EOFError):
+        raise FormatError(
+            f"{path}: not a .npy file of numbers", "write it with numpy.save"
+        ) from None
+    if table.shape != (*shape, 3) or table.dtype.kind not in "fiu":
+        raise FormatError(
+            f"{path}: {table.dtype} {table.shape}, wanted numbers of shape {(*shape, 3)}",
+            "give the error of every layer's experts at 1, 2 and 3 bits",
+        )
+    return table.astype(np.float64)
+
+
+def _bits_line(chosen: Any, loss: Any, path: Path | None) -> str:
+    count = np.bincount(chosen.ravel(), minlength=4)
+    value = np.take_along_axis(loss, chosen[:, :, None] - 1, axis=2).sum()
+    flat = loss[:, :, 1].sum()
+    basis = "errors from file" if path else "errors assumed to fall by 4 a bit"
+    return (
+        f"bits: {count[1]} experts of 1, {count[2]} of 2, {count[3]} of 3, mean"
+        f" {chosen.mean():.2f}; weighted error {value / max(1e-300, flat):.2f} of that of 2 bits"
+        f" everywhere ({basis})"
+    )

@@ -1,0 +1,1 @@
+"""Models: sizes, presets, Hugging Face files, quantisation."""
