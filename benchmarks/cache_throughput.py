@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moesim.cache.events import decode_stream
-from moesim.cache.policies import POLICIES
-from moesim.cache.simulate import CacheSettings, expert_frequency, layer_choices, run_policy
+from moesim.caching.events import decode_stream
+from moesim.caching.policies import POLICIES
+from moesim.caching.simulate import CacheSettings, expert_frequency, layer_choices, run_policy
 from moesim.trace.batches import index_requests
 from moesim.trace.format import load_token_trace
 

@@ -20,7 +20,7 @@ from moesim.cluster import load_cluster
 from moesim.cost.routing import Routed, home_ranks, route
 from moesim.cost.step import build_step_model
 from moesim.model.names import load_model
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.trace.batches import Batches, draw_batches, index_requests
 from moesim.trace.format import Trace, TraceMeta, load_token_trace
 

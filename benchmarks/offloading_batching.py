@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from moesim.cache.batching import ORDERS, Batching, pooled_stream, waits
-from moesim.cache.info import limit_tokens
-from moesim.cache.rates import HostSpec, build_rates, step_times
-from moesim.cache.simulate import expert_frequency
-from moesim.cache.timeline import Setup, all_events, run_timeline
+from moesim.caching.batching import ORDERS, Batching, pooled_stream, waits
+from moesim.caching.info import limit_tokens
+from moesim.caching.rates import HostSpec, build_rates, step_times
+from moesim.caching.simulate import expert_frequency
+from moesim.caching.timeline import Setup, all_events, run_timeline
 from moesim.cluster.load import load_gpu
 from moesim.model.names import load_model
 from moesim.trace.batches import index_requests, split_requests

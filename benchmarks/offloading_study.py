@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from moesim.cache.compare import compare, offline_bound, sweep_hbm
-from moesim.cache.curves import layer_curves
-from moesim.cache.events import decode_stream
-from moesim.cache.info import limit_tokens, offload_info
-from moesim.cache.memory import memory_budget
-from moesim.cache.planner import Request, make_setup, make_workload, plan_cache
-from moesim.cache.policies import ONLINE, POLICIES
-from moesim.cache.predictors.base import accuracy, predict
-from moesim.cache.predictors.registry import make_predictor, usable_predictors
-from moesim.cache.rates import HostSpec, build_rates, step_times
-from moesim.cache.sch import model_hit_rates
-from moesim.cache.simulate import CacheSettings, expert_frequency, hit_curves
-from moesim.cache.slots import allocate_slots
-from moesim.cache.timeline import run_timeline
+from moesim.caching.compare import compare, offline_bound, sweep_hbm
+from moesim.caching.curves import layer_curves
+from moesim.caching.events import decode_stream
+from moesim.caching.info import limit_tokens, offload_info
+from moesim.caching.memory import memory_budget
+from moesim.caching.planner import Request, make_setup, make_workload, plan_cache
+from moesim.caching.policies import ONLINE, POLICIES
+from moesim.caching.predictors.base import accuracy, predict
+from moesim.caching.predictors.registry import make_predictor, usable_predictors
+from moesim.caching.rates import HostSpec, build_rates, step_times
+from moesim.caching.sch import model_hit_rates
+from moesim.caching.simulate import CacheSettings, expert_frequency, hit_curves
+from moesim.caching.slots import allocate_slots
+from moesim.caching.timeline import run_timeline
 from moesim.cluster.load import load_gpu
 from moesim.draw.cache import plot_hit_rates, plot_speed_by_memory
 from moesim.model.names import load_model

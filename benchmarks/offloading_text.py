@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moesim.cache.policies import POLICIES
+from moesim.caching.policies import POLICIES
 
 TITLES = {
     "debian-moe": "debian-moe (12 layers, 8 of 64)",

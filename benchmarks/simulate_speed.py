@@ -26,7 +26,7 @@ import simpy
 from moesim.cluster import load_cluster
 from moesim.model.names import load_model
 from moesim.model.spec import ModelSpec
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.analytic import run_analytic
 from moesim.sim.collectives.registry import build_exchange
 from moesim.sim.engine import Engine

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import InfeasibleError, InputError
-from moesim.plan import EMPTY, Placement, Status
+from moesim.placement import EMPTY, Placement, Status
 
 Objective = Literal["balance", "traffic", "time"]
 OBJECTIVES: tuple[Objective, ...] = ("balance", "traffic", "time")

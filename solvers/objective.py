@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.plan import EMPTY, Placement
+from moesim.placement import EMPTY, Placement
 from moesim.solvers.base import Problem, Traffic
 from moesim.solvers.methods.linear import Linear
 

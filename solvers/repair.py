@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.plan import EMPTY
+from moesim.placement import EMPTY
 
 Array = npt.NDArray[Any]
 

@@ -17,7 +17,7 @@ from moesim.cost.collective import KINDS, CollectiveCurve, CollectiveModel
 from moesim.cost.curves import AffineMin
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.model.names import AttentionSpec, ModelSpec
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace, TraceMeta
 

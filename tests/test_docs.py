@@ -22,12 +22,12 @@ from moesim.cli.main import VARIANTS, build_app
 from moesim.cli.plan import ROWS
 from moesim.cli.reference import command_tree, help_text, main, reference_pages, walk
 from moesim.errors import FormatError
-from moesim.plan import Placement, parse_plan
+from moesim.placement import Placement, parse_plan
 from moesim.planning.evaluate import STATISTICS
 from moesim.solvers.base import Problem
 from moesim.solvers.registry import SOLVERS
-from moesim.study.file import StudyFile, check_study
-from moesim.study.registry import EVALUATORS, get_evaluator
+from moesim.studies.file import StudyFile, check_study
+from moesim.studies.registry import EVALUATORS, get_evaluator
 from moesim.trace.format import TOKEN_DTYPES, load_token_trace
 
 ROOT = Path(__file__).parents[1]

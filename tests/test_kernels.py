@@ -20,7 +20,7 @@ from moesim.cost.routing import (
     BLOCK_TOKENS,
     route,
 )
-import moesim.plan as plan
+import moesim.placement as plan
 
 
 def late() -> None:
@@ -50,7 +50,7 @@ print(twice({name}(5)), sum(twice.stats.cache_hits.values()))
 def test_imports_at_the_top_count() -> None:
     package = kernels.PACKAGE
     files = imported(USER)
-    assert {package / "errors.py", package / "cost" / "routing.py", package / "plan.py"} <= files
+    assert {package / "errors.py", package / "cost" / "routing.py", package / "placement.py"} <= files
     assert package / "cluster" / "__init__.py" not in files
 
 

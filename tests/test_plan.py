@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import FormatError, InputError
-from moesim.plan import Placement, Plan, load_plan, parse_plan
+from moesim.placement import Placement, Plan, load_plan, parse_plan
 
 # Two nodes of one GPU with three slots; GPU 1 has room for two only. Expert 1 has two replicas.
 TABLE = [[1, 2, 0, 3, 1, -1]]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moesim.cache.info import offload_info
+from moesim.caching.info import offload_info
 from moesim.cluster import load_cluster
 from moesim.jobs.plan import PlanRequest, make_plan
 from moesim.model.names import load_model

@@ -12,7 +12,7 @@ import typer
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
-    from moesim.cache.compare import Result
+    from moesim.caching.compare import Result
     from moesim.jobs.cache import CacheJob
 
 DEFAULT_GPU = "l40s"
@@ -157,9 +157,9 @@ def _solve(job: CacheJob) -> list[dict[str, Any]]:
     """Integer programs beside what the plan's own methods found, each with its bound."""
     import numpy as np
 
-    from moesim.cache.bits import BITS, bit_budget
-    from moesim.cache.planner import tier_costs
-    from moesim.cache.slots import allocate_slots, allocate_tiers
+    from moesim.caching.bits import BITS, bit_budget
+    from moesim.caching.planner import tier_costs
+    from moesim.caching.slots import allocate_slots, allocate_tiers
     from moesim.solvers.ilp.cache import solve_bits, solve_slots, solve_tiers
 
     _say("integer program")

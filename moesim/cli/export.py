@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from moesim.export.base import ExportOptions
+    from moesim.exporters.base import ExportOptions
     from moesim.model.spec import ModelSpec
-    from moesim.plan import Plan
+    from moesim.placement import Plan
 
 
 def export(
@@ -50,10 +50,10 @@ def export(
     Example: moesim export plan.json --to sglang --out location.json
     """
     from moesim.errors import InputError
-    from moesim.export.base import ExportOptions
-    from moesim.export.registry import MODULES, exporter
+    from moesim.exporters.base import ExportOptions
+    from moesim.exporters.registry import MODULES, exporter
     from moesim.files import atomic_write
-    from moesim.plan import load_plan
+    from moesim.placement import load_plan
 
     if list_engines:
         rows = {name: exporter(name) for name in MODULES}
@@ -108,7 +108,7 @@ def export(
 
 
 def _apply(plan: Plan, source: Path, target: Path, options: ExportOptions, as_json: bool) -> None:
-    from moesim.export.checkpoint import permute_checkpoint
+    from moesim.exporters.checkpoint import permute_checkpoint
 
     changed = permute_checkpoint(plan, source, target, options)
     if as_json:

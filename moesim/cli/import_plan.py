@@ -36,10 +36,10 @@ def import_plan(
     """
     from moesim.cli.trace_import import parse_layer_ids
     from moesim.errors import FormatError, InputError
-    from moesim.export.base import ReadOptions
-    from moesim.export.registry import exporter
+    from moesim.exporters.base import ReadOptions
+    from moesim.exporters.registry import exporter
     from moesim.model.names import load_model
-    from moesim.plan import MAX_PLAN_BYTES
+    from moesim.placement import MAX_PLAN_BYTES
 
     source = exporter(engine)
     spec = load_model(model) if model is not None else None

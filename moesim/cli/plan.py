@@ -13,7 +13,7 @@ import typer
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
-    from moesim.cache.group import GroupPlan
+    from moesim.caching.group import GroupPlan
     from moesim.jobs.plan import PlanRequest, PlanResult
     from moesim.planning.evaluate import Figure
 
@@ -136,7 +136,7 @@ def plan(
     from moesim.cost.step import KINDS_OF
     from moesim.jobs.plan import DEFAULT_CLUSTER, PlanRequest, make_plan
     from moesim.jobs.plan_loads import make_load_plan
-    from moesim.plan import load_plan
+    from moesim.placement import load_plan
     from moesim.planning.home_ranks import HOME_RANKS
     from moesim.planning.migration import DEFAULT_STEPS
     from moesim.planning.robust import parse_robust
@@ -334,8 +334,8 @@ def _print_verdict(result: PlanResult) -> None:
 
 def _offload(result: PlanResult, request: PlanRequest, hbm: float | None) -> GroupPlan:
     """A cache plan for every GPU of the placement, decoding one request a GPU."""
-    from moesim.cache.group import plan_group
-    from moesim.cache.planner import Request
+    from moesim.caching.group import plan_group
+    from moesim.caching.planner import Request
     from moesim.cli.progress import progress_bar
     from moesim.trace.format import require_tokens
 

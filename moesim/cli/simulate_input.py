@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from moesim.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
-    from moesim.cache.batching import Batching
-    from moesim.cache.plan import CachePlan
+    from moesim.caching.batching import Batching
+    from moesim.caching.plan import CachePlan
     from moesim.cluster import Cluster
     from moesim.jobs.simulate import FaultSpec
     from moesim.model.spec import ModelSpec
-    from moesim.plan import Plan
+    from moesim.placement import Plan
     from moesim.sim.capacity import DropPolicy
     from moesim.sim.rebalance import Rebalance
     from moesim.trace.format import Trace
@@ -49,11 +49,11 @@ def load_inputs(
     `plan` may be a cache plan by itself, for one GPU; `offload` False leaves the caches of a plan
     out. Raises InputError where a cache plan is all there is and is to be left out.
     """
-    from moesim.cache.group import parse_group
-    from moesim.cache.plan import is_cache_plan, load_cache_plan
+    from moesim.caching.group import parse_group
+    from moesim.caching.plan import is_cache_plan, load_cache_plan
     from moesim.cluster import DEFAULT_CLUSTER, cluster_names, load_cluster
     from moesim.model.names import load_model
-    from moesim.plan import load_plan
+    from moesim.placement import load_plan
     from moesim.trace.format import load_token_trace
 
     defaults: dict[str, str] = {}
@@ -115,7 +115,7 @@ def _cluster_with(gpu: str) -> str:
 
 def batching_of(order: str | None, pool: int | None, patience: int | None) -> Batching | None:
     """How batches are to be formed. Raises InputError for options without an order."""
-    from moesim.cache.batching import Batching
+    from moesim.caching.batching import Batching
 
     if order is None:
         if pool is not None or patience is not None:

@@ -72,7 +72,7 @@ def load_service(
     """
     from moesim.cluster import DEFAULT_CLUSTER
     from moesim.model.names import load_model
-    from moesim.plan import load_plan
+    from moesim.placement import load_plan
     from moesim.trace.format import load_token_trace
 
     made = load_plan(plan) if plan is not None else None

@@ -75,7 +75,7 @@ def info(
         load = stats.load
     caching: list[str] = []
     if offload:
-        from moesim.cache.info import offload_info
+        from moesim.caching.info import offload_info
 
         with progress_bar("segments") as progress:
             found = offload_info(loaded, progress=progress)

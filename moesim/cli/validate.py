@@ -144,7 +144,7 @@ def _measure(
 ) -> dict[str, Any]:
     from moesim.cli.replay_common import require_torch, say, shape_arguments, shape_of
     from moesim.errors import InputError
-    from moesim.plan import load_plan
+    from moesim.placement import load_plan
     from moesim.replay.cases import load_plans
     from moesim.replay.compare import load_measured
     from moesim.replay.launch import launch

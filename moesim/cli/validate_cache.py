@@ -69,7 +69,7 @@ def validate_cache(
 def _schedules(plans: Sequence[Path], trace: str, layers: int) -> tuple[list[Schedule], str]:
     import numpy as np
 
-    from moesim.cache.plan import load_cache_plan
+    from moesim.caching.plan import load_cache_plan
     from moesim.replay.cache_schedule import plan_schedule
     from moesim.replay.cases import longest_first, pick_layers
     from moesim.trace.format import load_token_trace

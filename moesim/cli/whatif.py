@@ -11,7 +11,7 @@ import typer
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
-    from moesim.study.run import Results
+    from moesim.studies.run import Results
 
 LISTED = ("trace", "model", "cluster", "gpus", "requests")
 
@@ -108,10 +108,10 @@ def whatif(
     from moesim.backend import open_backend
     from moesim.cli.progress import progress_bar
     from moesim.cli.whatif_print import print_results
-    from moesim.study.file import read_study
-    from moesim.study.prices import parse_prices
-    from moesim.study.result import save, to_json
-    from moesim.study.run import make_study, run_study
+    from moesim.studies.file import read_study
+    from moesim.studies.prices import parse_prices
+    from moesim.studies.result import save, to_json
+    from moesim.studies.run import make_study, run_study
 
     content: dict[str, Any] = read_study(study) if study is not None else {}
     given = {"trace": trace, "model": model, "cluster": cluster, "gpus": gpus, "requests": requests}

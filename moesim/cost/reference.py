@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.cost.routing import Dedup, Routed
-from moesim.plan import EMPTY, Placement, ReplicaPolicy
+from moesim.placement import EMPTY, Placement, ReplicaPolicy
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from moesim.cost.replica_lp import share_out
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.kernels import kernel
-from moesim.plan import Placement, ReplicaPolicy
+from moesim.placement import Placement, ReplicaPolicy
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
 

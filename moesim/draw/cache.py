@@ -10,8 +10,8 @@ import numpy as np
 from moesim.files import atomic_path
 
 if TYPE_CHECKING:
-    from moesim.cache.compare import Sweep
-    from moesim.cache.simulate import FloatArray
+    from moesim.caching.compare import Sweep
+    from moesim.caching.simulate import FloatArray
 
 _COLOURS = {
     "this plan": "#1b6ca8",

@@ -17,7 +17,7 @@ MARKERS = "osD^vP*Xhp"
 
 
 def plot_study(data: dict[str, Any], path: Path) -> None:
-    """Draw the result `data` of a study (see `moesim.study.result`) to `path`."""
+    """Draw the result `data` of a study (see `moesim.studies.result`) to `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

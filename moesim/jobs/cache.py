@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from moesim.cache.bits import assumed_errors, choose_bits, loss_table, significance
-from moesim.cache.compare import (
+from moesim.caching.bits import assumed_errors, choose_bits, loss_table, significance
+from moesim.caching.compare import (
     OfflineBound,
     Result,
     Sweep,
@@ -18,8 +18,8 @@ from moesim.cache.compare import (
     offline_bound,
     sweep_hbm,
 )
-from moesim.cache.plan import CachePlan
-from moesim.cache.planner import (
+from moesim.caching.plan import CachePlan
+from moesim.caching.planner import (
     Planned,
     Request,
     Workload,
@@ -27,9 +27,9 @@ from moesim.cache.planner import (
     make_workload,
     plan_cache,
 )
-from moesim.cache.policies import POLICIES
-from moesim.cache.predictors.base import accuracy
-from moesim.cache.rates import FloatArray, HostSpec, Rates, build_rates
+from moesim.caching.policies import POLICIES
+from moesim.caching.predictors.base import accuracy
+from moesim.caching.rates import FloatArray, HostSpec, Rates, build_rates
 from moesim.cluster.load import load_gpu
 from moesim.errors import FormatError, InputError
 from moesim.model.names import ModelSpec, load_model

@@ -18,7 +18,7 @@ from moesim.cost.routing import POLICY_CODES, Dedup
 from moesim.cost.scaled import faster_step
 from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
-from moesim.plan import Plan, ReplicaPolicy
+from moesim.placement import Plan, ReplicaPolicy
 from moesim.planning.evaluate import (
     Figure,
     Measured,

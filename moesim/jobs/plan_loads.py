@@ -29,7 +29,7 @@ from moesim.jobs.plan import (
     slots_of,
 )
 from moesim.metrics import balancedness, imbalance
-from moesim.plan import EMPTY, Placement, Plan
+from moesim.placement import EMPTY, Placement, Plan
 from moesim.planning.evaluate import NUM_RESAMPLES, Measured, Sample, difference, figures
 from moesim.solvers.base import OBJECTIVES, Problem, Progress, Stop, never
 from moesim.solvers.bounds.load import LP_LAYERS, lower_bound

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from moesim.cost.curves import weakest
 from moesim.errors import InputError, MismatchError
 from moesim.jobs.plan import DEFAULT_BATCH_TOKENS
-from moesim.plan import Placement, Plan, ReplicaPolicy
+from moesim.placement import Placement, Plan, ReplicaPolicy
 from moesim.planning.baselines import capacity_of, place_by_counts, place_on_survivors
 from moesim.planning.tuning import tuning_counts
 from moesim.sim.analytic import run_analytic
@@ -42,8 +42,8 @@ from moesim.trace.batches import (
 from moesim.trace.format import DECODE, PREFILL, Trace
 
 if TYPE_CHECKING:
-    from moesim.cache.batching import Batching
-    from moesim.cache.plan import CachePlan
+    from moesim.caching.batching import Batching
+    from moesim.caching.plan import CachePlan
     from moesim.cluster import Cluster
     from moesim.model.spec import ModelSpec
 

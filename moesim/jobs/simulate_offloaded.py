@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cache.batching import Batching, pooled_stream, waits
-from moesim.cache.events import Stream
-from moesim.cache.group import hosted_experts
-from moesim.cache.plan import CachePlan
-from moesim.cache.planner import Request, Workload, expert_sizes, make_workload, setup_of_plan
-from moesim.cache.policies import ONLINE
-from moesim.cache.rates import HostSpec, Rates, build_rates, step_times
+from moesim.caching.batching import Batching, pooled_stream, waits
+from moesim.caching.events import Stream
+from moesim.caching.group import hosted_experts
+from moesim.caching.plan import CachePlan
+from moesim.caching.planner import Request, Workload, expert_sizes, make_workload, setup_of_plan
+from moesim.caching.policies import ONLINE
+from moesim.caching.rates import HostSpec, Rates, build_rates, step_times
 from moesim.cost.curves import weakest
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.jobs.simulate import SimReport, SimRequest, build_models, check_plan, speeds_of
 from moesim.model.names import WEIGHT_BYTES
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.offload.run import GpuCache, OffloadRun
 from moesim.sim.prepare import Models
 from moesim.sim.result import SimResult

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from moesim.cost.routing import Dedup, home_ranks, route
 from moesim.cost.step import StepModel
 from moesim.metrics import balancedness, imbalance
-from moesim.plan import Placement, ReplicaPolicy
+from moesim.placement import Placement, ReplicaPolicy
 from moesim.trace.batches import (
     Batches,
     Phase,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from moesim.errors import InfeasibleError, InputError
 from moesim.kernels import kernel
-from moesim.plan import Placement
+from moesim.placement import Placement
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]

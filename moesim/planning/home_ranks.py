@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moesim.cost.routing import DEDUP_CODES, Dedup
 from moesim.errors import MismatchError, UnknownNameError
-from moesim.plan import Placement, ReplicaPolicy
+from moesim.placement import Placement, ReplicaPolicy
 from moesim.planning.home_rank_fit import assign_homes, messages_saved
 from moesim.trace.batches import Batches, Phase, RequestIndex
 from moesim.trace.format import Trace

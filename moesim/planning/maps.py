@@ -17,7 +17,7 @@ from moesim.cost.routing import Dedup, check_match, home_ranks, route
 from moesim.cost.step import build_step_model
 from moesim.errors import MismatchError
 from moesim.metrics import imbalance
-from moesim.plan import Placement, Plan
+from moesim.placement import Placement, Plan
 from moesim.planning.baselines import capacity_of
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import Problem

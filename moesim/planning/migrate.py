@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import MismatchError
-from moesim.plan import EMPTY, Placement
+from moesim.placement import EMPTY, Placement
 from moesim.solvers.base import Problem, Progress, pack_table
 from moesim.solvers.objective import PlacementCost
 

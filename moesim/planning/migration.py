@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moesim.cost.step import StepModel
 from moesim.errors import InputError, MismatchError
-from moesim.plan import EMPTY, Placement, Plan
+from moesim.placement import EMPTY, Placement, Plan
 from moesim.planning.migrate import Migration, migrate
 from moesim.sim.links import link_table
 from moesim.sim.migrate import Mover, build_mover, holdings, plan_moves

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import InputError, MismatchError
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import Problem, Progress, Solution, Solver
 from moesim.solvers.objective import PlacementCost

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cache.plan import CachePlan
+from moesim.caching.plan import CachePlan
 from moesim.cost.calibration import Calibration
 from moesim.errors import MismatchError, UnknownNameError
 from moesim.replay.schedule import Schedule, StepCosts, lru_schedule

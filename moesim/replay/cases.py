@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import InputError, MismatchError
-from moesim.plan import Plan, load_plan
+from moesim.placement import Plan, load_plan
 from moesim.replay.routing import POLICIES, Assignment, assign_replicas, home_ranks
 from moesim.replay.shape import ExpertShape
 from moesim.trace.batches import Phase, draw_batches, index_requests, split_requests

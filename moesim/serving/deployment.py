@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moesim.cluster import Cluster, GpuSpec
     from moesim.cost.calibration import Calibration
     from moesim.model.spec import ModelSpec
-    from moesim.plan import Plan
+    from moesim.placement import Plan
     from moesim.trace.format import Trace
 
 MoeComm = Literal["all_reduce", "all_gather", "nccl", "deepep", "deepep_ll"]

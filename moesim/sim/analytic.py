@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from moesim.cost.routing import home_ranks
 from moesim.metrics import balancedness
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.capacity import Drops
 from moesim.sim.engine import CATEGORIES, COMPUTE_CATEGORIES
 from moesim.sim.prepare import Models, Prepared, limited, prepare

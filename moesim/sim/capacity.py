@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.kernels import kernel
-from moesim.plan import EMPTY, Placement
+from moesim.placement import EMPTY, Placement
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
 

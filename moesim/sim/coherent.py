@@ -11,7 +11,7 @@ from moesim.cost.routing import POLICY_CODES, Routed, check_match, pick_slot, sh
 from moesim.cost.step import calibration_of_gpu
 from moesim.errors import InputError
 from moesim.kernels import kernel
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.collectives.base import make_stage
 from moesim.sim.network import Flow
 from moesim.sim.work import Chunk, HomeWork, StepWork

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.metrics import balancedness
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.breakdown import breakdown
 from moesim.sim.capacity import Drops
 from moesim.sim.engine import Engine, Program, SpeedModel, StepRun

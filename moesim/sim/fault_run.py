@@ -23,7 +23,7 @@ import simpy
 
 from moesim.cost.routing import Routed, home_ranks
 from moesim.errors import InfeasibleError, InputError
-from moesim.plan import EMPTY, Placement
+from moesim.placement import EMPTY, Placement
 from moesim.sim.engine import Engine, SpeedModel, StepRun
 from moesim.sim.event import Progress, Tally, run_step
 from moesim.sim.faults import Fault, FaultClock, Recovery, reloaded, without_gpus

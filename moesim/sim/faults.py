@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import InputError, UnknownNameError
-from moesim.plan import EMPTY
+from moesim.placement import EMPTY
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster

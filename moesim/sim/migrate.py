@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.cost.step import calibration_of_gpu
-from moesim.plan import EMPTY
+from moesim.placement import EMPTY
 from moesim.sim.links import LinkTable, asymptotic_gb_per_s, transfer_flow
 from moesim.sim.network import Flow
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from moesim.cost.routing import Routed, home_ranks, route
 from moesim.cost.step import StepModel
-from moesim.plan import Placement, ReplicaPolicy
+from moesim.placement import Placement, ReplicaPolicy
 from moesim.sim.capacity import DropPolicy, Drops, apply_capacity
 from moesim.sim.coherent import coherent_work
 from moesim.sim.collectives.base import Exchange, Stage

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import simpy
 
 from moesim.errors import InputError, MismatchError
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.engine import Engine, SpeedModel
 from moesim.sim.event import Progress, Tally, run_step
 from moesim.sim.migrate import Mover, holdings, plan_moves

@@ -1,7 +1,7 @@
 """Integer programs for caching plans: slots a layer, memory tiers, bits an expert.
 
 Each is a multiple-choice knapsack: every layer (or expert) takes exactly one option, budgets
-couple them. moesim.cache has fast methods for the same questions; these give the optimum, or a
+couple them. moesim.caching has fast methods for the same questions; these give the optimum, or a
 bound on how far from it a time limit left them.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import InfeasibleError, InputError
-from moesim.plan import Status
+from moesim.placement import Status
 from moesim.solvers.ilp.engine import take_banner
 
 FloatArray = npt.NDArray[np.float64]
@@ -56,7 +56,7 @@ class TierResult:
 def solve_slots(cost: FloatArray, budget: int, time_limit_s: float = 60.0) -> IlpResult:
     """Slots of each layer at the least total cost: cost [L, C + 1], at most `budget` in all.
 
-    The same question as moesim.cache.slots.allocate_slots answers by dynamic programming.
+    The same question as moesim.caching.slots.allocate_slots answers by dynamic programming.
     """
     width = np.broadcast_to(np.arange(cost.shape[1]), cost.shape)
     return choose(list(cost), [(list(width), float(budget))], time_limit_s=time_limit_s)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.plan import EMPTY
+from moesim.placement import EMPTY
 from moesim.solvers.base import Problem
 from moesim.solvers.bounds.load import ROUNDING, load_bound
 from moesim.solvers.bounds.messages import fewest_on_busiest, message_bound

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.plan import EMPTY
+from moesim.placement import EMPTY
 from moesim.solvers.base import Problem, Progress, Solution, empty_slots, pack_table
 from moesim.solvers.methods.greedy import replica_counts
 from moesim.solvers.repair import separate_replicas

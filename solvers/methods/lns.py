@@ -10,7 +10,7 @@ from math import comb, factorial
 import numpy as np
 import numpy.typing as npt
 
-from moesim.plan import EMPTY
+from moesim.placement import EMPTY
 from moesim.solvers.base import Problem, Progress, Solution, pack_table
 from moesim.solvers.kernels.layer_state import LayerState, draw_gpus
 from moesim.solvers.methods.local_search import (

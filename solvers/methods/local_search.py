@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from moesim.plan import EMPTY
+from moesim.placement import EMPTY
 from moesim.solvers.base import Problem, Progress, Solution, pack_table
 from moesim.solvers.methods.greedy import Greedy
 from moesim.solvers.methods.linear import Linear

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.cache.batching import Batching, Order, pooled_stream, waits
-from moesim.cache.events import decode_stream
-from moesim.cache.timeline import all_events
+from moesim.caching.batching import Batching, Order, pooled_stream, waits
+from moesim.caching.events import decode_stream
+from moesim.caching.timeline import all_events
 from moesim.errors import InputError, UnknownNameError
 
 
@@ -111,7 +111,7 @@ def reference(begin, length, batch, pool, patience, sets):  # type: ignore[no-un
 def test_kernel_is_the_reference(
     toys: ModuleType, seed: int, batch: int, extra: int, patience: int, order: Order
 ) -> None:
-    from moesim.cache import batching
+    from moesim.caching import batching
 
     trace = toys.random_trace(seed, num_requests=6, tokens=6)
     requests = toys.all_requests(trace)

@@ -9,13 +9,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from moesim.cache.group import hosted_experts, parse_group, plan_group
-from moesim.cache.planner import Request
+from moesim.caching.group import hosted_experts, parse_group, plan_group
+from moesim.caching.planner import Request
 from moesim.cli.main import run
 from moesim.cluster.load import load_gpu
 from moesim.errors import FormatError, InfeasibleError
 from moesim.model.names import AttentionSpec, ModelSpec
-from moesim.plan import Placement, load_plan
+from moesim.placement import Placement, load_plan
 from moesim.trace.format import load_token_trace, save_trace
 
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.cache.bits import (
+from moesim.caching.bits import (
     assumed_errors,
     bit_budget,
     choose_bits,
     loss_table,
     significance,
 )
-from moesim.cache.slots import allocate_slots, allocate_tiers
+from moesim.caching.slots import allocate_slots, allocate_tiers
 from moesim.errors import InfeasibleError, InputError
 from moesim.solvers.ilp.cache import choose, solve_bits, solve_slots, solve_tiers
 

@@ -9,8 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from moesim.cache.info import limit_tokens, offload_info
-from moesim.cache.plan import load_cache_plan
+from moesim.caching.info import limit_tokens, offload_info
+from moesim.caching.plan import load_cache_plan
 from moesim.cli.main import run
 from moesim.errors import MismatchError
 from moesim.trace.format import LoadTrace, TraceMeta, save_trace

@@ -9,9 +9,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from moesim.cache.sch import model_hit_rates, segment_hit_rates
-from moesim.cache.sparsity import sparsity
-from moesim.cache.srp import iid_srp, srp
+from moesim.caching.sch import model_hit_rates, segment_hit_rates
+from moesim.caching.sparsity import sparsity
+from moesim.caching.srp import iid_srp, srp
 from moesim.errors import InputError, UnknownNameError
 from moesim.trace.batches import index_requests
 from moesim.trace.format import load_trace

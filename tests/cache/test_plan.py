@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.cache.compare import compare, offline_bound, sweep_hbm
-from moesim.cache.memory import WORKSPACE_BYTES, check_host, memory_budget
-from moesim.cache.plan import CachePlan, Prefetch, load_cache_plan, parse_cache_plan
-from moesim.cache.planner import Request, make_workload, plan_cache
-from moesim.cache.rates import HostSpec, build_rates, step_times
+from moesim.caching.compare import compare, offline_bound, sweep_hbm
+from moesim.caching.memory import WORKSPACE_BYTES, check_host, memory_budget
+from moesim.caching.plan import CachePlan, Prefetch, load_cache_plan, parse_cache_plan
+from moesim.caching.planner import Request, make_workload, plan_cache
+from moesim.caching.rates import HostSpec, build_rates, step_times
 from moesim.cluster.load import load_gpu
 from moesim.errors import FormatError, InfeasibleError, InputError, MismatchError
 from moesim.jobs.cache import CacheOptions, run_cache
 from moesim.model.names import AttentionSpec, ModelSpec
-from moesim.plan import Placement, Plan
+from moesim.placement import Placement, Plan
 
 EXPERT_MB = 2 * 3 * 4096 * 4096 / 1e6
 """bf16, three matrices of 4096 x 4096: 100.7 MB."""

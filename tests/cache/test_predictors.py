@@ -10,9 +10,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from moesim.cache.events import decode_stream
-from moesim.cache.predictors.base import accuracy, predict
-from moesim.cache.predictors.registry import PREDICTORS, make_predictor, usable_predictors
+from moesim.caching.events import decode_stream
+from moesim.caching.predictors.base import accuracy, predict
+from moesim.caching.predictors.registry import PREDICTORS, make_predictor, usable_predictors
 from moesim.errors import InputError, MismatchError, UnknownNameError
 
 ONLINE = [name for name in PREDICTORS if name != "oracle"]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.cache.events import decode_stream, prefill_stream
-from moesim.cache.policies import ONLINE, POLICIES
-from moesim.cache.simulate import (
+from moesim.caching.events import decode_stream, prefill_stream
+from moesim.caching.policies import ONLINE, POLICIES
+from moesim.caching.simulate import (
     CacheSettings,
     expert_frequency,
     hit_curves,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.cache.slots import allocate_slots
+from moesim.caching.slots import allocate_slots
 from moesim.errors import InfeasibleError, InputError
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.cache.events import decode_stream
-from moesim.cache.policies import POLICIES
-from moesim.cache.simulate import CacheSettings, expert_frequency, layer_choices, run_policy
-from moesim.cache.timeline import Setup, StepTimes, run_timeline
+from moesim.caching.events import decode_stream
+from moesim.caching.policies import POLICIES
+from moesim.caching.simulate import CacheSettings, expert_frequency, layer_choices, run_policy
+from moesim.caching.timeline import Setup, StepTimes, run_timeline
 from moesim.errors import MismatchError
 
 

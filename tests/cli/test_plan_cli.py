@@ -14,7 +14,7 @@ import pytest
 
 from moesim.cli.main import run
 from moesim.cli.plan import ROWS
-from moesim.plan import load_plan
+from moesim.placement import load_plan
 from moesim.trace.format import LoadTrace, Trace, TraceMeta, save_trace
 
 NUM_EXPERTS, TOP_K, NUM_LAYERS = 8, 2, 2

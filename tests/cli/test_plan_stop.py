@@ -15,7 +15,7 @@ import pytest
 
 from moesim.cli.interrupt import stoppable
 from moesim.cli.main import run
-from moesim.plan import load_plan
+from moesim.placement import load_plan
 from moesim.trace.format import Trace, TraceMeta, save_trace
 
 START = """

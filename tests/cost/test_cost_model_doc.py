@@ -12,7 +12,7 @@ from moesim.cost.routing import route
 from moesim.cost.step import DEDUP_OF, KINDS_OF
 from moesim.metrics import imbalance
 from moesim.model.names import load_model
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace, TraceMeta
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moesim.cost.reference import least_largest_load
 from moesim.cost.routing import home_ranks, route
-from moesim.plan import Placement
+from moesim.placement import Placement
 
 
 def choices(ids: Any) -> Any:

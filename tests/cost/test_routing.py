@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moesim.cost.reference import route_reference
 from moesim.cost.routing import home_ranks, route
 from moesim.errors import InputError, MismatchError, UnknownNameError
-from moesim.plan import Placement
+from moesim.placement import Placement
 
 FIELDS = ("slot_tokens", "messages", "gpu_fan_out", "node_fan_out", "num_tokens")
 

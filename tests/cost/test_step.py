@@ -13,7 +13,7 @@ from moesim.cost.routing import Routed, route
 from moesim.cost.step import NIC, NVLINK, OTHER, StepModel, build_step_model
 from moesim.errors import MismatchError, UnknownNameError
 from moesim.model.names import load_model
-from moesim.plan import Placement
+from moesim.placement import Placement
 
 PLACEMENT = Placement(np.array([[0, 5, 1, 2, 3, 4, 0, 5]], np.int32), 4, 2, 6)
 

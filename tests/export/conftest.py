@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.plan import EMPTY, Placement, Plan
+from moesim.placement import EMPTY, Placement, Plan
 
 MakePlan = Callable[..., Plan]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moesim.errors import FormatError, InputError, MismatchError
-from moesim.export.base import ExportOptions
-from moesim.export.checkpoint import INDEX, permute_checkpoint
-from moesim.plan import Placement, Plan
+from moesim.exporters.base import ExportOptions
+from moesim.exporters.checkpoint import INDEX, permute_checkpoint
+from moesim.placement import Placement, Plan
 from moesim.safetensors_file import TensorInfo, open_safetensors, write_header
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, LAYERS = 6, 5, 8, 3, (1, 2)

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from moesim.cli.export import export
 from moesim.cli.import_plan import import_plan
 from moesim.errors import MoesimError
-from moesim.export.registry import MODULES
-from moesim.plan import load_plan
+from moesim.exporters.registry import MODULES
+from moesim.placement import load_plan
 
 app = typer.Typer()
 app.command("export")(export)

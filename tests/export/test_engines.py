@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from moesim.errors import FormatError, InputError, MismatchError, UnknownNameError
-from moesim.export import eplb, megatron, omni_infer, sglang, tensorrt_llm, vllm, vllm_ascend
-from moesim.export import vllm_pr41141 as pr41141
-from moesim.export.base import ExportOptions, ReadOptions
-from moesim.export.registry import MODULES, exporter
+from moesim.exporters import eplb, megatron, omni_infer, sglang, tensorrt_llm, vllm, vllm_ascend
+from moesim.exporters import vllm_pr41141 as pr41141
+from moesim.exporters.base import ExportOptions, ReadOptions
+from moesim.exporters.registry import MODULES, exporter
 from moesim.model.names import load_model
-from moesim.plan import Placement, Plan
+from moesim.placement import Placement, Plan
 
 SMALL = Plan(
     "my model",

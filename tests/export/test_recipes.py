@@ -19,7 +19,7 @@ from moesim.cli.import_plan import import_plan
 from moesim.cli.plan import plan as plan_command
 from moesim.cli.trace_import import import_trace
 from moesim.model.names import load_model
-from moesim.plan import Placement, Plan, load_plan
+from moesim.placement import Placement, Plan, load_plan
 from moesim.safetensors_file import TensorInfo, write_header
 from moesim.trace.format import load_trace
 
@@ -184,7 +184,7 @@ def test_counts_of_the_tensorrt_llm_recipe_become_a_plan(place: Path) -> None:
 
 
 def test_engines_page_names_every_format_and_engine() -> None:
-    from moesim.export.registry import MODULES as ENGINES
+    from moesim.exporters.registry import MODULES as ENGINES
     from moesim.trace.importers.registry import MODULES as FORMATS
 
     text = (DOCS / "engines.md").read_text()

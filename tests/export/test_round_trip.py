@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import MoesimError
-from moesim.export.base import ExportOptions, ReadOptions
-from moesim.export.registry import MODULES, exporter
-from moesim.plan import EMPTY, Placement, Plan
+from moesim.exporters.base import ExportOptions, ReadOptions
+from moesim.exporters.registry import MODULES, exporter
+from moesim.placement import EMPTY, Placement, Plan
 
 WITH_REPLICAS = ("sglang", "tensorrt-llm", "vllm-pr41141", "vllm-ascend", "omni-infer", "eplb")
 

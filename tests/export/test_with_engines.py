@@ -28,9 +28,9 @@ import numpy as np
 import pytest
 import yaml
 
-from moesim.export import eplb, omni_infer, sglang, tensorrt_llm, vllm, vllm_ascend, vllm_pr41141
-from moesim.export.base import ExportOptions, ReadOptions
-from moesim.plan import Placement, Plan
+from moesim.exporters import eplb, omni_infer, sglang, tensorrt_llm, vllm, vllm_ascend, vllm_pr41141
+from moesim.exporters.base import ExportOptions, ReadOptions
+from moesim.placement import Placement, Plan
 from moesim.trace.importers import megatron, sglang_recorder, trtllm
 from moesim.trace.importers import vllm as vllm_import
 from moesim.trace.importers.base import ImportOptions

@@ -10,7 +10,7 @@ import pytest
 from moesim.cost.routing import route
 from moesim.cost.step import StepModel, build_step_model
 from moesim.metrics import imbalance
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.planning import evaluate
 from moesim.planning.evaluate import Sample, difference, draw_sample, figures, measure
 from moesim.trace.batches import Batches, index_requests

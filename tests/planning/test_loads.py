@@ -15,7 +15,7 @@ from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNam
 from moesim.jobs import plan_loads as loads_module
 from moesim.jobs.plan import PlanRequest, PlanResult
 from moesim.jobs.plan_loads import make_load_plan, measure_loads, split_steps, unequal_steps
-from moesim.plan import EMPTY, Placement, parse_plan
+from moesim.placement import EMPTY, Placement, parse_plan
 from moesim.planning.evaluate import NUM_RESAMPLES
 from moesim.planning.robust import parse_robust
 from moesim.trace.format import LoadTrace, TraceMeta

@@ -21,7 +21,7 @@ from moesim.jobs.plan import (
     slots_of,
 )
 from moesim.model.names import ModelSpec, load_model
-from moesim.plan import parse_plan
+from moesim.placement import parse_plan
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import Trace
 

@@ -10,7 +10,7 @@ import pytest
 from moesim.cluster import load_cluster
 from moesim.errors import MismatchError
 from moesim.jobs.plan import PlanRequest, make_plan
-from moesim.plan import Placement, Plan
+from moesim.placement import Placement, Plan
 from moesim.planning.maps import plan_maps
 
 

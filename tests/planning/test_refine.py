@@ -19,7 +19,7 @@ from moesim.cost.routing import home_ranks
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.jobs.plan import PlanRequest, PlanResult, make_plan
 from moesim.model.names import ModelSpec
-from moesim.plan import Placement, load_plan
+from moesim.placement import Placement, load_plan
 from moesim.planning.home_ranks import choose_predictor, predict_homes
 from moesim.planning.migration import movers
 from moesim.planning.robust import (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moesim.plan import Placement, Plan
+from moesim.placement import Placement, Plan
 from moesim.replay.shape import ExpertShape
 from moesim.trace.format import Trace, TraceMeta, save_trace
 

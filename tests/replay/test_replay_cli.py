@@ -104,7 +104,7 @@ def test_wrong_input(inputs, capsys, change, cause) -> None:
 
 
 def test_cache_plan_on_one_rank(inputs, tmp_path, capsys) -> None:
-    from moesim.cache.plan import CachePlan
+    from moesim.caching.plan import CachePlan
 
     path = tmp_path / "cache.json"
     slots, pinned = (2, 3, 4), ((7,), (), ())

@@ -152,7 +152,7 @@ def test_same_slots_and_messages_as_the_cost_model(
     num_gpus: int, num_nodes: int, policy: str
 ) -> None:
     from moesim.cost.routing import route
-    from moesim.plan import Placement
+    from moesim.placement import Placement
     from moesim.trace.batches import draw_batches, index_requests
     from moesim.trace.format import load_token_trace
 

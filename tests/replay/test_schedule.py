@@ -161,9 +161,9 @@ def test_experts_at_the_rows_asked_for(inputs) -> None:
 def test_same_misses_as_the_cache_simulator(seed: int, slots: int) -> None:
     """A cache plan's schedule copies what the cache simulator counts as misses, when both start
     with the same content: lowest experts first, brought in by a first token a slot."""
-    from moesim.cache.events import Stream
-    from moesim.cache.plan import CachePlan
-    from moesim.cache.simulate import CacheSettings, hit_curves
+    from moesim.caching.events import Stream
+    from moesim.caching.plan import CachePlan
+    from moesim.caching.simulate import CacheSettings, hit_curves
     from moesim.replay.cache_schedule import plan_schedule
     from moesim.trace.format import Trace, TraceMeta
 
@@ -186,7 +186,7 @@ def test_same_misses_as_the_cache_simulator(seed: int, slots: int) -> None:
 
 
 def test_plans_that_cannot_be_replayed_are_refused() -> None:
-    from moesim.cache.plan import CachePlan
+    from moesim.caching.plan import CachePlan
     from moesim.replay.cache_schedule import plan_schedule
 
     ids = np.zeros((1, 1, 1), int)

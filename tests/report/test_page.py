@@ -209,7 +209,7 @@ def test_a_hostile_file_name_is_escaped(made: SimpleNamespace, tmp_path: Path) -
 
 
 def test_a_plan_of_320_gpus_and_58_layers_stays_small(tmp_path: Path, build: Any) -> None:
-    from moesim.plan import Placement, Plan
+    from moesim.placement import Placement, Plan
     from moesim.planning.maps import PlacementMap, PlanMaps
     from moesim.report.html.map_section import busiest_figure, map_blocks
     from moesim.report.html.page import _render

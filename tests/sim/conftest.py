@@ -9,7 +9,7 @@ import pytest
 
 from moesim.cluster import load_cluster
 from moesim.model.names import load_model
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.collectives.registry import build_exchange
 from moesim.sim.home import HomeModel
 from moesim.sim.prepare import Models

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moesim.cost.routing import route
 from moesim.errors import InputError, MismatchError, UnknownNameError
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.analytic import run_analytic
 from moesim.sim.capacity import DropPolicy, apply_capacity, capacity
 from moesim.sim.event import run_event

@@ -11,7 +11,7 @@ from moesim.cluster import load_cluster
 from moesim.cost.routing import home_ranks, route
 from moesim.errors import InputError, UnknownNameError
 from moesim.model.names import load_model
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.analytic import run_analytic
 from moesim.sim.coherent import coherent_work, gather_flow
 from moesim.sim.collectives.bi_level import split_levels

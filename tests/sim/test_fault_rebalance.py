@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moesim.cli.main import run as cli
 from moesim.errors import InfeasibleError, InputError
-from moesim.plan import EMPTY, Placement
+from moesim.placement import EMPTY, Placement
 from moesim.planning.baselines import place_by_counts, place_on_survivors
 from moesim.sim.fault_run import FaultRun
 from moesim.sim.faults import Fault, FaultClock, Recovery

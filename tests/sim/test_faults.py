@@ -10,7 +10,7 @@ import pytest
 from moesim.cluster import load_cluster
 from moesim.cost.routing import Routed, home_ranks, route
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.planning.baselines import place_by_counts
 from moesim.sim.event import run_event
 from moesim.sim.fault_run import FaultRun, bypass

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moesim.cache.events import Stream, decode_stream
-from moesim.cache.policies import POLICIES
-from moesim.cache.rates import HostSpec, build_rates
-from moesim.cache.simulate import CacheSettings, expert_frequency, layer_choices, run_policy
-from moesim.cache.timeline import Setup, StepTimes, run_timeline
+from moesim.caching.events import Stream, decode_stream
+from moesim.caching.policies import POLICIES
+from moesim.caching.rates import HostSpec, build_rates
+from moesim.caching.simulate import CacheSettings, expert_frequency, layer_choices, run_policy
+from moesim.caching.timeline import Setup, StepTimes, run_timeline
 from moesim.errors import MismatchError
 from moesim.model.names import load_model
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.links import asymptotic_gb_per_s
 from moesim.sim.offload.run import GpuCache, OffloadRun
 from moesim.sim.stragglers import GpuSpeeds, SlowWindow
@@ -136,9 +136,9 @@ def test_inv8_alone_it_is_the_closed_form(
     one_gpu, seed, slots, depth, cpu, policy, batch, load
 ) -> None:
     """INV-8 for caches: one GPU with nobody beside it has the times, hits, prefetch hits, fetches,
-    CPU executions, waste and waiting of `moesim.cache.timeline`, step by step. Loads of whole tens
-    let gates, copies and kernels meet at one instant, as in the example: gates are 20 us after a
-    layer begins, kernels 10 us a token."""
+    CPU executions, waste and waiting of `moesim.caching.timeline`, step by step. Loads of whole
+    tens let gates, copies and kernels meet at one instant, as in the example: gates are 20 us after
+    a layer begins, kernels 10 us a token."""
     trace = TOYS.random_trace(seed, num_requests=3, tokens=12, layers=3)
     requests = TOYS.all_requests(trace)
     stream = decode_stream(requests, batch, seed=seed)
@@ -184,9 +184,9 @@ def test_a_copy_that_could_begin_at_the_gate_has_not_begun(one_gpu, gate, kernel
 
 def test_inv8_on_a_bundled_trace(one_gpu) -> None:
     """The same with real routing, a warm cache, the learned predictor and the CPU."""
-    from moesim.cache.plan import Prefetch
-    from moesim.cache.planner import Request, make_workload
-    from moesim.cache.rates import step_times
+    from moesim.caching.plan import Prefetch
+    from moesim.caching.planner import Request, make_workload
+    from moesim.caching.rates import step_times
     from moesim.trace.format import load_token_trace
 
     trace = load_token_trace("sample:debian-moe", "a test")

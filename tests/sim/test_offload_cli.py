@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moesim.cache.group import plan_group
-from moesim.cache.planner import Request
+from moesim.caching.group import plan_group
+from moesim.caching.planner import Request
 from moesim.cli.main import run
 from moesim.cluster import load_cluster
 from moesim.jobs.cache import CacheOptions, run_cache
 from moesim.model.names import load_model
-from moesim.plan import Placement, Plan
+from moesim.placement import Placement, Plan
 from moesim.trace.format import load_token_trace
 
 Run = Callable[..., tuple[int, str, str]]

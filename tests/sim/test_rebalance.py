@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moesim.errors import InputError, MismatchError
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.planning.baselines import place_by_counts
 from moesim.sim.event import run_event
 from moesim.sim.migrate import build_mover

@@ -14,7 +14,7 @@ import pytest
 from moesim.cli.main import run
 from moesim.cluster import find_cluster_file, load_cluster
 from moesim.model.names import load_model
-from moesim.plan import Placement, Plan
+from moesim.placement import Placement, Plan
 from moesim.sim.collectives.registry import build_exchange
 from moesim.sim.event import run_event
 from moesim.sim.home import HomeModel

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
-from moesim.plan import EMPTY
+from moesim.placement import EMPTY
 from moesim.solvers.base import Problem, Solution, Traffic
 from moesim.solvers.methods.greedy import Greedy, replica_counts
 from moesim.solvers.methods.linear import Linear

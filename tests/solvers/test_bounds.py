@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.solvers.base import Objective, Problem, Traffic
 from moesim.solvers.bounds.colocation import applies, colocation_bound, least_neighbours
 from moesim.solvers.bounds.load import Bound, load_bound, lower_bound

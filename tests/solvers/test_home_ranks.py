@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moesim.cost.routing import DEDUP_CODES, route
 from moesim.errors import InfeasibleError, InputError
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.planning.home_rank_fit import assign_homes, messages_saved
 
 

@@ -13,7 +13,7 @@ import pytest
 from moesim.cost.routing import route
 from moesim.cost.step import StepModel, build_step_model
 from moesim.metrics import imbalance
-from moesim.plan import EMPTY, Placement
+from moesim.placement import EMPTY, Placement
 from moesim.planning.traffic import sample_traffic
 from moesim.solvers.base import OBJECTIVES, Problem, Solution
 from moesim.solvers.methods.eplb import Eplb

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.solvers.base import Objective, Problem, Traffic
 from moesim.solvers.bounds.messages import (
     even_pairs,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import MismatchError
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.planning.migrate import (
     Migration,
     check_same_shape,

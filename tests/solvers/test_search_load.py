@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.metrics import imbalance
-from moesim.plan import EMPTY
+from moesim.placement import EMPTY
 from moesim.solvers.base import Problem
 from moesim.solvers.kernels.load import (
     fill_row,

@@ -16,7 +16,7 @@ from moesim.cluster import Cluster, load_cluster
 from moesim.cost.routing import Routed, route
 from moesim.cost.step import StepModel, build_step_model
 from moesim.model.names import load_model
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.planning.traffic import binding_links, sample_traffic
 from moesim.solvers.base import Traffic
 from moesim.solvers.kernels.gains import make_serving, move_rows, move_us, replica_row, try_swap

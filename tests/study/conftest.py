@@ -9,9 +9,9 @@ import pytest
 
 from moesim.backend import open_backend
 from moesim.errors import InfeasibleError, InputError
-from moesim.study.evaluator import Evaluated, Evaluator, Factor, Figure, Number, Params
-from moesim.study.registry import EVALUATORS, get_evaluator
-from moesim.study.run import Results, make_study, run_study
+from moesim.studies.evaluator import Evaluated, Evaluator, Factor, Figure, Number, Params
+from moesim.studies.registry import EVALUATORS, get_evaluator
+from moesim.studies.run import Results, make_study, run_study
 
 
 class ToyParams(Params):
@@ -60,9 +60,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Toy]]:
     """The toy evaluator, registered as `toy`; `calls` counts its evaluations."""
     import sys
 
-    module = type(sys)("moesim.study.evaluators.toy")
+    module = type(sys)("moesim.studies.evaluators.toy")
     module.Toy = Toy  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "moesim.study.evaluators.toy", module)
+    monkeypatch.setitem(sys.modules, "moesim.studies.evaluators.toy", module)
     monkeypatch.setitem(EVALUATORS, "toy", ("toy", "Toy"))
     Toy.calls.clear()
     get_evaluator.cache_clear()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moesim.errors import InfeasibleError, InputError, MismatchError
-from moesim.study.evaluators.requests import _percentiles
-from moesim.study.registry import EVALUATORS, get_evaluator
-from moesim.study.space import make_point
+from moesim.studies.evaluators.requests import _percentiles
+from moesim.studies.registry import EVALUATORS, get_evaluator
+from moesim.studies.space import make_point
 
 STATIC: dict[str, Any] = {
     "model": "qwen3-30b-a3b",

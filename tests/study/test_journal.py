@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import FormatError, InputError
-from moesim.study.evaluator import Outcome
-from moesim.study.journal import Journal
-from moesim.study.result import to_json
-from moesim.study.run import Results
+from moesim.studies.evaluator import Outcome
+from moesim.studies.journal import Journal
+from moesim.studies.result import to_json
+from moesim.studies.run import Results
 
 Ask = Callable[..., Results]
 GRID: dict[str, Any] = {"grid": {"gpus": [1, 2, 4, 8]}}
@@ -139,7 +139,7 @@ def test_other_code_is_noticed_and_computes_again(
     ask(**GRID, journal=journal)
     toy.calls.clear()
     for module in ("space", "tasks", "run"):
-        monkeypatch.setattr(f"moesim.study.{module}.code_hash", lambda: "other")
+        monkeypatch.setattr(f"moesim.studies.{module}.code_hash", lambda: "other")
     results = ask(**GRID, journal=journal)
     assert len(toy.calls) == 4
     assert any("the code of moesim has changed" in n for n in results.notices)

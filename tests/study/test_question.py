@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.errors import InputError, UnknownNameError
-from moesim.study.evaluator import Outcome
-from moesim.study.question import (
+from moesim.studies.evaluator import Outcome
+from moesim.studies.question import (
     COST,
     Question,
     best,
@@ -19,8 +19,8 @@ from moesim.study.question import (
     pareto,
     parse_bounds,
 )
-from moesim.study.registry import get_evaluator
-from moesim.study.run import Results
+from moesim.studies.registry import get_evaluator
+from moesim.studies.run import Results
 
 STATIC = get_evaluator("static")
 

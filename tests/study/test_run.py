@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from moesim.errors import FormatError, InputError, UnknownNameError
-from moesim.study.result import to_json
-from moesim.study.run import Results, make_study
+from moesim.studies.result import to_json
+from moesim.studies.run import Results, make_study
 
 Ask = Callable[..., Results]
 

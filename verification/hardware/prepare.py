@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cache.plan import load_cache_plan
+from moesim.caching.plan import load_cache_plan
 from moesim.cli.main import run
 from moesim.errors import InfeasibleError
-from moesim.plan import EMPTY, Placement, Plan, load_plan
+from moesim.placement import EMPTY, Placement, Plan, load_plan
 from moesim.replay.cache_schedule import plan_schedule
 from moesim.replay.calibrate import DEFAULT_SHAPES
 from moesim.replay.cases import longest_first, pick_layers

@@ -32,7 +32,7 @@ from moesim.cost.collective import CollectiveCurve
 from moesim.cost.routing import Dedup, route
 from moesim.cost.step import StepModel, build_step_model
 from moesim.model.names import load_model
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.collectives.base import make_stage
 from moesim.sim.engine import Engine, Program
 from moesim.sim.links import LinkTable, collective_flow, link_table

@@ -19,7 +19,7 @@ from moesim.report.html.parts import Block, Figure, Figures, Note, Table
 from moesim.report.html.svg import significant
 
 if TYPE_CHECKING:
-    from moesim.plan import Plan
+    from moesim.placement import Plan
     from moesim.planning.maps import PlanMaps
 
 MAX_TABLE_CELLS = 512

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moesim.errors import FormatError
-from moesim.plan import Plan, parse_plan
+from moesim.placement import Plan, parse_plan
 from moesim.report.html.charts import Bar, Interval, bars, intervals, legend, percent
 from moesim.report.html.fields import Fields
 from moesim.report.html.palette import PARTS, series_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.errors import MoesimError
-from moesim.plan import Plan
+from moesim.placement import Plan
 from moesim.planning.maps import PlanMaps, plan_maps
 from moesim.trace.format import Trace, load_token_trace, sample_names
 

@@ -1,4 +1,4 @@
-"""What one GPU's slots hold, step by step, with the priorities and evictions of `moesim.cache`.
+"""What one GPU's slots hold, step by step, with the priorities and evictions of `moesim.caching`.
 
 The rules of admission are the compiled functions that the cache's own timeline calls; when they are
 called is decided here, so that the contents are a second account of what `cache.simulate` says in
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cache import kernels
-from moesim.cache.events import Events, Stream
-from moesim.cache.kernels import ACTIVATION, LOOKAHEAD, LRU, OPTIMUM, STATIC
-from moesim.cache.policies import get_policy
-from moesim.cache.timeline import Setup, starting_order
-from moesim.cache.timeline_kernel import admit
+from moesim.caching import kernels
+from moesim.caching.events import Events, Stream
+from moesim.caching.kernels import ACTIVATION, LOOKAHEAD, LRU, OPTIMUM, STATIC
+from moesim.caching.policies import get_policy
+from moesim.caching.timeline import Setup, starting_order
+from moesim.caching.timeline_kernel import admit
 
 Array = npt.NDArray[Any]
 

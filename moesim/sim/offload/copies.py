@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from moesim.cache.timeline_kernel import TIE_S
+from moesim.caching.timeline_kernel import TIE_S
 from moesim.cost.step import OTHER_LINK_EFFICIENCY
 from moesim.errors import MismatchError
 from moesim.sim.links import LinkTable, asymptotic_gb_per_s
 from moesim.sim.network import Flow, Network, on_event
 
 if TYPE_CHECKING:
-    from moesim.cache.rates import Rates
+    from moesim.caching.rates import Rates
     from moesim.cluster import Cluster
 
 FloatArray = npt.NDArray[np.float64]

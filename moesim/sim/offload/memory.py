@@ -3,8 +3,8 @@
 At the gate the chosen experts are known. Those in their slots run at once; those whose prefetch has
 begun run as they arrive; of the others some are computed by the CPU and the rest are fetched, most
 tokens first. The layer's experts are done when GPU and CPU are. docs/offloading.md has the rules;
-`moesim.cache.timeline` has the same ones in closed form for one GPU with nobody beside it, and the
-two agree there (INV-8). Here copies are flows over links that other GPUs may use as well.
+`moesim.caching.timeline` has the same ones in closed form for one GPU with nobody beside it, and
+the two agree there (INV-8). Here copies are flows over links that other GPUs may use as well.
 
 How many misses the CPU takes is decided at the gate, from what copies take when alone.
 """
@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from moesim.cache.timeline import Setup, StepTimes
-from moesim.cache.timeline_kernel import split_misses
+from moesim.caching.timeline import Setup, StepTimes
+from moesim.caching.timeline_kernel import split_misses
 from moesim.sim.engine import Engine, Task
 from moesim.sim.offload.contents import Contents
 from moesim.sim.offload.copies import Copy, CopyStream, HostPaths

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from moesim.cache.events import Events, Stream
-from moesim.cache.rates import Rates
-from moesim.cache.timeline import Setup, StepTimes, all_events
+from moesim.caching.events import Events, Stream
+from moesim.caching.rates import Rates
+from moesim.caching.timeline import Setup, StepTimes, all_events
 from moesim.cost.routing import Routed
-from moesim.plan import Placement
+from moesim.placement import Placement
 from moesim.sim.capacity import Drops
 from moesim.sim.engine import Engine, SpeedModel, Task
 from moesim.sim.event import Progress, Tally, run_step

@@ -1,0 +1,470 @@
+"""From a trace, a model, a GPU and a memory size to a caching plan with held-out figures.
+
+Requests are split three ways: *fit* (frequencies, predictors), *select* (policy, slots, pinning,
+prefetch, CPU), *held-out* (every figure that is reported).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.caching.curves import LayerCurves, layer_curves
+from moesim.caching.events import Events, Stream, decode_stream
+from moesim.caching.memory import MemoryBudget, check_host, memory_budget
+from moesim.caching.plan import CachePlan, Prefetch
+from moesim.caching.policies import ONLINE, get_policy
+from moesim.caching.predictors.base import Predictor, predict
+from moesim.caching.predictors.registry import make_predictor, usable_predictors
+from moesim.caching.rates import Rates, expert_bytes_of_bits, step_times
+from moesim.caching.simulate import CacheSettings, expert_frequency
+from moesim.caching.slots import allocate_slots, allocate_tiers
+from moesim.caching.timeline import CpuMode, Setup, StepTimes, Timeline, all_events, run_timeline
+from moesim.errors import InputError, MismatchError, UnknownNameError
+from moesim.model.names import ModelSpec
+from moesim.trace.batches import RequestIndex, index_requests, split_requests
+from moesim.trace.format import Trace
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+DEPTHS = (1, 2, 4)
+MIN_SCORES = (0.05, 0.2, 0.4)
+CANDIDATES = 3
+"""Experts a predictor names, in units of what a step asks for; most are in HBM already."""
+WORTH_IT = 1.01
+"""A prefetcher is used only if it is this much faster than none on the select requests."""
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to plan for.
+
+    hbm_gb: memory of the GPU. batch_size, context_tokens: of decoding. home_requests: those of the
+    batch whose attention and KV cache are on this GPU, None for all. policy, prefetch, cpu:
+    a name (`none` for no prefetch) or `auto`. bits: [L, E] bits of each expert, None for the
+    model's type. max_steps: decode steps simulated, of the select and of the held-out requests;
+    CPU and prefetch are compared on a quarter of the former.
+    """
+
+    hbm_gb: float
+    batch_size: int = 1
+    context_tokens: int = 2048
+    policy: str = "auto"
+    prefetch: str = "auto"
+    cpu: str = "auto"
+    bits: npt.NDArray[np.int64] | None = None
+    max_steps: int = 4096
+    seed: int = 0
+    home_requests: int | None = None
+
+    @property
+    def num_home(self) -> int:
+        return self.batch_size if self.home_requests is None else self.home_requests
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workload:
+    """A trace made ready: streams of the select requests, of a quarter of their steps (`trial`) and
+    of the held-out requests, frequencies of the fit requests, and what the user should know
+    (`notes`). `hosted`: [L, E] experts that the GPU is responsible for, None for all."""
+
+    trace: Trace
+    fit: RequestIndex
+    select: Stream
+    trial: Stream
+    held_out: Stream
+    frequency: FloatArray
+    trial_events: Events
+    held_out_events: Events
+    notes: tuple[str, ...] = field(default=())
+    hosted: npt.NDArray[np.bool_] | None = None
+    fitted: dict[tuple[str, int], Predictor] = field(default_factory=dict)
+
+    @property
+    def num_hosted(self) -> int:
+        """Experts that the GPU is responsible for, over all layers."""
+        if self.hosted is None:
+            return self.trace.num_layers * self.trace.num_experts
+        return int(self.hosted.sum())
+
+    def predictor(self, name: str, depth: int) -> Predictor:
+        """The predictor fitted on the fit requests, once."""
+        key = (name, depth)
+        if key not in self.fitted:
+            made = make_predictor(name, depth)
+            made.fit(self.trace, self.fit)
+            self.fitted[key] = made
+        return self.fitted[key]
+
+    def guess(self, stream: Stream, prefetch: Prefetch) -> npt.NDArray[np.int16]:
+        """What `prefetch` expects on a stream, for `run_timeline`."""
+        predictor = self.predictor(prefetch.predictor, prefetch.depth)
+        named = predict(predictor, self.trace, stream, candidates(self))
+        return named.above(prefetch.min_score)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planned:
+    """A plan with what it was chosen from: `timeline` is its own held-out run, `candidates` the
+    (policy, prefetch, CPU) tried on the select requests with their tokens per second."""
+
+    plan: CachePlan
+    timeline: Timeline
+    times: StepTimes
+    memory: MemoryBudget
+    curves: LayerCurves
+    candidates: tuple[tuple[str, float], ...]
+
+
+def make_workload(
+    trace: Trace, request: Request, hosted: npt.NDArray[np.bool_] | None = None
+) -> Workload:
+    """Split requests and lay them out as decode streams of at most `max_steps` steps each.
+
+    hosted: [L, E] experts that the GPU is responsible for; choices of others are left out.
+
+    Raises InputError where the trace has fewer than two requests.
+    """
+    if hosted is not None:
+        trace = _keep_hosted(trace, hosted)
+    requests, notice = index_requests(trace, "decode")
+    notes = [notice] if notice else []
+    tune, held = split_requests(requests, request.seed)
+    if len(tune.ids) >= 2:
+        fit, select = split_requests(tune, request.seed + 1)
+    else:
+        fit = select = tune
+        notes.append("too few requests to fit and select on different ones: both use the same")
+    if request.batch_size > len(held.ids):
+        notes.append(
+            f"the trace has {len(held.ids)} held-out requests, fewer than the batch of"
+            f" {request.batch_size}: the steps simulated have at most {len(held.ids)} tokens"
+        )
+    picked, trial, kept = (
+        decode_stream(_limit(part, request, share), request.batch_size, request.seed)
+        for part, share in ((select, 1), (select, 4), (held, 1))
+    )
+    return Workload(
+        trace,
+        fit,
+        picked,
+        trial,
+        kept,
+        expert_frequency(trace, fit),
+        all_events(trace, trial),
+        all_events(trace, kept),
+        tuple(notes),
+        hosted,
+    )
+
+
+def _keep_hosted(trace: Trace, hosted: npt.NDArray[np.bool_]) -> Trace:
+    """The trace with the choices of experts elsewhere replaced by -1."""
+    ids = np.asarray(trace.expert_ids).astype(np.int16)
+    layer = np.arange(trace.num_layers)[None, :, None]
+    here = (ids >= 0) & hosted[layer, ids]
+    return replace(trace, expert_ids=np.where(here, ids, np.int16(-1)))
+
+
+def check_model(trace: Trace, model: ModelSpec) -> None:
+    """Raises MismatchError unless the trace has the model's layers, experts and top-k."""
+    ours = (model.num_moe_layers, model.num_experts, model.top_k)
+    theirs = (trace.num_layers, trace.num_experts, trace.top_k)
+    if ours != theirs:
+        raise MismatchError(
+            f"the trace has {theirs[0]} layers of {theirs[1]} experts, top-{theirs[2]}, but"
+            f" {model.name} has {ours[0]} of {ours[1]}, top-{ours[2]}",
+            "name the model that the trace was captured from (moesim model list)",
+        )
+
+
+def plan_cache(
+    work: Workload, rates: Rates, request: Request, progress: Progress = lambda _: None
+) -> Planned:
+    """The caching plan for `request`; see the module for how its parts are chosen.
+
+    Raises MismatchError, InputError, InfeasibleError (does not fit) and UnknownNameError.
+    """
+    trace, model = work.trace, rates.model
+    check_model(trace, model)
+    _check_names(trace, request)
+    shape = (trace.num_layers, trace.num_experts)
+    if request.bits is not None and request.bits.shape != shape:
+        raise InputError(f"bits have shape {request.bits.shape}, wanted {shape}", "check them")
+    sizes = expert_sizes(model, request)
+    slot_bytes = float(sizes.max())
+    memory = memory_budget(
+        model,
+        request.hbm_gb,
+        request.num_home,
+        request.context_tokens,
+        slot_bytes,
+        work.num_hosted,
+    )
+    in_dram = check_host(work.num_hosted, rates.host.dram_gb, rates.host.nvme_gb, slot_bytes)
+    nvme = np.zeros(shape, bool)
+    if in_dram < memory.num_experts:
+        order = np.argsort(-work.frequency, axis=None, kind="stable")
+        nvme.ravel()[order[in_dram : work.num_hosted]] = True
+    times = _times(rates, request, sizes, nvme)
+    if memory.everything_fits:
+        return _resident(work, rates, request, memory, times)
+    names = ONLINE if request.policy == "auto" else (get_policy(request.policy).name,)
+    curves: dict[str, LayerCurves] = {}
+    for name in names:
+        progress(f"miss curves of {name}")
+        settings = CacheSettings(name, warm=True)
+        curves[name] = layer_curves(
+            trace, work.select, settings, work.frequency, miss_cost(request, times)
+        )
+    totals = {n: allocate_slots(c.cost, memory.num_slots)[1] for n, c in curves.items()}
+    policy = min(totals, key=lambda n: (totals[n], names.index(n)))
+    chosen = curves[policy]
+    if nvme.any():
+        near, far = tier_costs(rates, request)
+        tiers = allocate_tiers(chosen.expert_misses, near, far, memory.num_slots, in_dram)
+        nvme = tiers[1] if work.hosted is None else tiers[1] & work.hosted
+        times = _times(rates, request, sizes, nvme)
+        cost = np.einsum("lce,le->lc", chosen.expert_misses, miss_cost(request, times))
+        chosen = replace(chosen, cost=cost)
+    return _choose(work, rates, request, memory, times, policy, chosen, nvme, progress)
+
+
+def _times(
+    rates: Rates, request: Request, sizes: FloatArray, nvme: npt.NDArray[np.bool_]
+) -> StepTimes:
+    share = request.num_home / request.batch_size
+    return step_times(
+        rates, request.batch_size, request.context_tokens, sizes, nvme, home_share=share
+    )
+
+
+def expert_sizes(model: ModelSpec, request: Request) -> FloatArray:
+    """[L, E] bytes of each expert."""
+    if request.bits is not None:
+        return expert_bytes_of_bits(model, request.bits)
+    return np.full((model.num_moe_layers, model.num_experts), float(model.expert_bytes()))
+
+
+def tier_costs(rates: Rates, request: Request) -> tuple[FloatArray, FloatArray]:
+    """[L, E] seconds of one miss of each expert if it lives in DRAM, and if on NVMe."""
+    sizes = expert_sizes(rates.model, request)
+    near, far = (
+        step_times(rates, 1, 0, sizes, np.full(sizes.shape, on_nvme)) for on_nvme in (False, True)
+    )
+    return miss_cost(request, near), miss_cost(request, far)
+
+
+def make_setup(
+    work: Workload,
+    policy: str,
+    slots: IntArray,
+    pins: IntArray,
+    cpu: str = "none",
+    prefetch: Prefetch | None = None,
+    cpu_layers: npt.NDArray[np.bool_] | None = None,
+) -> Setup:
+    """Setup with slots [L] in all of which the `pins` [L] most frequent experts are pinned."""
+    shape = work.frequency.shape
+    order = np.argsort(-work.frequency, axis=1, kind="stable")
+    pinned = np.zeros(shape, bool)
+    for layer in range(shape[0]):
+        pinned[layer, order[layer, : pins[layer]]] = True
+    off = np.zeros(shape[0], bool) if cpu_layers is None else cpu_layers
+    mode: CpuMode = "auto" if cpu == "auto" else "none"
+    depth, width = (prefetch.depth, prefetch.width) if prefetch else (0, 0)
+    return Setup(slots - pins, pinned, off, work.frequency, policy, mode, depth, width)
+
+
+def setup_of_plan(plan: CachePlan, frequency: FloatArray) -> Setup:
+    """The timeline's setup of a plan."""
+    return Setup(
+        np.array(plan.slots, np.int64),
+        plan.pinned_mask(),
+        np.isin(plan.layer_ids, plan.cpu_layers),
+        frequency,
+        plan.policy,
+        plan.cpu,
+        plan.prefetch.depth if plan.prefetch else 0,
+        plan.prefetch.width if plan.prefetch else 0,
+    )
+
+
+def experts_per_event(events: Events) -> int:
+    """The mean number of distinct experts that a layer's step asks for, at least 1."""
+    return max(1, round(events.num_accesses / max(1, events.num_events)))
+
+
+def candidates(work: Workload) -> int:
+    """How many experts a predictor names for a layer."""
+    return min(work.trace.num_experts, CANDIDATES * experts_per_event(work.trial_events))
+
+
+def _choose(
+    work: Workload,
+    rates: Rates,
+    request: Request,
+    memory: MemoryBudget,
+    times: StepTimes,
+    policy: str,
+    curves: LayerCurves,
+    nvme: npt.NDArray[np.bool_],
+    progress: Progress,
+) -> Planned:
+    """Try CPU and prefetch on the select requests; run the best on the held-out ones."""
+    trace = work.trace
+    tried: list[tuple[str, float, Setup, Prefetch | None]] = []
+    allocated: dict[int, IntArray] = {}
+
+    def attempt(cpu: str, prefetch: Prefetch | None, guess: npt.NDArray[np.int16] | None) -> float:
+        staging = prefetch.depth * prefetch.width if prefetch else 0
+        if staging not in allocated:
+            budget = memory.num_slots - staging
+            allocated[staging] = allocate_slots(curves.cost, budget)[0]
+        slots = allocated[staging]
+        pins = np.take_along_axis(curves.pins, slots[:, None], axis=1)[:, 0]
+        setup = make_setup(work, policy, slots, pins, cpu, prefetch)
+        run = run_timeline(trace, work.trial, setup, times, guess, work.trial_events)
+        name = f"{policy}, cpu {_CPU_NAMES[cpu]}, prefetch {label(prefetch)}"
+        tried.append((name, run.tokens_per_s, setup, prefetch))
+        return run.tokens_per_s
+
+    progress("timeline without prefetch")
+    modes = {"auto": ("none", "auto"), "on": ("auto",)}.get(request.cpu, ("none",))
+    bare = {cpu: attempt(cpu, None, None) for cpu in modes}
+    cpu = max(bare, key=lambda mode: bare[mode])
+    best = max(tried, key=lambda t: t[1])
+    names = usable_predictors(trace) if request.prefetch == "auto" else (request.prefetch,)
+    needed = experts_per_event(work.trial_events)
+    widths = sorted({max(1, needed // 4), max(1, needed // 2), needed})
+    for name in names if request.prefetch != "none" else ():
+        for depth in DEPTHS:
+            if depth >= trace.num_layers:
+                continue
+            progress(f"prefetch by {name}, {depth} ahead")
+            guess = predict(work.predictor(name, depth), trace, work.trial, candidates(work))
+            for least in MIN_SCORES:
+                experts = guess.above(least)
+                for width in widths:
+                    if depth * width <= memory.num_slots // 2:
+                        attempt(cpu, Prefetch(name, depth, width, least), experts)
+    fetched = max((t for t in tried if t[3] is not None), key=lambda t: t[1], default=None)
+    if fetched and (request.prefetch != "auto" or fetched[1] > WORTH_IT * best[1]):
+        best = fetched
+    _, _, setup, prefetch = best
+    progress("held-out requests")
+    plan = CachePlan(
+        model=rates.model.name,
+        gpu=rates.gpu.name,
+        num_experts=trace.num_experts,
+        layer_ids=trace.meta.layer_ids,
+        slots=tuple(int(x) for x in setup.slots),
+        pinned=_rows(setup.pinned),
+        policy=policy,
+        cpu=setup.cpu,
+        prefetch=prefetch,
+        bits=None if request.bits is None else tuple(map(tuple, request.bits.tolist())),
+        nvme=tuple(tuple(int(e) for e in np.flatnonzero(row)) for row in nvme)
+        if nvme.any()
+        else (),
+        memory=memory.to_dict(),
+    )
+    run = evaluate(work, plan, times)
+    return Planned(plan, run, times, memory, curves, tuple((n, s) for n, s, _, _ in tried))
+
+
+def evaluate(work: Workload, plan: CachePlan, times: StepTimes) -> Timeline:
+    """The plan's run on the held-out requests; its predictor is fitted on the fit requests."""
+    guess = work.guess(work.held_out, plan.prefetch) if plan.prefetch else None
+    setup = setup_of_plan(plan, work.frequency)
+    return run_timeline(work.trace, work.held_out, setup, times, guess, work.held_out_events)
+
+
+def _resident(
+    work: Workload, rates: Rates, request: Request, memory: MemoryBudget, times: StepTimes
+) -> Planned:
+    """Everything fits: pin all experts."""
+    trace = work.trace
+    every = work.hosted
+    if every is None:
+        every = np.ones((trace.num_layers, trace.num_experts), bool)
+    plan = CachePlan(
+        model=rates.model.name,
+        gpu=rates.gpu.name,
+        num_experts=trace.num_experts,
+        layer_ids=trace.meta.layer_ids,
+        slots=(0,) * trace.num_layers,
+        pinned=_rows(every),
+        policy="static",
+        bits=None if request.bits is None else tuple(map(tuple, request.bits.tolist())),
+        memory=memory.to_dict(),
+    )
+    zero = np.zeros((trace.num_layers, trace.num_experts + 1))
+    curves = LayerCurves(
+        zero, zero, zero.astype(np.int64), np.zeros((*zero.shape, trace.num_experts))
+    )
+    return Planned(plan, evaluate(work, plan, times), times, memory, curves, ())
+
+
+def miss_cost(request: Request, times: StepTimes) -> FloatArray:
+    """[L, E] seconds of one miss: the transfer, or what remains of it when the CPU takes its
+    share of the misses (two servers at once)."""
+    load = times.load_s
+    if request.cpu == "off":
+        return load
+    cpu = times.host_s + float(times.cpu_s[1])
+    return np.asarray(1.0 / (1.0 / load + 1.0 / cpu))
+
+
+def _limit(requests: RequestIndex, request: Request, share: int) -> RequestIndex:
+    """As many requests, in seeded random order, as `max_steps` / `share` steps of the batch need;
+    a request that goes beyond is cut."""
+    want = max(1, request.max_steps // share) * request.batch_size
+    length = np.diff(requests.indptr)
+    order = np.random.default_rng([request.seed, 7]).permutation(len(length))
+    before = np.cumsum(length[order]) - length[order]
+    take = order[before < want]
+    cut = np.minimum(length[take], want - before[before < want])
+    parts = [
+        requests.token_idx[requests.indptr[i] : requests.indptr[i] + n]
+        for i, n in zip(take, cut, strict=True)
+    ]
+    indptr = np.concatenate(([0], np.cumsum(cut)))
+    return RequestIndex(requests.ids[take], indptr, np.concatenate(parts))
+
+
+_CPU_NAMES = {"none": "off", "auto": "on"}
+
+
+def label(prefetch: Prefetch | None) -> str:
+    """A short name: predictor, layers ahead, experts a layer, least score."""
+    if prefetch is None:
+        return "none"
+    return f"{prefetch.predictor} {prefetch.depth}x{prefetch.width}>{prefetch.min_score:g}"
+
+
+def _rows(mask: npt.NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(e) for e in np.flatnonzero(row)) for row in mask)
+
+
+def _check_names(trace: Trace, request: Request) -> None:
+    if request.policy != "auto":
+        get_policy(request.policy)
+    if request.cpu not in ("auto", "on", "off"):
+        raise UnknownNameError("cpu mode", request.cpu, ("auto", "on", "off"))
+    if request.prefetch not in ("auto", "none"):
+        make_predictor(request.prefetch, 1)
+        if request.prefetch not in (*usable_predictors(trace), "neural", "oracle"):
+            raise MismatchError(
+                f"the trace has no token_ids, which the predictor {request.prefetch} needs",
+                "choose another predictor, or capture the trace with token ids",
+            )
+
+
+def with_hbm(request: Request, hbm_gb: float) -> Request:
+    """The same request with another memory size."""
+    return replace(request, hbm_gb=hbm_gb)

@@ -1,0 +1,210 @@
+"""How fast experts move and run: HBM, host link, host DRAM and CPU, NVMe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from moesim.caching.timeline import StepTimes
+from moesim.cluster.types import GpuSpec
+from moesim.cost.calibration import Calibration
+from moesim.cost.curves import Basis, weakest
+from moesim.cost.datasheet import HBM_EFFICIENCY, TFLOPS_EFFICIENCY
+from moesim.cost.expert_gemm import ExpertGemmModel
+from moesim.cost.step import calibration_of_gpu
+from moesim.errors import InputError
+from moesim.model.names import WEIGHT_BYTES, ModelSpec, bytes_per
+
+FloatArray = npt.NDArray[np.float64]
+SCALE_BITS = 0.5
+"""Bits per weight for the scales of a quantised expert: 16 bits for each group of 32."""
+KERNELS_BEFORE_GATE = 6
+"""Kernels of a layer before its experts: two norms, projections, attention, output, router."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpec:
+    """The host beside one GPU, or the share of it that one GPU may use.
+
+    cpu_us, dram_gb_per_s: an expert of few tokens costs the first plus its bytes at the second;
+    cpu_tflops: rate of an expert on many tokens. nvme_gb_per_s: sequential reads. `kind` and
+    `source` say where the CPU's figures come from; those of NVMe are always assumed. A NVMe of 0
+    GB is none. The defaults are those of torch's bf16 matrix products: an engine with CPU kernels
+    of its own comes closer to the DRAM's rate (110 GB/s there, in float32).
+    """
+
+    name: str = "16 Xeon vCPUs with AMX"
+    dram_gb: float = 256.0
+    dram_gb_per_s: float = 54.5
+    cpu_us: float = 210.0
+    cpu_tflops: float = 2.46
+    nvme_gb: float = 1000.0
+    nvme_gb_per_s: float = 6.0
+    nvme_us: float = 80.0
+    kind: Basis = "measured"
+    source: str = "16 Xeon vCPUs, torch 2.11, bf16: reports/offloading/host_rates_h200.json"
+
+    def __post_init__(self) -> None:
+        for name in ("dram_gb_per_s", "cpu_tflops", "nvme_gb_per_s"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"host {name} must be positive", "give a rate above 0")
+        for name in ("dram_gb", "nvme_gb", "nvme_us", "cpu_us"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"host {name} must not be negative", "give 0 or more")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rates:
+    """What `StepTimes` are made from, for one model on one GPU and host.
+
+    `basis` is the weakest kind among them and `notes` name each with its source. `num_gpus`: GPUs
+    of the host that copy at once.
+    """
+
+    model: ModelSpec
+    gpu: GpuSpec
+    host: HostSpec
+    experts: ExpertGemmModel
+    calibration: Calibration
+    basis: Basis
+    notes: tuple[str, ...] = field(default=())
+    num_gpus: int = 1
+
+    def transfer_s(self, num_bytes: npt.ArrayLike) -> FloatArray:
+        """Seconds of one copy of `num_bytes` from pinned host memory to the GPU."""
+        return self.calibration.host_copy("h2d", self.num_gpus).time_us(num_bytes) * 1e-6
+
+    def nvme_s(self, num_bytes: npt.ArrayLike) -> FloatArray:
+        """Seconds of one copy from NVMe through host memory, the two transfers overlapped."""
+        return np.maximum(self.read_s(num_bytes), self.transfer_s(num_bytes))
+
+    def read_s(self, num_bytes: npt.ArrayLike) -> FloatArray:
+        """Seconds of reading `num_bytes` from NVMe into host memory."""
+        rate = self.host.nvme_gb_per_s * 1e9
+        return self.host.nvme_us * 1e-6 + np.asarray(num_bytes, np.float64) / rate
+
+    def cpu_s(self, tokens: npt.ArrayLike, num_bytes: float) -> FloatArray:
+        """Seconds of one expert of `num_bytes` on the CPU, by its tokens: a fixed cost plus the
+        larger of reading the weights and the arithmetic. Fiddler (arXiv:2402.07033, section 3.3)
+        has the same two regimes, constant and linear in the tokens."""
+        n = np.asarray(tokens, np.float64)
+        read = num_bytes / (self.host.dram_gb_per_s * 1e9)
+        work = n * self.model.expert_flops_per_token / (self.host.cpu_tflops * 1e12)
+        return np.where(n > 0, self.host.cpu_us * 1e-6 + np.maximum(read, work), 0.0)
+
+
+def build_rates(
+    model: ModelSpec,
+    gpu: GpuSpec,
+    host: HostSpec,
+    calibration: Calibration | None = None,
+    num_gpus: int = 1,
+) -> Rates:
+    """Rates from the GPU's calibration, or datasheet figures where there is none. `num_gpus`: GPUs
+    of the host that copy at once."""
+    found = calibration or calibration_of_gpu(gpu, None, only_type=True)
+    experts = _expert_model(found, model.expert_dtype)
+    copy = found.host_copy("h2d", num_gpus)
+    basis = weakest(experts.basis, copy.basis, host.kind, "assumed")
+    notes = (
+        f"experts on the GPU: {experts.basis} ({experts.source or experts.kernel})",
+        f"host link: {copy.basis} ({copy.source or found.name})",
+        f"CPU and DRAM: {host.kind} ({host.source})",
+        f"NVMe: assumed ({host.nvme_gb_per_s:g} GB/s)",
+        f"attention and dense layers: assumed ({HBM_EFFICIENCY:.0%} of HBM,"
+        f" {TFLOPS_EFFICIENCY:.0%} of peak arithmetic)",
+    )
+    return Rates(model, gpu, host, experts, found, basis, notes, num_gpus)
+
+
+def step_times(
+    rates: Rates,
+    max_tokens: int,
+    context_tokens: int,
+    expert_bytes: npt.NDArray[np.number],
+    on_nvme: npt.NDArray[np.bool_] | None = None,
+    home_share: float = 1.0,
+) -> StepTimes:
+    """Time tables for steps of up to `max_tokens` tokens, each with `context_tokens` of context.
+
+    expert_bytes: [L, E] (or a scalar to broadcast) bytes of each expert; on_nvme: [L, E] experts
+    that live on NVMe; home_share: share of the tokens whose attention this GPU computes. The GPU
+    time of a quantised expert is that of the model's own dtype.
+    Attention's quadratic arithmetic in prefill is ignored.
+    """
+    model = rates.model
+    n = np.arange(max_tokens + 1, dtype=np.float64)
+    shape = (model.num_moe_layers, model.num_experts)
+    size = np.broadcast_to(np.asarray(expert_bytes, np.float64), shape)
+    load, host = rates.transfer_s(size), np.zeros(shape)
+    if on_nvme is not None:
+        load = np.where(on_nvme, rates.nvme_s(size), load)
+        host = np.where(on_nvme, rates.read_s(size), host)
+    tables = rates.experts.expert_time_us(n, model.hidden_size, model.moe_intermediate_size)
+    moved = rates.transfer_s(np.array(float(max_tokens * model.token_bytes())))
+    return StepTimes(
+        _gate_s(rates, n * home_share, context_tokens),
+        tables * 1e-6,
+        rates.cpu_s(n, float(size.max())),
+        np.ascontiguousarray(load),
+        host,
+        _dense_s(rates, model.lm_head_params or model.embedding_params, n * home_share),
+        float(2 * moved),
+    )
+
+
+def expert_bytes_of_bits(model: ModelSpec, bits: npt.ArrayLike) -> FloatArray:
+    """Bytes of an expert quantised to `bits` a weight, scales included (SCALE_BITS)."""
+    return np.asarray(bits, np.float64) * model.expert_params / 8 + (
+        model.expert_params * SCALE_BITS / 8
+    )
+
+
+def _gate_s(rates: Rates, n: FloatArray, context_tokens: int) -> FloatArray:
+    """[L, M + 1]: from the start of each MoE layer (or of the dense layers before it) to the
+    moment when the host knows the chosen experts."""
+    model, gpu = rates.model, rates.gpu
+    attention = model.attention
+    per_layer = attention.layer_params(model.hidden_size)
+    moe = set(model.moe_layer_ids)
+    kv_read = (
+        n
+        * model.kv_bytes(context_tokens)
+        / max(1, model.num_hidden_layers)
+        / (gpu.hbm_gb_per_s * 1e9 * HBM_EFFICIENCY)
+    )
+    launch = KERNELS_BEFORE_GATE * gpu.kernel_launch_us * 1e-6
+    known = rates.calibration.host_copy("d2h", rates.num_gpus).time_us(np.array(0.0)) * 1e-6
+    expert_launch = rates.experts.layer_launch_us(eager=True) * 1e-6
+    out = np.zeros((model.num_moe_layers, len(n)))
+    row = 0
+    pending = np.zeros(len(n))
+    for layer in range(model.num_hidden_layers):
+        weights = (
+            attention.linear_layer_params if layer in attention.linear_layer_ids else per_layer
+        )
+        pending = pending + _dense_s(rates, weights, n) + kv_read + launch
+        if layer not in moe:
+            pending = pending + _dense_s(rates, model.dense_ffn_params, n)
+            continue
+        shared = model.router_params + model.shared_expert_params
+        out[row] = pending + _dense_s(rates, shared, n) + float(known) + expert_launch
+        row += 1
+        pending = np.zeros(len(n))
+    out[:, 0] = 0.0
+    return out
+
+
+def _dense_s(rates: Rates, params: int, n: FloatArray) -> FloatArray:
+    """Seconds of dense weights on n tokens: the larger of reading them and the arithmetic."""
+    per = bytes_per(WEIGHT_BYTES, rates.model.dense_dtype)
+    read = params * per / (rates.gpu.hbm_gb_per_s * 1e9 * HBM_EFFICIENCY)
+    peak = rates.gpu.peak_tflops("bf16") * 1e12 * TFLOPS_EFFICIENCY
+    return np.where(n > 0, np.maximum(read, 2 * params * n / peak), 0.0)
+
+
+def _expert_model(calibration: Calibration, dtype: str) -> ExpertGemmModel:
+    known = {key[0] for key in calibration.experts}
+    return calibration.expert_ffn(dtype if dtype in known else "bf16")

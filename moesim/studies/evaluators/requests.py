@@ -1,0 +1,161 @@
+"""Points as a service under arriving requests: every request simulated, open loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from moesim.serving.slo import LATENCIES, parse_slo
+from moesim.studies.evaluator import Evaluated, Factor, Figure, Number, Whole, Word
+from moesim.studies.evaluators.static import (
+    DeploymentEvaluator,
+    DeploymentParams,
+    deployment_of,
+)
+from moesim.studies.inputs import file_hash, kept
+
+if TYPE_CHECKING:
+    from moesim.serving.requests import Requests
+    from moesim.serving.result import ServingResult
+
+PERCENTILES = ("p50", "p90", "p99")
+_LABELS = {"ttft": "time to first token", "tpot": "time per output token", "e2e": "end to end"}
+
+
+class RequestsParams(DeploymentParams):
+    """requests: a file, or a process such as "poisson:rate=8,requests=2000". load_scale: arrivals
+    come so many times as fast. max_requests: the first ones alone. decode_replicas: replicas that
+    decode only, `replicas` then compute prompts and send KV caches at transfer_gb_per_s (by default
+    what the NICs give). goodput_slo: promises of each request."""
+
+    requests: Word
+    max_requests: Annotated[Whole, Field(ge=1, le=10_000_000)] | None = None
+    load_scale: Factor = 1.0
+    router: Literal["round_robin", "least_loaded", "length_aware"] = "least_loaded"
+    decode_replicas: Annotated[Whole, Field(ge=0, le=65_536)] = 0
+    chunk_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
+    prefix_cache: bool | None = None
+    transfer_gb_per_s: Annotated[Number, Field(gt=0, le=1e6)] | None = None
+    goodput_slo: Word | None = None
+
+
+class RequestsEvaluator(DeploymentEvaluator):
+    """TTFT, TPOT and end-to-end times of requests that arrive when they do."""
+
+    name: ClassVar = "requests"
+    about: ClassVar = "every request of a log or an arrival process, simulated"
+    params: ClassVar = RequestsParams
+    figures: ClassVar = (
+        *(
+            Figure(f"{latency}_{stat}_s", f"{_LABELS[latency]}, {stat}", "s")
+            for latency in LATENCIES
+            for stat in ("mean", *PERCENTILES)
+        ),
+        Figure("output_tokens_per_s", "output tokens a second", "", "high"),
+        Figure("output_tokens_per_s_per_gpu", "output tokens a second a GPU", "", "high"),
+        Figure("requests_per_s", "requests a second", "", "high"),
+        Figure("served_share", "share of requests served", "", "high"),
+        Figure("goodput_share", "share that keeps the promises of each request", "", "high"),
+        Figure("gpu_utilisation", "share of the time that GPUs are in steps", "", ""),
+        Figure("kv_used_peak", "share of the KV cache in use, peak"),
+        Figure("queue_p99_s", "time waiting, p99", "s"),
+    )
+    goal: ClassVar = "output_tokens_per_s_per_gpu"
+    throughput: ClassVar = "output_tokens_per_s"
+    front: ClassVar = ("gpus", "tpot_p99_s")
+    scales: ClassVar = {
+        "network bandwidth": "network_scale",
+        "compute": "compute_scale",
+        "load": "load_scale",
+        "imbalance": "imbalance_scale",
+    }
+
+    def inputs(self, params: Mapping[str, Any]) -> dict[str, str]:
+        from moesim.serving.synthetic import is_synthetic
+
+        found = super().inputs(params)
+        if not is_synthetic(params["requests"]):
+            found["requests"] = file_hash(params["requests"])
+        return found
+
+    def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
+        from dataclasses import replace
+
+        from moesim.jobs.serve import simulate_serving
+        from moesim.serving.config import ServingConfig
+
+        goodput = parse_slo(params["goodput_slo"]) if params["goodput_slo"] else None
+        deployment, notes = deployment_of(params)
+        config = ServingConfig(
+            replicas=params["replicas"],
+            router=params["router"],
+            chunk_tokens=params["chunk_tokens"],
+            prefix_cache=params["prefix_cache"],
+            transfer_gb_per_s=params["transfer_gb_per_s"],
+            seed=params["seed"],
+        )
+        if params["decode_replicas"]:
+            config = replace(config, decode=deployment, decode_replicas=params["decode_replicas"])
+        result = simulate_serving(deployment, _arriving(params), config)
+        metrics = result.metrics
+        out: dict[str, float | None] = {
+            name: metrics[name]
+            for name in (
+                "output_tokens_per_s",
+                "output_tokens_per_s_per_gpu",
+                "requests_per_s",
+                "gpu_utilisation",
+                "kv_used_peak",
+            )
+        }
+        counts = result.counts()
+        out["queue_p99_s"] = metrics["queue_s_p99"]
+        out["served_share"] = counts["finished"] / len(result)
+        out["goodput_share"] = result.goodput(goodput)["share"] if goodput is not None else None
+        for latency in LATENCIES:
+            out[f"{latency}_mean_s"] = metrics[f"{latency}_mean"]
+            out |= _percentiles(latency, result)
+        unserved = len(result) - counts["finished"]
+        if unserved:
+            notes = (*notes, f"{unserved} requests are not served; they count as infinitely late")
+        return Evaluated(out, result.basis, (*notes, *result.notes))
+
+
+def _arriving(params: Mapping[str, Any]) -> Requests:
+    """The requests of a point, those of a file read once."""
+    from moesim.serving.arrivals import load_requests
+    from moesim.serving.synthetic import is_synthetic, synthetic_requests
+
+    text = params["requests"]
+    if is_synthetic(text):
+        found: Requests = synthetic_requests(text, params["seed"])
+    else:
+        found = kept("requests", text, lambda: load_requests(text, skip_empty=True))
+    if params["max_requests"] is not None:
+        found = found.first(params["max_requests"])
+    return found if params["load_scale"] == 1.0 else found.scaled(params["load_scale"])
+
+
+def _percentiles(latency: str, result: ServingResult) -> dict[str, float | None]:
+    """Percentiles over all requests, those that are not served being infinitely late: None where
+    that makes the percentile infinite."""
+    from moesim.serving.state import FINISHED
+
+    values: npt.NDArray[np.float64] = getattr(result, f"{latency}_s")
+    values = np.where(result.status == FINISHED, values, np.inf)
+    values = np.sort(values[~np.isnan(values)])
+    out: dict[str, float | None] = {}
+    for stat in PERCENTILES:
+        name = f"{latency}_{stat}_s"
+        if not len(values):
+            out[name] = None
+            continue
+        at = (len(values) - 1) * float(stat[1:]) / 100
+        low, high = values[int(np.floor(at))], values[int(np.ceil(at))]
+        late = not np.isfinite(high)
+        out[name] = None if late else float(low + (high - low) * (at - np.floor(at)))
+    return out

@@ -1,0 +1,258 @@
+"""Points as closed-loop load tests: a fixed number of requests in flight, all of one length.
+
+The GPUs are cut into `replicas` engines of tp x dp x pp GPUs, each with its share of the requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from moesim.errors import InputError
+from moesim.studies.evaluator import (
+    Evaluated,
+    Evaluator,
+    Factor,
+    Figure,
+    Gpus,
+    Number,
+    Params,
+    Tokens,
+    Whole,
+    Word,
+)
+from moesim.studies.inputs import cluster_of, model_hash, model_of, trace_hash, trace_of
+
+if TYPE_CHECKING:
+    from moesim.placement import Plan
+    from moesim.serving.deployment import Deployment
+
+Degree = Annotated[Whole, Field(ge=1, le=65_536)]
+STATS = ("mean", "p50", "p90", "p99")
+
+
+class DeploymentParams(Params):
+    """What a deployment is made of. Of gpus, tp, dp, pp and replicas one may be left out; where
+    both tp and gpus are, a replica has one GPU for every dp x pp."""
+
+    gpus: Gpus = 0  # type: ignore[assignment]
+    model: Word
+    engine: Word = "vllm"
+    replicas: Degree = 1
+    tp: Degree = 0  # type: ignore[assignment]
+    dp: Degree = 1
+    pp: Degree = 1
+    ep: Degree | None = None
+    moe_tp: Degree | None = None
+    moe_comm: Word | None = None
+    expert_dtype: Word | None = None
+    dense_dtype: Word | None = None
+    kv_dtype: Word = "bf16"
+    max_batch_tokens: Tokens | None = None
+    max_sequences: Degree | None = None
+    memory_fraction: Annotated[Number, Field(gt=0, le=1)] | None = None
+    trace: Word | None = None
+    solver: Word | None = None
+    redundant_experts: Annotated[Whole, Field(ge=0, le=1 << 20)] = 0
+    seed: Annotated[Whole, Field(ge=0, le=2**31)] = 0
+    imbalance_scale: Factor = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, raw: Any) -> Any:
+        """Fill in what `gpus`, tp, dp, pp and replicas leave open."""
+        if not isinstance(raw, dict):
+            return raw
+        out = dict(raw)
+        known = {n: out.get(n, 1) for n in ("dp", "pp", "replicas")}
+        if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in known.values()):
+            return raw
+        decode = out.get("decode_replicas", 0)
+        if isinstance(decode, bool) or not isinstance(decode, int) or decode < 0:
+            return raw
+        others = known["dp"] * known["pp"] * (known["replicas"] + decode)
+        gpus, tp = out.get("gpus"), out.get("tp")
+        if gpus is None:
+            out.setdefault("tp", 1)
+            if isinstance(out["tp"], int):
+                out["gpus"] = out["tp"] * others
+        elif tp is None and isinstance(gpus, int):
+            if gpus % others:
+                raise ValueError(
+                    f"{gpus} GPUs do not divide over dp {known['dp']} x pp {known['pp']} x"
+                    f" replicas {known['replicas'] + decode}"
+                )
+            out["tp"] = gpus // others
+        elif isinstance(tp, int) and isinstance(gpus, int) and tp * others != gpus:
+            raise ValueError(
+                f"tp {tp} x dp {known['dp']} x pp {known['pp']} x replicas"
+                f" {known['replicas'] + decode} is not {gpus} GPUs"
+            )
+        return out
+
+
+class StaticParams(DeploymentParams):
+    """concurrency: requests in flight over all replicas. num_requests: of a replica's test, ten
+    times its share where None."""
+
+    input_tokens: Tokens = 1024
+    output_tokens: Tokens = 128
+    concurrency: Annotated[Whole, Field(ge=1, le=1_000_000)] = 64
+    num_requests: Annotated[Whole, Field(ge=1, le=1_000_000)] | None = None
+    range_ratio: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    load_scale: Factor = 1.0
+
+
+class DeploymentEvaluator(Evaluator):
+    """Inputs of evaluators over `DeploymentParams`."""
+
+    def inputs(self, params: Mapping[str, Any]) -> dict[str, str]:
+        found = super().inputs(params)
+        found["model"] = model_hash(params["model"])
+        if params["trace"] is not None:
+            found["trace"] = trace_hash(params["trace"])
+        return found
+
+
+class StaticEvaluator(DeploymentEvaluator):
+    """TTFT and TPOT under a fixed number of requests in flight."""
+
+    name: ClassVar = "static"
+    about: ClassVar = "TTFT, TPOT and throughput with a fixed number of requests in flight"
+    params: ClassVar = StaticParams
+    figures: ClassVar = (
+        *(Figure(f"ttft_{s}_s", f"time to first token, {s}", "s") for s in STATS),
+        *(Figure(f"tpot_{s}_s", f"time per output token, {s}", "s") for s in STATS),
+        Figure("output_tokens_per_s", "output tokens a second", "", "high"),
+        Figure("output_tokens_per_s_per_gpu", "output tokens a second a GPU", "", "high"),
+        Figure("output_tokens_per_s_per_user", "output tokens a second a request", "", "high"),
+        Figure("kv_token_capacity", "tokens that the KV caches hold", "", "high"),
+    )
+    goal: ClassVar = "output_tokens_per_s_per_gpu"
+    throughput: ClassVar = "output_tokens_per_s"
+    front: ClassVar = ("tpot_mean_s", "output_tokens_per_s_per_gpu")
+    scales: ClassVar = {
+        "network bandwidth": "network_scale",
+        "compute": "compute_scale",
+        "load": "load_scale",
+        "imbalance": "imbalance_scale",
+    }
+
+    def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
+        from moesim.serving.memory import gpu_memory
+        from moesim.serving.static import LoadTest, run_load_test
+        from moesim.serving.step_cost import StepCost
+
+        deployment, notes = deployment_of(params)
+        replicas = params["replicas"]
+        in_flight = max(1, round(params["concurrency"] * params["load_scale"]))
+        share = -(-in_flight // replicas)
+        cost = StepCost(deployment)
+        test = LoadTest(
+            params["input_tokens"],
+            params["output_tokens"],
+            share,
+            params["num_requests"],
+            params["range_ratio"],
+            params["seed"],
+        )
+        result = run_load_test(cost, test)
+        rate = result.output_tokens_per_s * in_flight / share
+        out: dict[str, float | None] = {
+            **_stats("ttft", result.ttft_ms),
+            **_stats("tpot", result.tpot_ms),
+            "output_tokens_per_s": rate,
+            "output_tokens_per_s_per_gpu": rate / params["gpus"],
+            "kv_token_capacity": float(
+                gpu_memory(deployment).kv_token_capacity * deployment.dp * replicas
+            ),
+        }
+        tpot = out["tpot_mean_s"]
+        out["output_tokens_per_s_per_user"] = 1 / tpot if tpot else None
+        return Evaluated(out, cost.basis, (*notes, *cost.notes))
+
+
+def deployment_of(params: Mapping[str, Any]) -> tuple[Deployment, tuple[str, ...]]:
+    """One replica's deployment with its hardware scaled, and remarks."""
+    from moesim.serving.deployment import deploy
+
+    cluster_of(params["cluster"], params["gpus"])
+    engine_gpus = params["tp"] * params["dp"] * params["pp"]
+    cluster = cluster_of(params["cluster"], engine_gpus)
+    plan, notes = _plan(params)
+    same_as_deploy = (
+        "engine", "tp", "dp", "pp", "ep", "moe_tp", "moe_comm", "expert_dtype", "dense_dtype",
+        "kv_dtype", "max_batch_tokens", "max_sequences", "memory_fraction",
+    )  # fmt: skip
+    deployment = deploy(
+        model_of(params["model"]),
+        cluster,
+        **{name: params[name] for name in same_as_deploy},
+        plan=plan,
+        trace=trace_of(params["trace"]) if params["trace"] is not None else None,
+    )
+    return _scaled(deployment, params), notes
+
+
+def _scaled(deployment: Deployment, params: Mapping[str, Any]) -> Deployment:
+    """`deployment` on hardware, and with routing, changed by the scales of `params`."""
+    from moesim.cost.scaled import faster_calibration
+    from moesim.serving.step_cost import calibration_of
+
+    network, compute = params["network_scale"], params["compute_scale"]
+    out = replace(deployment, imbalance_scale=params["imbalance_scale"])
+    if (network, compute) == (1.0, 1.0):
+        return out
+    cluster = deployment.cluster
+    gpus = tuple(replace(gpu, hbm_gb_per_s=gpu.hbm_gb_per_s * compute) for gpu in cluster.gpus)
+    return replace(
+        out,
+        cluster=replace(cluster, gpus=gpus),
+        calibration=faster_calibration(
+            calibration_of(deployment), network=network, compute=compute
+        ),
+    )
+
+
+def _plan(params: Mapping[str, Any]) -> tuple[Plan | None, tuple[str, ...]]:
+    """The placement that `solver` or `redundant_experts` ask for."""
+    from moesim.studies.evaluators.routing import RoutingParams, plan_of
+
+    if params["solver"] is None and not params["redundant_experts"]:
+        return None, ()
+    if params["trace"] is None:
+        raise InputError(
+            "solver and redundant_experts place experts by a routing trace, and there is none",
+            "fix one: --set trace=sample:debian-moe",
+        )
+    groups = params["ep"] or params["tp"] * params["dp"]
+    content = RoutingParams(
+        cluster=params["cluster"],
+        gpus=groups,
+        trace=params["trace"],
+        model=params["model"],
+        solver=params["solver"] or "eplb",
+        redundant_experts=params["redundant_experts"],
+        objective="balance",
+        seed=params["seed"],
+        check_memory=False,
+    ).model_dump()
+    result = plan_of(_Placing(), content)
+    return result.plan, result.notices
+
+
+class _Placing(Evaluator):
+    """A stand-in for `plan_of`, which asks for the cluster alone."""
+
+
+def _stats(name: str, times_ms: np.ndarray) -> dict[str, float | None]:
+    """Mean and percentiles in seconds; None where no request has the figure."""
+    values = times_ms[np.isfinite(times_ms)] / 1e3
+    if not len(values):
+        return {f"{name}_{stat}_s": None for stat in STATS}
+    found = {f"{name}_{q}_s": float(np.percentile(values, float(q[1:]))) for q in STATS[1:]}
+    return {f"{name}_mean_s": float(values.mean()), **found}

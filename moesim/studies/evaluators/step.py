@@ -1,0 +1,101 @@
+"""Points as `moesim simulate` evaluates them: whole forward steps of a placement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from moesim.studies.evaluator import Evaluated, Figure, Number, Tokens, Whole, Word
+from moesim.studies.evaluators.routing import (
+    RoutingEvaluator,
+    RoutingParams,
+    batch_tokens,
+    model_required,
+    phase_of,
+    plan_of,
+)
+from moesim.studies.inputs import trace_of
+
+
+class StepParams(RoutingParams):
+    """Parameters of simulated steps."""
+
+    steps: Annotated[Whole, Field(ge=1, le=1 << 16)] = 16
+    fidelity: Literal["event", "analytic"] = "event"
+    schedule: Word = "sequential"
+    chunks: Annotated[Whole, Field(ge=1, le=64)] | None = None
+    reduce: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    context_tokens: Tokens | None = None
+    moe_only: bool = False
+
+
+class StepEvaluator(RoutingEvaluator):
+    """Whole steps, attention and dense layers included."""
+
+    name: ClassVar = "step"
+    about: ClassVar = "simulated forward steps of a placement, as moesim simulate"
+    params: ClassVar = StepParams
+    figures: ClassVar = (
+        Figure("step_us", "time a step", "us"),
+        Figure("step_p50_us", "time a step, p50", "us"),
+        Figure("step_p99_us", "time a step, p99", "us"),
+        Figure("tokens_per_s", "tokens a second", "", "high"),
+        Figure("tokens_per_s_per_gpu", "tokens a second a GPU", "", "high"),
+        Figure("balancedness", "balancedness", "", "high"),
+        Figure("gpu_busy", "share of the time that a GPU computes", "", "high"),
+    )
+    goal: ClassVar = "step_us"
+    throughput: ClassVar = "tokens_per_s"
+    front: ClassVar = ("step_us", "tokens_per_s_per_gpu")
+    scales: ClassVar = {
+        "network bandwidth": "network_scale",
+        "compute": "compute_scale",
+        "load": "load_scale",
+    }
+
+    def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
+        from moesim.jobs.simulate import SimRequest, simulate
+
+        model = model_required(params)
+        plan = None
+        if params["solver"] != "linear" or params["redundant_experts"]:
+            plan = plan_of(self, params).plan
+        report = simulate(
+            SimRequest(
+                trace=trace_of(params["trace"]),
+                cluster=self.cluster(params),
+                model=model,
+                plan=plan,
+                phase=phase_of(params),
+                batch_tokens=batch_tokens(params),
+                num_steps=params["steps"],
+                all_to_all=params["all_to_all"],
+                schedule=params["schedule"],
+                num_chunks=params["chunks"],
+                reduce=params["reduce"],
+                fidelity=params["fidelity"],
+                replica_policy=params["replica_policy"],
+                context_tokens=params["context_tokens"],
+                home_ranks=not params["moe_only"],
+                seed=params["seed"],
+                network_scale=params["network_scale"],
+            )
+        )
+        result = next(iter(report.results.values()))
+        rate = float(result.tokens.sum() / max(result.elapsed_us, 1e-300) * 1e6)
+        return Evaluated(
+            {
+                "step_us": float(result.step_us.mean()),
+                "step_p50_us": float(np.percentile(result.step_us, 50)),
+                "step_p99_us": float(np.percentile(result.step_us, 99)),
+                "tokens_per_s": rate,
+                "tokens_per_s_per_gpu": rate / params["gpus"],
+                "balancedness": float(result.balancedness.mean()),
+                "gpu_busy": float(result.gpu_busy.mean()),
+            },
+            report.basis,
+            report.notices,
+        )

@@ -1,0 +1,403 @@
+"""Running a study: points through a backend into the journal, then the answer and how it stands.
+
+Nothing is assumed about how figures depend on parameters. What is skipped is skipped by the
+definition of the question alone: where GPUs or dollars are to be few, a point that costs more than
+one that keeps the promises cannot be the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moesim.backend import Backend
+from moesim.errors import InputError, MoesimError
+from moesim.studies.evaluator import Evaluator, Outcome
+from moesim.studies.file import Search, StudyFile, check_study
+from moesim.studies.inputs import code_hash
+from moesim.studies.journal import Journal
+from moesim.studies.prices import Prices, check_names
+from moesim.studies.question import COST, Question, best, make_question
+from moesim.studies.registry import get_evaluator
+from moesim.studies.space import DEFAULT_MAX_POINTS, Point, Space, distinct, make_point
+from moesim.studies.tasks import Failure, make_task, refused, run_task
+
+Progress = Callable[[int, int], None]
+RENTED = "gpus"
+
+
+@dataclass(eq=False)
+class Study:
+    """A study made ready: evaluator, space, question; and the raw file it is from."""
+
+    content: dict[str, Any]
+    file: StudyFile
+    evaluator: Evaluator
+    space: Space
+    question: Question
+    prices: Prices
+    max_points: int = DEFAULT_MAX_POINTS
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the study's content."""
+        text = json.dumps(self.content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_study(content: dict[str, Any], *, max_points: int = DEFAULT_MAX_POINTS) -> Study:
+    """A study from the content of its file (`read_study`), ready to run.
+
+    Raises FormatError, InputError and UnknownNameError that name the key.
+    """
+    file = check_study(content, "the study")
+    evaluator = get_evaluator(file.evaluator)
+    space = Space(file.fixed, file.axes(), file.cases)
+    if file.search is None:
+        space.check_size(max_points)
+    elif file.search.points > max_points:
+        raise InputError(
+            f"search.points {file.search.points:,} is more than {max_points:,}",
+            f"--max-points {file.search.points}",
+        )
+    question = make_question(evaluator, file.slo, file.minimize, file.maximize)
+    if file.stop_early and question.goal not in (RENTED, COST):
+        raise InputError(
+            f"stop_early with {question}",
+            "it is for minimize gpus or cost, where what costs more cannot be the answer",
+        )
+    for name in file.front or ():
+        if name not in (RENTED, "cost", COST) and evaluator.figure(name) is None:
+            make_question(evaluator, "", name, None)
+    return Study(content, file, evaluator, space, question, Prices(file.prices), max_points)
+
+
+@dataclass(eq=False)
+class Results:
+    """What a run found. points, outcomes: of the grid, in its order; None where not evaluated.
+
+    num_computed, num_reused: points evaluated now, and taken from the journal. rows: sensitivity.
+    """
+
+    study: Study
+    points: list[Point]
+    outcomes: list[Outcome | None]
+    num_grid: int
+    answer: Outcome | None
+    failures: list[Failure] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
+    sensitivity_over: str = ""
+    num_computed: int = 0
+    num_reused: int = 0
+
+    @property
+    def evaluated(self) -> list[Outcome]:
+        """The outcomes that there are."""
+        return [outcome for outcome in self.outcomes if outcome is not None]
+
+
+class Runner:
+    """Evaluates points of one study, each at most once."""
+
+    def __init__(
+        self,
+        study: Study,
+        backend: Backend,
+        journal: Journal | None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.study = study
+        self.backend = backend
+        self.journal = journal
+        self.progress = progress
+        self.known: dict[str, Outcome] = dict(journal.outcomes) if journal is not None else {}
+        self.failures: list[Failure] = []
+        self.computed: set[str] = set()
+        self.reused: set[str] = set()
+        self._of_raw: dict[str, Point] = {}
+        self._done = 0
+        self._total = 0
+
+    def point(self, raw: Mapping[str, Any]) -> Point:
+        """`make_point`, remembered."""
+        name = json.dumps(raw, sort_keys=True, default=str)
+        if name not in self._of_raw:
+            self._of_raw[name] = make_point(self.study.evaluator, raw)
+        return self._of_raw[name]
+
+    def evaluate(self, points: Sequence[Point]) -> list[Outcome | None]:
+        """Outcomes of `points` in their order, with price; None for one that failed."""
+        todo = []
+        for point in distinct(points):
+            if point.key in self.known:
+                if point.key not in self.computed:
+                    self.reused.add(point.key)
+            elif point.error is not None:
+                self._keep(refused(point.key, point.params, point.inputs, point.error))
+            else:
+                todo.append(make_task(self.study.evaluator.name, point))
+        self._total += len(todo)
+        self._tick()
+        for _, result in self.backend.run(run_task, todo):
+            self._done += 1
+            if isinstance(result, Failure):
+                self.failures.append(result)
+            else:
+                self._keep(result)
+            self._tick()
+        return [self._priced(point, self.known.get(point.key)) for point in points]
+
+    def _keep(self, outcome: Outcome) -> None:
+        if self.journal is not None:
+            self.journal.add(outcome)
+        self.known[outcome.key] = outcome
+        self.computed.add(outcome.key)
+
+    def _tick(self) -> None:
+        if self.progress is not None:
+            self.progress(self._done, self._total)
+
+    def _priced(self, point: Point, outcome: Outcome | None) -> Outcome | None:
+        """The outcome with the figures that follow from its parameters: GPUs and dollars."""
+        if outcome is None or not outcome.ok:
+            return outcome
+        return with_price(self.study, self.study.prices, point, outcome)
+
+
+def with_price(study: Study, prices: Prices, point: Point, outcome: Outcome) -> Outcome:
+    """`outcome` with `gpus`, dollars an hour and, with a throughput, dollars a million tokens."""
+    figures = dict(outcome.figures)
+    figures[RENTED] = float(str(point.params["gpus"]))
+    cost = prices.per_hour(study.evaluator.cluster(point.params))
+    figures[COST] = cost
+    rate = figures.get(study.evaluator.throughput)
+    if study.evaluator.throughput and cost is not None and rate:
+        figures["cost_usd_per_million_tokens"] = cost / (rate * 3600) * 1e6
+    return replace(outcome, figures=figures)
+
+
+def run_study(
+    study: Study,
+    backend: Backend,
+    *,
+    journal: Path | None = None,
+    progress: Progress | None = None,
+) -> Results:
+    """Evaluate the study, find the answer, and see whether it holds when the inputs change.
+
+    journal: where finished points are kept; those it already holds are not computed again. Raises
+    InputError where no point can be evaluated at all, or a price is asked for and not known.
+    """
+    if journal is None:
+        return _run(study, Runner(study, backend, None, progress), [])
+    with Journal(journal, study.hash) as opened:
+        notices = _changes(study, opened)
+        return _run(study, Runner(study, backend, opened, progress), notices)
+
+
+def _run(study: Study, runner: Runner, notices: list[str]) -> Results:
+    from moesim.studies.sensitivity import sensitivity
+
+    search = study.file.search
+    num_grid = study.space.num_points
+    if search is not None and search.points < num_grid:
+        points, outcomes = _search(study, runner, search)
+        notices.append(
+            f"search: {len(points)} of {num_grid:,} points of the grid; the best of these is not"
+            " proven to be the best of all"
+        )
+    else:
+        points = distinct([runner.point(raw) for raw in study.space.combinations()])
+        if len(points) < num_grid:
+            notices.append(f"{num_grid - len(points)} points are the same as others")
+        _note_stale(runner, points, notices)
+        outcomes = _by_level(study, runner, points)
+    found = [o for o in outcomes if o is not None]
+    _check_any(found, runner.failures)
+    _check_prices(study, found)
+    answer = best(study.question, found, study.evaluator.throughput)
+    results = Results(study, points, outcomes, num_grid, answer, notices=notices)
+    if study.file.sensitivity is not False and answer is not None:
+        rows, over = sensitivity(study, runner, points, results)
+        results.sensitivity, results.sensitivity_over = rows, over
+    results.failures = runner.failures
+    results.num_computed, results.num_reused = len(runner.computed), len(runner.reused)
+    return results
+
+
+def levels(study: Study, points: Sequence[Point]) -> list[list[Point]]:
+    """`points` grouped by what the question makes small, where that is known without evaluating,
+    smallest first; one group otherwise."""
+    goal = study.question.goal
+    if goal not in (RENTED, COST):
+        return [list(points)]
+
+    def size(point: Point) -> float:
+        if goal == RENTED:
+            return float(str(point.params["gpus"]))
+        try:
+            cost = study.prices.per_hour(study.evaluator.cluster(point.params))
+        except MoesimError:
+            cost = None
+        return float("inf") if cost is None else cost
+
+    ranked = sorted(points, key=size)
+    return [list(group) for _, group in itertools.groupby(ranked, key=size)]
+
+
+def _by_level(study: Study, runner: Runner, points: list[Point]) -> list[Outcome | None]:
+    """Outcomes of all points, or with `stop_early` of those up to the first level that keeps the
+    promises."""
+    if not study.file.stop_early:
+        return runner.evaluate(points)
+    found: dict[str, Outcome | None] = {}
+    for group in levels(study, points):
+        outcomes = runner.evaluate(group)
+        found.update({p.key: o for p, o in zip(group, outcomes, strict=True)})
+        if any(o is not None and study.question.keeps(o) for o in outcomes):
+            break
+    return [found.get(point.key) for point in points]
+
+
+def _search(
+    study: Study, runner: Runner, search: Search
+) -> tuple[list[Point], list[Outcome | None]]:
+    """A seeded search of at most `search.points` points. The order of the points, and so what is
+    found, does not depend on the backend."""
+    rng = random.Random(search.seed)
+    axes: dict[str, Sequence[Any]] = dict(study.space.axes)
+    cases: Sequence[Mapping[str, Any]] = study.space.cases or [{}]
+    seen: dict[str, tuple[Point, Outcome | None]] = {}
+
+    def raw(choice: Mapping[str, int]) -> dict[str, Any]:
+        own = {name: axes[name][choice[name]] for name in axes}
+        return {**study.space.fixed, **cases[choice[""]], **own}
+
+    def evaluate(choices: Sequence[Mapping[str, int]]) -> None:
+        points = distinct([runner.point(raw(c)) for c in choices])
+        new = [p for p in points if p.key not in seen][: search.points - len(seen)]
+        for point, outcome in zip(new, runner.evaluate(new), strict=True):
+            seen[point.key] = (point, outcome)
+
+    def score(choice: Mapping[str, int]) -> tuple[float, float]:
+        outcome = seen.get(runner.point(raw(choice)).key, (None, None))[1]
+        if outcome is None:
+            return float("inf"), float("inf")
+        return max(0.0, study.question.violation(outcome)), study.question.value(outcome)
+
+    sizes = {"": len(cases), **{name: len(values) for name, values in axes.items()}}
+    if search.method == "random":
+        total = study.space.num_points
+        flats = rng.sample(range(total), min(search.points, total))
+        evaluate([_unflatten(flat, sizes) for flat in flats])
+    while search.method == "coordinate" and len(seen) < search.points:
+        before = len(seen)
+        current = {name: rng.randrange(size) for name, size in sizes.items()}
+        evaluate([current])
+        moved = True
+        while moved and len(seen) < search.points:
+            moved = False
+            for name, size in sizes.items():
+                line = [{**current, name: i} for i in range(size)]
+                evaluate(line)
+                better = min(line, key=score)
+                if score(better) < score(current):
+                    current, moved = better, True
+        if len(seen) == before and len(seen) >= study.space.num_points // 2:
+            break
+    ordered = list(seen.values())
+    return [p for p, _ in ordered], [o for _, o in ordered]
+
+
+def _unflatten(flat: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    out = {}
+    for name, size in reversed(list(sizes.items())):
+        flat, out[name] = divmod(flat, size)
+    return out
+
+
+def _check_any(outcomes: Sequence[Outcome], failures: Sequence[Failure]) -> None:
+    """Raise InputError where nothing was evaluated for reasons that are no verdict."""
+    if any(o.status != "refused" for o in outcomes):
+        return
+    first = next(iter(outcomes), None)
+    if first is not None:
+        raise InputError(
+            f"none of the {len(outcomes)} points can be evaluated; the first: {first.cause}",
+            first.remedy,
+        )
+    if failures:
+        raise RuntimeError(f"{failures[0].error}\n{failures[0].trace}")
+
+
+def _check_prices(study: Study, outcomes: Sequence[Outcome]) -> None:
+    check_names(study.prices.given, set(study.prices.used) or set(study.prices.given))
+    if study.question.goal != COST:
+        return
+    unknown = [n for n, used in study.prices.used.items() if used["usd_per_gpu_hour"] is None]
+    if unknown:
+        raise InputError(
+            f"minimize cost: the price of {unknown[0]} is not known",
+            f"give dollars a GPU-hour: --price {unknown[0]}=... or prices: in the study file",
+        )
+
+
+def _changes(study: Study, journal: Journal) -> list[str]:
+    """What is different from the runs that the journal is from."""
+    notices = []
+    if journal.num_damaged:
+        notices.append(
+            f"{journal.num_damaged} lines of {journal.path.name} are damaged: their points are"
+            " computed again"
+        )
+    if journal.studies and study.hash != journal.studies[-1]:
+        notices.append(
+            f"the study has changed since {journal.path.name} was begun: points that both have are"
+            " taken from it"
+        )
+    return notices
+
+
+def _note_stale(runner: Runner, points: Sequence[Point], notices: list[str]) -> None:
+    """Say which points the journal holds for other inputs or other code."""
+    if runner.journal is None or not runner.known:
+        return
+    wanted = {p.key for p in points}
+    of_params = {_settings(p.params): p for p in points if p.key not in runner.known}
+    changed: dict[str, int] = {}
+    for outcome in runner.known.values():
+        point = of_params.get(_settings(outcome.params))
+        if point is None or outcome.key in wanted:
+            continue
+        differ = [n for n, v in point.inputs.items() if outcome.inputs.get(n) != v]
+        for name in differ or ["code of moesim"]:
+            changed[name] = changed.get(name, 0) + 1
+    for name, count in changed.items():
+        notices.append(f"the {name} has changed since {count} points were computed: computed again")
+
+
+def _settings(params: Mapping[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True)
+
+
+def provenance(study: Study, points: Sequence[Point]) -> dict[str, Any]:
+    """Hashes of what the results rest on."""
+    inputs: dict[str, set[str]] = {}
+    for point in points:
+        for name, value in point.inputs.items():
+            inputs.setdefault(name, set()).add(value)
+    from importlib.metadata import version
+
+    return {
+        "study": study.hash,
+        "code": code_hash(),
+        "moesim": version("moesim"),
+        "inputs": {name: sorted(values) for name, values in sorted(inputs.items())},
+    }
