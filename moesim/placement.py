@@ -184,7 +184,9 @@ class Plan:
             json.dumps(row, separators=(",", ":")) for row in placement.physical_to_logical.tolist()
         )
         table = f',\n "placement": {{\n  "physical_to_logical": [\n   {rows}\n  ]\n }}\n}}\n'
-        return text.removesuffix("\n}") + table
+        whole = text.removesuffix("\n}") + table
+        # A lone surrogate has no UTF-8; backslashreplace writes it as JSON does.
+        return whole.encode("utf-8", "backslashreplace").decode("utf-8")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan file, whole or not at all."""

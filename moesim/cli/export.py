@@ -49,6 +49,7 @@ def export(
 
     Example: moesim export plan.json --to sglang --out location.json
     """
+    from moesim.cli.notes import note
     from moesim.errors import InputError
     from moesim.exporters.base import ExportOptions
     from moesim.exporters.registry import MODULES, exporter
@@ -73,7 +74,7 @@ def export(
     options = ExportOptions(
         spec=_spec(plan, model),
         num_hidden_layers=num_hidden_layers,
-        notify=lambda line: typer.echo(f"note: {line}", err=True),
+        notify=note,
     )
     if apply is not None:
         if engine != "megatron":
@@ -84,7 +85,7 @@ def export(
         return
     if out is None:
         out = Path(f"{plan_file.stem}.{engine}{target.SUFFIX}")
-        typer.echo(f"note: --out not given, writing {out}", err=True)
+        note(f"--out not given, writing {out}")
     if out.suffix != target.SUFFIX:
         raise InputError(
             f"{engine} wants a file that ends in {target.SUFFIX}",

@@ -34,6 +34,7 @@ def import_plan(
     Example: moesim import-plan location.json --from sglang --num-gpus 16 --model DeepSeek-V3
     --out plan.json
     """
+    from moesim.cli.notes import note
     from moesim.cli.trace_import import parse_layer_ids
     from moesim.errors import FormatError, InputError
     from moesim.exporters.base import ReadOptions
@@ -52,7 +53,7 @@ def import_plan(
         layer_ids=layers or (spec.moe_layer_ids if spec else None),
         num_hidden_layers=spec.num_hidden_layers if spec else None,
         model=spec.name if spec else "",
-        notify=lambda line: typer.echo(f"note: {line}", err=True),
+        notify=note,
     )
     try:
         if file.stat().st_size > MAX_PLAN_BYTES:

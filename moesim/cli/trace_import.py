@@ -135,6 +135,7 @@ def _options(
     license_text: str,
     max_tokens: int | None,
 ) -> ImportOptions:
+    from moesim.cli.notes import note
     from moesim.errors import InputError
     from moesim.trace.importers.base import ImportOptions
 
@@ -173,7 +174,7 @@ def _options(
         domain=domain,
         license=license_text,
         max_tokens=max_tokens,
-        notify=lambda line: typer.echo(f"note: {line}", err=True),
+        notify=note,
     )
 
 

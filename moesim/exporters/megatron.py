@@ -62,7 +62,7 @@ def encode(plan: Plan, options: ExportOptions) -> bytes:
         for layer, row in zip(plan.layer_ids, placement.physical_to_logical.tolist(), strict=True)
     )
     text = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
-    return f'{text},\n "layers": {{\n{rows}\n }}\n}}\n'.encode()
+    return f'{text},\n "layers": {{\n{rows}\n }}\n}}\n'.encode("utf-8", "backslashreplace")
 
 
 def require_permutation(plan: Plan) -> None:

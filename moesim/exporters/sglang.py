@@ -71,7 +71,8 @@ def decode(data: bytes, options: ReadOptions) -> Plan:
     """The MoE layers of the map; which they are comes from the model, else all of them."""
     raw = parse_json(data, options.where)
     if not isinstance(raw, dict) or set(raw) != {KEY}:
-        what = "holds counts for SGLang's own balancer" if "logical_count" in raw else "wrong keys"
+        counts = isinstance(raw, dict) and "logical_count" in raw
+        what = "holds counts for SGLang's own balancer" if counts else "wrong keys"
         raise FormatError(f"{options.where}: {what}; wanted {KEY} alone", DAMAGED)
     table = id_table(raw[KEY], options.where, KEY)
     layers = options.layer_ids
