@@ -156,6 +156,18 @@ def simulate_requests(
     skip_empty: Annotated[
         bool, typer.Option("--skip-empty", help="Leave out rows without prompt or output.")
     ] = False,
+    time_unit: Annotated[
+        str | None,
+        typer.Option(
+            help="Unit of a log's times: s, ms, us, ns.", show_default="as docs/serving.md says"
+        ),
+    ] = None,
+    block_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the blocks of a log's hash_ids.", show_default="from its rows", min=1
+        ),
+    ] = None,
     until: Annotated[
         float | None, typer.Option(help="Stop after so many seconds.", show_default="the last")
     ] = None,
@@ -194,7 +206,9 @@ def simulate_requests(
         raise InputError(f"--prefill {prefill}", "give mixed or first")
     promises = parse_slo(slo) if slo is not None else None
     defaults: dict[str, str] = {}
-    arriving = read_requests(requests, first, skip_empty, rate_scale, priorities, seed)
+    arriving = read_requests(
+        requests, first, skip_empty, rate_scale, priorities, seed, time_unit, block_tokens
+    )
     deployment, decode = load_service(
         model,
         cluster,

@@ -39,15 +39,24 @@ def read_requests(
     rate_scale: float,
     priorities: str | None,
     seed: int,
+    time_unit: str | None = None,
+    block_tokens: int | None = None,
 ) -> Requests:
     """Requests of a file or process, cut, sped up, and with priorities drawn."""
     from moesim.serving.arrivals import load_requests
     from moesim.serving.synthetic import is_synthetic, synthetic_requests
 
     if is_synthetic(text):
+        if time_unit is not None or block_tokens is not None:
+            raise InputError(
+                "--time-unit and --block-tokens are for request logs, not for drawn requests",
+                "leave them out",
+            )
         out = synthetic_requests(text, seed)
     else:
-        out = load_requests(text, skip_empty=skip_empty)
+        out = load_requests(
+            text, skip_empty=skip_empty, time_unit=time_unit, block_tokens=block_tokens
+        )
     if first is not None:
         out = out.first(first)
     if rate_scale != 1.0:

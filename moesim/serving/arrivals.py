@@ -1,9 +1,9 @@
 """Requests from files and from distributions.
 
 Files: Azure's CSV (`TIMESTAMP,ContextTokens,GeneratedTokens`; github.com/Azure/AzurePublicDataset),
-Mooncake's JSONL (`timestamp` in ms, `input_length`, `output_length`, `hash_ids` of blocks of 512
-tokens; github.com/kvcache-ai/Mooncake), BurstGPT's CSV (`Timestamp` in s, `Request tokens`,
-`Response tokens`; github.com/HPMLL/BurstGPT).
+BurstGPT's CSV (`Timestamp` in s, `Request tokens`, `Response tokens`; github.com/HPMLL/BurstGPT),
+and JSONL with `timestamp`, `input_length`, `output_length` and `hash_ids` as Mooncake's, Bailian's
+and several generators' (see log_units.py for the units of each).
 """
 
 from __future__ import annotations
@@ -19,25 +19,44 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError, InputError
+from moesim.serving.log_units import (
+    BAILIAN_KEYS,
+    absurd_rate,
+    block_size,
+    seconds_per_tick,
+    unit_seconds,
+)
 from moesim.serving.requests import Requests
 
 _PLAIN_NUMBER = re.compile(r"^\s*[-+]?[0-9.]+(e[-+]?[0-9]+)?\s*$", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+|nan|inf|infinity)(?:e[-+]?[0-9]+)?\s*", re.IGNORECASE
+)
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURST = ("Timestamp", "Request tokens", "Response tokens")
 MOONCAKE = ("timestamp", "input_length", "output_length")
 OPTIONAL = ("priority",)
 MOONCAKE_BLOCK_TOKENS = 512
+BAILIAN_BLOCK_TOKENS = 16
 _REMEDY = (
     f"give a CSV with columns {','.join(AZURE)} or {','.join(BURST)}, or JSONL with"
     f" {', '.join(MOONCAKE)} (and hash_ids)"
 )
 
 
-def load_requests(path: str | Path, *, skip_empty: bool = False) -> Requests:
+def load_requests(
+    path: str | Path,
+    *,
+    skip_empty: bool = False,
+    time_unit: str | None = None,
+    block_tokens: int | None = None,
+) -> Requests:
     """Requests of a file in one of the formats of this module, told by its first line.
 
     skip_empty: leave out rows whose prompt or output is 0, as failed requests in BurstGPT are,
-    instead of refusing them. A further column or key `priority` is read if there.
+    instead of refusing them. time_unit (s, ms, us, ns) and block_tokens: what the log does not
+    say, instead of what log_units.py makes of it. A further column or key `priority` is read if
+    there; columns and keys that are not read are named in `notices`.
     Raises InputError for a file that cannot be read and FormatError, which names the line, for one
     that is in none of the formats, cut off, or holds what is no number; else as `Requests.of`.
     """
@@ -51,11 +70,15 @@ def load_requests(path: str | Path, *, skip_empty: bool = False) -> Requests:
     if not any(line.strip() for line in lines):
         raise FormatError(f"{path} is empty", _REMEDY)
     if lines[0].lstrip().startswith("{"):
-        return _from_jsonl(path, lines, skip_empty)
-    return _from_csv(path, lines, skip_empty)
+        return _from_jsonl(path, lines, skip_empty, time_unit, block_tokens)
+    if block_tokens is not None:
+        raise InputError(
+            f"{path}: a CSV has no blocks, but block_tokens is {block_tokens}", "leave it out"
+        )
+    return _from_csv(path, lines, skip_empty, time_unit)
 
 
-def _from_csv(path: Path, lines: list[str], skip_empty: bool) -> Requests:
+def _from_csv(path: Path, lines: list[str], skip_empty: bool, time_unit: str | None) -> Requests:
     header = [name.strip() for name in next(csv.reader(lines[:1]))]
     columns = next((c for c in (AZURE, BURST) if all(name in header for name in c)), None)
     if columns is None:
@@ -79,14 +102,21 @@ def _from_csv(path: Path, lines: list[str], skip_empty: bool) -> Requests:
     if not rows:
         raise FormatError(f"{path} has a header but no requests", "give at least one row")
     table = np.array(rows, np.float64)
+    unread = [name for name in header if name not in (*columns, *OPTIONAL)]
+    unit = "dates" if columns is AZURE else time_unit or "s"
     if columns is AZURE:
+        if time_unit is not None:
+            raise InputError(
+                f"{path}: its times are dates, but time_unit is {time_unit!r:.20}", "leave it out"
+            )
         arrival = _seconds(path, times, numbers)
         _check_sorted_stamps(path, arrival, numbers)
     else:
-        arrival = np.array([_number(path, n, t) for n, t in zip(numbers, times, strict=True)])
+        ticks = np.array([_number(path, n, t) for n, t in zip(numbers, times, strict=True)])
+        arrival = ticks * unit_seconds(unit)
     return _requests(
         path, arrival, table[:, 0], table[:, 1], table[:, 2] if optional else None, None,
-        numbers, skip_empty,
+        numbers, skip_empty, unread=unread, unit=unit,
     )  # fmt: skip
 
 
@@ -97,11 +127,18 @@ def _rows(path: Path, lines: list[str]) -> Iterator[list[str]]:
         raise FormatError(f"{path}: {error}", _REMEDY) from None
 
 
-def _from_jsonl(path: Path, lines: list[str], skip_empty: bool) -> Requests:
+def _from_jsonl(
+    path: Path,
+    lines: list[str],
+    skip_empty: bool,
+    time_unit: str | None,
+    block_tokens: int | None,
+) -> Requests:
     rows: list[list[float]] = []
     blocks: list[list[int]] = []
     numbers: list[int] = []
-    with_priority = False
+    keys = (*MOONCAKE, *OPTIONAL)
+    found: dict[str, None] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -114,28 +151,34 @@ def _from_jsonl(path: Path, lines: list[str], skip_empty: bool) -> Requests:
             ) from None
         if not isinstance(entry, dict) or any(key not in entry for key in MOONCAKE):
             raise FormatError(f"{path} line {number} lacks one of {', '.join(MOONCAKE)}", _REMEDY)
-        with_priority = with_priority or "priority" in entry
-        keys = (*MOONCAKE, *OPTIONAL)
+        found |= dict.fromkeys(entry)
         rows.append([_number(path, number, entry.get(key, 0)) for key in keys])
         blocks.append(_block_ids(path, number, entry.get("hash_ids", [])))
         numbers.append(number)
     table = np.array(rows, np.float64)
+    bailian = found.keys() >= BAILIAN_KEYS
+    tick = seconds_per_tick(path, table[:, 0], numbers, bailian=bailian, unit=time_unit)
+    usual = BAILIAN_BLOCK_TOKENS if bailian else MOONCAKE_BLOCK_TOKENS
+    size = usual
+    if any(blocks):
+        size = block_size(path, table[:, 1], blocks, numbers, usual=usual, asked=block_tokens)
     return _requests(
         path,
-        table[:, 0] / 1e3,
+        table[:, 0] * tick,
         table[:, 1],
         table[:, 2],
-        table[:, 3] if with_priority else None,
+        table[:, 3] if "priority" in found else None,
         blocks if any(blocks) else None,
         numbers,
         skip_empty,
+        unread=[key for key in found if key not in (*keys, "hash_ids")],
+        unit=time_unit or ("s" if bailian else "ms"),
+        block_tokens=size,
     )
 
 
 def _block_ids(path: Path, number: int, ids: Any) -> list[int]:
-    if not isinstance(ids, list) or any(
-        isinstance(i, bool) or not isinstance(i, int) or not -(1 << 62) < i < 1 << 62 for i in ids
-    ):
+    if not isinstance(ids, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise FormatError(
             f"{path} line {number}: hash_ids is no list of whole numbers", "repair the line"
         )
@@ -151,13 +194,19 @@ def _requests(
     blocks: list[list[int]] | None,
     numbers: list[int],
     skip_empty: bool,
+    *,
+    unread: list[str],
+    unit: str,
+    block_tokens: int = MOONCAKE_BLOCK_TOKENS,
 ) -> Requests:
-    notices: tuple[str, ...] = ()
+    notices: list[str] = []
+    if unread:
+        notices.append(f"not read: {', '.join(name or '(no name)' for name in unread):.160}")
     if skip_empty:
         keep = (prompt > 0) & (output > 0)
         left_out = int((~keep).sum())
         if left_out:
-            notices = (f"{left_out:,} of {len(keep):,} rows without prompt or output left out",)
+            notices.append(f"{left_out:,} of {len(keep):,} rows without prompt or output left out")
         arrival, prompt, output = arrival[keep], prompt[keep], output[keep]
         priority = priority[keep] if priority is not None else None
         kept = np.flatnonzero(keep).tolist()
@@ -170,19 +219,32 @@ def _requests(
         output,
         priority=None if priority is None else np.round(priority),
         blocks=blocks,
-        block_tokens=MOONCAKE_BLOCK_TOKENS,
+        block_tokens=block_tokens,
         source=path.name,
         basis="measured",
         row_name=f"{path.name} line" if contiguous else f"{path.name} request",
         first_row=numbers[0] if contiguous and numbers else 0,
     )
-    object.__setattr__(made, "notices", notices)
+    notices.insert(0, _read_as(made, unit))
+    notices += absurd_rate(made.arrival_s, made.prompt_tokens, unit)
+    object.__setattr__(made, "notices", tuple(notices))
     return made
+
+
+def _read_as(made: Requests, unit: str) -> str:
+    """One line that shows a wrong unit: what was read, over how long, in blocks of what size."""
+    line = f"read {len(made):,} requests over {made.span_s:,.4g} s ({made.rate_per_s:,.3g}/s)"
+    line += "" if unit == "dates" else f", times in {unit}"
+    if made.block_indptr[-1]:
+        line += f", hash_ids of blocks of {made.block_tokens} tokens"
+    return line
 
 
 def _number(path: Path, line: int, cell: Any) -> float:
     try:
         if isinstance(cell, bool) or not isinstance(cell, (int, float, str)):
+            raise ValueError
+        if isinstance(cell, str) and not _NUMBER.fullmatch(cell):
             raise ValueError
         value = float(cell)
     except (ValueError, OverflowError):

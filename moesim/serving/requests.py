@@ -232,5 +232,9 @@ def _blocks(blocks: list[list[int]] | None, count: int) -> tuple[IntArray, IntAr
     if blocks is None:
         return np.zeros(0, np.int64), np.zeros(count + 1, np.int64)
     indptr = np.concatenate(([0], np.cumsum([len(b) for b in blocks]))).astype(np.int64)
-    flat = np.array([i for b in blocks for i in b], dtype=np.int64)
+    listed = [i for b in blocks for i in b]
+    try:
+        flat = np.array(listed, dtype=np.int64)
+    except OverflowError:
+        flat = np.array(listed, dtype=object)
     return np.unique(flat, return_inverse=True)[1].astype(np.int64), indptr

@@ -63,7 +63,11 @@ def test_burstgpt(tmp_path: Path) -> None:
     assert "--skip-empty" in error.value.remedy
     requests = load_requests(path, skip_empty=True)
     assert requests.arrival_s.tolist() == [0.0, 40.5]
-    assert requests.notices == ("1 of 3 rows without prompt or output left out",)
+    assert requests.notices == (
+        "read 2 requests over 40.5 s (0.0247/s), times in s",
+        "not read: Model, Total tokens, Log Type",
+        "1 of 3 rows without prompt or output left out",
+    )
 
 
 def test_mooncake(tmp_path: Path) -> None:
@@ -226,3 +230,112 @@ def test_real_logs() -> None:
 
 def test_format_error_is_input_error() -> None:
     assert issubclass(FormatError, InputError)
+
+
+BAILIAN = {"chat_id": 0, "parent_chat_id": -1, "type": "text", "turn": 1}
+
+
+def log(path: Path, rows: list[tuple[float, int, int]], **more: object) -> Path:
+    """JSONL of (timestamp, prompt tokens, number of hash_ids); ids are unique."""
+    lines, first = [], 0
+    for time, prompt, count in rows:
+        ids = list(range(first, first + count))
+        first += count
+        row = {"timestamp": time, "input_length": prompt, "output_length": 2, "hash_ids": ids}
+        lines.append(json.dumps({**more, **row}))
+    return written(path, "\n".join(lines))
+
+
+def test_bailian_is_told_by_its_keys(tmp_path: Path) -> None:
+    """Seconds and blocks of 16: 40 tokens are 2.5 blocks, so 3 ids; 1.5 s between two requests."""
+    found = load_requests(log(tmp_path / "b.jsonl", [(0.5, 40, 3), (2.0, 16, 1)], **BAILIAN))
+    assert found.arrival_s.tolist() == [0.0, 1.5]
+    assert found.block_tokens == 16
+    assert found.notices == (
+        "read 2 requests over 1.5 s (0.667/s), times in s, hash_ids of blocks of 16 tokens",
+        "not read: chat_id, parent_chat_id, type, turn",
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"),
+    [
+        # 1000 tokens in 16 ids: 63 to 66; 500 in 8: 63 to 71. The power of two in both is 64.
+        ([(0, 1000, 16), (1, 500, 8)], 64),
+        # 600 in 2 ids: 300 to 599, in which 512 lies.
+        ([(0, 600, 2)], 512),
+        # 130 tokens in 2 ids and 64 in 1: begun blocks would need 65 <= size <= 129 and size >= 64,
+        # so 128 fits.
+        ([(0, 130, 2), (1, 64, 1)], 128),
+        # Whole blocks only: 130 in 2 ids and 100 in 1 as blocks of 51 to 65; begun blocks cannot
+        # be, since 100 in 1 wants 100 or more, 191 in 2 allows 190 at most, 300 in 4 99 at most.
+        ([(0, 130, 2), (1, 100, 1), (2, 191, 2), (3, 300, 4)], 64),
+        # 100 in 4 ids: 25 to 33; 75 in 3: 25 to 37; 50 in 2: 25 to 49; 25 in 1, 51 in 3: 25 at most
+        ([(0, 100, 4), (1, 51, 3)], 25),
+    ],
+)
+def test_block_size_follows_from_the_rows(
+    tmp_path: Path, rows: list[tuple[float, int, int]], size: int
+) -> None:
+    assert load_requests(log(tmp_path / "m.jsonl", rows)).block_tokens == size
+
+
+def test_block_sizes_that_do_not_fit(tmp_path: Path) -> None:
+    """1024 tokens in 2 ids want 512 or more, 600 in 8 ids want 85 at most."""
+    path = log(tmp_path / "m.jsonl", [(0, 1024, 2), (1, 600, 8)])
+    with pytest.raises(FormatError, match=r"line 1 has 2 hash_ids .* line 2 8 for 600") as error:
+        load_requests(path)
+    assert "--block-tokens" in error.value.remedy
+    with pytest.raises(InputError, match="line 2: 8 hash_ids for 600 prompt tokens are more"):
+        load_requests(path, block_tokens=512)
+    assert load_requests(path, block_tokens=64).block_tokens == 64
+    many = log(tmp_path / "n.jsonl", [(0, 10, 1)] * 2)
+    assert load_requests(many).block_tokens == 512  # of the sizes from 10 on, Mooncake's
+    over = log(tmp_path / "o.jsonl", [(0, 10, 1), (1, 10, 12)])
+    with pytest.raises(FormatError, match=r"line 2: 12 hash_ids for a prompt of 10 tokens \(1 "):
+        load_requests(over)
+    several = log(tmp_path / "p.jsonl", [(0, 600, 1), (1, 700, 1)])  # 700 or more, of any size
+    with pytest.raises(FormatError, match="fit blocks of 700 to 1048576 tokens, so nothing says"):
+        load_requests(several)
+
+
+def test_time_units(tmp_path: Path) -> None:
+    """Fractions are not Mooncake's whole ms, and nothing says what they are."""
+    path = log(tmp_path / "g.jsonl", [(0.0, 12, 1), (0.3, 21, 2), (0.6, 16, 1)])
+    with pytest.raises(FormatError, match=r"line 2: timestamp 0\.3 is no whole number") as error:
+        load_requests(path)
+    assert "--time-unit" in error.value.remedy
+    found = load_requests(path, time_unit="s")
+    assert found.arrival_s.tolist() == [0.0, 0.3, 0.6]
+    assert found.block_tokens == 16  # 12 <= b, 11 <= b <= 20, 16 <= b: 16 to 20
+    assert load_requests(path, time_unit="ms").span_s == pytest.approx(0.6e-3)
+    with pytest.raises(UnknownNameError, match="unknown time unit 'hours'"):
+        load_requests(path, time_unit="hours")
+    azure = written(tmp_path / "a.csv", AZURE)
+    with pytest.raises(InputError, match="its times are dates"):
+        load_requests(azure, time_unit="s")
+    with pytest.raises(InputError, match="a CSV has no blocks"):
+        load_requests(azure, block_tokens=16)
+
+
+def test_absurd_rates_are_named(tmp_path: Path) -> None:
+    """5 requests 1 ms apart: 4 / 0.004 s = 1,000/s is not above the limit, 4 / 0.002 s is. One
+    request in 100 s is less than one a minute."""
+    fast = [(i / 2, 4, 0) for i in range(5)]
+    notices = load_requests(log(tmp_path / "f.jsonl", fast), time_unit="ms").notices
+    assert any("2,000 requests/s" in n and "read as ms" in n for n in notices)
+    usual = load_requests(log(tmp_path / "u.jsonl", [(i, 4, 0) for i in range(5)])).notices
+    assert not any("is that their unit" in n for n in usual)
+    slow = load_requests(log(tmp_path / "s.jsonl", [(i * 1e5, 4, 0) for i in range(5)])).notices
+    assert any("0.01 requests/s" in n for n in slow)
+
+
+def test_ids_beyond_64_bits_and_numbers_of_other_scripts(tmp_path: Path) -> None:
+    ids = [1 << 63, (1 << 64) - 1]
+    lines = [entry(0, 600, 6, *ids), entry(40, 600, 3, ids[0], 1 << 70)]
+    found = load_requests(written(tmp_path / "u.jsonl", "\n".join(lines)))
+    assert found.block_ids.tolist() == [0, 1, 0, 2]
+    for cell in ("1_0", "\u0663", "0x10"):
+        path = written(tmp_path / "a.csv", AZURE + f"2023-11-16 18:16:00,{cell},5\n")
+        with pytest.raises(FormatError, match="line 5: .* is no number"):
+            load_requests(path)
