@@ -42,6 +42,14 @@ def import_trace(
     phase: Annotated[
         str, typer.Option(help="Phase of tokens whose source does not say: prefill or decode.")
     ] = "prefill",
+    short_records: Annotated[
+        str,
+        typer.Option(help="Rows of records with too few: the request's first ones, or last."),
+    ] = "first",
+    zero_experts: Annotated[
+        int,
+        typer.Option(min=0, help="Experts without computation, numbered after the routed ones."),
+    ] = 0,
     domain: Annotated[str, typer.Option(help="Name of the domain of all tokens.")] = "",
     license_text: Annotated[str, typer.Option("--license", help="Licence to note down.")] = "",
     max_tokens: Annotated[
@@ -76,6 +84,8 @@ def import_trace(
         raise InputError("--out is missing", "name what to write: --out t.npz")
     if phase not in ("prefill", "decode"):
         raise InputError(f"--phase {phase!r:.40}", "choose prefill or decode")
+    if short_records not in ("first", "last"):
+        raise InputError(f"--short-records {short_records!r:.40}", "choose first or last")
     options = _options(
         model,
         num_experts,
@@ -84,6 +94,8 @@ def import_trace(
         layer_ids,
         columns,
         phase="decode" if phase == "decode" else "prefill",
+        short_records="last" if short_records == "last" else "first",
+        zero_experts=zero_experts,
         domain=domain,
         license_text=license_text,
         max_tokens=max_tokens,
@@ -131,6 +143,8 @@ def _options(
     columns: str | None,
     *,
     phase: Literal["prefill", "decode"],
+    short_records: Literal["first", "last"],
+    zero_experts: int,
     domain: str,
     license_text: str,
     max_tokens: int | None,
@@ -154,6 +168,7 @@ def _options(
         column_map[ours.strip()] = theirs.strip()
     layers = parse_layer_ids(layer_ids) if layer_ids is not None else None
     name = ""
+    num_mtp_layers: int | None = None
     if model is not None:
         from moesim.model.names import load_model
 
@@ -163,6 +178,8 @@ def _options(
         top_k = top_k or spec.top_k
         num_hidden_layers = num_hidden_layers or spec.num_hidden_layers
         layers = layers or spec.moe_layer_ids
+        zero_experts = zero_experts or getattr(spec, "num_zero_experts", 0)
+        num_mtp_layers = getattr(spec, "mtp_moe_layers", None)
     return ImportOptions(
         model=name,
         num_experts=num_experts,
@@ -171,6 +188,9 @@ def _options(
         layer_ids=layers,
         columns=column_map,
         phase=phase,
+        short_records=short_records,
+        zero_experts=zero_experts,
+        num_mtp_layers=num_mtp_layers,
         domain=domain,
         license=license_text,
         max_tokens=max_tokens,

@@ -295,7 +295,7 @@ def test_block_sizes_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"line 2: 12 hash_ids for a prompt of 10 tokens \(1 "):
         load_requests(over)
     several = log(tmp_path / "p.jsonl", [(0, 600, 1), (1, 700, 1)])  # 700 or more, of any size
-    with pytest.raises(FormatError, match="fit blocks of 700 to 1048576 tokens, so nothing says"):
+    with pytest.raises(FormatError, match=r"fit blocks of 700 to 1048576 tokens, so nothing says"):
         load_requests(several)
 
 
@@ -337,5 +337,5 @@ def test_ids_beyond_64_bits_and_numbers_of_other_scripts(tmp_path: Path) -> None
     assert found.block_ids.tolist() == [0, 1, 0, 2]
     for cell in ("1_0", "\u0663", "0x10"):
         path = written(tmp_path / "a.csv", AZURE + f"2023-11-16 18:16:00,{cell},5\n")
-        with pytest.raises(FormatError, match="line 5: .* is no number"):
+        with pytest.raises(FormatError, match=r"line 5: .* is no number"):
             load_requests(path)

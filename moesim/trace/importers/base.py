@@ -34,6 +34,10 @@ class ImportOptions:
     columns:           for plain tables: our name -> the name in the file.
     phase:             the phase of tokens whose source does not say.
     domain:            names the domain of every token read.
+    short_records:     whether the rows of a record with too few are the request's first or last.
+    zero_experts:      experts without computation that follow the routed ones in numbering
+                       (LongCat-Flash): choices of them become no choice.
+    num_mtp_layers:    multi-token-prediction layers that follow the model's own, None if unknown.
     max_tokens:        stop after this many tokens (steps, for counts).
     notify:            called with one line for everything that was assumed or left out.
     """
@@ -45,6 +49,9 @@ class ImportOptions:
     layer_ids: tuple[int, ...] | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     phase: Literal["prefill", "decode"] = "prefill"
+    short_records: Literal["first", "last"] = "first"
+    zero_experts: int = 0
+    num_mtp_layers: int | None = None
     domain: str = ""
     license: str = ""
     max_tokens: int | None = None

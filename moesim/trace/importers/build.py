@@ -23,8 +23,14 @@ from moesim.trace.format import (
     iter_chunks,
 )
 from moesim.trace.importers.base import DAMAGED, ImportOptions, require_top_k
-
-BoolArray = npt.NDArray[np.bool_]
+from moesim.trace.importers.choices import drop_constant_slots, without_zero_experts
+from moesim.trace.importers.layers import (
+    EMPTY_RECORD,
+    BoolArray,
+    file_layers,
+    name_empty,
+    select_layers,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +70,23 @@ def integer_ids(array: Array, where: str, num_axes: int = 3) -> Array:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def assemble(segments: Sequence[Segment], options: ImportOptions, source: dict[str, Any]) -> Trace:
-    """One trace from `segments`, in their order.
+def assemble(
+    segments: Sequence[Segment],
+    options: ImportOptions,
+    source: dict[str, Any],
+    *,
+    moe_only: bool = False,
+) -> Trace:
+    """One trace from `segments`, in their order; `moe_only` as for `select_layers`.
 
-    Drops dense layers and tokens that no layer routed, with a notice. Raises FormatError (names
+    Drops dense layers, slots of fused shared experts and tokens that no layer routed, with a
+    notice. Raises FormatError (names
     the record) for ids out of range, an expert chosen twice, or records of different shapes, and
     MismatchError when layers or experts per token do not fit the model that was named.
     """
     nothing = FormatError(
         f"{', '.join(map(str, source.get('files', ['the files'])))}: no routed tokens",
-        "record some traffic and try again",
+        EMPTY_RECORD,
     )
     segments = _limited([s for s in segments if len(s.expert_ids)], options)
     if not segments:
@@ -86,15 +99,20 @@ def assemble(segments: Sequence[Segment], options: ImportOptions, source: dict[s
                 f" {segments[0].where} for {_shape_text(shape)}",
                 "import runs of different models apart",
             )
+    segments = drop_constant_slots(segments, options)
+    shape = segments[0].expert_ids.shape[1:]
     if options.top_k not in (None, shape[1]):
         raise MismatchError(
             f"{segments[0].where}: records {shape[1]} experts per token, but the model has"
             f" {options.top_k}",
             "name the model that was recorded",
         )
-    dense = _dense_layers([s.expert_ids for s in segments])
-    layer_idx, layer_ids = select_layers(shape[0], dense, options, segments[0].where)
-    kept = [_routed(part, layer_idx) for part in segments]
+    empty = _empty_layers([s.expert_ids for s in segments])
+    layer_idx, layer_ids = select_layers(
+        shape[0], empty, options, segments[0].where, moe_only=moe_only
+    )
+    segments = without_zero_experts(segments, options)
+    kept = [_routed(part, layer_idx, empty[layer_idx]) for part in segments]
     dropped = sum(len(s.expert_ids) for s in segments) - sum(int(keep.sum()) for keep, _ in kept)
     if dropped:
         options.notify(f"dropped {dropped} tokens that no layer routed (all ids zero or -1)")
@@ -148,8 +166,9 @@ def assemble_load(
     where: str,
     layer_ids: tuple[int, ...] | None = None,
     top_k: int | None = None,
+    moe_only: bool = False,
 ) -> LoadTrace:
-    """A load trace from counts [S, L, E].
+    """A load trace from counts [S, L, E]; `moe_only` as for `select_layers`.
 
     Drops steps without load and, unless `layer_ids` says which layers these are, dense layers
     (no load in any step). Raises FormatError for negative counts or no load at all.
@@ -165,16 +184,21 @@ def assemble_load(
         )
     busy = load.any(axis=(1, 2))
     if not busy.any():
-        raise FormatError(f"{where}: no step has any load", "record some traffic and try again")
+        raise FormatError(f"{where}: no step has any load", EMPTY_RECORD)
     if not busy.all():
         options.notify(f"dropped {int((~busy).sum())} steps without any load")
     load = load[busy]
     if options.max_tokens is not None:
         load = load[: options.max_tokens]
+    empty = np.asarray(~load.any(axis=(0, 2)))
     if layer_ids is None:
-        dense = np.asarray(~load.any(axis=(0, 2)))
-        layer_idx, layer_ids = select_layers(load.shape[1], dense, options, where)
+        layer_idx, layer_ids = select_layers(
+            load.shape[1], empty, options, where, moe_only=moe_only
+        )
         load = load[:, layer_idx]
+    else:
+        file_layers(layer_ids, options, where)
+        name_empty([layer_ids[i] for i in np.flatnonzero(empty)], options)
     num_experts = load.shape[2]
     if options.num_experts is not None and options.num_experts != num_experts:
         raise MismatchError(
@@ -227,37 +251,6 @@ def check_map(physical_to_logical: npt.NDArray[np.int64], where: str) -> None:
         )
 
 
-def select_layers(
-    num_rows: int, dense: BoolArray, options: ImportOptions, where: str
-) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
-    """Which of `num_rows` recorded layers are MoE layers, and their absolute numbers.
-
-    `dense` [num_rows] marks layers that hold nothing but padding.
-    """
-    known, total = options.layer_ids, options.num_hidden_layers
-    if known is not None:
-        if num_rows == len(known):
-            return np.arange(num_rows), known
-        if num_rows == total or (total is None and num_rows > max(known)):
-            return np.array(known, np.int64), known
-        raise MismatchError(
-            f"{where}: records {num_rows} layers, but the model has {len(known)} MoE layers"
-            + (f" of {total}" if total is not None else ""),
-            "name the model that was recorded with --model, or its MoE layers with --layer-ids",
-        )
-    layer_idx = np.flatnonzero(~dense)
-    if len(layer_idx) == 0:
-        raise FormatError(f"{where}: no layer routes to any expert", "record some traffic")
-    if len(layer_idx) < num_rows:
-        options.notify(
-            f"left out {num_rows - len(layer_idx)} of {num_rows} layers that hold only padding"
-            " (dense layers)"
-        )
-    elif total is None or total != num_rows:
-        options.notify(f"layers are numbered 0..{num_rows - 1}; --model gives their real numbers")
-    return layer_idx, tuple(int(x) for x in layer_idx)
-
-
 def _limited(segments: list[Segment], options: ImportOptions) -> list[Segment]:
     if options.max_tokens is None:
         return segments
@@ -280,23 +273,29 @@ def _head(part: Segment, count: int) -> Segment:
     return replace(part, **cut)
 
 
-def _dense_layers(arrays: list[Array]) -> BoolArray:
+def _empty_layers(arrays: list[Array]) -> BoolArray:
     """[L]: layers whose ids are all zero, or all -1, for every token.
 
-    With one expert a token, a layer that always chose expert 0 looks the same as a dense one.
+    With one expert a token, a layer that always chose expert 0 looks the same as an empty one.
     """
     zero = np.logical_and.reduce([(a == 0).all(axis=(0, 2)) for a in arrays])
     minus = np.logical_and.reduce([(a == -1).all(axis=(0, 2)) for a in arrays])
     return zero | minus
 
 
-def _routed(part: Segment, layer_idx: npt.NDArray[np.int64]) -> tuple[BoolArray, Array]:
-    """(which tokens were routed at all [n], their ids [kept, L, K])."""
+def _routed(
+    part: Segment, layer_idx: npt.NDArray[np.int64], empty_layers: BoolArray
+) -> tuple[BoolArray, Array]:
+    """(which tokens were routed at all [n], their ids [kept, L, K], -1 in empty layers)."""
     ids = part.expert_ids[:, layer_idx]
     empty = (ids == -1).all(axis=(1, 2))
     if ids.shape[1] * ids.shape[2] > 2:
         empty |= (ids == 0).all(axis=(1, 2))
-    return ~empty, ids[~empty]
+    kept = ids[~empty]
+    if empty_layers.any():
+        kept = kept.astype(np.int32)
+        kept[:, empty_layers] = -1
+    return ~empty, kept
 
 
 def _num_experts(segments: list[Segment], kept: list[Array], options: ImportOptions) -> int:
@@ -333,7 +332,8 @@ def _check(
             raise FormatError(
                 f"{where}: token {token_idx[part.start + t]}, layer {layer_ids[layer]}: expert id"
                 f" {int(block[t, layer, k])} is outside 0..{num_experts - 1}",
-                "check --num-experts or --model; fused shared experts must not be recorded",
+                "check --num-experts or --model; ids from the number of experts on are fused"
+                " shared experts, or experts without computation (--zero-experts N)",
             )
         ordered = np.sort(block, axis=2)
         same = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] != -1)

@@ -73,18 +73,8 @@ def read(paths: Sequence[Path], options: ImportOptions) -> LoadTrace:
         options.notify(f"passed over records of other types: {listing}")
     if not steps:
         raise FormatError(f"{paths[0]}: has no eplb_load_stats record", DAMAGED)
-    layer_ids = options.layer_ids
-    if layer_ids is not None and len(layer_ids) != len(steps[0]):
-        raise FormatError(
-            f"{first}: expert_load has {len(steps[0])} layers, but the model {len(layer_ids)} MoE"
-            " layers",
-            "name the model that was recorded",
-        )
-    if layer_ids is None:
-        layer_ids = tuple(range(len(steps[0])))
-        options.notify("layers are numbered from 0; --model gives their real numbers")
     source = {"format": NAME, "files": [p.name for p in paths]}
-    return assemble_load(np.stack(steps), options, source, first, layer_ids=layer_ids)
+    return assemble_load(np.stack(steps), options, source, first, moe_only=True)
 
 
 def _counts(record: dict[str, Any], where: str) -> npt.NDArray[np.int64]:

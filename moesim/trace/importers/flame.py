@@ -27,6 +27,7 @@ from moesim.errors import FormatError, InputError
 from moesim.trace.format import PREFILL, Array, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions
 from moesim.trace.importers.build import Segment, assemble
+from moesim.trace.importers.layers import file_layers
 
 NAME = "flame-moe"
 TITLE = "FLAME-MoE traces: a folder iter_N with layer_*.parquet"
@@ -63,6 +64,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace:
         if left is not None:
             left = max(0, left - sum(len(s.expert_ids) for s in found))
     absolute = tuple(layer - 1 for layer in layers)
+    file_layers(absolute, options, str(paths[0]))
     source: dict[str, Any] = {"format": NAME, "files": [f"{p.parent.name}/{p.name}" for p in paths]}
     return assemble(segments, replace(options, layer_ids=absolute), source)
 

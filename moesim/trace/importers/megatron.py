@@ -26,6 +26,7 @@ from moesim.errors import FormatError, InputError
 from moesim.trace.format import Array, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field, unknown_phases
 from moesim.trace.importers.build import Segment, assemble, integer_ids
+from moesim.trace.importers.layers import file_layers
 from moesim.trace.importers.records import count_of, first_record, iter_records, nested_ids
 from moesim.trace.importers.torch_file import load_pt
 
@@ -65,9 +66,9 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace:
         return _read_traces(paths, options, source)
     segments: list[Segment] = []
     for path in paths:
-        for where, ids in _micro_batches(load_pt(path), str(path)):
+        for where, ids in _micro_batches(load_pt(path), str(path), options):
             segments.append(_segment(ids, where, len(segments), len(segments), None, options))
-    return assemble(segments, options, source)
+    return assemble(segments, options, source, moe_only=True)
 
 
 def _segment(
@@ -85,7 +86,21 @@ def _segment(
     )
 
 
-def _micro_batches(content: Any, where: str) -> list[tuple[str, Array]]:
+def _without_unrun(content: list[Any], where: str, options: ImportOptions) -> list[Any]:
+    """`content` without trailing None: MTP layers register last and do not run in inference."""
+    used = len(content)
+    while used and content[used - 1] is None:
+        used -= 1
+    if 0 < used < len(content) and isinstance(content[0], np.ndarray):
+        options.notify(
+            f"{where}: the last {len(content) - used} of {len(content)} layers recorded nothing:"
+            " multi-token-prediction (MTP) layers that did not run"
+        )
+        return content[:used]
+    return content
+
+
+def _micro_batches(content: Any, where: str, options: ImportOptions) -> list[tuple[str, Array]]:
     """(where, ids [tokens, layers, K]) of each micro-batch in a `.pt` file."""
     if isinstance(content, np.ndarray):
         return [(where, integer_ids(content, where))]
@@ -93,6 +108,7 @@ def _micro_batches(content: Any, where: str) -> list[tuple[str, Array]]:
         raise FormatError(
             f"{where}: holds {type(content).__name__}, wanted a list of tensors", DAMAGED
         )
+    content = _without_unrun(content, where, options)
     if all(isinstance(item, np.ndarray) and item.ndim == 2 for item in content):
         shapes = {item.shape for item in content}
         if len(shapes) > 1:
@@ -109,7 +125,7 @@ def _micro_batches(content: Any, where: str) -> list[tuple[str, Array]]:
             )
         if not isinstance(item, list | np.ndarray):
             raise FormatError(f"{here}: holds {type(item).__name__}, wanted tensors", DAMAGED)
-        out += _micro_batches(item, here)
+        out += _micro_batches(item, here, options)
     return out
 
 
@@ -156,6 +172,7 @@ def _read_traces(paths: Sequence[Path], options: ImportOptions, source: dict[str
             )
         ids = np.stack([found[layer][1] for layer in layers], axis=1)
         segments.append(_segment(ids, where, len(segments), step, rank, options))
+    file_layers(layers, options, str(paths[0]))
     return assemble(segments, replace(options, layer_ids=layers or None), source)
 
 

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError, InputError
-from moesim.trace.format import DECODE, PREFILL, Array, Trace
-from moesim.trace.importers.base import DAMAGED, ImportOptions, require_top_k, unknown_phases
+from moesim.trace.format import Array, Trace
+from moesim.trace.importers.base import DAMAGED, ImportOptions, require_top_k
 from moesim.trace.importers.build import Segment, assemble
+from moesim.trace.importers.choices import constant_slots
 from moesim.trace.importers.records import (
     JSON_SUFFIXES,
     count_of,
@@ -30,9 +31,13 @@ from moesim.trace.importers.records import (
     first_record,
     iter_records,
 )
+from moesim.trace.importers.rows import RowReader
 from moesim.trace.importers.vllm import NPY_BASE64
 
 NAME = "sglang"
+START = "routed_experts_start_len"
+MAX_EXTRA = 8
+Counts = tuple[int | None, int | None, int | None]
 TITLE = "SGLang return_routed_experts: responses (.json, .jsonl), raw int32 (.bin)"
 
 
@@ -50,33 +55,24 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace:
     """All answers in all files, one request each, in order."""
     top_k = require_top_k(options, "SGLang returns ids without their shape")
     segments: list[Segment] = []
-    undated = 0
+    reader = RowReader(options)
     for path in paths:
-        for where, data, counts in _values(path, options):
+        for where, data, counts in _values(path, reader):
             if len(data) % 4:
                 raise FormatError(
                     f"{where}: {len(data)} bytes are no whole number of int32 values", DAMAGED
                 )
             flat = np.frombuffer(data, "<i4")
-            num_prompt, num_output = counts
-            segments.append(
-                _segment(flat, top_k, num_prompt, num_output, where, len(segments), options)
-            )
-            undated += num_prompt is None
-    if undated:
-        options.notify(
-            f"{undated} requests do not say how long their prompt was: all their tokens count as"
-            f" {options.phase} (--phase changes that)"
-        )
+            segments.append(_segment(flat, top_k, counts, where, len(segments), reader))
+    reader.report()
     return assemble(segments, options, {"format": NAME, "files": [p.name for p in paths]})
 
 
-def _values(
-    path: Path, options: ImportOptions
-) -> Iterator[tuple[str, bytes, tuple[int | None, int | None]]]:
+def _values(path: Path, reader: RowReader) -> Iterator[tuple[str, bytes, Counts]]:
+    """(where, bytes, (prompt tokens, output tokens, first position))."""
     if path.suffix not in JSON_SUFFIXES:
         try:
-            yield str(path), path.read_bytes(), (None, None)
+            yield str(path), path.read_bytes(), (None, None, None)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from None
         return
@@ -91,7 +87,9 @@ def _values(
             counts = (
                 count_of(facts, "prompt_tokens", name),
                 count_of(facts, "completion_tokens", name),
+                count_of(facts, START, name),
             )
+            reader.several += bool(facts.get("several"))
             yield name, decode_base64(value, name), counts
     if not found:
         raise FormatError(
@@ -100,7 +98,7 @@ def _values(
             " in the request",
         )
     if without:
-        options.notify(f"{path}: passed over {without} answers without routed_experts")
+        reader.options.notify(f"{path}: passed over {without} answers without routed_experts")
 
 
 def _answers(record: Any, where: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -121,23 +119,34 @@ def _answers(record: Any, where: str) -> Iterator[tuple[str, Any, dict[str, Any]
     owners = [("", record)]
     if isinstance(choices, list):
         owners += [(f"choices[{i}].", c) for i, c in enumerate(choices)]
+        if len(choices) > 1:
+            usage = _usage_of_one(usage, record, choices)
     for name, owner in owners:
         extra = owner.get("sglext") if isinstance(owner, dict) else None
         if isinstance(extra, dict) and extra.get("routed_experts") is not None:
             yield f"{where}{name}sglext.routed_experts", extra["routed_experts"], usage
+            usage = {**usage, "several": False}
+
+
+def _usage_of_one(
+    usage: dict[str, Any], record: dict[str, Any], choices: list[Any]
+) -> dict[str, Any]:
+    """What the usage of several choices says of one: nothing of its output, which is the sum over
+    all, and of its prompt only where that was one (a chat's)."""
+    texts = record.get("object") == "text_completion" or any(
+        isinstance(choice, dict) and "text" in choice for choice in choices
+    )
+    known = {} if texts else {"prompt_tokens": usage.get("prompt_tokens")}
+    return {**known, "several": True}
 
 
 def _segment(
-    flat: Array,
-    top_k: int,
-    num_prompt: int | None,
-    num_output: int | None,
-    where: str,
-    request: int,
-    options: ImportOptions,
+    flat: Array, top_k: int, counts: Counts, where: str, request: int, reader: RowReader
 ) -> Segment:
+    num_prompt, num_output, start = counts
     total = None if num_prompt is None or num_output is None else num_prompt + num_output
-    num_layers = _num_layers(len(flat), top_k, total, where, options)
+    num_layers = _num_layers(len(flat), top_k, total, where, reader.options)
+    top_k = _with_extra(flat, num_layers, top_k, total, reader.options.num_experts)
     rows = len(flat) // (num_layers * top_k)
     if rows * num_layers * top_k != len(flat):
         raise FormatError(
@@ -145,18 +154,23 @@ def _segment(
             f" {top_k} experts",
             "name the model that was served with --model",
         )
-    if total is not None and rows > total:
-        raise FormatError(
-            f"{where}: {rows} tokens are recorded, but the request has {total}", DAMAGED
-        )
-    start = 0 if total is None else max(0, total - 1 - rows)
-    positions = np.arange(start, start + rows)
-    if num_prompt is None:
-        phases = unknown_phases(rows, options)
-    else:
-        phases = np.where(positions < num_prompt, PREFILL, DECODE)
+    positions, phases = reader.place(rows, num_prompt, num_output, where, start)
     ids = flat.reshape(rows, num_layers, top_k)
     return Segment(ids, where, request, positions, phases)
+
+
+def _with_extra(
+    flat: Array, num_layers: int, top_k: int, total: int | None, num_experts: int | None
+) -> int:
+    """Ids per token and layer: `top_k`, or up to MAX_EXTRA more where only that fits the request:
+    slots of fused shared experts, which `assemble` takes away (sgl-project/sglang issue 9499)."""
+    if total is None or total < 2:
+        return top_k
+    each, rest = divmod(len(flat), (total - 1) * num_layers)
+    if rest or not top_k < each <= top_k + MAX_EXTRA:
+        return top_k
+    constant = constant_slots([flat.reshape(total - 1, num_layers, each)], num_experts)
+    return each if len(constant) == each - top_k else top_k
 
 
 def _num_layers(

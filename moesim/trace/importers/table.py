@@ -25,6 +25,7 @@ from moesim.errors import FormatError, InputError
 from moesim.trace.format import DECODE, MAX_EXPERTS, PREFILL, Array, LoadTrace, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, unknown_phases
 from moesim.trace.importers.build import Segment, assemble, assemble_load
+from moesim.trace.importers.layers import file_layers
 from moesim.trace.importers.records import first_record, iter_records, nested_ids
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ COLUMNS = (
     "domain", "step", "rank", "count",
 )  # fmt: skip
 _PHASES = {"prefill": PREFILL, "decode": DECODE, "0": PREFILL, "1": DECODE}
-_NUMBER = re.compile(r"-?\d+")
-_FLOAT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf")
+_NUMBER = re.compile(r"-?\d+", re.ASCII)
+_FLOAT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf", re.ASCII)
 
 
 def detect(path: Path) -> bool:
@@ -89,6 +90,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace | LoadTrace:
     if loads:
         return _load(loads, options, source, str(paths[0]))
     if layers is not None:
+        file_layers(layers, options, str(paths[0]))
         options = replace(options, layer_ids=layers)
     return assemble(segments, options, source)
 

@@ -28,6 +28,7 @@ from moesim.safetensors_file import SafetensorsFile, open_safetensors
 from moesim.trace.format import MAX_EXPERTS, LoadTrace, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field, unknown_phases
 from moesim.trace.importers.build import Segment, assemble, assemble_load
+from moesim.trace.importers.layers import file_layers
 from moesim.trace.importers.records import parse_json
 
 NAME = "tensorrt-llm"
@@ -71,6 +72,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace | LoadTrace:
         for path, files in zip(paths, raw, strict=True):
             segments += _tokens(path, files, top_k, len(segments), options)
         layers = _layers(paths[0], raw[0][0][1])
+        file_layers(layers, options, str(paths[0]))
         options.notify(
             "expert_statistic does not name requests: each iteration of a rank is one request"
         )

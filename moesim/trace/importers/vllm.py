@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError
-from moesim.trace.format import DECODE, PREFILL, Array, Trace
-from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field, unknown_phases
+from moesim.trace.format import Array, Trace
+from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field
 from moesim.trace.importers.build import Segment, assemble, integer_ids
 from moesim.trace.importers.records import (
     JSON_SUFFIXES,
@@ -36,10 +36,12 @@ from moesim.trace.importers.records import (
     npy_from_bytes,
     read_npy_file,
 )
+from moesim.trace.importers.rows import RowReader
 
 NAME = "vllm"
 TITLE = "vLLM routed_experts: responses (.json, .jsonl), base64 text, .npy"
 NPY_BASE64 = "k05VTVBZ"
+START = "routed_experts_prompt_start"
 
 
 def detect(path: Path) -> bool:
@@ -65,7 +67,7 @@ def detect(path: Path) -> bool:
 def read(paths: Sequence[Path], options: ImportOptions) -> Trace:
     """All responses in all files, one request each (one per choice), in order."""
     segments: list[Segment] = []
-    undated = 0
+    reader = RowReader(options)
     for path in paths:
         for where, value, prompt, record in _values(path, options):
             ids = _array(value, f"{where}routed_experts")
@@ -78,14 +80,8 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace:
                         DAMAGED,
                     )
                 ids = np.concatenate([head, ids.astype(head.dtype)])
-            segment, dated = _segment(ids, record, where, len(segments), options)
-            segments.append(segment)
-            undated += not dated
-    if undated:
-        options.notify(
-            f"{undated} requests do not say how long their prompt was: all their tokens count as"
-            f" {options.phase}, from position 0 (--phase changes the former)"
-        )
+            segments.append(_segment(ids, record, where, len(segments), reader))
+    reader.report()
     return assemble(segments, options, {"format": NAME, "files": [p.name for p in paths]})
 
 
@@ -128,7 +124,7 @@ def _choices(record: Any, where: str) -> Iterator[tuple[str, Any, Any, dict[str,
         return
     name = "outputs" if isinstance(record.get("outputs"), list) else "choices"
     choices = record.get(name)
-    shared = {k: record.get(k) for k in ("usage", "prompt_token_ids")}
+    shared = {k: record.get(k) for k in ("usage", "prompt_token_ids", START)}
     prompt = record.get("prompt_routed_experts")
     if not isinstance(choices, list):
         choices, name = [record], ""
@@ -136,7 +132,10 @@ def _choices(record: Any, where: str) -> Iterator[tuple[str, Any, Any, dict[str,
     for index, choice in enumerate(choices):
         if not isinstance(choice, dict) or choice.get("routed_experts") is None:
             continue
-        facts = {**shared, "token_ids": choice.get("token_ids"), "alone": len(choices) == 1}
+        facts = {**shared, "token_ids": choice.get("token_ids"), "choices": len(choices)}
+        facts["first"] = index == 0
+        # A completion of several prompts counts them together; a chat has one prompt.
+        facts["texts"] = record.get("object") == "text_completion" or "text" in choice
         facts["prompt_token_ids"] = choice.get("prompt_token_ids") or shared["prompt_token_ids"]
         yield (
             f"{where}{f'{name}[{index}].' if name else ''}",
@@ -163,10 +162,9 @@ def _array(value: Any, where: str) -> Array:
 
 
 def _segment(
-    ids: Array, record: dict[str, Any], where: str, request: int, options: ImportOptions
-) -> tuple[Segment, bool]:
-    """The rows with their positions; whether the response said where the prompt ended."""
-    rows = len(ids)
+    ids: Array, record: dict[str, Any], where: str, request: int, reader: RowReader
+) -> Segment:
+    """The rows with their positions."""
     usage = record.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     prompt_ids = id_list(record.get("prompt_token_ids"), f"{where}prompt_token_ids")
@@ -177,26 +175,14 @@ def _segment(
         num_prompt = len(prompt_ids)
     if output_ids is not None:
         num_output = len(output_ids)
-    elif not record.get("alone"):
-        num_output = None
-    start = 0
-    if num_prompt is not None and num_output is not None:
-        total = num_prompt + num_output
-        if rows > total:
-            raise FormatError(
-                f"{where}routed_experts has {rows} rows, but the request only {total} tokens",
-                DAMAGED,
-            )
-        start = max(0, total - 1 - rows)
-    positions = np.arange(start, start + rows)
-    if num_prompt is None:
-        phases = unknown_phases(rows, options)
-    else:
-        phases = np.where(positions < num_prompt, PREFILL, DECODE)
+    if record.get("choices", 1) > 1:
+        reader.several += bool(record["first"])
+        num_output = None if output_ids is None else num_output
+        num_prompt = None if prompt_ids is None and record["texts"] else num_prompt
+    start = count_of(record, START, where.rstrip(": ."))
+    where = f"{where}routed_experts"
+    positions, phases = reader.place(len(ids), num_prompt, num_output, where, start)
     tokens = None
     if prompt_ids is not None and output_ids is not None:
         tokens = np.concatenate([prompt_ids, output_ids])[positions]
-    return (
-        Segment(ids, f"{where}routed_experts", request, positions, phases, token_ids=tokens),
-        num_prompt is not None,
-    )
+    return Segment(ids, where, request, positions, phases, token_ids=tokens)

@@ -35,11 +35,61 @@ def test_experts_are_counted_from_the_ids_with_a_notice(draw, options, notes):
     assert any("largest id seen plus one" in note for note in notes)
 
 
-def test_dense_layer_that_was_named_as_moe_is_an_error(draw, options):
+def test_moe_layer_without_routing_is_kept_and_named(draw, options, notes):
+    """Hash layers are not recorded: no choice (-1) in any token, not expert 0 twice."""
     ids = draw(3)
     ids[:, 1] = 0
-    with pytest.raises(FormatError, match="here: token 0, layer 5: expert 0 is chosen twice"):
-        assemble([segment(ids)], options(num_experts=8, layer_ids=(4, 5, 6)), {})
+    trace = assemble([segment(ids)], options(num_experts=8, layer_ids=(4, 5, 6)), {})
+    assert (trace.expert_ids[:, 1] == -1).all()
+    np.testing.assert_array_equal(trace.expert_ids[:, [0, 2]], ids[:, [0, 2]])
+    assert any("layers 5 are MoE layers, but hold no choice" in note for note in notes)
+
+
+def test_rows_that_are_thrown_away_must_be_empty(draw, options, notes):
+    """3 rows for a model of 3 layers of which 1 and 2 are MoE: row 0 must hold padding."""
+    known = {"num_experts": 8, "layer_ids": (1, 2), "num_hidden_layers": 3}
+    with pytest.raises(MismatchError, match="row 0 of 3 holds routing, but layer 0"):
+        assemble([segment(draw(3))], options(**known), {})
+    ids = draw(3)
+    ids[:, 0] = 0
+    trace = assemble([segment(ids)], options(**known), {})
+    np.testing.assert_array_equal(trace.expert_ids, ids[:, 1:])
+
+
+def test_rows_beyond_the_models_layers_are_mtp_layers(draw, options, notes):
+    """MoE rows only: 3 rows for 2 MoE layers of 3 are these 2 and one MTP layer, not all hidden
+    layers. With no MTP layer in the model, 3 rows do not fit."""
+    ids = draw(3)
+    known = {"num_experts": 8, "layer_ids": (1, 2), "num_hidden_layers": 3}
+    trace = assemble([segment(ids)], options(**known), {}, moe_only=True)
+    np.testing.assert_array_equal(trace.expert_ids, ids[:, :2])
+    assert any("left out the last 1 of 3 rows" in note and "MTP" in note for note in notes)
+    with pytest.raises(MismatchError, match="records 3 layers, but the model has 2 MoE layers"):
+        assemble([segment(ids)], options(**known, num_mtp_layers=0), {}, moe_only=True)
+    hidden = np.concatenate([np.zeros((3, 1, 2), np.int32), ids], axis=1)
+    trace = assemble([segment(hidden)], options(**known), {})  # dense, two MoE, MTP
+    np.testing.assert_array_equal(trace.expert_ids, ids[:, :2])
+
+
+def test_slots_of_fused_shared_experts_are_left_out(draw, options, notes):
+    """A third id, 255 in all 12 x 3 cells, is no routed expert; one in 31 cells may be chance."""
+    ids = np.concatenate([draw(12), np.full((12, 3, 1), 255, np.int32)], axis=2)
+    trace = assemble([segment(ids)], options(num_experts=8, top_k=2), {})
+    np.testing.assert_array_equal(trace.expert_ids, ids[:, :, :2])
+    assert any("left out 1 of 3 ids per token, which are 255 throughout" in n for n in notes)
+    with pytest.raises(MismatchError, match="records 3 experts per token"):
+        assemble([segment(ids[:10])], options(num_experts=8, top_k=2), {})
+
+
+def test_zero_computation_experts_are_no_choice(options, notes):
+    """4 real experts and 2 without computation: ids 4 and 5 become -1; 6 is out of range."""
+    ids = np.array([[[0, 5]], [[4, 1]], [[2, 3]]], np.int32)
+    trace = assemble([segment(ids)], options(num_experts=4, zero_experts=2), {})
+    assert trace.expert_ids.tolist() == [[[0, -1]], [[-1, 1]], [[2, 3]]]
+    assert any("2 choices are of zero-computation experts (4..5)" in note for note in notes)
+    with pytest.raises(FormatError, match=r"expert id 5 is outside 0\.\.3") as error:
+        assemble([segment(ids)], options(num_experts=4), {})
+    assert "without computation" in error.value.remedy
 
 
 def test_token_numbers_in_errors_count_dropped_rows(draw, options):

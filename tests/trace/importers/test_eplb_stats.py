@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from moesim.errors import FormatError, InputError
+from moesim.errors import FormatError, InputError, MismatchError
 from moesim.trace.importers import eplb_stats
 
 META = {
@@ -95,5 +95,5 @@ def test_other_shapes_and_models_are_refused(tmp_path, options):
     with pytest.raises(FormatError, match=r"line 2: expert_load is for \(2, 2\) layers x experts"):
         eplb_stats.read([file], options(top_k=2))
     file = write(file, [stats(0, [[1, 2]], [[0, 1]])])
-    with pytest.raises(FormatError, match="1 layers, but the model 3 MoE layers"):
+    with pytest.raises(MismatchError, match="records 1 layers, but the model has 3 MoE layers"):
         eplb_stats.read([file], options(top_k=2, layer_ids=(0, 1, 2)))

@@ -48,7 +48,8 @@ def test_start_len_moves_positions(tmp_path, draw, options):
     """routed_experts_start_len=2 of 3+2 tokens: 4-2=2 rows from position 2."""
     file = tmp_path / "a.json"
     file.write_text(json.dumps([native(draw(2), 3, 2)]))
-    trace = sglang.read([file], options(top_k=2, num_experts=8, num_hidden_layers=3))
+    known = {"top_k": 2, "num_experts": 8, "num_hidden_layers": 3}
+    trace = sglang.read([file], options(short_records="last", **known))
     assert trace.positions.tolist() == [2, 3]
     assert trace.phases.tolist() == [0, 1]
 
@@ -88,7 +89,8 @@ def test_errors_name_record_and_field(tmp_path, draw, options):
     record = native(draw(4), 1, 1)
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps(record))
-    with pytest.raises(FormatError, match=r"line 1: meta_info\.routed_experts: 4 tokens are rec"):
+    cause = r"line 1: meta_info\.routed_experts has 4 rows, but the request only 2 tokens"
+    with pytest.raises(FormatError, match=cause):
         sglang.read([file], options(top_k=2, num_hidden_layers=3))
     record["meta_info"]["routed_experts"] = "%%"
     file.write_text(json.dumps(record))
