@@ -11,6 +11,7 @@ import numpy.typing as npt
 from moesim.trace.counts import IntArray, Progress, chunk_tokens
 from moesim.trace.format import DECODE, PREFILL, LoadTrace, Trace, drop_pages, iter_chunks
 from moesim.trace.importers.warmup import MIN_RUN, warmup_steps, warmup_tokens
+from moesim.trace.suspects import Suspect, in_every_token, one_rank, repeated_decode, suspects
 
 Severity = Literal["error", "warning"]
 Array = npt.NDArray[Any]
@@ -36,7 +37,8 @@ def check_trace(trace: Trace | LoadTrace, progress: Progress | None = None) -> l
     Errors: no tokens; a (request, position) twice; a layer in which every token chose the same
     experts; two adjacent layers alike for every token; negative gate weights. Warnings: gaps in
     positions; prefill tokens after decode tokens of a request, or not from position 0; requests
-    in several domains; warm-up rows; unused experts; tokens without experts; gate weights out of
+    in several domains; what may be warm-up rows; what `suspects.py` finds; layers without any
+    choice; unused experts; tokens without experts; gate weights out of
     order, all zero, above 1, or set where there is no expert; fewer than two requests.
 
     Memory: a chunk, and 24 bytes a token for the positions. `progress(done, total)` in tokens.
@@ -62,10 +64,11 @@ def _found(severity: Severity, code: str, count: int | np.integer, message: str)
 def _check_load(trace: LoadTrace) -> list[Finding]:
     load = trace.expert_load
     by_layer = load.sum(axis=2)
+    filled = by_layer.any(axis=0)
     idle = by_layer.sum(axis=1) == 0
     if idle.all():
         return _found("error", "empty", len(load), "all counts are zero")
-    uneven = (by_layer != by_layer[:, :1]).any(axis=1)
+    uneven = (by_layer != by_layer.max(axis=1, keepdims=True))[:, filled].any(axis=1)
     warm = warmup_steps(trace)
     return [
         *_found("warning", "idle-steps", idle.sum(), f"steps without load, first {_first(idle)}"),
@@ -80,10 +83,15 @@ def _check_load(trace: LoadTrace) -> list[Finding]:
             "warning",
             "warm-up",
             warm.sum(),
-            f"steps of constant routing, as in an engine's warm-up, first {_first(warm)}",
+            f"steps of constant routing, perhaps an engine's warm-up, first {_first(warm)}",
         ),
+        *_suspects(suspects(trace)),
         *_unused(np.asarray(load.sum(axis=0)), trace.meta.layer_ids),
     ]
+
+
+def _suspects(found: list[Suspect]) -> list[Finding]:
+    return [Finding("warning", code, text, count) for code, count, text in found]
 
 
 def _check_requests(trace: Trace) -> list[Finding]:
@@ -123,8 +131,8 @@ def _check_warmup(trace: Trace) -> list[Finding]:
         return []
     warm = warmup_tokens(trace)
     text = (
-        f"tokens in runs of {MIN_RUN} or more that are all routed alike, as in an engine's warm-up,"
-        f" first token {_first(warm)}"
+        f"tokens in runs of {MIN_RUN} or more that are all routed alike, perhaps an engine's"
+        f" warm-up, first token {_first(warm)}"
     )
     return _found("error" if warm.all() else "warning", "warm-up", warm.sum(), text)
 
@@ -186,9 +194,12 @@ class _RoutingPass:
             ]
 
     def _layer_findings(self) -> list[Finding]:
-        layer_ids = self.trace.meta.layer_ids
-        constant = [layer_ids[i] for i in np.flatnonzero(self.constant)]
+        meta, load = self.trace.meta, self.load[0]
+        layer_ids = meta.layer_ids
+        filled = load.any(axis=1)
+        constant = [layer_ids[i] for i in np.flatnonzero(self.constant & filled)]
         twins = [layer_ids[i] for i in np.flatnonzero(self.twins & ~self.constant[1:])]
+        tokens = np.full(len(load), float(self.trace.num_tokens))
         return [
             *_found(
                 "error",
@@ -205,7 +216,12 @@ class _RoutingPass:
             *_found(
                 "warning", "no-experts", self.num_without, "tokens without an expert in any layer"
             ),
-            *_unused(self.load[0], layer_ids),
+            *_suspects(
+                repeated_decode(self.trace)
+                + one_rank(load)
+                + in_every_token(load, tokens, meta.top_k, layer_ids)
+            ),
+            *_unused(load, layer_ids),
         ]
 
     def _gate_findings(self) -> list[Finding]:
@@ -238,10 +254,25 @@ class _RoutingPass:
 
 
 def _unused(load: IntArray, layer_ids: tuple[int, ...]) -> list[Finding]:
-    unused = load == 0
+    filled = load.any(axis=1)
+    empty = [layer_ids[i] for i in np.flatnonzero(~filled)]
+    unused = (load == 0) & filled[:, None]
     layers = [layer_ids[i] for i in np.flatnonzero(unused.any(axis=1))]
-    text = f"experts that no token chose, in layers {_names(layers)}"
-    return _found("warning", "unused-experts", unused.sum(), text)
+    return [
+        *_found(
+            "warning",
+            "empty-layer",
+            len(empty),
+            f"layers without any choice: {_names(empty)} (engines do not record layers that route"
+            " by token id; figures leave them out)",
+        ),
+        *_found(
+            "warning",
+            "unused-experts",
+            unused.sum(),
+            f"experts that no token chose, in layers {_names(layers)}",
+        ),
+    ]
 
 
 def _names(layers: list[int]) -> str:
