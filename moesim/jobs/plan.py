@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cost.routing import POLICY_CODES, Dedup
+from moesim.cost.routing import POLICY_CODES, Dedup, other_ranks
 from moesim.cost.scaled import faster_step
 from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
@@ -153,8 +153,7 @@ def make_plan(
     if request.check_memory and request.model is not None:
         check_memory(request.model, cluster, capacity)
     index, notice = index_requests(trace, phase)
-    if notice:
-        notices.append(notice)
+    notices += filter(None, (notice, other_ranks(trace, cluster.num_gpus)))
     tune, held_out = split_requests(index)
     dedup = step.dedup if step is not None else (request.dedup or "gpu")
     data = Data(trace, tune, held_out, phase, batch_tokens, step, dedup)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.cost.curves import weakest
+from moesim.cost.routing import other_ranks
 from moesim.errors import InputError, MismatchError
 from moesim.jobs.plan import DEFAULT_BATCH_TOKENS
 from moesim.placement import Placement, Plan, ReplicaPolicy
@@ -153,6 +154,7 @@ def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimRep
     if request.plan is not None:
         check_plan(request.plan, trace, request.cluster)
     check_model(trace, model, notices)
+    notices += filter(None, [other_ranks(trace, request.cluster.num_gpus)])
     phase, batch_tokens = _workload(request, defaults)
     models, notes = build_models(request, phase, defaults)
     placements, counts, held_out = _placements(request, phase, batch_tokens, defaults, notices)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesim.cost.routing import Dedup
+from moesim.cost.routing import Dedup, other_ranks
 from moesim.cost.step import StepModel
 from moesim.errors import InputError
 from moesim.planning.evaluate import Figure
@@ -86,7 +86,8 @@ def check_request(request: PlanRequest, data: Data, objective: str) -> Predictor
         )
     if request.home_ranks in (None, "contiguous"):
         return None
-    if data.trace.rank_ids is not None:
+    gpus = request.cluster.num_gpus
+    if data.trace.rank_ids is not None and other_ranks(data.trace, gpus) is None:
         raise InputError(
             "the trace says which rank each token was on, so that there is nothing to predict",
             "leave out --home-ranks",

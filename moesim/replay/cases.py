@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from moesim.cost.routing import other_ranks
 from moesim.errors import InputError, MismatchError
 from moesim.placement import Plan, load_plan
 from moesim.replay.routing import POLICIES, Assignment, assign_replicas, home_ranks
@@ -138,8 +139,8 @@ def build_batches(
             draw += 1
         tokens = np.concatenate(parts)
         home = home_ranks(len(tokens), num_ranks)
-        if trace.rank_ids is not None:
-            home = np.asarray(trace.rank_ids)[tokens].astype(np.int64) % num_ranks
+        if trace.rank_ids is not None and other_ranks(trace, num_ranks) is None:
+            home = np.asarray(trace.rank_ids)[tokens].astype(np.int64)
         out.append(Batch(tokens_per_rank, chosen, index, tokens, home))
     return out, notice
 

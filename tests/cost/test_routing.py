@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.cost.reference import route_reference
-from moesim.cost.routing import home_ranks, route
+from moesim.cost.routing import home_ranks, other_ranks, route
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.placement import Placement
 
@@ -139,8 +139,17 @@ def test_home_ranks(build: ModuleType) -> None:
     trace = build.make_trace(np.zeros((9, 1, 1), int), 1)
     # 6 tokens over 4 GPUs: token i to GPU i * 4 // 6; 3 tokens likewise.
     assert home_ranks(trace, build.cut(trace, 6, 3), 4).tolist() == [0, 0, 1, 2, 2, 3, 0, 1, 2]
-    ranked = build.make_trace(np.zeros((9, 1, 1), int), 1, rank_ids=[0, 5, -1, 3, 4, 4, 4, 4, 1])
-    assert home_ranks(ranked, build.cut(trace, 3, 2), 4).tolist() == [0, 1, 3, 3, 0]
+    ranked = build.make_trace(np.zeros((9, 1, 1), int), 1, rank_ids=[0, 3, 1, 2, 2, 2, 2, 0, 1])
+    assert home_ranks(ranked, build.cut(trace, 3, 2), 4).tolist() == [0, 3, 1, 2, 2]
+    assert other_ranks(ranked, 4) is None
+
+
+@pytest.mark.parametrize("ranks", [[0] * 9, [0, 1, 2] * 3, [0, 1, 2, 4] * 2 + [1], [5] * 9])
+def test_ranks_of_other_gpus_are_no_homes(build: ModuleType, ranks: list[int]) -> None:
+    """One rank's tokens, or ranks that are not 0 to 3, say nothing about four GPUs: even homes."""
+    trace = build.make_trace(np.zeros((9, 1, 1), int), 1, rank_ids=ranks)
+    assert home_ranks(trace, build.cut(trace, 6), 4).tolist() == [0, 0, 1, 2, 2, 3]
+    assert "home ranks are taken as even" in (other_ranks(trace, 4) or "")
 
 
 @given(st.integers(1, 40), st.integers(1, 16))

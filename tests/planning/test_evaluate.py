@@ -43,11 +43,17 @@ def two_layers(order: list[int]) -> Placement:
 
 def test_measured_by_hand(build: ModuleType, step: StepModel) -> None:
     """The four tokens of tests/cost/test_routing.py, dedup per GPU, as one main batch of two."""
-    trace = build.make_trace(
-        [[[1, 2]], [[3, 4]], [[4, 0]], [[0, 3]]] * 3, 6, rank_ids=[1, 1, 0, 0] * 3
-    )
+    trace = build.make_trace([[[1, 2]], [[3, 4]], [[4, 0]], [[0, 3]]] * 3, 6)
     sample = one_sample(build.cut(trace, 4, 4, 4), 1, 2)
-    got = measure(trace, sample, PLACEMENT, policy="split", dedup="gpu", step=step).values
+    got = measure(
+        trace,
+        sample,
+        PLACEMENT,
+        policy="split",
+        dedup="gpu",
+        step=step,
+        homes=lambda some: np.resize([1, 1, 0, 0], len(some.token_idx)).astype(np.int32),
+    ).values
     # Choices of the GPUs: 1 2 4 1: mean 2, max 4.
     assert got["imbalance"].tolist() == [[2.0]] * 3
     assert got["balancedness"].tolist() == [[0.5]] * 3

@@ -327,7 +327,7 @@ def test_ranks_take_equal_shares(trace: Trace) -> None:
 
 
 def test_recorded_ranks_are_not_predicted(ask: Callable[..., PlanResult], trace: Trace) -> None:
-    ranked = replace(trace, rank_ids=np.zeros(trace.num_tokens, np.int32))
+    ranked = replace(trace, rank_ids=np.arange(trace.num_tokens, dtype=np.int32) % 4)
     with pytest.raises(InputError, match="which rank each token was on"):
         ask(trace=ranked, home_ranks="predicted")
 

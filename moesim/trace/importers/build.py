@@ -31,6 +31,7 @@ from moesim.trace.importers.layers import (
     name_empty,
     select_layers,
 )
+from moesim.trace.importers.ranks import known_homes
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def assemble(
                 f" {segments[0].where} for {_shape_text(shape)}",
                 "import runs of different models apart",
             )
-    segments = drop_constant_slots(segments, options)
+    segments = drop_constant_slots(known_homes(segments, options), options)
     shape = segments[0].expert_ids.shape[1:]
     if options.top_k not in (None, shape[1]):
         raise MismatchError(

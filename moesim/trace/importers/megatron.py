@@ -27,6 +27,7 @@ from moesim.trace.format import Array, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field, unknown_phases
 from moesim.trace.importers.build import Segment, assemble, integer_ids
 from moesim.trace.importers.layers import file_layers
+from moesim.trace.importers.ranks import Copies, without_ranks
 from moesim.trace.importers.records import count_of, first_record, iter_records, nested_ids
 from moesim.trace.importers.torch_file import load_pt
 
@@ -157,6 +158,7 @@ def _read_traces(paths: Sequence[Path], options: ImportOptions, source: dict[str
         options.notify(f"left out {skipped} records of multi-token-prediction layers")
     layers = tuple(sorted({layer for found in tables.values() for layer in found}))
     segments: list[Segment] = []
+    copies = Copies()
     for (step, rank), found in sorted(tables.items()):
         where = found[min(found)][0]
         missing = [layer for layer in layers if layer not in found]
@@ -171,7 +173,10 @@ def _read_traces(paths: Sequence[Path], options: ImportOptions, source: dict[str
                 "ranks of different pipeline stages cannot be merged",
             )
         ids = np.stack([found[layer][1] for layer in layers], axis=1)
-        segments.append(_segment(ids, where, len(segments), step, rank, options))
+        if not copies.is_copy(step, rank, ids):
+            segments.append(_segment(ids, where, len(segments), step, rank, options))
+    copies.report(options)
+    segments = without_ranks(segments) if copies.count else segments
     file_layers(layers, options, str(paths[0]))
     return assemble(segments, replace(options, layer_ids=layers or None), source)
 

@@ -13,7 +13,8 @@ meanwhile, earlier passes are mapped wrongly, and nothing in the file tells.
 Records do not name requests. They are put together from positions: a prefill sequence that starts
 at 0 opens a request; one that starts later, and every decoded token at position p, continues the
 oldest open request of that rank whose last position is p - 1 (in order of ties, so two requests of
-equal length may swap their tails).
+equal length may swap their tails). Records of one pass with the same tokens on several ranks are of
+tensor-parallel ranks: one of them is kept.
 
 Source: sglang 0.5.23 (python/sglang/srt/eplb/expert_distribution.py, eplb_simulator/reader.py,
 srt/model_executor/forward_batch_info.py for `forward_mode`). Ignored: `misc_objects`,
@@ -35,6 +36,7 @@ from moesim.errors import FormatError, InputError
 from moesim.trace.format import DECODE, PREFILL, LoadTrace, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field
 from moesim.trace.importers.build import Segment, assemble, assemble_load, check_map, to_logical
+from moesim.trace.importers.ranks import Copies, without_ranks
 from moesim.trace.importers.torch_file import load_pt
 
 NAME = "sglang-recorder"
@@ -107,6 +109,11 @@ def _stat(packs: list[tuple[str, dict[str, Any]]], options: ImportOptions) -> np
                 f"{where}: logical_count has shape {part.shape}, the first file {parts[0].shape}",
                 "import runs of different models apart",
             )
+        if any(other is not part and np.array_equal(other, part) for other in parts):
+            raise FormatError(
+                f"{where}: holds the same counts as another of the files",
+                "logical_count is summed over ranks already: give one rank's file",
+            )
         if len(part) > 1 and part[-1].any():
             options.notify(
                 f"{where}: all {len(part)} steps of the buffer are in use, so it may have gone"
@@ -122,6 +129,8 @@ def _per_pass(
     """[passes, L, E]: summed over ranks, ordered by forward_pass_id."""
     seen: set[tuple[int, int]] = set()
     passes: dict[int, npt.NDArray[np.int64]] = {}
+    first: dict[int, npt.NDArray[np.int64]] = {}
+    differ = False
     for where, pack in packs:
         mapping = _map(pack, where)
         for index, record in enumerate(pack["records"]):
@@ -137,8 +146,15 @@ def _per_pass(
             before = passes.get(pass_id)
             if before is not None and before.shape != count.shape:
                 raise FormatError(f"{here}: counts {count.shape}, others {before.shape}", DAMAGED)
+            differ = differ or (before is not None and not np.array_equal(first[pass_id], count))
+            first.setdefault(pass_id, count)
             passes[pass_id] = count if before is None else before + count
     ranks = {rank for _, rank in seen}
+    if len(ranks) > 1 and not differ:
+        options.notify(
+            f"all {len(ranks)} ranks counted the same in every pass, as tensor-parallel ranks that"
+            f" run the same tokens do: counts are up to {len(ranks)} times the tokens"
+        )
     partial = len(passes) - sum(all((p, r) in seen for r in ranks) for p in passes)
     if partial:
         options.notify(
@@ -161,14 +177,26 @@ def _per_token(
             pass_id, rank = _number(record, "forward_pass_id", here), _number(record, "rank", here)
             records.append((pass_id, rank, here, record, mapping))
     records.sort(key=lambda item: item[:2])
+    copies = Copies()
+    records = [item for item in records if not _is_copy(item, copies)]
+    copies.report(options)
     requests = _Requests()
     segments = [_segment(*item, requests) for item in records]
     options.notify(
         f"recorder files do not name requests: put {requests.count} together from positions"
     )
     kept = _trim_padding([s for s in segments if s is not None], options.top_k or 1)
+    kept = without_ranks(kept) if copies.count else kept
     trace = assemble(kept, options, source)
     return trace.take(np.argsort(trace.request_ids, kind="stable"))
+
+
+def _is_copy(record: tuple[int, int, str, dict[str, Any], Map], copies: Copies) -> bool:
+    pass_id, rank, here, fields, _ = record
+    positions = _int_list(fields, "positions", here)
+    tokens = _int_list(fields, "input_ids", here)
+    idle = _number(fields, "forward_mode", here) == IDLE
+    return bool(positions) and not idle and copies.is_copy(pass_id, rank, positions, tokens)
 
 
 def _segment(

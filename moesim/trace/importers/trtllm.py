@@ -29,6 +29,7 @@ from moesim.trace.format import MAX_EXPERTS, LoadTrace, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field, unknown_phases
 from moesim.trace.importers.build import Segment, assemble, assemble_load
 from moesim.trace.importers.layers import file_layers
+from moesim.trace.importers.ranks import Copies, without_ranks
 from moesim.trace.importers.records import parse_json
 
 NAME = "tensorrt-llm"
@@ -202,6 +203,7 @@ def _tokens(
 ) -> list[Segment]:
     layers = _layers(path, files[0][1])
     segments: list[Segment] = []
+    copies = Copies()
     for rank, file in files:
         by_iteration: dict[int, dict[int, npt.NDArray[np.int64]]] = {}
         for iteration, layer, name in _keys(file):
@@ -220,6 +222,8 @@ def _tokens(
                 )
             ids = np.stack([tables[layer] for layer in layers], axis=1)
             count = len(ids)
+            if count and copies.is_copy(iteration, rank, ids):
+                continue
             segments.append(
                 Segment(
                     ids,
@@ -231,7 +235,8 @@ def _tokens(
                     rank_ids=np.full(count, rank),
                 )
             )
-    return segments
+    copies.report(options)
+    return without_ranks(segments) if copies.count else segments
 
 
 def _with_layers(
