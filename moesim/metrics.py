@@ -12,7 +12,7 @@ def imbalance(load: npt.NDArray[np.number], speed: FloatArray | None = None) -> 
     """Max over mean load of the GPUs; 1 is perfect.
 
     load: [..., G] tokens or seconds. speed: [G] relative GPU speeds; load is then compared with
-    each GPU's share of the total speed. Where a batch has no load at all, 1 is returned.
+    each GPU's share of the total speed. Where a batch has no load at all there is no ratio: NaN.
     """
     values = np.asarray(load, np.float64)
     if speed is not None:
@@ -20,7 +20,7 @@ def imbalance(load: npt.NDArray[np.number], speed: FloatArray | None = None) -> 
         mean = np.asarray(load, np.float64).mean(axis=-1)
     else:
         mean = values.mean(axis=-1)
-    out = np.ones_like(mean)
+    out = np.full_like(mean, np.nan)
     np.divide(values.max(axis=-1), mean, out=out, where=mean > 0)
     return out
 

@@ -1,6 +1,6 @@
 """What a placement costs on the tuning data, layer by layer: the figure that solvers minimise.
 
-balance: mean over tuning batches of the largest GPU load over the mean load. time: mean over
+balance: mean over tuning batches with load of the largest GPU load over the mean load. time: mean over
 tuning batches of the slowest GPU's expert time, plus mean over the sampled batches of messages of
 dispatch and combine time, in microseconds a layer. traffic: mean over those batches of the link
 time of all messages, in microseconds, plus a penalty where the mean load ratio is above that of
@@ -57,6 +57,15 @@ class PlacementCost:
         self._tokens: dict[int, Any] = {}
 
     def layer_counts(self, layer: int) -> npt.NDArray[np.float32]:
+        """[E, B]: as `batch_counts`; for objective balance without the batches that have no load in
+        this layer, whose ratio of largest to mean load has no value."""
+        counts = self.batch_counts(layer)
+        if self.problem.objective != "balance":
+            return counts
+        busy = counts.any(axis=0)
+        return counts if busy.all() or not busy.any() else np.ascontiguousarray(counts[:, busy])
+
+    def batch_counts(self, layer: int) -> npt.NDArray[np.float32]:
         """[E, B]: tokens, or for load objectives tokens over the batch's mean a GPU."""
         counts = self.problem.counts[:, layer]
         if not self.by_time:

@@ -49,8 +49,10 @@ def info(
     Example: moesim trace info sample:debian-moe --plot load.png
     """
     from moesim.backend import open_backend
+    from moesim.cli.notes import note
     from moesim.cli.progress import progress_bar
     from moesim.errors import InputError
+    from moesim.trace.empty import layers_text, loaded_layers, only_layers
     from moesim.trace.format import LoadTrace, load_trace, require_tokens
     from moesim.trace.parallel import trace_stats_on
     from moesim.trace.stats import load_stats
@@ -60,6 +62,11 @@ def info(
     loaded = load_trace(trace)
     if offload:
         require_tokens(loaded, "moesim trace info --offload")
+    keep = loaded_layers(loaded)
+    if keep.any() and not keep.all():
+        without = layers_text(loaded.meta.layer_ids, keep)
+        note(f"layers {without} have no load ({int((~keep).sum())} of {len(keep)}): left out")
+        loaded = only_layers(loaded, keep)
     if isinstance(loaded, LoadTrace):
         counts = load_stats(loaded)
         report = counts.to_dict()

@@ -19,6 +19,7 @@ from moesim.cost.scaled import faster_step
 from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
 from moesim.placement import Plan, ReplicaPolicy
+from moesim.planning.empty_layers import plan_of_layers, whole_plan
 from moesim.planning.evaluate import (
     Figure,
     Measured,
@@ -46,6 +47,7 @@ from moesim.solvers.bounds.load import LP_LAYERS, Bound, lower_bound
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import get_solver
 from moesim.trace.batches import Phase, index_requests, split_requests
+from moesim.trace.empty import loaded_layers, only_layers, require_load
 from moesim.trace.format import DECODE, PREFILL, LoadTrace, Trace, TraceMeta, require_tokens
 
 if TYPE_CHECKING:
@@ -144,6 +146,17 @@ def make_plan(
     """
     check_options(request)
     trace, cluster = require_tokens(request.trace, "moesim plan"), request.cluster
+    keep = require_load(loaded_layers(trace))
+    if not keep.all():
+        old = request.old_plan
+        part = replace(
+            request,
+            trace=only_layers(trace, keep),
+            old_plan=None if old is None else plan_of_layers(old, keep),
+        )
+        result = make_plan(part, progress=progress, stop=stop)
+        whole, notice = whole_plan(result.plan, trace.meta.layer_ids, keep, trace.content_hash())
+        return replace(result, plan=whole, notices=(notice, *result.notices))
     defaults: dict[str, str] = {}
     notices: list[str] = []
     trace = _one_domain(trace, request.domain)

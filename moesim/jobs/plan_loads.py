@@ -30,12 +30,14 @@ from moesim.jobs.plan import (
 )
 from moesim.metrics import balancedness, imbalance
 from moesim.placement import EMPTY, Placement, Plan
+from moesim.planning.empty_layers import whole_plan
 from moesim.planning.evaluate import NUM_RESAMPLES, Measured, Sample, difference, figures
 from moesim.solvers.base import OBJECTIVES, Problem, Progress, Stop, never
 from moesim.solvers.bounds.load import LP_LAYERS, lower_bound
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import get_solver
 from moesim.trace.batches import Batches
+from moesim.trace.empty import only_layers
 
 if TYPE_CHECKING:
     from moesim.jobs.plan import PlanRequest
@@ -130,6 +132,12 @@ def make_load_plan(
     if request.objective is not None and request.objective not in OBJECTIVES:
         raise UnknownNameError("objective", request.objective, OBJECTIVES)
     _refuse(request)
+    keep = np.asarray(split_steps(loads.expert_load).tune.any(axis=(0, 2)))
+    if not keep.all():
+        part = only_layers(loads, keep)
+        result = make_load_plan(part, replace(request, trace=part), progress=progress, stop=stop)
+        whole, notice = whole_plan(result.plan, loads.meta.layer_ids, keep, loads.content_hash())
+        return replace(result, plan=whole, notices=(notice, *result.notices))
     cluster = request.cluster
     split = split_steps(loads.expert_load)
     defaults = {"objective": "balance (counts say nothing of messages)"}

@@ -16,6 +16,7 @@ from moesim.errors import InputError, MismatchError
 from moesim.jobs.plan import DEFAULT_BATCH_TOKENS
 from moesim.placement import Placement, Plan, ReplicaPolicy
 from moesim.planning.baselines import capacity_of, place_by_counts, place_on_survivors
+from moesim.planning.empty_layers import plan_of_layers
 from moesim.planning.tuning import tuning_counts
 from moesim.sim.analytic import run_analytic
 from moesim.sim.capacity import DropPolicy
@@ -40,6 +41,7 @@ from moesim.trace.batches import (
     index_requests,
     split_requests,
 )
+from moesim.trace.empty import loaded_layers, only_layers, require_load
 from moesim.trace.format import DECODE, PREFILL, Trace
 
 if TYPE_CHECKING:
@@ -148,9 +150,20 @@ def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimRep
             "requests are regrouped for the cache of a plan, and there is none",
             "give a plan of moesim cache, or one made with plan --offload",
         )
+    notices: list[str] = []
+    keep = require_load(loaded_layers(request.trace))
+    if not keep.all():
+        notices.append(
+            f"{int((~keep).sum())} of {len(keep)} layers have no load in the trace: left out"
+        )
+        planned = request.plan
+        request = replace(
+            request,
+            trace=only_layers(request.trace, keep),
+            plan=None if planned is None else plan_of_layers(planned, keep),
+        )
     trace, model = request.trace, request.model
     defaults: dict[str, str] = {}
-    notices: list[str] = []
     if request.plan is not None:
         check_plan(request.plan, trace, request.cluster)
     check_model(trace, model, notices)

@@ -165,10 +165,10 @@ def measure(
 
 
 STATISTICS: dict[str, tuple[str, Callable[[FloatArray], float]]] = {
-    "balancedness": ("balancedness", lambda x: float(x.mean())),
-    "balancedness_worst_layer": ("balancedness", lambda x: float(x.mean(axis=0).min())),
-    "imbalance": ("imbalance", lambda x: float(x.mean())),
-    "imbalance_p99": ("imbalance", lambda x: float(np.percentile(x, 99))),
+    "balancedness": ("balancedness", lambda x: float(np.nanmean(x))),
+    "balancedness_worst_layer": ("balancedness", lambda x: _worst_layer(x)),
+    "imbalance": ("imbalance", lambda x: float(np.nanmean(x))),
+    "imbalance_p99": ("imbalance", lambda x: float(np.nanpercentile(x, 99))),
     "fan_out": ("fan_out", lambda x: float(x.mean())),
     "node_fan_out": ("node_fan_out", lambda x: float(x.mean())),
     "inter_node_bytes": ("inter_node_bytes", lambda x: float(x.mean())),
@@ -178,7 +178,14 @@ STATISTICS: dict[str, tuple[str, Callable[[FloatArray], float]]] = {
     "compute_us": ("compute_us", lambda x: float(x.mean())),
     "combine_us": ("combine_us", lambda x: float(x.mean())),
 }
-"""Figures by name: which per-batch values they summarise, and how."""
+"""Figures by name: which per-batch values they summarise, and how. A layer without load in a batch
+has no balance there (NaN) and is left out of the means."""
+
+
+def _worst_layer(values: FloatArray) -> float:
+    """Least mean over batches of a layer; values: [B, L], NaN where there is no load."""
+    filled = ~np.isnan(values).all(axis=0)
+    return float(np.nanmean(values[:, filled], axis=0).min())
 
 
 def figures(sample: Sample, measured: Measured) -> dict[str, Figure]:

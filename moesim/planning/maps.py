@@ -178,4 +178,6 @@ def _route(
         load += per_gpu[0]
         messages += routed.messages[0].sum(axis=0)
         busiest.append(imbalance(per_gpu, speed)[0])
-    return PlacementMap(load / len(batches), messages / len(batches), np.concatenate(busiest))
+    ratios = np.concatenate(busiest)
+    ratios = ratios[~np.isnan(ratios)]  # layers without load have none
+    return PlacementMap(load / len(batches), messages / len(batches), ratios)

@@ -141,7 +141,7 @@ class Losses:
         alone = np.arange(problem.num_experts, dtype=np.int64)[None, :]
         self.even = np.empty((problem.num_layers, len(counts)))
         for layer in range(problem.num_layers):
-            work = self.cost.work(self.cost.layer_counts(layer), alone)[:, :-1].sum(axis=1)
+            work = self.cost.work(self.cost.batch_counts(layer), alone)[:, :-1].sum(axis=1)
             self.even[layer] = work[self.cost.unit].mean(axis=0) / problem.num_gpus
 
     def of(self, placement: Placement) -> FloatArray:
@@ -153,7 +153,7 @@ class Losses:
         load = np.zeros((cost.problem.num_gpus, num_batches), np.int32)
         for layer in range(layers):
             slots = cost.layer_slots(placement, layer)
-            work = cost.work(cost.layer_counts(layer), slots)
+            work = cost.work(cost.batch_counts(layer), slots)
             rebuild(work, slots, cost.capacity, cost.unit, load)
             even = self.even[layer]
             out += np.where(even > 0, load.max(axis=0) / np.maximum(even, 1e-12), 1.0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ ABSURD_GAP_S = 60.0
 10 million prompt tokens/s (about 500 GPUs that do nothing but prefill), or a minute from one
 request to the next."""
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[Any]
 
 
 def seconds_per_tick(
@@ -91,7 +92,7 @@ def block_size(
             "a block has at least one token: repair the lines, or remove hash_ids from them",
         )
     if asked is not None:
-        return _checked(path, asked, tokens, held, [numbers[i] for i in rows])
+        return _checked(path, asked, tokens, held, [numbers[int(i)] for i in rows])
     begun = (-(-tokens // held), np.where(held > 1, -(-tokens // np.maximum(held - 1, 1)) - 1,
                                           MAX_BLOCK_TOKENS))  # fmt: skip
     whole = (tokens // (held + 1) + 1, tokens // held)

@@ -115,7 +115,9 @@ def closed_form(models: Models, ready: Prepared) -> SimResult:
         link_bytes=link_bytes,
         link_busy_us=busy,
         tokens=ready.routed.num_tokens,
-        balancedness=balancedness(ready.routed.gpu_tokens(gpus), models.step.speed).mean(axis=1),
+        balancedness=np.nanmean(
+            balancedness(ready.routed.gpu_tokens(gpus), models.step.speed), axis=1
+        ),
         elapsed_us=float(step.sum()),
     )
 

@@ -54,7 +54,7 @@ class Tally:
         self.gpu_busy.append(split.busy)
         self.tokens.append(work.num_tokens)
         load = routed.gpu_tokens(self.models.num_gpus).sum(axis=0)
-        self.balancedness.append(float(balancedness(load, self.models.step.speed).mean()))
+        self.balancedness.append(float(np.nanmean(balancedness(load, self.models.step.speed))))
         self.drops = self.drops + step.drops
         self._stragglers(run, work)
 

@@ -68,7 +68,8 @@ def _check_load(trace: LoadTrace) -> list[Finding]:
     idle = by_layer.sum(axis=1) == 0
     if idle.all():
         return _found("error", "empty", len(load), "all counts are zero")
-    uneven = (by_layer != by_layer.max(axis=1, keepdims=True))[:, filled].any(axis=1)
+    sums = by_layer[:, filled]
+    uneven = (sums != sums[:, :1]).any(axis=1)
     warm = warmup_steps(trace)
     return [
         *_found("warning", "idle-steps", idle.sum(), f"steps without load, first {_first(idle)}"),
@@ -254,7 +255,7 @@ class _RoutingPass:
 
 
 def _unused(load: IntArray, layer_ids: tuple[int, ...]) -> list[Finding]:
-    filled = load.any(axis=1)
+    filled = np.asarray(load.any(axis=1))
     empty = [layer_ids[i] for i in np.flatnonzero(~filled)]
     unused = (load == 0) & filled[:, None]
     layers = [layer_ids[i] for i in np.flatnonzero(unused.any(axis=1))]

@@ -184,7 +184,9 @@ def batch_imbalance(
     for b in range(num_batches):
         load = np.add.reduceat(token_load(trace, batches[b]), starts, axis=1)
         drop_pages(trace.expert_ids)
-        ratios[b] = load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-300)
+        mean = load.mean(axis=1)
+        ratios[b] = np.where(mean > 0, load.max(axis=1) / np.maximum(mean, 1e-300), np.nan)
+    ratios = ratios[~np.isnan(ratios)]
     return BatchImbalance(
         num_gpus=num_gpus,
         batch_tokens=batch_tokens,
