@@ -35,13 +35,15 @@ class Placement:
     Slot p sits on GPU p // (P // G), GPU g on node g // (G // N). GPUs that hold fewer experts
     than the largest have empty slots at their end. Every expert has at least one slot in every
     layer, and no GPU holds an expert twice (INV-2); the constructor checks both and raises
-    FormatError.
+    FormatError. double_replicas: a GPU may hold an expert twice, as in files of engines that do so;
+    no solver makes such a placement.
     """
 
     physical_to_logical: IntArray
     num_gpus: int
     num_nodes: int
     num_experts: int
+    double_replicas: bool = False
 
     def __post_init__(self) -> None:
         table = self.physical_to_logical
@@ -72,14 +74,10 @@ class Placement:
         if (self.replica_count == 0).any():
             layer, expert = (int(x[0]) for x in np.nonzero(self.replica_count == 0))
             raise FormatError(f"layer {layer}: expert {expert} has no slot", _REMEDY)
-        ordered = np.sort(table.reshape(self.num_layers, self.num_gpus, -1), axis=2)
-        twice = (np.diff(ordered, axis=2) == 0) & (ordered[:, :, 1:] != EMPTY)
-        if twice.any():
-            layer, gpu, slot = (int(x[0]) for x in np.nonzero(twice))
-            raise FormatError(
-                f"layer {layer}: GPU {gpu} holds expert {int(ordered[layer, gpu, slot])} twice",
-                _REMEDY,
-            )
+        double = doubled(table, self.num_gpus)
+        if len(double) and not self.double_replicas:
+            layer, gpu, expert = double[0]
+            raise FormatError(f"layer {layer}: GPU {gpu} holds expert {expert} twice", _REMEDY)
 
     @property
     def num_layers(self) -> int:
@@ -124,6 +122,29 @@ class Placement:
             rank = np.arange(len(order)) - np.searchsorted(experts, experts)
             table[layer, experts, rank] = order
         return table
+
+
+def doubled(physical_to_logical: npt.NDArray[Any], num_gpus: int) -> npt.NDArray[np.int64]:
+    """[n, 3]: layer, GPU and expert of every further slot of an expert on a GPU that has it."""
+    ordered = np.sort(physical_to_logical.reshape(len(physical_to_logical), num_gpus, -1), axis=2)
+    twice = (np.diff(ordered, axis=2) == 0) & (ordered[:, :, 1:] != EMPTY)
+    layer, gpu, slot = np.nonzero(twice)
+    return np.stack([layer, gpu, ordered[layer, gpu, slot]], axis=1).astype(np.int64)
+
+
+def in_order(placement: Placement) -> IntArray:
+    """[P]: experts 0, 1, ... in the slots that the first layer of `placement` uses, each once, then
+    from 0 again; no GPU gets one twice."""
+    used = placement.physical_to_logical[0] != EMPTY
+    row = np.full(placement.num_slots, EMPTY, np.int32)
+    sizes = used.reshape(placement.num_gpus, -1).sum(axis=1)
+    experts = placement.num_experts
+    first = 0
+    for gpu, size in enumerate(sizes):
+        start = gpu * placement.slots_per_gpu
+        row[start : start + size] = (first + np.arange(size)) % experts
+        first += int(size)
+    return row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,6 +198,8 @@ class Plan:
             "evaluation": self.evaluation,
             "provenance": self.provenance,
         }
+        if placement.double_replicas:
+            head["double_replicas"] = True
         if self.cache is not None:
             head["cache"] = self.cache
         text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
@@ -249,7 +272,13 @@ def parse_plan(raw: Any) -> Plan:
     return Plan(
         model=str(raw.get("model", "")),
         layer_ids=tuple(layers),
-        placement=Placement(table, sizes["num_gpus"], sizes["num_nodes"], num_experts),
+        placement=Placement(
+            table,
+            sizes["num_gpus"],
+            sizes["num_nodes"],
+            num_experts,
+            double_replicas=raw.get("double_replicas") is True,
+        ),
         replica_policy=raw.get("replica_policy", "split"),
         objective=str(raw.get("objective", "")),
         solver=str(raw.get("solver", "")),

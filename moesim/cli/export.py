@@ -34,6 +34,22 @@ def export(
     num_hidden_layers: Annotated[
         int | None, typer.Option(min=1, help="Layers, dense ones too, if the model is unknown.")
     ] = None,
+    mtp_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=64,
+            help="Multi-token-prediction layers to write rows for, where the engine needs them.",
+            show_default="the model's, if known",
+        ),
+    ] = None,
+    fill_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="MoE layers that the plan lacks, as 0-2, to place in order: those that route by"
+            " token id."
+        ),
+    ] = None,
     apply: Annotated[
         Path | None,
         typer.Option(
@@ -50,8 +66,9 @@ def export(
     Example: moesim export plan.json --to sglang --out location.json
     """
     from moesim.cli.notes import note
+    from moesim.cli.trace_import import parse_layer_ids
     from moesim.errors import InputError
-    from moesim.exporters.base import ExportOptions
+    from moesim.exporters.base import ExportOptions, filled
     from moesim.exporters.registry import MODULES, exporter
     from moesim.files import atomic_write
     from moesim.placement import load_plan
@@ -74,8 +91,12 @@ def export(
     options = ExportOptions(
         spec=_spec(plan, model),
         num_hidden_layers=num_hidden_layers,
+        mtp_layers=mtp_layers,
+        fill_layers=parse_layer_ids(fill_layers, "--fill-layers") if fill_layers else (),
+        model_id=model if model is not None and not Path(model).exists() else "",
         notify=note,
     )
+    plan = filled(plan, options)
     if apply is not None:
         if engine != "megatron":
             raise InputError(f"--apply is not for {engine}", "use it with --to megatron")
@@ -93,7 +114,7 @@ def export(
         )
     data = target.encode(plan, options)
     atomic_write(out, data)
-    lines = target.launch(plan, out)
+    lines = target.launch(plan, out, options)
     if as_json:
         summary = {
             "engine": engine,

@@ -19,6 +19,7 @@ import numpy as np
 from moesim.errors import FormatError
 from moesim.exporters.base import (
     DAMAGED,
+    NOTHING_KNOWN,
     ExportOptions,
     ReadOptions,
     make_plan,
@@ -54,7 +55,7 @@ def encode(plan: Plan, options: ExportOptions) -> bytes:
     return out.getvalue()
 
 
-def launch(plan: Plan, path: Path) -> list[str]:
+def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> list[str]:
     """How to get the tensors in Python; there is no engine to start."""
     code = (
         f"import numpy, torch; t = {{k: torch.from_numpy(v) for k, v in numpy.load({str(path)!r})"

@@ -26,6 +26,7 @@ import numpy as np
 from moesim.errors import FormatError
 from moesim.exporters.base import (
     DAMAGED,
+    NOTHING_KNOWN,
     ExportOptions,
     ReadOptions,
     check_row,
@@ -73,7 +74,7 @@ def require_permutation(plan: Plan) -> None:
     require_full_slots(plan, "Megatron-Core")
 
 
-def launch(plan: Plan, path: Path) -> list[str]:
+def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> list[str]:
     """Reordering the checkpoint, then training or serving it as ever."""
     return [
         f"moesim export PLAN --to {NAME} --apply CHECKPOINT --out CHECKPOINT-permuted",

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moesim.errors import FormatError
+from moesim.errors import FormatError, MismatchError
 from moesim.exporters.base import (
     DAMAGED,
+    NOTHING_KNOWN,
     ExportOptions,
     ReadOptions,
     make_plan,
@@ -39,6 +40,12 @@ ACCEPTED_BY = "omni-infer@c8bc2bb (August 2025) and later"
 def encode(plan: Plan, options: ExportOptions) -> bytes:
     """Raises MismatchError for missing MoE layers."""
     require_all_layers(plan, options, "omni-infer")
+    if plan.placement.double_replicas:
+        raise MismatchError(
+            "omni-infer's array says which experts a device has, but the plan has devices with an"
+            " expert twice",
+            "plan again with moesim plan, which makes no such plans",
+        )
     options.notify("the file has no order of slots within a device: they are sorted by expert")
     placement = plan.placement
     pattern = np.zeros((placement.num_gpus, placement.num_layers, placement.num_experts), np.int32)
@@ -50,7 +57,7 @@ def encode(plan: Plan, options: ExportOptions) -> bytes:
     return out.getvalue()
 
 
-def launch(plan: Plan, path: Path) -> list[str]:
+def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> list[str]:
     """The pattern's path is best absolute; `max_moe_layer_num` must equal its second axis."""
     config = {
         "enable_omni_placement": True,
@@ -62,7 +69,7 @@ def launch(plan: Plan, path: Path) -> list[str]:
         },
     }
     return [
-        f"vllm serve {shlex.quote(model_name(plan))} --data-parallel-size"
+        f"vllm serve {shlex.quote(model_name(plan, options))} --data-parallel-size"
         f" {plan.placement.num_gpus} --enable-expert-parallel"
         f" --additional-config {shlex.quote(json.dumps(config))}"
     ]

@@ -19,8 +19,10 @@ import numpy as np
 from moesim.errors import FormatError, MismatchError
 from moesim.exporters.base import (
     DAMAGED,
+    NOTHING_KNOWN,
     ExportOptions,
     ReadOptions,
+    all_to_all,
     hidden_layers,
     id_table,
     make_plan,
@@ -38,6 +40,7 @@ TITLE = "SGLang --init-expert-location (.json)"
 SUFFIX = ".json"
 ACCEPTED_BY = "SGLang 0.5.23"
 KEY = "physical_to_logical_map"
+A2A = {"nccl": "none", "deepep": "deepep", "deepep_ll": "deepep"}
 DISPATCH = {"nearest": "static", "split": "dynamic", "hash": "dynamic", "lp": "lp"}
 
 
@@ -53,15 +56,21 @@ def encode(plan: Plan, options: ExportOptions) -> bytes:
     return f'{{"{KEY}": [\n{rows_to_json(table.tolist(), " ")}\n]}}\n'.encode()
 
 
-def launch(plan: Plan, path: Path) -> list[str]:
-    """Replicas are chosen by `--ep-dispatch-algorithm`: the policy of the plan, or the nearest to
-    it (`static`: same GPU, same node, else fixed; `dynamic`: at random; `lp`)."""
+def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> list[str]:
+    """The all-to-all is the plan's: `--moe-a2a-backend none` for NCCL. Replicas are chosen by
+    `--ep-dispatch-algorithm`: the policy of the plan, or the nearest to it (`static`: same GPU,
+    same node, else fixed; `dynamic`: at random; `lp`)."""
+    made_for = all_to_all(plan, options)
+    backend = A2A.get(made_for or "")
+    if made_for is not None and backend is None:
+        options.notify(f"the plan was made for all-to-all {made_for}: name SGLang's option for it")
+    exchange = f" --moe-a2a-backend {backend}" if backend else ""
     gpus, nodes = plan.placement.num_gpus, plan.placement.num_nodes
     several = f" --nnodes {nodes} --node-rank RANK --dist-init-addr HOST:PORT" if nodes > 1 else ""
     return [
-        f"python -m sglang.launch_server --model-path {shlex.quote(model_name(plan))}"
+        f"python -m sglang.launch_server --model-path {shlex.quote(model_name(plan, options))}"
         f" --tensor-parallel-size {gpus} --expert-parallel-size {gpus}{several}"
-        f" --moe-a2a-backend deepep --init-expert-location {shlex.quote(str(path))}"
+        f"{exchange} --init-expert-location {shlex.quote(str(path))}"
         f" --ep-num-redundant-experts {num_redundant(plan)}"
         f" --ep-dispatch-algorithm {DISPATCH[plan.replica_policy]}"
     ]
@@ -78,11 +87,16 @@ def decode(data: bytes, options: ReadOptions) -> Plan:
     layers = options.layer_ids
     if layers is not None and len(table) != len(layers):
         total = options.num_hidden_layers
-        if len(table) <= max(layers) or total not in (None, len(table)):
+        if len(table) <= max(layers) or (total is not None and len(table) < total):
             raise MismatchError(
                 f"{options.where}: has {len(table)} layers, but the model"
                 f" {total or max(layers) + 1}",
                 "name the model that the file is for",
+            )
+        if total is not None and len(table) > total:
+            options.notify(
+                f"left out rows {total} to {len(table) - 1}: after the model's {total} layers come"
+                " those of multi-token prediction (MTP), which no trace has"
             )
         table = table[list(layers)]
     return make_plan(table, options, "SGLang", layers)

@@ -21,15 +21,17 @@ import numpy as np
 from moesim.errors import FormatError
 from moesim.exporters.base import (
     DAMAGED,
+    NOTHING_KNOWN,
     ExportOptions,
     ReadOptions,
     check_row,
     make_plan,
     model_name,
+    mtp_layer_ids,
     require_all_layers,
     require_full_slots,
 )
-from moesim.placement import Plan
+from moesim.placement import Plan, in_order
 
 NAME = "tensorrt-llm"
 TITLE = "TensorRT-LLM moe_config.load_balancer (.yaml)"
@@ -47,10 +49,24 @@ def encode(plan: Plan, options: ExportOptions) -> bytes:
     lines = [f"num_slots: {placement.num_slots}", "layer_updates_per_iter: 0", f"{ASSIGNMENTS}:"]
     for layer, row in zip(plan.layer_ids, placement.physical_to_logical.tolist(), strict=True):
         lines.append(f"  {layer}: {json.dumps(row)}")
+    mtp = mtp_layer_ids(options)
+    row = json.dumps(in_order(placement).tolist())
+    lines += [f"  {layer}: {row}" for layer in mtp or ()]
+    if mtp:
+        options.notify(
+            f"layers {', '.join(map(str, mtp))} are for multi-token prediction (MTP): no trace has"
+            " them, so their experts are placed in order"
+        )
+    elif mtp is None:
+        options.notify(
+            "no rows for multi-token-prediction (MTP) layers, whose number is not known: a server"
+            " that speculates with them stops with a KeyError of that layer; --mtp-layers writes"
+            " them"
+        )
     return ("\n".join(lines) + "\n").encode()
 
 
-def launch(plan: Plan, path: Path) -> list[str]:
+def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> list[str]:
     """The options file that names the exported one, and the server."""
     gpus = plan.placement.num_gpus
     return [
@@ -60,7 +76,7 @@ def launch(plan: Plan, path: Path) -> list[str]:
         "  backend: WIDEEP",
         f"  load_balancer: {json.dumps(str(path))}",
         "EOF",
-        f"trtllm-serve {shlex.quote(model_name(plan))} --tp_size {gpus} --ep_size {gpus}"
+        f"trtllm-serve {shlex.quote(model_name(plan, options))} --tp_size {gpus} --ep_size {gpus}"
         " --extra_llm_api_options extra_llm_api_options.yaml",
     ]
 

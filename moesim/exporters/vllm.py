@@ -26,6 +26,7 @@ import numpy.typing as npt
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.exporters.base import (
     DAMAGED,
+    NOTHING_KNOWN,
     ExportOptions,
     ReadOptions,
     make_plan,
@@ -62,9 +63,11 @@ def encode(plan: Plan, options: ExportOptions) -> bytes:
     ).encode()
 
 
-def launch(plan: Plan, path: Path) -> list[str]:
+def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> list[str]:
     """Expert parallel ranks are data parallel ranks times tensor parallel ranks."""
-    return [f"vllm serve {shlex.quote(model_name(plan))} --config {shlex.quote(str(path))}"]
+    return [
+        f"vllm serve {shlex.quote(model_name(plan, options))} --config {shlex.quote(str(path))}"
+    ]
 
 
 def decode(data: bytes, options: ReadOptions) -> Plan:

@@ -22,6 +22,7 @@ import numpy as np
 from moesim.errors import FormatError
 from moesim.exporters.base import (
     DAMAGED,
+    NOTHING_KNOWN,
     ExportOptions,
     ReadOptions,
     check_row,
@@ -31,7 +32,7 @@ from moesim.exporters.base import (
     require_all_layers,
     require_full_slots,
 )
-from moesim.placement import Plan
+from moesim.placement import EMPTY, Plan
 
 NAME = "vllm-ascend"
 TITLE = "vllm-ascend expert_map_path (.json)"
@@ -64,44 +65,81 @@ def encode(plan: Plan, options: ExportOptions) -> bytes:
     return (json.dumps(record) + "\n").encode()
 
 
-def launch(plan: Plan, path: Path) -> list[str]:
+def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> list[str]:
     """Neither DYNAMIC_EPLB nor EXPERT_MAP_RECORD may be set."""
     config = json.dumps({"eplb_config": {"expert_map_path": str(path)}})
     return [
-        f"vllm serve {shlex.quote(model_name(plan))} --data-parallel-size"
+        f"vllm serve {shlex.quote(model_name(plan, options))} --data-parallel-size"
         f" {plan.placement.num_gpus} --enable-expert-parallel"
         f" --additional-config {shlex.quote(config)}"
     ]
 
 
 def decode(data: bytes, options: ReadOptions) -> Plan:
-    """Devices are in the file; absolute layer numbers are not."""
+    """Layers in the order of `layer_id`, devices in that of `device_id`; a device with fewer
+    experts than others has empty slots at its end."""
     where = options.where
     raw = parse_json(data, where)
     layers = raw.get("layer_list") if isinstance(raw, dict) else None
     if not isinstance(layers, list) or not layers or raw.get("moe_layer_count") != len(layers):
         raise FormatError(f"{where}: layer_list must have moe_layer_count layers", DAMAGED)
-    table = [_devices(layer, f"{where}: layer_list[{i}]") for i, layer in enumerate(layers)]
-    shapes = {np.shape(row) for row in table}
-    if len(shapes) > 1:
-        raise FormatError(f"{where}: layers have different devices: {sorted(shapes)[:3]}", DAMAGED)
-    array = np.array(table)
-    return make_plan(array.reshape(len(table), -1), options, "vllm-ascend", num_gpus=array.shape[1])
+    order, ids = _order(layers, "layer_id", f"{where}: layer_list", options.layer_ids)
+    table = [_devices(layers[i], f"{where}: layer_list[{i}]") for i in order]
+    counts = {len(devices) for devices in table}
+    if len(counts) > 1:
+        raise FormatError(
+            f"{where}: layers have different numbers of devices: {sorted(counts)[:3]}", DAMAGED
+        )
+    size = max(len(experts) for devices in table for experts in devices)
+    sizes = {len(experts) for devices in table for experts in devices}
+    if len(sizes) > 1:
+        options.notify(
+            f"devices hold {min(sizes)} to {size} experts: those with fewer have empty slots"
+        )
+    array = np.full((len(table), counts.pop(), size), EMPTY, np.int64)
+    for layer, devices in enumerate(table):
+        for device, experts in enumerate(devices):
+            array[layer, device, : len(experts)] = experts
+    return make_plan(
+        array.reshape(len(table), -1), options, "vllm-ascend", ids, num_gpus=array.shape[1]
+    )
+
+
+def _order(
+    items: list[Any], field: str, where: str, known: tuple[int, ...] | None = None
+) -> tuple[list[int], tuple[int, ...] | None]:
+    """(places of `items` in ascending order of their `field`, the layers' numbers or None).
+
+    The field counts from 0, or, for layers, is the absolute number of the MoE layers `known`.
+    Raises FormatError for numbers that are neither, twice there, or only partly there.
+    """
+    numbers = [item.get(field) if isinstance(item, dict) else None for item in items]
+    if any(type(number) is not int for number in numbers):
+        raise FormatError(f"{where}: every entry must have a whole number {field}", DAMAGED)
+    order = [int(i) for i in np.argsort(np.array(numbers, np.float64), kind="stable")]
+    ascending = [numbers[i] for i in order]
+    if ascending == list(range(len(items))):
+        return order, None
+    if known is not None and ascending == list(known):
+        return order, known
+    raise FormatError(
+        f"{where}: {field} is not each of 0 to {len(items) - 1} once ({ascending[:4]!s:.60}, ...)",
+        DAMAGED,
+    )
 
 
 def _devices(layer: Any, where: str) -> list[list[int]]:
     devices = layer.get("device_list") if isinstance(layer, dict) else None
     if not isinstance(devices, list) or not devices:
         raise FormatError(f"{where}: device_list must be a list of devices", DAMAGED)
-    out: list[list[int]] = []
-    for index, device in enumerate(devices):
-        experts = device.get("device_expert") if isinstance(device, dict) else None
-        experts = check_row(experts, where, f"device_list[{index}].device_expert")
-        if out and len(experts) != len(out[0]):
-            raise FormatError(
-                f"{where}: device_list[{index}] has {len(experts)} experts, device_list[0]"
-                f" {len(out[0])}",
-                DAMAGED,
-            )
-        out.append(experts)
-    return out
+    if layer.get("device_count", len(devices)) != len(devices):
+        raise FormatError(
+            f"{where}: device_count is {layer['device_count']!r:.20}, but device_list has"
+            f" {len(devices)} devices",
+            DAMAGED,
+        )
+    order, _ = _order(devices, "device_id", f"{where}: device_list")
+    return [
+        check_row(devices[i].get("device_expert"), where, f"device_list[{i}].device_expert")
+        for i in order
+    ]

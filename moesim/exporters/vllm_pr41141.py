@@ -21,6 +21,7 @@ import numpy as np
 from moesim.errors import FormatError
 from moesim.exporters.base import (
     DAMAGED,
+    NOTHING_KNOWN,
     ExportOptions,
     ReadOptions,
     check_row,
@@ -57,7 +58,7 @@ def encode(plan: Plan, options: ExportOptions) -> bytes:
     return (json.dumps(record) + "\n").encode()
 
 
-def launch(plan: Plan, path: Path) -> list[str]:
+def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> list[str]:
     """Rebalancing at run time is off, so that the plan stays as it is."""
     config = {
         "num_redundant_experts": num_redundant(plan),
@@ -65,7 +66,7 @@ def launch(plan: Plan, path: Path) -> list[str]:
         "disable_online_rebalancing": True,
     }
     return [
-        f"vllm serve {shlex.quote(model_name(plan))} --data-parallel-size"
+        f"vllm serve {shlex.quote(model_name(plan, options))} --data-parallel-size"
         f" {plan.placement.num_gpus} --enable-expert-parallel --enable-eplb"
         f" --eplb-config {shlex.quote(json.dumps(config))}"
     ]

@@ -290,6 +290,7 @@ def make_plan(
             "num_requests": sample.num_requests,
             "num_batches": sample.num_main,
             "basis": step.basis if step is not None else None,
+            **({"all_to_all": step.all_to_all} if step is not None else {}),
             "plans": {c.name: {n: f.to_json() for n, f in c.figures.items()} for c in candidates},
             **refined.evaluation,
         },

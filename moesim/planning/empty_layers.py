@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
-from moesim.placement import EMPTY, Placement, Plan
+from moesim.placement import Plan, in_order
 from moesim.trace.empty import Mask, layers_text
 
 
@@ -48,18 +47,3 @@ def whole_plan(
         f"layers {layers_text(layer_ids, keep)} have no load in the trace ({len(without)} of"
         f" {len(keep)}): placed in order, and left out of objective, bound and figures"
     )
-
-
-def in_order(placement: Placement) -> npt.NDArray[np.int32]:
-    """[P]: experts 0, 1, ... in the slots that the first layer of `placement` uses, each once, then
-    from 0 again; no GPU gets one twice."""
-    used = placement.physical_to_logical[0] != EMPTY
-    row = np.full(placement.num_slots, EMPTY, np.int32)
-    sizes = used.reshape(placement.num_gpus, -1).sum(axis=1)
-    experts = placement.num_experts
-    first = 0
-    for gpu, size in enumerate(sizes):
-        start = gpu * placement.slots_per_gpu
-        row[start : start + size] = (first + np.arange(size)) % experts
-        first += int(size)
-    return row

@@ -12,8 +12,7 @@ from moesim.cluster import Cluster
 from moesim.errors import InputError
 from moesim.jobs.plan import PlanRequest, PlanResult, make_plan
 from moesim.jobs.plan_loads import make_load_plan
-from moesim.placement import EMPTY, Placement
-from moesim.planning.empty_layers import in_order
+from moesim.placement import EMPTY, Placement, in_order
 from moesim.solvers.base import Problem
 from moesim.solvers.objective import PlacementCost
 from moesim.trace.empty import loaded_layers, only_layers
@@ -106,9 +105,9 @@ def test_token_traces_with_a_hash_layer(build: ModuleType, two: Cluster) -> None
     np.testing.assert_array_equal(table[keep], alone.plan.placement.physical_to_logical)
     assert table[1].tolist() == [0, 1, 2, 3, 4, 5]
     assert "layers 1 have no load" in found.notices[0]
+    empty = PlanRequest(replace(trace, expert_ids=np.full_like(ids, -1)), two, None, **options)
     with pytest.raises(InputError, match="no layer of the trace has any load"):
-        empty = replace(trace, expert_ids=np.full_like(ids, -1))
-        make_plan(PlanRequest(empty, two, None, **options))
+        make_plan(empty)
 
 
 def test_in_order_fills_the_slots_in_use() -> None:
