@@ -43,6 +43,14 @@ def separate_replicas(slots: Array, load: Array) -> int:
     return moved
 
 
+def moved_note(count: int) -> str:
+    """What a solver says of the replicas that `separate_replicas` moved."""
+    return (
+        f"{count} replicas moved to another GPU: the rule put them beside a copy of their expert,"
+        " where they spread no load"
+    )
+
+
 def _partner(table: Array, gpu: int, slot: int, share: Array) -> tuple[int, int] | None:
     """The slot to swap with, or None."""
     expert = table[gpu, slot]

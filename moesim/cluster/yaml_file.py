@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from moesim.errors import FormatError, InputError
+from moesim.known_text import known_text
 
 MAX_BYTES = 1 << 20
 _MAX_DEPTH = 20
@@ -85,6 +86,8 @@ def read_yaml(path: Path, label: str) -> tuple[dict[str, Any], yaml.Node]:
         )
     try:
         text = data.decode("utf-8")
+        if (found := known_text(text[: 1 << 14])) is not None:
+            raise FormatError(f"{label}: is {found[0]}, not a cluster or calibration", found[1])
         loader = _StrictLoader(text)
         try:
             node = loader.get_single_node()

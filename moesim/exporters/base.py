@@ -139,9 +139,8 @@ def require_all_layers(plan: Plan, options: ExportOptions, engine: str) -> None:
         raise MismatchError(
             f"{engine} wants every MoE layer, but the plan has {len(plan.layer_ids)} layers and"
             f" {spec.name} {spec.num_moe_layers}",
-            "plan with a trace of all MoE layers, name the model that the plan was made for, or, for"
-            " layers that route by token id, place them in order: --fill-layers (fill_layers in"
-            " Python)",
+            "plan with a trace of all MoE layers, name the model that the plan was made for, or"
+            " place layers that route by token id in order: --fill-layers (fill_layers in Python)",
         )
 
 

@@ -82,7 +82,10 @@ def decode(data: bytes, options: ReadOptions) -> Plan:
     if not isinstance(raw, dict) or set(raw) != {KEY}:
         counts = isinstance(raw, dict) and "logical_count" in raw
         what = "holds counts for SGLang's own balancer" if counts else "wrong keys"
-        raise FormatError(f"{options.where}: {what}; wanted {KEY} alone", DAMAGED)
+        raise FormatError(
+            f"{options.where}: {what}; wanted {KEY} alone",
+            "counts are a trace: moesim trace import reads them" if counts else DAMAGED,
+        )
     table = id_table(raw[KEY], options.where, KEY)
     layers = options.layer_ids
     if layers is not None and len(table) != len(layers):

@@ -266,7 +266,7 @@ def make_plan(
             refined.lines.append(price_line(request.robust, price, base, what))
             refined.evaluation["robust"]["price"] = {"figure": figure, **price.to_json()}
     seconds["evaluation"] = time.monotonic() - clock
-    notices += [f"{c.name}: {note}" for c in by_name.values() for note in c.solution.notes]
+    notices += [f"{request.solver}: {note}" for note in by_name[request.solver].solution.notes]
     improvement = {
         name: delta
         for name in chosen.figures

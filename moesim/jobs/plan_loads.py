@@ -215,7 +215,7 @@ def make_load_plan(
     said = f"held-out: {steps} after those tuned on; 95% bootstrap intervals over runs of steps"
     if not split.apart:
         said = "NOT held out: the trace has one step, which the plan was also tuned on"
-    notices += [f"{c.name}: {note}" for c in candidates for note in c.solution.notes]
+    notices += [f"{request.solver}: {note}" for note in chosen.solution.notes]
     return PlanResult(
         plan,
         tuple(candidates),

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from moesim.placement import EMPTY
 from moesim.solvers.base import Problem, Progress, Solution, empty_slots, pack_table
 from moesim.solvers.methods.greedy import replica_counts
-from moesim.solvers.repair import separate_replicas
+from moesim.solvers.repair import moved_note, separate_replicas
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
@@ -58,7 +58,7 @@ class Coclustering:
             if progress is not None:
                 progress(layer + 1, problem.num_layers)
         moved = separate_replicas(table, load)
-        notes = [f"{moved} replicas left a GPU that held their expert twice"] if moved else []
+        notes = [moved_note(moved)] if moved else []
         if late:
             notes.append(f"{late} of {problem.num_layers} layers were clustered in one round only")
         return Solution(

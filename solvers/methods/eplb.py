@@ -16,7 +16,7 @@ import numpy.typing as npt
 from moesim.errors import InputError
 from moesim.kernels import kernel
 from moesim.solvers.base import Problem, Progress, Solution, pack_table
-from moesim.solvers.repair import separate_replicas
+from moesim.solvers.repair import moved_note, separate_replicas
 
 Array = npt.NDArray[Any]
 
@@ -43,7 +43,7 @@ class Eplb:
         )
         slots = table.reshape(problem.num_layers, problem.num_gpus, -1)
         moved = separate_replicas(slots, load)
-        notes = (f"{moved} replicas left a GPU that held their expert twice",) if moved else ()
+        notes = (moved_note(moved),) if moved else ()
         return Solution(pack_table(problem, slots), "feasible", notes=notes)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.solvers.base import Problem, Progress, Solution, empty_slots, pack_table
-from moesim.solvers.repair import separate_replicas
+from moesim.solvers.repair import moved_note, separate_replicas
 
 
 class Greedy:
@@ -31,7 +31,7 @@ class Greedy:
             count = replica_counts(load[layer], problem.num_slots, problem.num_gpus)
             _place(load[layer], count, problem, table[layer])
         moved = separate_replicas(table, load)
-        notes = (f"{moved} replicas left a GPU that held their expert twice",) if moved else ()
+        notes = (moved_note(moved),) if moved else ()
         return Solution(pack_table(problem, table), "feasible", notes=notes)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from moesim.errors import FormatError, InputError
 from moesim.trace.format import DECODE, Array, LoadTrace, Trace, read_npy
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field, unknown_phases
-from moesim.trace.importers.build import Segment, assemble, assemble_load, integer_ids
+from moesim.trace.importers.build import Segment, assemble, assemble_load, integer_ids, whole_counts
 
 NAME = "npz"
 TITLE = "plain .npz with an array map (--columns)"
@@ -55,7 +55,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace | LoadTrace:
     for path in paths:
         raw = _read(path, options)
         if "expert_load" in raw:
-            loads.append((str(path), integer_ids(raw["expert_load"], f"{path}: expert_load")))
+            loads.append((str(path), whole_counts(raw["expert_load"], f"{path}: expert_load")))
             continue
         part = _segment(raw, str(path), num_requests, options)
         num_requests = 1 + int(np.max(part.request, initial=num_requests))

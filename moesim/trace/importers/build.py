@@ -71,6 +71,21 @@ def integer_ids(array: Array, where: str, num_axes: int = 3) -> Array:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
+def whole_counts(array: Array, where: str, num_axes: int = 3) -> Array:
+    """Counts as integers: as `integer_ids`, or floats that hold whole numbers (some tools write
+    them). Raises FormatError for fractions, NaN and infinities, naming the first."""
+    if array.dtype.kind != "f":
+        return integer_ids(array, where, num_axes)
+    bad = ~(np.isfinite(array) & (array == np.floor(array)) & (np.abs(array) < 1 << 53))
+    if bad.any():
+        at = tuple(int(x[0]) for x in np.nonzero(bad))
+        raise FormatError(
+            f"{where}{list(at)} is {array[at]:g}, which is no count",
+            "counts are whole numbers: sums of tokens, not averages or shares",
+        )
+    return integer_ids(array.astype(np.int64), where, num_axes)
+
+
 def assemble(
     segments: Sequence[Segment],
     options: ImportOptions,

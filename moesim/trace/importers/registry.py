@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from moesim.errors import FormatError, InputError, UnknownNameError
+from moesim.known_text import known_text
 from moesim.trace.importers.base import DAMAGED, Importer
 from moesim.trace.importers.records import JSON_SUFFIXES, iter_records, read_npy_file
 
@@ -88,3 +89,17 @@ def _explain(path: Path) -> None:
             raise FormatError(f"{path}: not a readable .npz file ({error})", DAMAGED) from None
     elif path.suffix in JSON_SUFFIXES:
         next(iter_records(path), None)
+    else:
+        _point_elsewhere(path)
+
+
+def _point_elsewhere(path: Path) -> None:
+    """Raise the FormatError of text that is no trace but something else that we know."""
+    try:
+        with path.open(encoding="utf-8") as text:
+            found = known_text(text.read(1 << 14))
+    except (OSError, UnicodeDecodeError):
+        return
+    if found is not None:
+        what, remedy = found
+        raise FormatError(f"{path}: is {what}, not a trace", remedy)

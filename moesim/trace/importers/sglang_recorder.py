@@ -1,8 +1,9 @@
 """SGLang's expert distribution recorder: `expert_distribution_recorder_*.pt` in all four modes.
 
 `stat` and `stat_approx` write `logical_count` [steps, layers, experts], summed over ranks: a load
-trace. Their steps are a ring buffer as it lies in memory: once it is full, the newest steps stand
-before the oldest. `per_pass` writes, for each rank, records of one forward pass with
+trace; so does JSON with `logical_count` [layers][experts], which `--init-expert-location` takes.
+Their steps are a ring buffer as it lies in memory: once it is full, the newest steps stand before
+the oldest. `per_pass` writes, for each rank, records of one forward pass with
 `global_physical_count` [layers, slots]; they are summed over ranks by `forward_pass_id` and mapped
 to experts through `last_physical_to_logical_map`: a load trace. `per_token` records hold
 `topk_ids_of_layer` [layers, tokens, 8] of slots, -1 beyond K and in dense layers, with `input_ids`,
@@ -35,20 +36,33 @@ import numpy.typing as npt
 from moesim.errors import FormatError, InputError
 from moesim.trace.format import DECODE, PREFILL, LoadTrace, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field
-from moesim.trace.importers.build import Segment, assemble, assemble_load, check_map, to_logical
+from moesim.trace.importers.build import (
+    Segment,
+    assemble,
+    assemble_load,
+    check_map,
+    to_logical,
+    whole_counts,
+)
 from moesim.trace.importers.ranks import Copies, without_ranks
+from moesim.trace.importers.records import first_record, iter_records
 from moesim.trace.importers.torch_file import load_pt
 
 NAME = "sglang-recorder"
-TITLE = "SGLang expert distribution recorder: stat, stat_approx, per_pass, per_token (.pt)"
+TITLE = "SGLang expert distribution recorder: stat, stat_approx, per_pass, per_token (.pt, .json)"
 EXTEND, MODE_DECODE, MIXED, IDLE = 1, 2, 3, 4
+COUNTS = "logical_count"
 MAP = "last_physical_to_logical_map"
 
 Map = npt.NDArray[np.int64]
 
 
 def detect(path: Path) -> bool:
-    """A `.pt` file with `logical_count`, or with `records` and the map of slots."""
+    """A `.pt` file with `logical_count`, or with `records` and the map of slots, or JSON with
+    `logical_count`."""
+    if path.suffix == ".json":
+        record = first_record(path)
+        return isinstance(record, dict) and COUNTS in record
     if path.suffix != ".pt":
         return False
     if path.name.startswith("expert_distribution_recorder_"):
@@ -80,10 +94,26 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace | LoadTrace:
 
 
 def _pack(path: Path) -> dict[str, Any]:
+    if path.suffix == ".json":
+        content = next((record for _, record in iter_records(path)), None)
+        if not isinstance(content, dict) or COUNTS not in content:
+            raise FormatError(f"{path}: has no {COUNTS}", DAMAGED)
+        return {COUNTS: _json_counts(content[COUNTS], f"{path}: {COUNTS}")}
     content = load_pt(path)
     if not isinstance(content, dict):
         raise FormatError(f"{path}: holds {type(content).__name__}, wanted a dict", DAMAGED)
     return content
+
+
+def _json_counts(value: Any, where: str) -> npt.NDArray[Any]:
+    """[S, L, E] from [L][E] or [S][L][E], as `--init-expert-location` takes it, too."""
+    try:
+        array = np.array(value)
+    except ValueError:
+        raise FormatError(f"{where}: rows of different lengths", DAMAGED) from None
+    if array.dtype.kind not in "iuf" or array.ndim not in (2, 3):
+        raise FormatError(f"{where}: no lists of counts by layer and expert", DAMAGED)
+    return whole_counts(array if array.ndim == 3 else array[None], where)
 
 
 def _kind(pack: dict[str, Any], where: str) -> str:
