@@ -1,8 +1,8 @@
 """What a placement costs on the tuning data, layer by layer: the figure that solvers minimise.
 
-balance: mean over tuning batches with load of the largest GPU load over the mean load. time: mean over
-tuning batches of the slowest GPU's expert time, plus mean over the sampled batches of messages of
-dispatch and combine time, in microseconds a layer. traffic: mean over those batches of the link
+balance: mean over tuning batches with load of the largest GPU load over the mean load. time: mean
+over tuning batches of the slowest GPU's expert time, plus mean over the sampled batches of messages
+of dispatch and combine time, in microseconds a layer. traffic: mean over those batches of the link
 time of all messages, in microseconds, plus a penalty where the mean load ratio is above that of
 linear placement.
 """

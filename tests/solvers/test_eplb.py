@@ -52,7 +52,7 @@ def test_global_policy_by_hand() -> None:
         {0, 1},
         {0, 2},
     ]
-    assert "1 replicas left a GPU" in solution.notes[0]
+    assert "1 replicas moved to another GPU" in solution.notes[0]
 
 
 def plain_layer(load: list[float], replicas: int, groups: int, nodes: int, gpus: int) -> list[int]:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from moesim.errors import FormatError, InputError
+from moesim.errors import FormatError, InputError, MismatchError
 from moesim.trace.importers import megatron
 
 
@@ -100,3 +100,35 @@ def test_errors_name_line_and_field(tmp_path, options):
 def test_kinds_are_not_mixed(tmp_path, options):
     with pytest.raises(InputError, match="together"):
         megatron.read([tmp_path / "a.pt", tmp_path / "b.jsonl"], options())
+
+
+def test_mtp_layers_are_told_from_hidden_layers(tmp_path, draw, options, notes):
+    """Three MoE layers of four hidden ones and an MTP layer are four tensors, as many as hidden
+    layers: the last is left out, not the first. It is None where MTP did not run."""
+    torch = pytest.importorskip("torch", reason="writing .pt files needs torch")
+    ids = draw(5, layers=4)
+    layers = [torch.tensor(ids[:, layer]) for layer in range(4)]
+    known = {"num_experts": 8, "layer_ids": (1, 2, 3), "num_hidden_layers": 4}
+    file = tmp_path / "replay.pt"
+    for last, said in ((layers[3], "left out the last 1 of 4 rows"), (None, "recorded nothing")):
+        torch.save([*layers[:3], last], file)
+        trace = megatron.read([file], options(**known))
+        np.testing.assert_array_equal(trace.expert_ids, ids[:, :3])
+        assert any(said in note and "MTP" in note for note in notes)
+
+
+def test_equal_steps_of_ranks_are_one(tmp_path, options, notes):
+    """Tensor-parallel ranks route the same tokens: one record of two, and no home ranks."""
+    file = tmp_path / "router_trace_rank0.jsonl"
+    jsonl(file, [trace_record(0, rank, 1, [[0, 1], [2, 3]]) for rank in (0, 1)])
+    trace = megatron.read([file], options(num_experts=4))
+    assert trace.num_tokens == 2
+    assert trace.rank_ids is None
+    assert any("1 of 2 records are left out" in note for note in notes)
+
+
+def test_layers_that_the_model_lacks_are_refused(tmp_path, options):
+    file = tmp_path / "router_trace_rank0.jsonl"
+    jsonl(file, [trace_record(0, 0, 9, [[0, 1], [2, 3]])])
+    with pytest.raises(MismatchError, match="has layers 9, which are no MoE layers of the model"):
+        megatron.read([file], options(num_experts=4, layer_ids=(1, 2)))

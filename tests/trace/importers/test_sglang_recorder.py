@@ -226,3 +226,62 @@ def test_pickled_code_never_runs(tmp_path, options, capsys):
     with pytest.raises(FormatError, match=r"not a readable \.pt file|never loaded"):
         recorder.read([file], options(top_k=2))
     assert capsys.readouterr().out == ""
+
+
+def ranks(tmp_path, count, tokens_of):
+    """Files of `count` ranks with one pass of 3 tokens each; tokens_of(rank) -> input ids."""
+    files = []
+    for rank in range(count):
+        ids = [[[0, 1], [1, 2], [2, 3]]] * 2
+        record = token_record(4, 1, [0, 1, 2], ids, lengths=[3], rank=rank)
+        record["input_ids"] = tokens_of(rank)
+        files.append(per_token(tmp_path, [record], f"rank{rank}.pt"))
+    return files
+
+
+def test_one_ranks_file_makes_nobodys_home(tmp_path, options, notes):
+    files = ranks(tmp_path, 2, lambda rank: [rank, 7, 8])
+    trace = recorder.read(files[:1], options(num_experts=4))
+    assert trace.rank_ids is None
+    assert any("all tokens are of rank 0" in note for note in notes)
+    both = recorder.read(files, options(num_experts=4))
+    assert both.rank_ids.tolist() == [0] * 3 + [1] * 3
+
+
+def test_tensor_parallel_ranks_are_one_record(tmp_path, options, notes):
+    """Eight ranks with the same tokens in the same pass: 3 tokens of one request, and no homes.
+    Two groups of ranks (data parallel 2, tensor parallel 4) are two requests."""
+    files = ranks(tmp_path, 8, lambda rank: [5, 6, 7])
+    trace = recorder.read(files, options(num_experts=4))
+    assert trace.num_tokens == 3
+    assert trace.request_ids.tolist() == [0] * 3
+    assert trace.rank_ids is None
+    assert any("7 of 8 records are left out: 8 ranks recorded the same" in n for n in notes)
+    groups = ranks(tmp_path, 8, lambda rank: [rank // 4, 6, 7])
+    trace = recorder.read(groups, options(num_experts=4))
+    assert trace.request_ids.tolist() == [0] * 3 + [1] * 3
+    assert trace.rank_ids is None
+
+
+def test_json_counts(tmp_path, options):
+    """`logical_count` of one step, as floats; fractions are no counts."""
+    file = tmp_path / "counts.json"
+    file.write_text('{"logical_count": [[3.0, 1.0], [2, 2]]}')
+    assert recorder.detect(file)
+    load = recorder.read([file], options(top_k=1))
+    assert load.expert_load.tolist() == [[[3, 1], [2, 2]]]
+    file.write_text('{"logical_count": [[0.5, 1.0]]}')
+    with pytest.raises(FormatError, match=r"logical_count\[0, 0, 0\] is 0\.5, which is no count"):
+        recorder.read([file], options(top_k=1))
+    for bad in ("[[1], [1, 2]]", "7", '"x"', "[[null]]"):
+        file.write_text(f'{{"logical_count": {bad}}}')
+        with pytest.raises(FormatError, match="logical_count"):
+            recorder.read([file], options(top_k=1))
+
+
+def test_the_same_counts_twice_are_refused(tmp_path, options):
+    """`stat` is summed over ranks already: a second rank's file would be the same steps again."""
+    content = {"logical_count": torch.ones((1, 2, 4), dtype=torch.int32)}
+    files = [save(tmp_path / f"{rank}.pt", content) for rank in range(2)]
+    with pytest.raises(FormatError, match="holds the same counts as another"):
+        recorder.read(files, options(top_k=2))
