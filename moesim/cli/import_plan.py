@@ -35,7 +35,7 @@ def import_plan(
     --out plan.json
     """
     from moesim.cli.notes import note
-    from moesim.cli.trace_import import parse_layer_ids
+    from moesim.cli.trace_import import given_name, parse_layer_ids
     from moesim.errors import FormatError, InputError
     from moesim.exporters.base import ReadOptions
     from moesim.exporters.registry import exporter
@@ -52,7 +52,7 @@ def import_plan(
         num_experts=num_experts or (spec.num_experts if spec else None),
         layer_ids=layers or (spec.moe_layer_ids if spec else None),
         num_hidden_layers=spec.num_hidden_layers if spec else None,
-        model=spec.name if spec else "",
+        model=given_name(str(model), spec.name) if spec else "",
         notify=note,
     )
     try:

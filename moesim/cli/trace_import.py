@@ -117,6 +117,11 @@ def import_trace(
     )
 
 
+def given_name(given: str, name: str) -> str:
+    """A repository id as it was given, so that launch lines can use it; else the model's name."""
+    return given if "/" in given and not Path(given).exists() else name
+
+
 def parse_layer_ids(text: str, option: str = "--layer-ids") -> tuple[int, ...]:
     """`1-26`, `0,2,4` or a mix, as ascending layer numbers. Raises InputError."""
     from moesim.errors import InputError
@@ -173,7 +178,7 @@ def _options(
         from moesim.model.names import load_model
 
         spec = load_model(model)
-        name = spec.name
+        name = given_name(model, spec.name)
         num_experts = num_experts or spec.num_experts
         top_k = top_k or spec.top_k
         num_hidden_layers = num_hidden_layers or spec.num_hidden_layers

@@ -65,6 +65,14 @@ def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> li
     if made_for is not None and backend is None:
         options.notify(f"the plan was made for all-to-all {made_for}: name SGLang's option for it")
     exchange = f" --moe-a2a-backend {backend}" if backend else ""
+    dispatch = DISPATCH[plan.replica_policy]
+    if backend == "none" and dispatch != "dynamic":
+        options.notify(
+            f"the plan was made for replicas chosen as {plan.replica_policy}, but without an"
+            " all-to-all backend SGLang chooses at random (dynamic) only: plan with --replica-policy"
+            " split, or for --all-to-all deepep"
+        )
+        dispatch = "dynamic"
     gpus, nodes = plan.placement.num_gpus, plan.placement.num_nodes
     several = f" --nnodes {nodes} --node-rank RANK --dist-init-addr HOST:PORT" if nodes > 1 else ""
     return [
@@ -72,7 +80,7 @@ def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> li
         f" --tensor-parallel-size {gpus} --expert-parallel-size {gpus}{several}"
         f"{exchange} --init-expert-location {shlex.quote(str(path))}"
         f" --ep-num-redundant-experts {num_redundant(plan)}"
-        f" --ep-dispatch-algorithm {DISPATCH[plan.replica_policy]}"
+        f" --ep-dispatch-algorithm {dispatch}"
     ]
 
 

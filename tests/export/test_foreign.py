@@ -194,6 +194,14 @@ def test_sglang_starts_with_the_plans_all_to_all(tmp_path, notes, made_for, flag
     assert any("does not say which all-to-all" in n for n in notes) == (made_for is None)
 
 
+def test_sglang_without_an_all_to_all_chooses_replicas_at_random(tmp_path, notes):
+    table = Placement(np.array([[0, 1, 1, 0]], np.int32), 2, 1, 2)
+    plan = Plan("m", (0,), table, replica_policy="nearest", evaluation={"all_to_all": "nccl"})
+    (line,) = sglang.launch(plan, tmp_path / "x.json", ExportOptions(notify=notes.append))
+    assert "--ep-dispatch-algorithm dynamic" in line
+    assert any("chosen as nearest" in n for n in notes)
+
+
 def test_launch_lines_name_the_given_model_without_control_characters(tmp_path):
     table = Placement(np.array([[0, 1]], np.int32), 2, 1, 2)
     plan = Plan("a\x1b[31m\udc80b", (0,), table)
