@@ -69,8 +69,8 @@ def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> li
     if backend == "none" and dispatch != "dynamic":
         options.notify(
             f"the plan was made for replicas chosen as {plan.replica_policy}, but without an"
-            " all-to-all backend SGLang chooses at random (dynamic) only: plan with --replica-policy"
-            " split, or for --all-to-all deepep"
+            " all-to-all backend SGLang chooses at random (dynamic) only: plan with"
+            " --replica-policy split, or for --all-to-all deepep"
         )
         dispatch = "dynamic"
     gpus, nodes = plan.placement.num_gpus, plan.placement.num_nodes

@@ -76,6 +76,12 @@ def check_request(request: PlanRequest, data: Data, objective: str) -> Predictor
                 f"--from weighs microseconds of steps against those of moving, not {objective}",
                 "use --objective time, with --model if the trace's model is not known",
             )
+        if request.old_plan.placement.double_replicas:
+            raise InputError(
+                "the plan in use has GPUs that hold an expert twice, for which moves are not worked"
+                " out",
+                "plan without a plan in use, and compare the two with moesim simulate --plan",
+            )
         steps = request.steps_between_moves
         if not (np.isfinite(steps) and steps > 0):
             raise InputError(f"{steps} steps between moves", "give a number above 0, as 1000")

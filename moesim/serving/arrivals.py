@@ -2,6 +2,9 @@
 
 Files: Azure's CSV (`TIMESTAMP,ContextTokens,GeneratedTokens`; github.com/Azure/AzurePublicDataset),
 BurstGPT's CSV (`Timestamp` in s, `Request tokens`, `Response tokens`; github.com/HPMLL/BurstGPT),
+Vidur's (`arrived_at` in s, `num_prefill_tokens`, `num_decode_tokens`; github.com/microsoft/vidur),
+Splitwise's (`arrival_timestamp` in s, `prompt_size`, `token_size`;
+github.com/Mutinifni/splitwise-sim),
 and JSONL with `timestamp`, `input_length`, `output_length` and `hash_ids` as Mooncake's, Bailian's
 and several generators' (see log_units.py for the units of each).
 """
@@ -34,12 +37,15 @@ _NUMBER = re.compile(
 )
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURST = ("Timestamp", "Request tokens", "Response tokens")
+VIDUR = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
+SPLITWISE = ("arrival_timestamp", "prompt_size", "token_size")
+CSV_FORMATS = (AZURE, BURST, VIDUR, SPLITWISE)
 MOONCAKE = ("timestamp", "input_length", "output_length")
 OPTIONAL = ("priority",)
 MOONCAKE_BLOCK_TOKENS = 512
 BAILIAN_BLOCK_TOKENS = 16
 _REMEDY = (
-    f"give a CSV with columns {','.join(AZURE)} or {','.join(BURST)}, or JSONL with"
+    f"give a CSV with columns {' or '.join(','.join(c) for c in CSV_FORMATS)}, or JSONL with"
     f" {', '.join(MOONCAKE)} (and hash_ids)"
 )
 
@@ -80,7 +86,7 @@ def load_requests(
 
 def _from_csv(path: Path, lines: list[str], skip_empty: bool, time_unit: str | None) -> Requests:
     header = [name.strip() for name in next(csv.reader(lines[:1]))]
-    columns = next((c for c in (AZURE, BURST) if all(name in header for name in c)), None)
+    columns = next((c for c in CSV_FORMATS if all(name in header for name in c)), None)
     if columns is None:
         raise FormatError(f"{path} has the columns {','.join(header)!r:.200}", _REMEDY)
     where = [header.index(name) for name in columns]
@@ -102,6 +108,8 @@ def _from_csv(path: Path, lines: list[str], skip_empty: bool, time_unit: str | N
     if not rows:
         raise FormatError(f"{path} has a header but no requests", "give at least one row")
     table = np.array(rows, np.float64)
+    if columns is SPLITWISE and "batch_size" in header:
+        _refuse_batches(path, lines, header.index("batch_size"))
     unread = [name for name in header if name not in (*columns, *OPTIONAL)]
     unit = "dates" if columns is AZURE else time_unit or "s"
     if columns is AZURE:
@@ -118,6 +126,16 @@ def _from_csv(path: Path, lines: list[str], skip_empty: bool, time_unit: str | N
         path, arrival, table[:, 0], table[:, 1], table[:, 2] if optional else None, None,
         numbers, skip_empty, unread=unread, unit=unit,
     )  # fmt: skip
+
+
+def _refuse_batches(path: Path, lines: list[str], column: int) -> None:
+    """Raise FormatError for a row of several requests: each must be a row of its own."""
+    for number, row in enumerate(_rows(path, lines), start=2):
+        if any(cell.strip() for cell in row) and _number(path, number, row[column]) != 1:
+            raise FormatError(
+                f"{path} line {number}: batch_size is {row[column].strip()!r:.20}",
+                "write a row for each request",
+            )
 
 
 def _rows(path: Path, lines: list[str]) -> Iterator[list[str]]:

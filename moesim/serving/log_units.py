@@ -21,12 +21,12 @@ from moesim.errors import FormatError, InputError, UnknownNameError
 TIME_UNITS: Mapping[str, float] = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 BAILIAN_KEYS = frozenset({"chat_id", "turn"})
 MAX_BLOCK_TOKENS = 1 << 20
-ABSURD_PER_S = 1000.0
-ABSURD_TOKENS_PER_S = 1e7
+ABSURD_PER_S = 100.0
+ABSURD_TOKENS_PER_S = 1e6
 ABSURD_GAP_S = 60.0
-"""Rates at which a wrong unit is likelier than such a service: more than 1,000 requests/s or
-10 million prompt tokens/s (about 500 GPUs that do nothing but prefill), or a minute from one
-request to the next."""
+"""Rates at which a wrong unit is likelier than such a service: more than 100 requests/s or a
+million prompt tokens/s (about 50 GPUs that do nothing but prefill), or a minute from one request
+to the next. Public logs have 0.1 to 30 requests/s."""
 
 Array = npt.NDArray[Any]
 

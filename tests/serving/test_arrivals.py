@@ -319,12 +319,15 @@ def test_time_units(tmp_path: Path) -> None:
 
 
 def test_absurd_rates_are_named(tmp_path: Path) -> None:
-    """5 requests 1 ms apart: 4 / 0.004 s = 1,000/s is not above the limit, 4 / 0.002 s is. One
-    request in 100 s is less than one a minute."""
-    fast = [(i / 2, 4, 0) for i in range(5)]
-    notices = load_requests(log(tmp_path / "f.jsonl", fast), time_unit="ms").notices
-    assert any("2,000 requests/s" in n and "read as ms" in n for n in notices)
-    usual = load_requests(log(tmp_path / "u.jsonl", [(i, 4, 0) for i in range(5)])).notices
+    """5 requests 1 ms apart: 4 / 0.004 s = 1,000/s is above the limit of 100/s, 10 ms apart are
+    not. One request in 100 s is less than one a minute. 5 prompts of 300,000 tokens in 0.8 s are
+    1.9 million tokens/s."""
+    fast = log(tmp_path / "f.jsonl", [(i, 4, 0) for i in range(5)])
+    notices = load_requests(fast).notices
+    assert any("1,000 requests/s" in n and "read as ms" in n for n in notices)
+    heavy = log(tmp_path / "h.jsonl", [(200 * i, 300_000, 0) for i in range(5)])
+    assert any("1.875e+06 prompt tokens/s" in n for n in load_requests(heavy).notices)
+    usual = load_requests(log(tmp_path / "u.jsonl", [(10 * i, 4, 0) for i in range(5)])).notices
     assert not any("is that their unit" in n for n in usual)
     slow = load_requests(log(tmp_path / "s.jsonl", [(i * 1e5, 4, 0) for i in range(5)])).notices
     assert any("0.01 requests/s" in n for n in slow)

@@ -14,8 +14,8 @@ from moesim.trace.importers.base import ImportOptions
 if TYPE_CHECKING:
     from moesim.trace.importers.build import Segment
 
-PADDING = (255, 32767, 65535)
-"""Ids of slots that an engine's buffer never wrote: the largest of uint8, int16 and uint16."""
+PADDING = (-1, 255, 32767, 65535)
+"""Ids of slots that an engine's buffer never wrote: -1, and the largest of uint8, int16, uint16."""
 MIN_CELLS = 32
 """Tokens times layers from which on one id throughout is no chance."""
 

@@ -34,7 +34,10 @@ def select_layers(
     known = options.layer_ids
     if known is None:
         return _unknown(num_rows, empty, options, moe_only)
-    rows = _rows_of(num_rows, known, options, moe_only)
+    forms = _forms(num_rows, known, options, moe_only)
+    rows = next((form for form in forms if empty[_skipped(form)].all()), None)
+    if rows is None and forms:
+        rows = forms[0]
     if rows is None:
         total = options.num_hidden_layers
         raise MismatchError(
@@ -43,7 +46,7 @@ def select_layers(
             _NAME_MODEL,
         )
     after = int(rows[-1]) + 1
-    skipped = np.setdiff1d(np.arange(after), rows)
+    skipped = _skipped(rows)
     full = skipped[~empty[skipped]]
     if len(full):
         raise MismatchError(
@@ -66,7 +69,7 @@ def name_empty(layers: list[int], options: ImportOptions) -> None:
         options.notify(
             f"layers {_listed(layers)} are MoE layers, but hold no choice of any token: kept"
             " without load. Engines do not record layers that route by token id (hash); figures"
-            " leave them out"
+            f" leave them out{_many(len(layers), len(options.layer_ids or layers))}"
         )
 
 
@@ -82,19 +85,25 @@ def file_layers(layers: tuple[int, ...], options: ImportOptions, where: str) -> 
         )
 
 
-def _rows_of(
+def _forms(
     num_rows: int, known: tuple[int, ...], options: ImportOptions, moe_only: bool
-) -> IntArray | None:
-    """Rows of the layers `known`, or None where the number of rows fits neither form."""
+) -> list[IntArray]:
+    """Rows of the layers `known` in each form that the number of rows fits: rows of MoE layers,
+    rows of all hidden layers, and rows of MoE layers with MTP rows after them."""
     total, count = options.num_hidden_layers, len(known)
     extra = 1 if options.num_mtp_layers is None else options.num_mtp_layers
-    if num_rows == count:
-        return np.arange(count)
-    if moe_only:
-        return np.arange(count) if count < num_rows <= count + extra else None
-    if total is None:
-        return np.array(known, np.int64) if num_rows > max(known) else None
-    return np.array(known, np.int64) if total <= num_rows <= total + extra else None
+    hidden = num_rows > max(known) if total is None else total <= num_rows <= total + extra
+    out = [np.arange(count)] if num_rows == count else []
+    if hidden and not moe_only:
+        out.append(np.array(known, np.int64))
+    if count < num_rows <= count + extra:
+        out.append(np.arange(count))
+    return out
+
+
+def _skipped(rows: IntArray) -> IntArray:
+    """Rows before the last of `rows` that are not among them."""
+    return np.setdiff1d(np.arange(int(rows[-1]) + 1), rows)
 
 
 def _unknown(
@@ -114,10 +123,18 @@ def _unknown(
             f"left out {num_rows - len(rows)} of {num_rows} layers that hold only padding"
             f" ({_listed(np.flatnonzero(empty).tolist())}): dense layers, or layers that route by"
             " token id (hash), which engines do not record; --model tells which"
+            f"{_many(num_rows - len(rows), num_rows)}"
         )
     elif total is None or total != num_rows:
         options.notify(f"layers are numbered 0..{num_rows - 1}; --model gives their real numbers")
     return rows, tuple(int(x) for x in rows)
+
+
+def _many(empty: int, total: int) -> str:
+    """What more than half of the layers without load may mean."""
+    if 2 * empty <= total:
+        return ""
+    return f". {empty} of {total} are so many that the recorder may have filled the wrong rows"
 
 
 def _listed(layers: list[int]) -> str:

@@ -88,7 +88,11 @@ def _explain(path: Path) -> None:
         except (OSError, zipfile.BadZipFile) as error:
             raise FormatError(f"{path}: not a readable .npz file ({error})", DAMAGED) from None
     elif path.suffix in JSON_SUFFIXES:
-        next(iter_records(path), None)
+        record = next((record for _, record in iter_records(path)), None)
+        if isinstance(record, dict) and "physical_to_logical_map" in record:
+            raise FormatError(
+                f"{path}: is a placement, not a trace", "read it with moesim import-plan"
+            )
     else:
         _point_elsewhere(path)
 

@@ -28,6 +28,7 @@ class RowReader:
     undated: int = 0
     short: int = 0
     missing: int = 0
+    sliced: int = 0
     records: int = 0
     several: int = 0
 
@@ -56,6 +57,7 @@ class RowReader:
             if lacking > 0:
                 self.short += 1
                 self.missing += lacking
+                self.sliced += start is None and rows < num_prompt and num_output > 0
                 if start is None and self.options.short_records == "last":
                     first = lacking
         positions = np.arange(first, first + rows)
@@ -82,8 +84,14 @@ class RowReader:
             taken = "last ones (the beginning is missing)"
             taken = taken if last else "first ones (the end is missing)"
             other = "first" if last else "last"
+            slices = (
+                f" {self.sliced} of them have fewer rows than prompt tokens, as slices from a later"
+                " start have;"
+                if self.sliced
+                else ""
+            )
             notify(
                 f"{self.short} of {self.records} records are short, by {self.missing} rows in all,"
                 f" as of preempted or clipped requests: their rows are taken as the {taken};"
-                f" --short-records {other} reads them the other way"
+                f"{slices} --short-records {other} reads them the other way"
             )

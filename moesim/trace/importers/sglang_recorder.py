@@ -52,6 +52,7 @@ NAME = "sglang-recorder"
 TITLE = "SGLang expert distribution recorder: stat, stat_approx, per_pass, per_token (.pt, .json)"
 EXTEND, MODE_DECODE, MIXED, IDLE = 1, 2, 3, 4
 COUNTS = "logical_count"
+LAYOUT = "logical_count_layout"
 MAP = "last_physical_to_logical_map"
 
 Map = npt.NDArray[np.int64]
@@ -98,7 +99,8 @@ def _pack(path: Path) -> dict[str, Any]:
         content = next((record for _, record in iter_records(path)), None)
         if not isinstance(content, dict) or COUNTS not in content:
             raise FormatError(f"{path}: has no {COUNTS}", DAMAGED)
-        return {COUNTS: _json_counts(content[COUNTS], f"{path}: {COUNTS}")}
+        table = _json_counts(content[COUNTS], f"{path}: {COUNTS}")
+        return {COUNTS: table, LAYOUT: content.get(LAYOUT)}
     content = load_pt(path)
     if not isinstance(content, dict):
         raise FormatError(f"{path}: holds {type(content).__name__}, wanted a dict", DAMAGED)
@@ -132,7 +134,7 @@ def _kind(pack: dict[str, Any], where: str) -> str:
 
 def _stat(packs: list[tuple[str, dict[str, Any]]], options: ImportOptions) -> npt.NDArray[np.int64]:
     """[steps, L, E] of all files, one after another."""
-    parts = [_int_array(pack, "logical_count", where, 3) for where, pack in packs]
+    parts = [_by_layout(pack, where, options) for where, pack in packs]
     for (where, _), part in zip(packs, parts, strict=True):
         if part.shape[1:] != parts[0].shape[1:]:
             raise FormatError(
@@ -151,6 +153,19 @@ def _stat(packs: list[tuple[str, dict[str, Any]]], options: ImportOptions) -> np
                 " --expert-distribution-recorder-buffer-size -1 keeps all"
             )
     return np.concatenate(parts)
+
+
+def _by_layout(pack: dict[str, Any], where: str, options: ImportOptions) -> npt.NDArray[np.int64]:
+    """[S, L, E] of one file. `logical_count_layout`, which forks of the recorder add, may say that
+    the first axis is the ranks that tokens came from; they are added up."""
+    counts = _int_array(pack, COUNTS, where, 3)
+    layout = pack.get(LAYOUT)
+    if layout is None:
+        return counts
+    if layout != "rank_layer_expert":
+        raise bad_field(where, LAYOUT, f"rank_layer_expert or absent, not {layout!r:.40}")
+    options.notify(f"{where}: counts of {len(counts)} ranks, added up")
+    return np.asarray(counts.sum(axis=0, keepdims=True))
 
 
 def _per_pass(
@@ -215,6 +230,11 @@ def _per_token(
     options.notify(
         f"recorder files do not name requests: put {requests.count} together from positions"
     )
+    if requests.headless:
+        options.notify(
+            f"{requests.headless} of {requests.count} requests begin after position 0: tokens"
+            " before were not recorded, or recording drops tokens (sgl-project/sglang issue 12823)"
+        )
     kept = _trim_padding([s for s in segments if s is not None], options.top_k or 1)
     kept = without_ranks(kept) if copies.count else kept
     trace = assemble(kept, options, source)
@@ -289,6 +309,7 @@ class _Requests:
 
     def __init__(self) -> None:
         self.count = 0
+        self.headless = 0
         self._open: dict[tuple[int, int], deque[int]] = {}
 
     def find(self, rank: int, first: int, last: int) -> int:
@@ -299,6 +320,7 @@ class _Requests:
         else:
             request = self.count
             self.count += 1
+            self.headless += first > 0
         self._open.setdefault((rank, last), deque()).append(request)
         return request
 

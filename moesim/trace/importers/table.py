@@ -38,6 +38,10 @@ COLUMNS = (
     "request", "position", "layer", "expert", "experts", "weight", "weights", "token", "phase",
     "domain", "step", "rank", "count",
 )  # fmt: skip
+ALIASES = {"layer": "layer_id", "expert": "expert_id"}
+"""What SGLang's first recorder called columns: layer_id, expert_id and count, in a CSV a rank
+(sgl-project/sglang issue 5275)."""
+_RANK = re.compile(r"rank_?(\d{1,4})")
 _PHASES = {"prefill": PREFILL, "decode": DECODE, "0": PREFILL, "1": DECODE}
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 _FLOAT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf", re.ASCII)
@@ -51,7 +55,8 @@ def detect(path: Path) -> bool:
                 header = text.readline(1 << 16).strip().split(SUFFIXES[path.suffix])
         except (OSError, UnicodeDecodeError):
             return False
-        return bool({"expert", "experts"} & {name.strip().strip('"') for name in header})
+        names = {name.strip().strip('"') for name in header}
+        return bool({"expert", "experts"} & names) or set(ALIASES.values()) <= names
     if path.suffix not in (".jsonl", ".ndjson"):
         return False
     record = first_record(path)
@@ -88,6 +93,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace | LoadTrace:
     if loads and segments:
         raise InputError("some files hold counts and some tokens", "import each kind apart")
     if loads:
+        loads = _of_ranks(loads, paths, options)
         return _load(loads, options, source, str(paths[0]))
     if layers is not None:
         file_layers(layers, options, str(paths[0]))
@@ -123,7 +129,9 @@ def _frame(path: Path, options: ImportOptions) -> pd.DataFrame:
         raise FormatError(f"{path}: has no rows", DAMAGED)
     out = {}
     for ours in COLUMNS:
-        theirs = options.columns.get(ours, ours).split("+")
+        alias = ALIASES.get(ours, ours)
+        usual = ours if ours in frame or alias not in frame else alias
+        theirs = options.columns.get(ours, usual).split("+")
         if all(name in frame for name in theirs):
             out[ours] = frame[theirs[0]] if len(theirs) == 1 else frame[theirs].agg(list, axis=1)
         elif ours in options.columns:
@@ -356,6 +364,27 @@ def _phases(rows: pd.DataFrame, where: str, options: ImportOptions) -> Array:
             DAMAGED,
         )
     return text.map(_PHASES).to_numpy(np.uint8)
+
+
+def _of_ranks(
+    frames: list[pd.DataFrame], paths: Sequence[Path], options: ImportOptions
+) -> list[pd.DataFrame]:
+    """The counts of all ranks as one step, where the files' names number ranks and nothing numbers
+    steps; else as they are, each file a step, with a notice."""
+    import pandas as pd
+
+    if len(frames) < 2 or any("step" in frame for frame in frames):
+        return frames
+    found = [_RANK.findall(path.name) for path in paths]
+    ranks = {numbers[-1] for numbers in found if numbers}
+    if len(ranks) == len(paths):
+        options.notify(f"the files are of {len(ranks)} ranks by their names: their counts add up")
+        return [pd.concat(frames)]
+    options.notify(
+        f"{len(frames)} files without a step column: each is a step of its own. Counts of several"
+        " ranks must be added first"
+    )
+    return frames
 
 
 def _load(

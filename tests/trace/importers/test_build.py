@@ -49,7 +49,7 @@ def test_rows_that_are_thrown_away_must_be_empty(draw, options, notes):
     """3 rows for a model of 3 layers of which 1 and 2 are MoE: row 0 must hold padding."""
     known = {"num_experts": 8, "layer_ids": (1, 2), "num_hidden_layers": 3}
     with pytest.raises(MismatchError, match="row 0 of 3 holds routing, but layer 0"):
-        assemble([segment(draw(3))], options(**known), {})
+        assemble([segment(draw(3))], options(**known, num_mtp_layers=0), {})
     ids = draw(3)
     ids[:, 0] = 0
     trace = assemble([segment(ids)], options(**known), {})
@@ -66,6 +66,8 @@ def test_rows_beyond_the_models_layers_are_mtp_layers(draw, options, notes):
     assert any("left out the last 1 of 3 rows" in note and "MTP" in note for note in notes)
     with pytest.raises(MismatchError, match="records 3 layers, but the model has 2 MoE layers"):
         assemble([segment(ids)], options(**known, num_mtp_layers=0), {}, moe_only=True)
+    either = assemble([segment(ids)], options(**known), {})  # row 0 is not empty: not layer 0
+    np.testing.assert_array_equal(either.expert_ids, ids[:, :2])
     hidden = np.concatenate([np.zeros((3, 1, 2), np.int32), ids], axis=1)
     trace = assemble([segment(hidden)], options(**known), {})  # dense, two MoE, MTP
     np.testing.assert_array_equal(trace.expert_ids, ids[:, :2])
