@@ -66,6 +66,11 @@ def _restore(kind: type[MoesimError], args: tuple[Any, ...], state: dict[str, An
     return error
 
 
+def plain(text: object, length: int = 80) -> str:
+    """A name out of a file, fit for a terminal: one line, no control characters, not too long."""
+    return _one_line(str(text))[:length]
+
+
 def _one_line(text: str) -> str:
     """Fold line breaks and drop control characters, so that hostile names cannot forge lines."""
     folded = " ".join(str(text).split())

@@ -49,14 +49,13 @@ def info(
     Example: moesim trace info sample:debian-moe --plot load.png
     """
     from moesim.backend import open_backend
+    from moesim.cli.output import check_targets
     from moesim.cli.progress import progress_bar
-    from moesim.errors import InputError
     from moesim.trace.format import LoadTrace, load_trace, require_tokens
     from moesim.trace.parallel import trace_stats_on
     from moesim.trace.stats import load_stats
 
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
+    check_targets(plot=plot)
     loaded = load_trace(trace)
     if offload:
         require_tokens(loaded, "moesim trace info --offload")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cluster.types import LINK_CLASSES
+from moesim.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -25,9 +26,6 @@ _PER_GPU = (
     "rc_of_gpu", "nic_of_gpu", "to_nic", "from_nic", "port_of_gpu",
 )
 # fmt: on
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

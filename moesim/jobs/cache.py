@@ -1,39 +1,49 @@
-"""One caching question from start to end: what `moesim cache` and `moesim plan --offload` ask."""
+"""`cache`: what stays in GPU memory when not all experts fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moesim import compat
 from moesim.caching.bits import assumed_errors, choose_bits, loss_table, significance
 from moesim.caching.compare import (
     OfflineBound,
-    Result,
     Sweep,
     compare,
     offline_bound,
     sweep_hbm,
 )
+from moesim.caching.compare import Result as Row
 from moesim.caching.plan import CachePlan
 from moesim.caching.planner import (
     Planned,
     Request,
     Workload,
-    check_model,
     make_workload,
     plan_cache,
 )
 from moesim.caching.policies import POLICIES
 from moesim.caching.predictors.base import accuracy
-from moesim.caching.rates import FloatArray, HostSpec, Rates, build_rates
+from moesim.caching.rates import HostSpec, Rates, build_rates
 from moesim.cluster.load import load_gpu
 from moesim.errors import FormatError, InputError
-from moesim.model.names import ModelSpec, load_model
+from moesim.figures import text_table
+from moesim.jobs import inputs
+from moesim.jobs.result import Result
 from moesim.trace.format import Trace
+from moesim.types import FloatArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moesim.jobs.inputs import ModelLike, TraceLike
+
+DEFAULT_GPU = "l40s"
 
 MAX_ERROR_BYTES = 1 << 30
 
@@ -43,7 +53,7 @@ class CacheOptions:
     """What the user says; see `moesim cache --help`. `host` overrides fields of HostSpec."""
 
     gpu: str
-    model: str | None = None
+    model: ModelLike | None = None
     hbm_gb: float | None = None
     batch_size: int = 1
     context_tokens: int = 2048
@@ -59,15 +69,16 @@ class CacheOptions:
     sweep: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CacheJob:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class CacheJob(Result):
     """The plan and everything said about it; `notes` are for the user's eyes. `loss`: [L, E, 3]
-    loss of each bit-width where experts have mixed precision, `average_bits` their budget."""
+    loss of each bit-width where experts have mixed precision, `average_bits` their budget. exact:
+    integer programs beside the plan's own methods, where asked for."""
 
     request: Request
     plan: CachePlan
     planned: Planned
-    results: tuple[Result, ...]
+    results: tuple[Row, ...]
     bound: OfflineBound
     sweep: Sweep | None
     notes: tuple[str, ...]
@@ -77,6 +88,7 @@ class CacheJob:
     rates: Rates
     loss: FloatArray | None
     average_bits: float
+    exact: tuple[dict[str, Any], ...] = ()
 
     @property
     def bound_tokens_per_s(self) -> float:
@@ -85,6 +97,83 @@ class CacheJob:
     @property
     def bound_hit_rate(self) -> float:
         return self.bound.hit_rate(self.planned.memory.num_slots)
+
+    @property
+    def own(self) -> Row:
+        """The plan's own row of `results`."""
+        return next(row for row in self.results if row.name == "this plan")
+
+    def line(self) -> str:
+        plan, row = self.plan, self.own
+        return (
+            f"{plan.model} on {plan.gpu}, {self.request.hbm_gb:g} GB: {row.tokens_per_s:,.1f}"
+            f" tokens/s held out, {row.hit_rate:.1%} hits, policy {plan.policy}"
+        )
+
+    def summary(self) -> str:
+        plan, memory = self.plan, self.planned.memory
+        lines = [
+            f"{plan.model} on {plan.gpu}: {self.request.hbm_gb:g} GB hold {memory.num_slots} of"
+            f" {memory.num_experts} experts of {memory.slot_bytes / 1e6:.1f} MB beside"
+            f" {memory.dense_bytes / 1e9:.2f} GB of dense weights, {memory.kv_bytes / 1e9:.2f} GB"
+            f" of KV cache and {memory.workspace_bytes / 1e9:.1f} GB of workspace"
+        ]
+        if memory.everything_fits:
+            lines.append("everything fits: all experts stay in HBM, no cache is needed")
+        else:
+            lines += _policy_lines(self)
+        rows = [_cells(row) for row in self.results]
+        bound = (f"{self.bound_tokens_per_s:.1f}", f"{self.bound_hit_rate:.1%}")
+        rows.append(("offline bound (any policy)", *bound, "", "", ""))
+        head = ("held-out requests", "tokens/s", "hits", "prefetched", "on CPU", "MB/token")
+        lines.append(text_table(head, rows))
+        if "prefetch_precision" in plan.predicted:
+            wasted = plan.predicted["wasted_bytes_per_token"] / 1e6
+            lines.append(
+                f"prefetch: precision {plan.predicted['prefetch_precision']:.1%}, recall"
+                f" {plan.predicted['prefetch_recall']:.1%}, {wasted:.1f} MB per token sent for"
+                " nothing"
+            )
+        for check in self.exact:
+            found = check["integer_program"]
+            program = "" if found is None else f" integer program {found:.6g} ({check['status']}),"
+            lines.append(
+                f"{check['what']}: {check['own']:.6g} {check['unit']} as planned,{program} bound"
+                f" {check['bound']:.6g}"
+            )
+        lines.append(f"weakest figure behind this: {self.basis}")
+        return "\n".join([*lines, *(f"  {line}" for line in self.rate_notes)])
+
+    def to_json(self) -> dict[str, Any]:
+        data = self.to_dict()
+        if self.exact:
+            data["ilp"] = list(self.exact)
+        return data
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per way of caching, held-out figures in columns."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.results]).set_index("name")
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Tokens per second against memory; needs a run with `sweep`."""
+        from moesim.draw.cache import plot_speed_by_memory
+
+        if self.sweep is None:
+            raise InputError("memory sizes were not swept", "ask with `sweep`")
+        plan, asked = self.plan, self.request
+        title = (
+            f"{plan.model}, {plan.gpu}, batch {asked.batch_size},"
+            f" {asked.context_tokens} tokens of context"
+        )
+        target = Path(path) if path is not None else None
+        return plot_speed_by_memory(self.sweep, asked.hbm_gb, title, target)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the cache plan file."""
+        self.plan.save(Path(path))
+        return Path(path)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data: the plan, the figures beside it, the sweep where one was made."""
@@ -117,12 +206,110 @@ class CacheJob:
         return data
 
 
+def _policy_lines(job: CacheJob) -> list[str]:
+    plan, prefetch = job.plan, job.plan.prefetch
+    pinned = sum(len(row) for row in plan.pinned)
+    ahead = "none"
+    if prefetch is not None:
+        ahead = (
+            f"{prefetch.predictor}, {prefetch.depth} layers ahead, at most {prefetch.width} per"
+            f" layer of score {prefetch.min_score:g} or more"
+        )
+    lines = [
+        f"policy {plan.policy}; {sum(plan.slots)} slots, {min(plan.slots)} to {max(plan.slots)} per"
+        f" layer; {pinned} experts pinned; CPU"
+        f" {'computes misses' if plan.cpu == 'auto' else 'unused'}; prefetch {ahead}"
+    ]
+    if plan.nvme:
+        lines.append(f"{sum(map(len, plan.nvme))} experts live on NVMe, the rest in DRAM")
+    return [*lines, job.bits] if job.bits is not None else lines
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name,
+        f"{row.tokens_per_s:.1f}",
+        f"{row.hit_rate:.1%}",
+        f"{row.prefetch_hit_rate:.1%}",
+        f"{row.cpu_share:.1%}",
+        f"{row.bytes_per_token / 1e6:.1f}",
+    )
+
+
+def cache(
+    trace: TraceLike,
+    *,
+    model: ModelLike | None = None,
+    gpu: str = DEFAULT_GPU,
+    hbm: float | None = None,
+    batch: int = 1,
+    context: int = 2048,
+    policy: str = "auto",
+    prefetch: str = "auto",
+    cpu: str = "auto",
+    expert_dtype: str | None = None,
+    bits: float | None = None,
+    bit_errors: Path | None = None,
+    dram: float | None = None,
+    dram_gb_per_s: float | None = None,
+    cpu_us: float | None = None,
+    cpu_tflops: float | None = None,
+    nvme_gb_per_s: float | None = None,
+    ilp: bool = False,
+    steps: int = 4096,
+    seed: int = 0,
+    sweep: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> CacheJob:
+    """Plan expert offloading for one GPU: slots per layer, pinned experts, policy, prefetch, CPU.
+
+    A quarter of the trace's requests gives frequencies and fits predictors, a quarter chooses, and
+    every figure comes from the other half. sweep: other memory sizes too, for the picture.
+    progress(text) says what is being done. The other names and defaults are those of
+    `moesim cache`. Raises MismatchError, InputError, UnknownNameError, and InfeasibleError where
+    the memory does not hold the least.
+    """
+    host = {
+        "dram_gb": dram,
+        "dram_gb_per_s": dram_gb_per_s,
+        "cpu_us": cpu_us,
+        "cpu_tflops": cpu_tflops,
+        "nvme_gb_per_s": nvme_gb_per_s,
+    }
+    options = CacheOptions(
+        model=model,
+        gpu=gpu,
+        hbm_gb=hbm,
+        batch_size=batch,
+        context_tokens=context,
+        policy=policy,
+        prefetch=prefetch,
+        cpu=cpu,
+        expert_dtype=expert_dtype,
+        average_bits=bits,
+        bit_errors=bit_errors,
+        host={name: value for name, value in host.items() if value is not None},
+        max_steps=steps,
+        seed=seed,
+        sweep=sweep,
+    )
+    job = run_cache(inputs.token_trace_of(trace, "moesim cache"), options, progress)
+    if ilp:
+        from moesim.jobs.cache_exact import solve_exactly
+
+        progress("integer program")
+        job = replace(job, exact=tuple(solve_exactly(job)))
+    return job
+
+
 def run_cache(
     trace: Trace, options: CacheOptions, progress: Callable[[str], None] = lambda _: None
 ) -> CacheJob:
     """Plan, compare with others and with the bound, and, if asked, sweep the memory size."""
-    model = _model(options, trace)
-    check_model(trace, model)
+    model = inputs.model_required(options.model, trace.meta.model)
+    if options.expert_dtype is not None:
+        model = replace(model, expert_dtype=options.expert_dtype)
+    compat.trace_fits_model(trace.meta, model, whole=True)
     gpu = load_gpu(options.gpu)
     host = HostSpec()
     if options.host:
@@ -222,16 +409,6 @@ def _prediction(work: Workload, plan: CachePlan) -> dict[str, float]:
         "prefetch_precision": float(np.nanmean(found.precision)),
         "prefetch_recall": float(np.nanmean(found.recall)),
     }
-
-
-def _model(options: CacheOptions, trace: Trace) -> ModelSpec:
-    name = options.model or trace.meta.model
-    if not name:
-        raise InputError("the trace names no model", "give --model: moesim model list")
-    model = load_model(name)
-    if options.expert_dtype is not None:
-        model = replace(model, expert_dtype=options.expert_dtype)
-    return model
 
 
 def _errors(path: Path | None, shape: tuple[int, int]) -> Any:

@@ -29,6 +29,7 @@ from moesim.trace.batches import (
     resample_requests,
 )
 from moesim.trace.format import Trace
+from moesim.types import FloatArray
 
 NUM_BATCHES = 48
 NUM_RESAMPLES = 20
@@ -37,7 +38,6 @@ MIN_BATCHES_PER_RESAMPLE = 4
 MAX_CHOICES = 200_000_000
 CHUNK_CELLS = 20_000_000
 Z_95 = 1.959964
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

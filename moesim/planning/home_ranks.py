@@ -18,13 +18,13 @@ from moesim.placement import Placement, ReplicaPolicy
 from moesim.planning.home_rank_fit import assign_homes, messages_saved
 from moesim.trace.batches import Batches, Phase, RequestIndex
 from moesim.trace.format import Trace
+from moesim.types import FloatArray
 
 Predictor = Literal["domain", "tokens", "prefix", "oracle"]
 HOME_RANKS = ("contiguous", "predicted", *get_args(Predictor))
 PREFIX_TOKENS = 64
 PRIOR_TOKENS = 4.0
 """Tokens that the average over all tuning tokens counts for in a prediction from few tokens."""
-FloatArray = npt.NDArray[np.float64]
 
 
 def choose_predictor(name: str, trace: Trace, phase: Phase) -> Predictor:

@@ -13,17 +13,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import MismatchError
 from moesim.placement import EMPTY, Placement
-from moesim.solvers.base import Problem, Progress, pack_table
+from moesim.solvers.base import Problem, pack_table
 from moesim.solvers.objective import PlacementCost
+from moesim.types import Array, Progress
 
-Array = npt.NDArray[Any]
 Table = npt.NDArray[np.int64]
 MovingTime = Callable[[Placement], float]
 """Microseconds that it takes to get from the placement in use to another one."""

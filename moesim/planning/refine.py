@@ -28,13 +28,13 @@ from moesim.planning.robust import (
     solve_robust,
 )
 from moesim.planning.tuning import batch_counts
-from moesim.solvers.base import Problem, Progress, Solution
-from moesim.solvers.registry import get_solver
+from moesim.solvers.base import Problem, Solution
 from moesim.trace.batches import Batches, Phase, RequestIndex, draw_batches
 from moesim.trace.format import Trace
+from moesim.types import Progress
 
 if TYPE_CHECKING:
-    from moesim.jobs.plan import PlanRequest
+    from moesim.planning.request import PlanRequest
 
 IN_USE = "in use"
 DOMAIN_BATCHES = 32
@@ -69,29 +69,29 @@ class Refined:
 def check_request(request: PlanRequest, data: Data, objective: str) -> Predictor | None:
     """Refuse before the search what could not be done after it; returns the predictor of home
     ranks, None for contiguous ones."""
-    if request.old_plan is not None:
-        check_old_plan(request.old_plan, data.trace, request.cluster)
+    if request.extras.old_plan is not None:
+        check_old_plan(request.extras.old_plan, data.trace, request.workload.cluster)
         if objective != "time":
             raise InputError(
-                f"--from weighs microseconds of steps against those of moving, not {objective}",
-                "use --objective time, with --model if the trace's model is not known",
+                f"`old_plan` weighs microseconds of steps against those of moving, not {objective}",
+                "use `objective` time, with `model` if the trace's model is not known",
             )
-        steps = request.steps_between_moves
+        steps = request.extras.steps_between_moves
         if not (np.isfinite(steps) and steps > 0):
             raise InputError(f"{steps} steps between moves", "give a number above 0, as 1000")
-    if request.robust is not None and objective == "traffic":
+    if request.extras.robust is not None and objective == "traffic":
         raise InputError(
-            "--robust evens out load, and objective traffic is about messages",
-            "use --objective balance or time",
+            "`robust` evens out load, and objective traffic is about messages",
+            "use `objective` balance or time",
         )
-    if request.home_ranks in (None, "contiguous"):
+    if request.extras.home_ranks in (None, "contiguous"):
         return None
     if data.trace.rank_ids is not None:
         raise InputError(
             "the trace says which rank each token was on, so that there is nothing to predict",
-            "leave out --home-ranks",
+            "leave out `home_ranks`",
         )
-    return choose_predictor(str(request.home_ranks), data.trace, data.phase)
+    return choose_predictor(str(request.extras.home_ranks), data.trace, data.phase)
 
 
 def refine(
@@ -102,33 +102,41 @@ def refine(
     progress: Progress | None,
 ) -> Refined:
     """Add to `solved` the robust solution and the one to move to, where they are asked for."""
-    out = Refined(request.solver)
-    if request.robust is not None:
-        name = f"{request.solver}, robust"
+    out = Refined(request.solver.name)
+    if request.extras.robust is not None:
+        name = f"{request.solver.name}, robust"
         domains = None
-        if request.robust.kind == "worst-domain":
+        if request.extras.robust.kind == "worst-domain":
             domains = domain_counts(
-                data.trace, data.tune, data.phase, data.batch_tokens, request.seed
+                data.trace, data.tune, data.phase, data.batch_tokens, request.search.seed
             )
         found = solve_robust(
-            get_solver(request.solver),
+            request.solver,
             problem,
-            solved[request.solver],
-            request.robust,
+            solved[request.solver.name],
+            request.extras.robust,
             domains,
             progress=progress,
         )
         solved[name] = found.solution
         out.chosen = name
-        out.evaluation["robust"] = {"objective": str(request.robust), "tuning": found.to_json()}
-    if request.old_plan is not None:
-        assert request.model is not None
+        out.evaluation["robust"] = {
+            "objective": str(request.extras.robust),
+            "tuning": found.to_json(),
+        }
+    if request.extras.old_plan is not None:
+        assert request.workload.model is not None
         assert data.step is not None
-        old = request.old_plan.placement
-        away = movers(old, request.cluster, request.model, data.step)
+        old = request.extras.old_plan.placement
+        away = movers(old, request.workload.cluster, request.workload.model, data.step)
         free = solved[out.chosen]
         moved = plan_migration(
-            problem, old, free.placement, away, request.steps_between_moves, progress=progress
+            problem,
+            old,
+            free.placement,
+            away,
+            request.extras.steps_between_moves,
+            progress=progress,
         )
         name = f"{out.chosen}, moved"
         solved[IN_USE] = Solution(old, "feasible")
@@ -136,7 +144,7 @@ def refine(
         out.chosen = name
         moving, freely = away.plan(moved.placement), away.plan(free.placement)
         out.evaluation["migration"] = {
-            "from": request.old_plan.provenance.get("options_hash"),
+            "from": request.extras.old_plan.provenance.get("options_hash"),
             "steps_between_moves": moved.steps,
             "step_us": moved.step_us,
             "step_us_in_use": moved.stay_us,
@@ -147,7 +155,7 @@ def refine(
         if moved.unsearched:
             out.lines.append(
                 f"{moved.unsearched} of {problem.num_layers} layers move wholly or not at all: no"
-                " time was left to look for fewer moves (--time-limit)"
+                " time was left to look for fewer moves (`time_limit`)"
             )
         total = problem.num_slots * problem.num_layers
         if moving.num_moves == 0:
@@ -179,12 +187,12 @@ def robust_figures(
 ) -> None:
     """Add held-out losses of all solutions: by domain where there are domains, and of the worst
     batches."""
-    robust = request.robust
+    robust = request.extras.robust
     assert robust is not None
     level = robust.level if robust.kind == "cvar" else 0.9
     table: dict[str, dict[str, Any]] = {name: {} for name in solved}
     batches = draw_batches(
-        data.held_out, data.phase, data.batch_tokens, CVAR_BATCHES, request.seed + 3
+        data.held_out, data.phase, data.batch_tokens, CVAR_BATCHES, request.search.seed + 3
     )
     losses = Losses(problem, batch_counts(data.trace, batches))
     for name, solution in solved.items():
@@ -194,7 +202,7 @@ def robust_figures(
         groups = domain_requests(data.trace, data.held_out, MIN_DOMAIN_SHARE * data.batch_tokens)
         for domain, requests in groups.items():
             some = draw_batches(
-                requests, data.phase, data.batch_tokens, DOMAIN_BATCHES, request.seed + 5
+                requests, data.phase, data.batch_tokens, DOMAIN_BATCHES, request.search.seed + 5
             )
             losses = Losses(problem, batch_counts(data.trace, some))
             for name, solution in solved.items():
@@ -238,7 +246,7 @@ def predicted_homes(
             data.tune,
             solution.placement,
             name,
-            policy=request.replica_policy,
+            policy=request.workload.replica_policy,
             dedup=data.dedup,
             far=far,
         )
@@ -249,8 +257,8 @@ def predicted_homes(
 
 def _far(request: PlanRequest) -> float:
     """Time of a message between nodes relative to one within, by the links' line rates."""
-    gpu = request.cluster.gpus[0]
-    routes = request.cluster.routes()
+    gpu = request.workload.cluster.gpus[0]
+    routes = request.workload.cluster.routes()
     nics = routes.link_gb_per_s[routes.link_class == routes.link_class_names.index("nic")]
     if not len(nics):
         return 1.0

@@ -29,6 +29,7 @@ from moesim.replay.process import Context
 from moesim.replay.routing import assign_replicas, home_ranks, rank_work
 from moesim.replay.shape import ExpertShape
 from moesim.replay.timing import Body, issue_us, time_calls
+from moesim.types import stream
 
 FORMAT = "moesim-calibration-raw"
 VERSION = 1
@@ -152,7 +153,7 @@ def _small_layer(session: Session) -> Body:
     ctx, shape = session.ctx, LAYER_SHAPE
     slots = -(-shape.num_experts // ctx.num_ranks)
     tokens = LAYER_TOKENS * ctx.num_ranks
-    random = np.random.default_rng(0)
+    random = stream(0)
     ids = np.argsort(random.random((tokens, shape.num_experts)), axis=1)[:, : shape.top_k]
     placement = np.arange(slots * ctx.num_ranks)
     placement[placement >= shape.num_experts] = -1

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.errors import InputError, MismatchError
 from moesim.placement import Plan, load_plan
@@ -15,9 +14,9 @@ from moesim.replay.routing import POLICIES, Assignment, assign_replicas, home_ra
 from moesim.replay.shape import ExpertShape
 from moesim.trace.batches import Phase, draw_batches, index_requests, split_requests
 from moesim.trace.format import Trace
+from moesim.types import IntArray
 
 DECODE_UP_TO = 1024
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

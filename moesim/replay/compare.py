@@ -16,6 +16,7 @@ import numpy.typing as npt
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.replay.predict import PHASES, Predictor
 from moesim.replay.records import read_record
+from moesim.types import FloatArray
 
 FORMAT = "moesim-measured"
 BASELINE = "linear"
@@ -23,7 +24,6 @@ MIN_ORDERED = 3
 FIELDS = frozenset(
     ("plan", "tokens_per_rank", "mode", "batch", "phase_us", "layer_us", "step_us", "slot_rows")
 ) | {"messages"}
-FloatArray = npt.NDArray[np.float64]
 Key = tuple[int, str, str, int]
 
 

@@ -37,11 +37,10 @@ from moesim.replay.process import Context
 from moesim.replay.routing import RankWork
 from moesim.replay.shape import ExpertShape
 from moesim.replay.timing import PhaseClock, capture
+from moesim.types import FloatArray, IntArray
 
 PHASES = ("permute", "dispatch", "compute", "combine", "unpermute")
 NUM_INPUT_SETS = 2
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,17 +26,12 @@ from moesim.replay.memory import MemoryNeed, available_host_bytes, require_memor
 from moesim.replay.numerics import TOLERANCE, NumericsError
 from moesim.replay.ops import TORCH_DTYPES, Kernels, choose, grouped_ffn
 from moesim.replay.process import Context
-from moesim.replay.schedule import (
-    FloatArray,
-    Schedule,
-    StepCosts,
-    lru_schedule,
-    predict_tokens_us,
-)
+from moesim.replay.schedule import Schedule, StepCosts, lru_schedule, predict_tokens_us
 from moesim.replay.shape import ExpertShape
 from moesim.replay.streams import Fetch, cycles_of, measure_fetch, queued_us
 from moesim.replay.timing import issue_us, spread, time_calls
 from moesim.trace.format import load_token_trace
+from moesim.types import FloatArray
 
 FORMAT = "moesim-offload-measured"
 VERSION = 1

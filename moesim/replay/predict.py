@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.cost.calibration import Calibration
 from moesim.cost.routing import Routed
@@ -20,13 +19,12 @@ from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InputError
 from moesim.model.spec import AttentionSpec, ModelSpec
 from moesim.replay.shape import ExpertShape
+from moesim.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
 
 PHASES = ("permute", "dispatch", "compute", "combine", "unpermute")
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

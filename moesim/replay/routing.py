@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import MismatchError, UnknownNameError
+from moesim.types import IntArray
 
-IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 Dedup = Literal["gpu", "none"]
 POLICIES = ("split", "nearest", "hash")

@@ -36,12 +36,12 @@ from moesim.replay.process import Context
 from moesim.replay.routing import Assignment, Dedup, rank_work, send_matrix
 from moesim.replay.shape import ExpertShape
 from moesim.trace.format import Trace, load_token_trace
+from moesim.types import FloatArray
 
 FORMAT = "moesim-measured"
 VERSION = 1
 L2_MULTIPLE = 4
 DEFAULT_L2_BYTES = 64 << 20
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

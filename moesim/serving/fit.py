@@ -11,6 +11,7 @@ from moesim.serving.memory import gpu_memory, require_fit
 from moesim.serving.step_cost import StepCost
 
 if TYPE_CHECKING:
+    from moesim.cluster import Cluster
     from moesim.model.spec import ModelSpec
     from moesim.serving.config import ServingConfig
     from moesim.serving.requests import Requests
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
 MIN_CACHE_TOKENS = 8192
 
 
-def fitting_deployment(model: ModelSpec, cluster: str, num_gpus: int, **options: Any) -> Deployment:
-    """The deployment of `num_gpus` with least tensor parallelism that leaves a rank's KV cache at
-    least MIN_CACHE_TOKENS tokens: attention data-parallel over num_gpus / tp ranks, experts over
-    all GPUs as far as there are experts. `options` go to `deploy`.
+def fitting_deployment(model: ModelSpec, cluster: Cluster, **options: Any) -> Deployment:
+    """The deployment of all GPUs of `cluster` with least tensor parallelism that leaves a rank's KV
+    cache at least MIN_CACHE_TOKENS tokens: attention data-parallel over num_gpus / tp ranks,
+    experts over all GPUs as far as there are experts. `options` go to `deploy`.
 
     Raises InfeasibleError with the numbers where nothing fits, InputError where no tp is possible.
     """
     tried: list[Deployment] = []
+    num_gpus = cluster.num_gpus
     for tp in range(1, num_gpus + 1):
         if num_gpus % tp or model.attention.num_heads % tp:
             continue
@@ -42,7 +44,7 @@ def fitting_deployment(model: ModelSpec, cluster: str, num_gpus: int, **options:
     if not tried:
         raise InputError(
             f"{model.name} does not divide over {num_gpus} GPUs",
-            "choose another number of GPUs (a power of two, say), or give --tp and --dp",
+            "choose another number of GPUs (a power of two, say), or give `tp` and `dp`",
         )
     best = max(tried, key=lambda made: gpu_memory(made).kv_token_capacity)
     require_fit(best, MIN_CACHE_TOKENS)

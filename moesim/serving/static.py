@@ -19,6 +19,7 @@ import numpy as np
 
 from moesim.errors import InputError
 from moesim.serving.memory import require_fit
+from moesim.types import stream
 
 if TYPE_CHECKING:
     from moesim.serving.step_cost import StepCost
@@ -134,7 +135,7 @@ def run_load_test(cost: StepCost, test: LoadTest) -> StaticResult:
     deployment = cost.deployment
     memory = require_fit(deployment, test.input_tokens + test.output_tokens)
     total = test.num_requests or 10 * test.concurrency
-    rng = np.random.default_rng(test.seed)
+    rng = stream(test.seed)
     prompts = _lengths(rng, test.input_tokens, test.range_ratio, total)
     answers = _lengths(rng, test.output_tokens, test.range_ratio, total)
     ranks = [_Rank(memory.kv_token_capacity) for _ in range(deployment.dp)]

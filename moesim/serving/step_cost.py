@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moesim.cost.calibration import calibration_names, load_calibration
-from moesim.cost.curves import FloatArray, power_mean_max, weakest
+from moesim.cost.curves import power_mean_max, weakest
 from moesim.cost.dense import GEMM_SHARPNESS, KV_ELEMENT_BYTES, causal_pairs
 from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF, calibration_of_gpu
 from moesim.serving.moe_load import MoeLoad, assumed_load, layer_us, load_of_trace
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.cost.calibration import Calibration

@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
 from moesim.serving.state import INTERNAL
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.serving.step_cost import StepCost
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 TERM_FIELDS = (
     "num_layers",
     "window",

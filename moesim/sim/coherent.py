@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cost.routing import POLICY_CODES, Routed, check_match, pick_slot, share_batch
+from moesim.compat import placement_fits_trace
+from moesim.cost.routing import POLICY_CODES, Routed, pick_slot, share_batch
 from moesim.cost.step import calibration_of_gpu
 from moesim.errors import InputError
 from moesim.kernels import kernel
@@ -16,12 +17,11 @@ from moesim.sim.collectives.base import make_stage
 from moesim.sim.network import Flow
 from moesim.sim.work import Chunk, HomeWork, StepWork
 from moesim.trace.batches import Batches
+from moesim.types import Array
 
 if TYPE_CHECKING:
     from moesim.sim.prepare import Models
     from moesim.trace.format import Trace
-
-Array = npt.NDArray[Any]
 
 
 def coherent_work(
@@ -46,7 +46,7 @@ def coherent_work(
             f"the context-coherent schedule over {models.exchange_name}",
             "use --all-to-all nccl or nvlink, whose messages go straight to their GPU",
         )
-    check_match(trace, placement)
+    placement_fits_trace(placement, trace.num_layers, trace.num_experts)
     gpus, layers, tokens = models.num_gpus, trace.num_layers, len(batch.token_idx)
     slot_tokens = np.zeros((layers, placement.num_slots), np.int32)
     out, back = np.zeros((2, layers, gpus, gpus), np.int32)

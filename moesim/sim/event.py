@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +20,7 @@ from moesim.sim.timeline import Timeline
 from moesim.sim.work import StepWork
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
-
-FloatArray = npt.NDArray[np.float64]
-Progress = Callable[[int, int], None]
+from moesim.types import FloatArray, Progress
 
 
 @dataclass(slots=True, eq=False)

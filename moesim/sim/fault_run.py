@@ -25,7 +25,7 @@ from moesim.cost.routing import Routed, home_ranks
 from moesim.errors import InfeasibleError, InputError
 from moesim.placement import EMPTY, Placement
 from moesim.sim.engine import Engine, SpeedModel, StepRun
-from moesim.sim.event import Progress, Tally, run_step
+from moesim.sim.event import Tally, run_step
 from moesim.sim.faults import Fault, FaultClock, Recovery, reloaded, without_gpus
 from moesim.sim.migrate import Mover, holdings, plan_moves
 from moesim.sim.network import on_event
@@ -42,6 +42,7 @@ from moesim.sim.schedules.base import Schedule
 from moesim.sim.timeline import Timeline
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
+from moesim.types import Progress
 
 Table = npt.NDArray[np.int32]
 Planner = Callable[[npt.NDArray[np.int64]], Placement]

@@ -20,12 +20,12 @@ from moesim.sim.links import LinkTable
 from moesim.sim.schedules.base import Schedule
 from moesim.sim.work import Chunk, HomeWork, StepWork
 from moesim.trace.batches import Batches
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
     from moesim.trace.format import Trace
 
-FloatArray = npt.NDArray[np.float64]
 Homes = npt.NDArray[np.int32]
 
 

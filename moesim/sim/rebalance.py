@@ -22,7 +22,7 @@ import simpy
 from moesim.errors import InputError, MismatchError
 from moesim.placement import Placement
 from moesim.sim.engine import Engine, SpeedModel
-from moesim.sim.event import Progress, Tally, run_step
+from moesim.sim.event import Tally, run_step
 from moesim.sim.migrate import Mover, holdings, plan_moves
 from moesim.sim.prepare import Models, one_batch, step_work
 from moesim.sim.result import SimResult
@@ -31,6 +31,7 @@ from moesim.sim.timeline import Timeline
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
 from moesim.trace.kernels import count_load
+from moesim.types import Progress
 
 Table = npt.NDArray[np.int32]
 WindowPlanner = Callable[[npt.NDArray[np.float32], npt.NDArray[np.int64]], Placement]

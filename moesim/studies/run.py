@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from moesim.studies.question import COST, Question, best, make_question
 from moesim.studies.registry import get_evaluator
 from moesim.studies.space import DEFAULT_MAX_POINTS, Point, Space, distinct, make_point
 from moesim.studies.tasks import Failure, make_task, refused, run_task
+from moesim.types import Progress
 
-Progress = Callable[[int, int], None]
 RENTED = "gpus"
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
 
@@ -29,8 +28,7 @@ from moesim.trace.capture_hooks import RoutingRecorder
 from moesim.trace.capture_journal import Journal
 from moesim.trace.format import DECODE, PREFILL, TraceMeta
 from moesim.trace.prompts import NO_DOMAIN, PromptFile, iter_prompts, scan_prompts
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 WINDOW_BATCHES = 16
 DTYPES = ("auto", "float32", "bfloat16", "float16")

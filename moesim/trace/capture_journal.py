@@ -12,14 +12,12 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.errors import InputError, MismatchError
 from moesim.files import atomic_path, atomic_write
 from moesim.trace.format import TraceMeta
 from moesim.trace.writer import TraceWriter, id_dtype
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 JOURNAL_NAME = "journal.json"
 

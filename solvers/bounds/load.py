@@ -13,19 +13,17 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
 from moesim.solvers.base import Problem
 from moesim.solvers.bounds.colocation import applies, colocation_bound
 from moesim.solvers.bounds.messages import message_bound
 from moesim.solvers.objective import PlacementCost
+from moesim.types import Array, FloatArray
 
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
 T = TypeVar("T")
 ROUNDING = 1e-6
 LP_LAYERS = 4

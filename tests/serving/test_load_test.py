@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.jobs.serve import simulate_serving
 from moesim.serving.deployment import deploy
 from moesim.serving.requests import Requests
+from moesim.serving.run import simulate_serving
 from moesim.serving.static import LoadTest, run_load_test
 from moesim.serving.step_cost import StepCost
 

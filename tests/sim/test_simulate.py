@@ -160,7 +160,7 @@ WRONG = [
     pytest.param(["--cluster", "h100"], "h100-sxm-ib", id="cluster"),
     pytest.param(["--model", "DeepSeek-V3"], "name the model", id="model"),
     pytest.param(["--fidelity", "exact"], "analytic", id="fidelity"),
-    pytest.param(["--batch-tokens", "0"], "tokens of one step", id="no tokens"),
+    pytest.param(["--batch-tokens", "0"], "greater than or equal to 1", id="no tokens"),
     pytest.param(["--steps", "0"], "at least 1", id="no steps"),
     pytest.param(["--fidelity", "analytic", "--slow", "1=0.5"], "event", id="slow analytic"),
     pytest.param(["--fidelity", "analytic", "--schedule", "two-batch"], "event", id="analytic"),
@@ -196,8 +196,8 @@ def test_plans_that_do_not_fit(call, tmp_path) -> None:
     """Another number of GPUs, layers, experts or model: cause and remedy."""
     cases = [
         (plan_file(tmp_path / "a.json", 16), ["--gpus", "8"], "plan is for 16 GPUs"),
-        (plan_file(tmp_path / "b.json", layers=2), [], "2 MoE layers"),
-        (plan_file(tmp_path / "c.json", experts=32), [], "32 experts"),
+        (plan_file(tmp_path / "b.json", layers=2), [], "the plan 2 of 64"),
+        (plan_file(tmp_path / "c.json", experts=32), [], "12 of 32"),
     ]
     for plan, args, cause in cases:
         code, out, err = call("--plan", str(plan), "--steps", "1", *args)

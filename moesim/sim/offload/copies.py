@@ -15,13 +15,11 @@ from moesim.cost.step import OTHER_LINK_EFFICIENCY
 from moesim.errors import MismatchError
 from moesim.sim.links import LinkTable, asymptotic_gb_per_s
 from moesim.sim.network import Flow, Network, on_event
+from moesim.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
     from moesim.caching.rates import Rates
     from moesim.cluster import Cluster
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,7 +17,7 @@ from moesim.cost.routing import Routed
 from moesim.placement import Placement
 from moesim.sim.capacity import Drops
 from moesim.sim.engine import Engine, SpeedModel, Task
-from moesim.sim.event import Progress, Tally, run_step
+from moesim.sim.event import Tally, run_step
 from moesim.sim.offload.contents import Contents
 from moesim.sim.offload.copies import host_paths
 from moesim.sim.offload.memory import GpuMemory
@@ -28,9 +28,7 @@ from moesim.sim.timeline import COPY, CPU, Timeline
 from moesim.sim.work import Chunk, HomeWork, StepWork
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from moesim.types import FloatArray, IntArray, Progress
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -85,8 +85,8 @@ class RequestsEvaluator(DeploymentEvaluator):
     def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
         from dataclasses import replace
 
-        from moesim.jobs.serve import simulate_serving
         from moesim.serving.config import ServingConfig
+        from moesim.serving.run import simulate_serving
 
         goodput = parse_slo(params["goodput_slo"]) if params["goodput_slo"] else None
         deployment, notes = deployment_of(params)

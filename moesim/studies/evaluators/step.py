@@ -57,13 +57,14 @@ class StepEvaluator(RoutingEvaluator):
     }
 
     def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
-        from moesim.jobs.simulate import SimRequest, simulate
+        from moesim.jobs.simulate import run_simulation
+        from moesim.jobs.simulate_request import SimRequest
 
         model = model_required(params)
         plan = None
         if params["solver"] != "linear" or params["redundant_experts"]:
             plan = plan_of(self, params).plan
-        report = simulate(
+        report = run_simulation(
             SimRequest(
                 trace=trace_of(params["trace"]),
                 cluster=self.cluster(params),

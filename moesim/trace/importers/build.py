@@ -14,15 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import FormatError, MismatchError
-from moesim.trace.format import (
-    MAX_EXPERTS,
-    Array,
-    LoadTrace,
-    Trace,
-    TraceMeta,
-    iter_chunks,
-)
+from moesim.trace.format import MAX_EXPERTS, LoadTrace, Trace, TraceMeta, iter_chunks
 from moesim.trace.importers.base import DAMAGED, ImportOptions, require_top_k
+from moesim.types import Array
 
 BoolArray = npt.NDArray[np.bool_]
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError, InputError
-from moesim.trace.format import DECODE, PREFILL, Array, Trace
+from moesim.trace.format import DECODE, PREFILL, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, require_top_k, unknown_phases
 from moesim.trace.importers.build import Segment, assemble
 from moesim.trace.importers.records import (
@@ -31,6 +31,7 @@ from moesim.trace.importers.records import (
     iter_records,
 )
 from moesim.trace.importers.vllm import NPY_BASE64
+from moesim.types import Array
 
 NAME = "sglang"
 TITLE = "SGLang return_routed_experts: responses (.json, .jsonl), raw int32 (.bin)"

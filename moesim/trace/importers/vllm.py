@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError
-from moesim.trace.format import DECODE, PREFILL, Array, Trace
+from moesim.trace.format import DECODE, PREFILL, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field, unknown_phases
 from moesim.trace.importers.build import Segment, assemble, integer_ids
 from moesim.trace.importers.records import (
@@ -36,6 +36,7 @@ from moesim.trace.importers.records import (
     npy_from_bytes,
     read_npy_file,
 )
+from moesim.types import Array
 
 NAME = "vllm"
 TITLE = "vLLM routed_experts: responses (.json, .jsonl), base64 text, .npy"
