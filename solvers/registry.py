@@ -48,7 +48,7 @@ def solver_names() -> list[str]:
 
 def about(name: str) -> str:
     """One line on the solver called `name`: of moesim's own, or a class's `about`."""
-    return ABOUT.get(name) or getattr(SOLVERS.get(name), "about", "of another package")
+    return ABOUT.get(name) or str(getattr(SOLVERS.get(name), "about", "of another package"))
 
 
 def find_solver(solver: str | Solver) -> Solver:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.choices import Basis as Basis
+from moesim import choices
 from moesim.errors import UnknownNameError
 
-Kind = Basis
+Kind = choices.Basis
 
 KINDS: tuple[Kind, ...] = ("assumed", "datasheet", "measured")
 """How a figure was come by, weakest first."""

@@ -14,7 +14,7 @@ from moesim.errors import InputError
 from moesim.solvers.ilp.cache import solve_bits, solve_slots, solve_tiers
 
 if TYPE_CHECKING:
-    from moesim.jobs.cache import CacheJob
+    from moesim.jobs.cache_result import CacheJob
 
 log = logging.getLogger("moesim")
 

@@ -19,7 +19,7 @@ from moesim.jobs import inputs
 from moesim.jobs.plan_result import Candidate, PlanResult
 from moesim.placement import Plan, ReplicaPolicy
 from moesim.planning.case import Case, Judge, token_case
-from moesim.planning.evaluate import Figure, difference, figures
+from moesim.planning.evaluate import Interval, difference, figures
 from moesim.planning.home_ranks import HOME_RANKS
 from moesim.planning.loads import load_case
 from moesim.planning.migration import DEFAULT_STEPS
@@ -32,7 +32,7 @@ from moesim.planning.request import (
 )
 from moesim.planning.robust import parse_robust
 from moesim.solvers.base import Objective, Solution, Solver, Stop, never, run_solver
-from moesim.solvers.bounds.load import LP_LAYERS, Bound, lower_bound
+from moesim.solvers.bounds.load import LP_LAYERS, LowerBound, lower_bound
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import find_solver
 from moesim.trace.batches import Phase
@@ -161,7 +161,7 @@ def _solve(case: Case, progress: Progress | None) -> tuple[dict[str, Solution], 
     return solved, refine(case.request, case.problem, solved, case.data, progress)
 
 
-def _value(case: Case, solved: dict[str, Solution], refined: Refined) -> Bound:
+def _value(case: Case, solved: dict[str, Solution], refined: Refined) -> LowerBound:
     """Give every solution its value on the tuning data and the bound on it."""
     problem, stop = case.problem, case.problem.stop
     cost = PlacementCost(problem)
@@ -174,7 +174,7 @@ def _value(case: Case, solved: dict[str, Solution], refined: Refined) -> Bound:
     )
     found = solved[case.request.solver.name].layer_bounds
     if found is not None and (found > bound.layers).any():
-        bound = Bound(np.maximum(bound.layers, found), f"{bound.kind}, integer program")
+        bound = LowerBound(np.maximum(bound.layers, found), f"{bound.kind}, integer program")
     for name, solution in solved.items():
         solved[name] = replace(
             solution, objective_value=float(layers[name].mean()), bound=bound.value
@@ -249,7 +249,7 @@ def _assemble(
     judge: Judge,
     candidates: list[Candidate],
     refined: Refined,
-    bound: Bound,
+    bound: LowerBound,
     seconds: dict[str, float],
 ) -> PlanResult:
     by_name = {c.name: c for c in candidates}
@@ -261,7 +261,7 @@ def _assemble(
         for note in c.solution.notes
         if not c.name.startswith("homes by")
     ]
-    improvement: dict[str, Figure] = {}
+    improvement: dict[str, Interval] = {}
     for name in chosen.figures:
         delta = difference(judge.sample, chosen.measured, reference.measured, name)
         if delta is not None:

@@ -11,7 +11,7 @@ from moesim.errors import plain
 from moesim.figures import GOALS, count, figure, text_table
 from moesim.jobs.result import Result
 from moesim.placement import Plan
-from moesim.planning.evaluate import Figure, Measured, Sample
+from moesim.planning.evaluate import Interval, Measured, Sample
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,7 @@ class Candidate:
     name: str
     solution: Solution
     measured: Measured
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Interval]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -67,7 +67,7 @@ class PlanResult(Result):
     step: StepModel | None
     defaults: dict[str, str]
     notices: tuple[str, ...]
-    improvement: Mapping[str, Figure]
+    improvement: Mapping[str, Interval]
     judged_on: str
     bound_kind: str = ""
     rows: tuple[tuple[str, dict[str, str]], ...] = ()
@@ -114,7 +114,8 @@ class PlanResult(Result):
 
     def _traded(self, goal: str) -> str:
         """In words: which figures got better and which worse, beyond their intervals."""
-        better, worse = [], []
+        better: list[str] = []
+        worse: list[str] = []
         for name in ("imbalance", "fan_out", "step_us"):
             if name not in self.improvement or name == goal:
                 continue
@@ -250,12 +251,12 @@ class PlanResult(Result):
         return Path(path)
 
 
-def _part(name: str, delta: Figure) -> str:
+def _part(name: str, delta: Interval) -> str:
     known = figure(name)
     return f"{known.label} {delta.value * known.factor:+.{known.digits}f} {known.unit}"
 
 
-def _cell(known: Any, found: Figure) -> str:
+def _cell(known: Any, found: Interval) -> str:
     half = f"{(found.high - found.low) / 2 * known.factor:.{known.digits}f}"
     text = f"{found.value * known.factor:.{known.digits}f}"
     return text if float(half) == 0 else f"{text} ±{half}"

@@ -26,7 +26,7 @@ from moesim.placement import Placement
 from moesim.sim.offload.run import GpuCache, OffloadRun
 from moesim.sim.prepare import Models
 from moesim.sim.result import SimResult
-from moesim.sim.timeline import Timeline
+from moesim.sim.timeline import StepTimeline
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import Trace
 from moesim.types import Progress, shifted
@@ -71,7 +71,7 @@ def simulate_offloaded(request: SimRequest, *, progress: Progress | None = None)
         jobs[name] = tuple(_changed(plan, name, trace) for plan in request.caches)
     timeline = None
     if request.timeline_steps:
-        timeline = Timeline(models.links, models.num_gpus, request.timeline_steps)
+        timeline = StepTimeline(models.links, models.num_gpus, request.timeline_steps)
     results: dict[str, SimResult] = {}
     for i, (name, plans) in enumerate(jobs.items()):
         tick = shifted(progress, i * stream.num_steps, len(jobs) * stream.num_steps)
@@ -142,7 +142,7 @@ class _Builder:
         return self._rates[spec.name]
 
     def run(
-        self, plans: tuple[CachePlan, ...], timeline: Timeline | None, tick: Progress | None
+        self, plans: tuple[CachePlan, ...], timeline: StepTimeline | None, tick: Progress | None
     ) -> SimResult:
         request = self.request
         speeds = speeds_of(request)
@@ -359,7 +359,7 @@ def _workload(
         context = planned if type(planned) is int else DEFAULT_CONTEXT
         defaults["context tokens"] = str(context)
     if not 1 <= batch <= 1 << 16:
-        raise InputError(f"--batch-tokens {batch}", "give the requests that decode together")
+        raise InputError(f"`batch_tokens` {batch}", "give the requests that decode together")
     if not 0 <= context <= 1 << 30:
-        raise InputError(f"--context-tokens {context}", "give at least 0")
+        raise InputError(f"`context_tokens` {context}", "give at least 0")
     return batch, context

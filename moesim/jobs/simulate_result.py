@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from moesim.sim.prepare import Models
     from moesim.sim.result import SimResult
-    from moesim.sim.timeline import Timeline
+    from moesim.sim.timeline import StepTimeline
 
 PARTS = (
     "attention", "gate", "shared", "dense", "dispatch", "compute", "combine", "other", "waiting",
@@ -41,7 +41,7 @@ class SimReport(Result):
     notices: tuple[str, ...]
     basis: str
     notes: tuple[str, ...]
-    timeline: Timeline | None = None
+    timeline: StepTimeline | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     @property

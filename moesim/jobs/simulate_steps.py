@@ -31,7 +31,7 @@ from moesim.sim.result import SimResult
 from moesim.sim.schedules.base import Schedule
 from moesim.sim.schedules.registry import CHUNKED, check_exchange, get_schedule
 from moesim.sim.stragglers import GpuSpeeds
-from moesim.sim.timeline import Timeline
+from moesim.sim.timeline import StepTimeline
 from moesim.trace.batches import (
     Batches,
     Phase,
@@ -60,7 +60,7 @@ def simulate_steps(request: SimRequest, *, progress: Progress | None = None) -> 
     if request.batching is not None:
         raise InputError(
             "requests are regrouped for the cache of a plan, and there is none",
-            "give a plan of moesim cache, or one made with plan --offload",
+            "give a plan of moesim cache, or one made with plan `offload`",
         )
     trace, model = request.trace, request.model
     defaults: dict[str, str] = {}
@@ -74,7 +74,7 @@ def simulate_steps(request: SimRequest, *, progress: Progress | None = None) -> 
     batches = _batches(request, held_out, phase, batch_tokens, notices)
     timeline = None
     if request.timeline_steps:
-        timeline = Timeline(models.links, models.num_gpus, request.timeline_steps)
+        timeline = StepTimeline(models.links, models.num_gpus, request.timeline_steps)
     details: dict[str, Any] = {}
     first = next(iter(placements.values()))
     schedule = _schedule(request, models, batches, first, defaults, details)
@@ -118,7 +118,7 @@ class _Runner:
         self,
         placement: Placement,
         anew: bool,
-        timeline: Timeline | None,
+        timeline: StepTimeline | None,
         progress: Progress | None,
     ) -> SimResult:
         request, models, trace = self.request, self.models, self.request.trace

@@ -18,7 +18,7 @@ from moesim.placement import load_plan
 from moesim.replay.cases import load_plans
 from moesim.replay.compare import Comparison, Tolerance, compare, load_measured
 from moesim.replay.launch import launch
-from moesim.replay.predict import Predictor, build_predictor
+from moesim.replay.predict import LayerPredictor, build_predictor
 from moesim.replay.shape import parse_shape
 from moesim.replay.start import require_torch, shape_arguments, shape_of
 from moesim.trace.format import load_token_trace
@@ -190,7 +190,7 @@ def _predictor(
     calibration: str | None,
     cluster: str | None,
     notify: Callable[[str], None],
-) -> Predictor | None:
+) -> LayerPredictor | None:
     """The cost model for the record's ranks; None for CPU ranks without a calibration."""
     environment = record["environment"]
     on_h200 = "H200" in environment["device"]

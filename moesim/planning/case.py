@@ -16,7 +16,7 @@ from moesim.errors import InputError, MismatchError, UnknownNameError, plain
 from moesim.figures import count
 from moesim.placement import Placement
 from moesim.planning.evaluate import Measured, Sample, draw_sample, measure
-from moesim.planning.home_ranks import Predictor
+from moesim.planning.home_ranks import HomeRule
 from moesim.planning.migrate import slots_in_use
 from moesim.planning.refine import Data, check_request
 from moesim.planning.request import (
@@ -67,7 +67,7 @@ class Case:
     notices: list[str]
     data: Data | None = None
     step: StepModel | None = None
-    predictor: Predictor | None = None
+    predictor: HomeRule | None = None
 
 
 def token_case(request: PlanRequest, stop: Stop = never) -> Case:

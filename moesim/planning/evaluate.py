@@ -41,7 +41,7 @@ Z_95 = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Interval:
     """A held-out figure with its 95 % interval."""
 
     value: float
@@ -181,7 +181,7 @@ STATISTICS: dict[str, tuple[str, Callable[[FloatArray], float]]] = {
 """Figures by name: which per-batch values they summarise, and how."""
 
 
-def figures(sample: Sample, measured: Measured) -> dict[str, Figure]:
+def figures(sample: Sample, measured: Measured) -> dict[str, Interval]:
     """All statistics of one placement with their intervals."""
     out = {}
     for name, (source, statistic) in STATISTICS.items():
@@ -191,7 +191,7 @@ def figures(sample: Sample, measured: Measured) -> dict[str, Figure]:
     return out
 
 
-def difference(sample: Sample, a: Measured, b: Measured, name: str) -> Figure | None:
+def difference(sample: Sample, a: Measured, b: Measured, name: str) -> Interval | None:
     """Figure `name` of `a` minus that of `b`, paired batch by batch and resample by resample."""
     source, statistic = STATISTICS[name]
     if source not in a.values or source not in b.values:
@@ -208,6 +208,6 @@ def _statistic(
     return statistic(main), np.array([statistic(g) for g in groups])
 
 
-def _interval(point: float, resampled: FloatArray) -> Figure:
+def _interval(point: float, resampled: FloatArray) -> Interval:
     half = Z_95 * float(resampled.std(ddof=1))
-    return Figure(point, point - half, point + half)
+    return Interval(point, point - half, point + half)

@@ -15,8 +15,8 @@ import numpy as np
 from moesim.cost.routing import Dedup
 from moesim.cost.step import StepModel
 from moesim.errors import InputError
-from moesim.planning.evaluate import Figure
-from moesim.planning.home_ranks import Predictor, choose_predictor, predict_homes
+from moesim.planning.evaluate import Interval
+from moesim.planning.home_ranks import HomeRule, choose_predictor, predict_homes
 from moesim.planning.migration import check_old_plan, movers, plan_migration
 from moesim.planning.robust import (
     MIN_DOMAIN_SHARE,
@@ -66,7 +66,7 @@ class Refined:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
 
-def check_request(request: PlanRequest, data: Data, objective: str) -> Predictor | None:
+def check_request(request: PlanRequest, data: Data, objective: str) -> HomeRule | None:
     """Refuse before the search what could not be done after it; returns the predictor of home
     ranks, None for contiguous ones."""
     if request.extras.old_plan is not None:
@@ -227,19 +227,19 @@ def robust_figures(
     refined.evaluation["robust"]["held_out"] = {"level": level, "plans": table}
 
 
-def price_line(robust: Robust, delta: Figure, base: float, what: str) -> str:
+def price_line(robust: Robust, delta: Interval, base: float, what: str) -> str:
     """What the robust plan costs on average against the plain one."""
     low, value, high = (100 * x / base for x in (delta.low, delta.value, delta.high))
     return f"price of {robust}: {what} {value:+.2f}% on average ({low:+.2f}% to {high:+.2f}%)"
 
 
 def predicted_homes(
-    request: PlanRequest, data: Data, solution: Solution, predictor: Predictor
+    request: PlanRequest, data: Data, solution: Solution, predictor: HomeRule
 ) -> dict[str, Homes]:
     """Ways to give home ranks by name: by the predictor, and by an oracle for comparison."""
     far = _far(request)
     out: dict[str, Homes] = {}
-    names: tuple[Predictor, ...] = (predictor,) if predictor == "oracle" else (predictor, "oracle")
+    names: tuple[HomeRule, ...] = (predictor,) if predictor == "oracle" else (predictor, "oracle")
     for name in names:
         homes = predict_homes(
             data.trace,

@@ -182,8 +182,8 @@ def solve_robust(
     """
     if problem.objective == "traffic":
         raise InputError(
-            "--robust makes load even in the worst case, and objective traffic is about messages",
-            "use --objective balance or time",
+            "`robust` makes load even in the worst case, and objective traffic is about messages",
+            "use `objective` balance or time",
         )
     adversary: _Domains | _Batches
     if robust.kind == "worst-domain":

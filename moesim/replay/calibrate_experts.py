@@ -14,7 +14,7 @@ from moesim.replay.timing import Body, issue_us
 from moesim.types import stream
 
 if TYPE_CHECKING:
-    from moesim.replay.calibrate import Session
+    from moesim.replay.session import Session
 
 SKEW_MARGIN = 1.9
 PERMUTE_ROWS = (24, 96, 384, 1536, 6144, 24576, 98304)

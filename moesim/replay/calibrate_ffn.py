@@ -25,7 +25,7 @@ from moesim.replay.timing import Body, issue_us
 from moesim.types import IntArray, stream
 
 if TYPE_CHECKING:
-    from moesim.replay.calibrate import Session
+    from moesim.replay.session import Session
 
 MEAN_TOKENS = (0.25, 1, 4, 16, 48, 96, 128, 160, 256, 384, 768, 1536, 3072, 6144)
 ALONE_TOKENS = (4, 96, 1536)

@@ -115,7 +115,7 @@ def build_batches(
     held_out: draw from the held-out half of the requests alone.
     """
     if tokens_per_rank < 1:
-        raise InputError("a rank needs at least one token", "raise --tokens")
+        raise InputError("a rank needs at least one token", "raise `tokens`")
     chosen: Phase = "decode" if phase == "decode" else "prefill"
     if phase == "auto":
         chosen = "decode" if tokens_per_rank <= DECODE_UP_TO else "prefill"

@@ -64,7 +64,7 @@ class LayerTables:
     return_weights: torch.Tensor | None
 
 
-class Engine:
+class ReplayEngine:
     """A rank's experts of one layer in `num_sets` copies, and the step that replays layers.
 
     Weights are drawn per logical expert from a seed, so that replicas agree on every rank. A plan

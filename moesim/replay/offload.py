@@ -39,7 +39,7 @@ NUM_CHECKED = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class OffloadOptions:
     """What to replay: cache sizes as shares of the experts, lookaheads in steps, how many tokens
     and layers of the trace; the first `warm_tokens` tokens are replayed but not counted."""
 
@@ -218,7 +218,7 @@ def offload(
     shape: ExpertShape,
     trace_path: str | None,
     schedules: Sequence[Schedule],
-    options: Options,
+    options: OffloadOptions,
     out_path: str | None,
 ) -> dict[str, Any]:
     """Replay each schedule (or LRU schedules of the trace's first tokens) and write the record.
@@ -277,7 +277,9 @@ def offload(
     return record
 
 
-def lru_schedules(shape: ExpertShape, trace_path: str | None, options: Options) -> list[Schedule]:
+def lru_schedules(
+    shape: ExpertShape, trace_path: str | None, options: OffloadOptions
+) -> list[Schedule]:
     """LRU at each cache size and lookahead, over the first tokens of the trace's longest request
     and of the requests after it."""
     if trace_path is None:
@@ -301,7 +303,7 @@ def _replay(
     cache: SlotCache,
     schedule: Schedule,
     kernels: Kernels,
-    options: Options,
+    options: OffloadOptions,
     fetch: Fetch,
 ) -> dict[str, Any]:
     player = Player(ctx, cache, schedule, kernels, options.other_us)

@@ -36,7 +36,7 @@ class Predicted:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Predictor:
+class LayerPredictor:
     """Predictions for one model on the GPUs of one calibration.
 
     A layer is permute, dispatch, compute, combine and unpermute; dispatch and combine wait for the
@@ -109,7 +109,7 @@ class Predictor:
 
 def build_predictor(
     shape: ExpertShape, calibration: Calibration, cluster: Cluster, dedup: str
-) -> Predictor:
+) -> LayerPredictor:
     """The predictor of one model.
 
     Raises InputError when the calibration lacks the row moves, UnknownNameError when it lacks the
@@ -144,7 +144,7 @@ def build_predictor(
     )
     row = float(shape.row_bytes)
     step = replace(step, dispatch_bytes=row, combine_bytes=row)
-    return Predictor(shape, calibration, step)
+    return LayerPredictor(shape, calibration, step)
 
 
 def _layers(phases: FloatArray) -> FloatArray:

@@ -132,7 +132,7 @@ def assign_replicas(
             "replica policy",
             policy,
             POLICIES,
-            f"the replay knows {', '.join(POLICIES)}; choose one with --replica-policy",
+            f"the replay knows {', '.join(POLICIES)}; choose one with `replica_policy`",
         )
     ids = np.asarray(expert_ids, np.int64)
     num_tokens, top_k = ids.shape

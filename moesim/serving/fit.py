@@ -8,7 +8,7 @@ from moesim.errors import InfeasibleError, InputError
 from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import Deployment, deploy
 from moesim.serving.memory import gpu_memory, require_fit
-from moesim.serving.step_cost import StepCost
+from moesim.serving.step_cost import EngineStepCost
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
@@ -56,8 +56,8 @@ def check_possible(
 ) -> None:
     """Raise InfeasibleError for a promise that no request could keep with nothing else running:
     its time per token below one decode step, or its time to first token below one prompt step."""
-    front = StepCost(deployment)
-    back = front if config.decode is None else StepCost(config.decode)
+    front = EngineStepCost(deployment)
+    back = front if config.decode is None else EngineStepCost(config.decode)
     decode = BatchShape.of(decode_tokens=1.0, decode_context_tokens=1.0)
     step_s = float(back.step_us(decode)) / 1e6
     spec = config.speculation

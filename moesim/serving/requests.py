@@ -222,7 +222,7 @@ def _lengths(
             f"{row_name} {first_row + row}: {given[row]:g} {what} tokens"
             f" ({int(bad.sum())} such rows)",
             f"lengths are whole numbers from 1 to {MAX_TOKENS:,}; leave such rows out with"
-            " --skip-empty if they are requests that failed",
+            " `skip_empty` if they are requests that failed",
         )
     return given.astype(np.int64)
 

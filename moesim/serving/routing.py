@@ -24,7 +24,7 @@ from moesim.types import FloatArray, IntArray, stream
 
 if TYPE_CHECKING:
     from moesim.serving.requests import Requests
-    from moesim.serving.step_cost import StepCost
+    from moesim.serving.step_cost import EngineStepCost
     from moesim.trace.format import Trace
 
 MAX_DOMAINS = 12
@@ -108,10 +108,10 @@ class DomainRouting:
         domain = (drawn[:, None] >= total).sum(axis=1)
         return replace(requests, domain=np.minimum(domain, num - 1), domains=names)
 
-    def moe_tables(self, cost: StepCost) -> FloatArray:
+    def moe_tables(self, cost: EngineStepCost) -> FloatArray:
         """[W + 1, points] microseconds of all MoE layers on the token counts of `cost`'s own table:
         each domain alone, then equal shares. Raises MismatchError for another model's trace."""
-        from moesim.serving.step_cost import StepCost
+        from moesim.serving.step_cost import EngineStepCost
 
         deployment = cost.deployment
         model = deployment.model
@@ -135,7 +135,7 @@ class DomainRouting:
         for part in parts:
             stride = max(1, len(part) // (4 * EVEN_TOKENS))
             of_part = replace(deployment, trace=self.trace.take(part[::stride]))
-            tables.append(StepCost(of_part)._moe_total.times_us)
+            tables.append(EngineStepCost(of_part)._moe_total.times_us)
         return np.stack(tables)
 
     @property

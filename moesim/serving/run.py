@@ -32,7 +32,7 @@ from moesim.serving.state import (
     TOO_LARGE,
     Clock,
 )
-from moesim.serving.step_cost import StepCost
+from moesim.serving.step_cost import EngineStepCost
 from moesim.serving.step_table import StepTables, tables_of
 from moesim.types import Progress
 
@@ -68,7 +68,7 @@ def simulate_serving(
     parts = [deployment] if config.decode is None else [deployment, config.decode]
     for part in parts:
         require_fit(part)
-    costs = [StepCost(part) for part in parts]
+    costs = [EngineStepCost(part) for part in parts]
     routing = config.routing
     if routing is not None:
         requests = routing.label(requests)

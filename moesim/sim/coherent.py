@@ -15,12 +15,12 @@ from moesim.kernels import kernel
 from moesim.placement import Placement
 from moesim.sim.collectives.base import make_stage
 from moesim.sim.network import Flow
+from moesim.sim.prepare import Models, home_times
 from moesim.sim.work import Chunk, HomeWork, StepWork
 from moesim.trace.batches import Batches
 from moesim.types import Array
 
 if TYPE_CHECKING:
-    from moesim.sim.prepare import Models
     from moesim.trace.format import Trace
 
 
@@ -35,16 +35,14 @@ def coherent_work(
 
     Raises InputError for prefill, or for an exchange that is not one plain all-to-all.
     """
-    from moesim.sim.prepare import home_times
-
     if batch.phase != "decode":
         raise InputError(
-            "the context-coherent schedule moves single tokens, not prompts", "use --phase decode"
+            "the context-coherent schedule moves single tokens, not prompts", "use `phase` decode"
         )
     if models.exchange.name != "flat" or models.exchange.dedup != "gpu":
         raise InputError(
             f"the context-coherent schedule over {models.exchange_name}",
-            "use --all-to-all nccl or nvlink, whose messages go straight to their GPU",
+            "use `all_to_all` nccl or nvlink, whose messages go straight to their GPU",
         )
     placement_fits_trace(placement, trace.num_layers, trace.num_experts)
     gpus, layers, tokens = models.num_gpus, trace.num_layers, len(batch.token_idx)

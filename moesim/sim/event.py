@@ -13,10 +13,11 @@ from moesim.placement import Placement
 from moesim.sim.breakdown import breakdown
 from moesim.sim.capacity import Drops
 from moesim.sim.engine import Engine, Program, SpeedModel, StepRun
-from moesim.sim.prepare import Models, Step, one_batch, step_work
+from moesim.sim.prepare import Models, Step, one_batch
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.base import Schedule
-from moesim.sim.timeline import Timeline
+from moesim.sim.steps import step_work
+from moesim.sim.timeline import StepTimeline
 from moesim.sim.work import StepWork
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
@@ -113,7 +114,7 @@ def run_event(
     placement: Placement,
     *,
     speed: SpeedModel | None = None,
-    timeline: Timeline | None = None,
+    timeline: StepTimeline | None = None,
     progress: Progress | None = None,
 ) -> SimResult:
     """Run every batch of `batches` as a step of `schedule`.

@@ -139,7 +139,7 @@ def parse_slow(text: str, num_gpus: int) -> SlowWindow:
         window = None
     if not sep or window is None or (at and not (first and dash)):
         raise InputError(
-            f"--slow {text!r:.40}", "write GPU=FACTOR, or GPU=FACTOR@FROM-TO in ms, as 3=0.5@10-20"
+            f"`slow` {text!r:.40}", "write GPU=FACTOR, or GPU=FACTOR@FROM-TO in ms, as 3=0.5@10-20"
         )
     GpuSpeeds(num_gpus, (window,))
     return window

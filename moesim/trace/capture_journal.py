@@ -39,7 +39,7 @@ class Journal:
             found = file.read_text(encoding="utf-8") if file.exists() else None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"cannot use {self.folder}: {error}", "name an --out in a folder that you can write"
+                f"cannot use {self.folder}: {error}", "name an `out` in a folder that you can write"
             ) from None
         if found is None:
             atomic_write(file, self._wanted)

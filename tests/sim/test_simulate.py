@@ -18,9 +18,10 @@ from moesim.placement import Placement, Plan
 from moesim.sim.collectives.registry import build_exchange
 from moesim.sim.event import run_event
 from moesim.sim.home import HomeModel
-from moesim.sim.prepare import Models, one_batch, step_work
+from moesim.sim.prepare import Models, one_batch
 from moesim.sim.schedules.sequential import Sequential
-from moesim.sim.timeline import Timeline
+from moesim.sim.steps import step_work
+from moesim.sim.timeline import StepTimeline
 from moesim.trace.format import save_trace
 
 Run = Callable[..., tuple[int, str, str]]
@@ -146,7 +147,7 @@ def test_timeline_is_a_chrome_trace(call, tmp_path) -> None:
 
 def test_timeline_shows_the_first_steps_only(trace, batches, models_of, linear_of) -> None:
     models = models_of(8)
-    line = Timeline(models.links, 8, 2)
+    line = StepTimeline(models.links, 8, 2)
     run_event(models, Sequential(), trace, batches, linear_of(models), timeline=line)
     assert {e["args"]["step"] for e in line.events if "step" in e.get("args", {})} == {0, 1}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moesim.placement import Placement
 from moesim.solvers.base import Objective, Problem, Traffic
 from moesim.solvers.bounds.colocation import applies, colocation_bound, least_neighbours
-from moesim.solvers.bounds.load import Bound, load_bound, lower_bound
+from moesim.solvers.bounds.load import LowerBound, load_bound, lower_bound
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import find_solver
 
@@ -185,7 +185,7 @@ def test_same_problem_same_bound() -> None:
 
 
 def test_gap_is_relative_to_the_plan() -> None:
-    bound = Bound(np.array([1.0, 3.0]), "")
+    bound = LowerBound(np.array([1.0, 3.0]), "")
     assert bound.value == 2.0
     assert bound.gap(2.5) == pytest.approx(0.2)
     assert bound.gap(1.9) == 0.0

@@ -95,7 +95,7 @@ def host_paths(
     if on_nvme.any() and routes.nvme_to_gpu is None:
         raise MismatchError(
             f"the cache plan keeps experts on NVMe, and {cluster.name} has none",
-            "give the cluster nvme:, or make the cache plan with more --dram",
+            "give the cluster nvme:, or make the cache plan with more `dram`",
         )
     copy = rates.calibration.host_copy("h2d", rates.num_gpus).curve
     share = min(1.0, asymptotic_gb_per_s(copy) / rates.gpu.pcie_gb_per_s)

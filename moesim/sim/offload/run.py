@@ -24,7 +24,7 @@ from moesim.sim.offload.memory import GpuMemory
 from moesim.sim.prepare import Models, Step, routed_by
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.sequential import Sequential
-from moesim.sim.timeline import COPY, CPU, Timeline
+from moesim.sim.timeline import COPY, CPU, StepTimeline
 from moesim.sim.work import Chunk, HomeWork, StepWork
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
@@ -60,7 +60,7 @@ class OffloadRun:
     placement: Placement
     caches: Sequence[GpuCache]
     speed: SpeedModel | None = None
-    timeline: Timeline | None = None
+    timeline: StepTimeline | None = None
     memories: list[GpuMemory] = field(init=False)
     engine: Engine = field(init=False)
 

@@ -13,7 +13,7 @@ from moesim.studies.evaluator import Evaluator, Factor, Params, Tokens, Whole, W
 from moesim.studies.inputs import kept, model_hash, model_of, trace_hash, trace_of
 
 if TYPE_CHECKING:
-    from moesim.jobs.plan import PlanResult
+    from moesim.jobs.plan_result import PlanResult
     from moesim.model.spec import ModelSpec
 
 DEFAULT_TIME_LIMIT_S = 600.0
