@@ -24,7 +24,7 @@ from moesim.planning.home_ranks import choose_predictor, predict_homes
 from moesim.planning.traffic import sample_traffic
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import Problem
-from moesim.solvers.registry import get_solver
+from moesim.solvers.registry import find_solver
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import load_token_trace
 
@@ -58,7 +58,7 @@ def run_case(data: Path, name: str, gpus: int, phase: str, tokens: int) -> list[
     )
     rows = []
     for solver in SOLVERS:
-        placement = get_solver(solver).solve(problem).placement
+        placement = find_solver(solver).solve(problem).placement
         base = measure(trace, sample, placement, policy="split", dedup="gpu", step=step)
         measured = {"contiguous": base}
         for name_of in PREDICTORS:

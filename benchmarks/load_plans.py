@@ -14,11 +14,11 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-
 from moesim.jobs.plan_loads import measure_loads
+
 from moesim.planning.tuning import batch_counts
 from moesim.solvers.base import Problem
-from moesim.solvers.registry import get_solver
+from moesim.solvers.registry import find_solver
 from moesim.trace.batches import Phase, draw_batches, index_requests, split_requests
 from moesim.trace.format import Trace, load_token_trace
 
@@ -48,7 +48,7 @@ def excess(trace: Trace, phase: Phase, tokens: int, steps: int, redundant: int) 
             seed=draw,
         )
         for i, solver in enumerate(SOLVERS):
-            placement = get_solver(solver).solve(problem).placement
+            placement = find_solver(solver).solve(problem).placement
             order, speed = np.arange(NUM_JUDGING), np.ones(NUM_GPUS)
             values = measure_loads(judged.astype(np.int64), placement, order, NUM_JUDGING, speed)
             found[draw, i] = values.values["imbalance"].mean() - 1

@@ -16,8 +16,9 @@ import csv
 from pathlib import Path
 
 from moesim.cluster import load_cluster
-from moesim.jobs.plan import PlanRequest, make_plan
+from moesim.jobs.plan import make_plan
 from moesim.model.names import load_model
+from moesim.planning.request import PlanRequest
 from moesim.trace.format import load_token_trace
 
 TRACE = "deepseek-v2-lite"
@@ -36,7 +37,7 @@ KEPT = ("fan_out", "imbalance", "imbalance_p99", "node_fan_out", "inter_node_byt
 def run_case(data: Path, gpus: int, objective: str, scale: float, dedup: str) -> list[dict]:
     trace = load_token_trace(data / f"{TRACE}.npz", "benchmark")
     result = make_plan(
-        PlanRequest(
+        PlanRequest.of(
             trace=trace,
             cluster=load_cluster("h100-sxm-ib", num_gpus=gpus),
             model=load_model(trace.meta.model),

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from moesim.cluster import load_cluster
-from moesim.jobs.plan import PlanRequest, make_plan
+from moesim.jobs.plan import make_plan
 from moesim.model.names import load_model
+from moesim.planning.request import PlanRequest
 from moesim.trace.format import load_token_trace
 
 TRACES = ("debian-moe", "deepseek-v2-lite", "gpt-oss-20b")
@@ -41,7 +42,7 @@ def run_case(data: Path, name: str, gpus: int, phase: str, tokens: int, objectiv
     trace = load_token_trace(data / f"{name}.npz", "benchmark")
     started = time.monotonic()
     result = make_plan(
-        PlanRequest(
+        PlanRequest.of(
             trace=trace,
             cluster=load_cluster("h100-sxm-ib", num_gpus=gpus),
             model=load_model(trace.meta.model),

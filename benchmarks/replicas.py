@@ -21,7 +21,7 @@ from moesim.cluster import load_cluster
 from moesim.planning.evaluate import draw_sample, figures, measure
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import Problem
-from moesim.solvers.registry import get_solver
+from moesim.solvers.registry import find_solver
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import Trace, TraceMeta, load_token_trace
 
@@ -97,7 +97,7 @@ def run_case(data: Path, name: str, gpus: int, phase: str, tokens: int, done: se
         )
         for solver in SOLVERS:
             started = time.monotonic()
-            placement = get_solver(solver).solve(problem).placement
+            placement = find_solver(solver).solve(problem).placement
             seconds = time.monotonic() - started
             for policy in POLICIES:
                 measured = measure(trace, sample, placement, policy=policy, dedup="gpu", step=None)

@@ -22,7 +22,7 @@ from moesim.metrics import imbalance
 from moesim.planning.robust import Robust, domain_counts, domain_requests, solve_robust
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import Problem
-from moesim.solvers.registry import get_solver
+from moesim.solvers.registry import find_solver
 from moesim.trace.batches import RequestIndex, draw_batches, index_requests, split_requests
 from moesim.trace.format import Trace, load_token_trace
 
@@ -96,11 +96,11 @@ def run_split(
         time_limit_s=300,
     )
     domains = domain_counts(trace, own, phase, tokens, split)
-    solver = get_solver("local_search")
+    solver = find_solver("local_search")
     plain = solver.solve(problem)
     placements = {
-        "linear": get_solver("linear").solve(problem).placement,
-        "eplb": get_solver("eplb").solve(problem).placement,
+        "linear": find_solver("linear").solve(problem).placement,
+        "eplb": find_solver("eplb").solve(problem).placement,
         "local_search": plain.placement,
         "worst-domain": solve_robust(
             solver, problem, plain, Robust("worst-domain"), domains

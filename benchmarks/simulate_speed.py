@@ -32,8 +32,9 @@ from moesim.sim.collectives.registry import build_exchange
 from moesim.sim.engine import Engine
 from moesim.sim.event import run_step
 from moesim.sim.home import HomeModel
-from moesim.sim.prepare import Models, one_batch, step_work
+from moesim.sim.prepare import Models, one_batch
 from moesim.sim.schedules.sequential import Sequential
+from moesim.sim.steps import step_work
 from moesim.trace.batches import RequestIndex, draw_batches, index_requests
 from moesim.trace.format import Trace, TraceMeta
 

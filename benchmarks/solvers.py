@@ -34,7 +34,7 @@ from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import Objective, Problem, Solution, pack_table
 from moesim.solvers.bounds.load import lower_bound
 from moesim.solvers.objective import PlacementCost
-from moesim.solvers.registry import get_solver, solver_names
+from moesim.solvers.registry import find_solver, solver_names
 from moesim.solvers.repair import separate_replicas
 from moesim.trace.batches import Phase, index_requests, split_requests
 from moesim.trace.format import Trace, load_token_trace
@@ -180,7 +180,7 @@ def run_solver(name: str, setting: Setting, peer: Any, base: Measured, bound: fl
     if name == ORIGINAL:
         solution = original_eplb(peer, problem)
     else:
-        solution = get_solver(name).solve(problem)
+        solution = find_solver(name).solve(problem)
     clock, cpu = time.monotonic() - clock, cpu_seconds() - cpu
     value = float(setting.cost.layer_values(solution.placement).mean())
     if solution.layer_bounds is not None:
@@ -329,7 +329,7 @@ def main() -> None:
         if not missing:
             continue
         setting = prepare(case, args.data, args.cache)
-        eplb = get_solver("eplb").solve(setting.problem)
+        eplb = find_solver("eplb").solve(setting.problem)
         base = setting.measure(eplb)
         values = setting.cost.layer_values(eplb.placement)
         bound = lower_bound(setting.problem, layer_values=values, objective=setting.cost).value

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from moesim.metrics import imbalance
 from moesim.planning import tuning
 from moesim.solvers.base import Problem
-from moesim.solvers.registry import get_solver
+from moesim.solvers.registry import find_solver
 from moesim.trace.batches import Phase, RequestIndex, draw_batches, index_requests, split_requests
 from moesim.trace.format import Trace, load_token_trace
 
@@ -93,7 +93,7 @@ def run_case(trace: Trace, judge: str, gpus: int, phase: Phase, tokens: int) -> 
             problem = Problem(counts, capacity, 1, "balance", seed=seed, time_limit_s=1e6)
             solved = {name: "local_search"} | ({"EPLB": "eplb"} if fraction == 1.0 else {})
             for row, solver in solved.items():
-                placement = get_solver(solver).solve(problem).placement
+                placement = find_solver(solver).solve(problem).placement
                 values[row].append(excess(judged, placement.physical_to_logical, gpus))
     return {name: np.concatenate(v) for name, v in values.items()}
 

@@ -17,8 +17,8 @@ class MoesimError(Exception):
     exit_code = 2
 
     def __init__(self, cause: str, remedy: str = "") -> None:
-        self.cause = one_line(cause)
-        self.remedy = one_line(remedy)
+        self.cause = _one_line(cause)
+        self.remedy = _one_line(remedy)
         super().__init__(f"{self.cause}\n{self.remedy}" if self.remedy else self.cause)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -66,11 +66,13 @@ def _restore(kind: type[MoesimError], args: tuple[Any, ...], state: dict[str, An
     return error
 
 
-def one_line(text: str) -> str:
-    """`text` on one line, without control characters and lone surrogates.
+def plain(text: object, length: int = 80) -> str:
+    """A name out of a file, fit for a terminal: one line, no control characters or lone surrogates,
+    not too long. Every such name goes through here on its way to a terminal."""
+    return _one_line(str(text))[:length]
 
-    Every name that comes out of a file goes through here on its way to a terminal, so that none
-    can forge a line, move the cursor or fail to be encoded.
-    """
+
+def _one_line(text: str) -> str:
+    """Fold line breaks and drop control characters, so that hostile names cannot forge lines."""
     folded = " ".join(str(text).split())
     return "".join(ch for ch in folded if ch.isprintable())

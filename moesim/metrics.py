@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from moesim.types import FloatArray
 
 
 def imbalance(load: npt.NDArray[np.number], speed: FloatArray | None = None) -> FloatArray:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from moesim.choices import ReplicaPolicy as ReplicaPolicy
 from moesim.errors import FormatError, InputError
 from moesim.files import atomic_write
 
@@ -23,7 +24,6 @@ VERSION = 1
 EMPTY = -1
 MAX_PLAN_BYTES = 1 << 30
 
-ReplicaPolicy = Literal["split", "hash", "nearest", "lp"]
 Status = Literal["optimal", "feasible", "time_limit", "infeasible"]
 IntArray = npt.NDArray[np.int32]
 

@@ -9,12 +9,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from moesim.choices import Objective as Objective
 from moesim.errors import InfeasibleError, InputError
 from moesim.placement import EMPTY, Placement, Status
+from moesim.types import Progress
 
-Objective = Literal["balance", "traffic", "time"]
 OBJECTIVES: tuple[Objective, ...] = ("balance", "traffic", "time")
-Progress = Callable[[int, int], None]
 Stop = Callable[[], bool]
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -117,7 +117,7 @@ class Problem:
         if slots < self.num_experts:
             raise InfeasibleError(
                 f"{self.num_experts} experts do not fit {slots} slots on {gpus} GPUs",
-                f"give at least {self.num_experts} slots a layer (--slots)",
+                f"give at least {self.num_experts} slots per layer (`slots`)",
             )
         if int(self.capacity.max()) > self.num_experts:
             raise InfeasibleError(
@@ -188,14 +188,42 @@ class Solution:
         return max(0.0, (self.objective_value - self.bound) / self.objective_value)
 
 
+Need = Literal["equal slots", "no replicas", "tokens"]
+"""What a method may need of a problem: as many slots on every GPU; one slot per expert; sampled
+tokens, which objective balance leaves out."""
+
+
 class Solver(Protocol):
-    """A placement method. `name` is what the command line calls it."""
+    """A placement method. `name` is what the command line calls it; a class may also declare
+    `needs`, a tuple of `Need`, which `run_solver` checks, and `about`, a line for listings."""
 
     name: str
 
     def solve(self, problem: Problem, *, progress: Progress | None = None) -> Solution:
         """Return a valid placement of `problem`; `progress(done, total)` counts layers."""
         ...
+
+
+def run_solver(solver: Solver, problem: Problem, *, progress: Progress | None = None) -> Solution:
+    """Solve after checking what the method needs. Raises InputError for what it cannot do."""
+    needs: tuple[Need, ...] = getattr(solver, "needs", ())
+    if "equal slots" in needs and len(np.unique(problem.capacity)) > 1:
+        raise InputError(
+            f"{solver.name} needs the same number of slots on every GPU",
+            "use `solver` greedy or local_search",
+        )
+    if "no replicas" in needs and problem.num_slots != problem.num_experts:
+        raise InputError(
+            f"{solver.name} places every expert once, and there are {problem.num_slots} slots for"
+            f" {problem.num_experts} experts",
+            "leave out `redundant_experts`, or use local_search or ilp",
+        )
+    if "tokens" in needs and problem.traffic is None:
+        raise InputError(
+            f"{solver.name} needs to see tokens, which objective {problem.objective} leaves out",
+            "use `objective` time or traffic",
+        )
+    return solver.solve(problem, progress=progress)
 
 
 def pack_table(problem: Problem, slots: npt.NDArray[np.integer[Any]]) -> Placement:

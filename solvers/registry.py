@@ -2,72 +2,58 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
-from moesim.errors import UnknownNameError
+from moesim.plugins import Registry
 from moesim.solvers.base import Solver
 
-SOLVERS: dict[str, tuple[str, str, str]] = {
-    "auto": (
-        "methods.auto",
-        "Auto",
-        "one of these, by size, objective and time limit; says which and why",
-    ),
-    "linear": ("methods.linear", "Linear", "experts in order, as engines start; ignores load"),
-    "round_robin": ("methods.round_robin", "RoundRobin", "expert i on GPU i mod G; ignores load"),
-    "eplb": (
-        "methods.eplb",
-        "Eplb",
-        "DeepSeek's load balancer: average load, replicas, node groups",
-    ),
-    "greedy": (
-        "methods.greedy",
-        "Greedy",
-        "longest processing time first: average load, unequal GPUs",
-    ),
-    "coclustering": (
-        "methods.coclustering",
-        "Coclustering",
-        "spectral co-clustering of tokens and experts: few GPUs a token, balance second",
-    ),
-    "local_search": (
-        "methods.local_search",
-        "LocalSearch",
-        "swaps and replica moves on batch-by-batch load, traffic or time (default)",
-    ),
-    "lns": (
-        "methods.lns",
-        "LargeNeighbourhoodSearch",
-        "local_search, then the contents of two or three GPUs dealt anew, exactly",
-    ),
-    "moetuner": (
-        "ilp.moetuner",
-        "MoETuner",
-        "MoETuner's two programs: even clusters, then traffic between layers",
-    ),
-    "exflow": ("ilp.exflow", "ExFlow", "ExFlow's affinity of adjacent layers; ignores load"),
-    "transmissions": (
-        "ilp.transmissions",
-        "Transmissions",
-        "experts near the GPUs whose tokens choose them; ignores load",
-    ),
-    "ilp": (
-        "ilp.solver",
-        "JointIlp",
-        "integer programs on the same objective, from local_search's answer; proves bounds",
-    ),
+ABOUT: dict[str, str] = {
+    "auto": "one of these, by size, objective and time limit; says which and why",
+    "linear": "experts in order, as engines start; ignores load",
+    "round_robin": "expert i on GPU i mod G; ignores load",
+    "eplb": "DeepSeek's load balancer: average load, replicas, node groups",
+    "greedy": "longest processing time first: average load, unequal GPUs",
+    "coclustering": "spectral co-clustering of tokens and experts: few GPUs per token first",
+    "local_search": "swaps and replica moves on batch-by-batch load, traffic or time (default)",
+    "lns": "local_search, then the contents of two or three GPUs dealt out again, exactly",
+    "moetuner": "MoETuner's two programs: even clusters, then traffic between layers",
+    "exflow": "ExFlow's affinity of adjacent layers; ignores load",
+    "transmissions": "experts near the GPUs whose tokens choose them; ignores load",
+    "ilp": "integer programs on the same objective, from local_search's answer; proves bounds",
 }
+"""What `moesim solver list` says of each of moesim's own."""
+
+SOLVERS = Registry(
+    "solver",
+    "moesim.solvers",
+    {
+        "auto": "moesim.solvers.methods.auto:Auto",
+        "linear": "moesim.solvers.methods.linear:Linear",
+        "round_robin": "moesim.solvers.methods.round_robin:RoundRobin",
+        "eplb": "moesim.solvers.methods.eplb:Eplb",
+        "greedy": "moesim.solvers.methods.greedy:Greedy",
+        "coclustering": "moesim.solvers.methods.coclustering:Coclustering",
+        "local_search": "moesim.solvers.methods.local_search:LocalSearch",
+        "lns": "moesim.solvers.methods.lns:LargeNeighbourhoodSearch",
+        "moetuner": "moesim.solvers.ilp.moetuner:MoETuner",
+        "exflow": "moesim.solvers.ilp.exflow:ExFlow",
+        "transmissions": "moesim.solvers.ilp.transmissions:Transmissions",
+        "ilp": "moesim.solvers.ilp.solver:JointIlp",
+    },
+)
 
 
 def solver_names() -> list[str]:
-    """Names accepted by `get_solver`."""
-    return list(SOLVERS)
+    """Names accepted by `find_solver`."""
+    return SOLVERS.names()
 
 
-def get_solver(name: str) -> Solver:
-    """The solver called `name`; UnknownNameError proposes the nearest known one."""
-    if name not in SOLVERS:
-        raise UnknownNameError("solver", name, SOLVERS)
-    module, cls, _ = SOLVERS[name]
-    solver: Solver = getattr(import_module(f"moesim.solvers.{module}"), cls)()
-    return solver
+def about(name: str) -> str:
+    """One line on the solver called `name`: of moesim's own, or a class's `about`."""
+    return ABOUT.get(name) or str(getattr(SOLVERS.get(name), "about", "of another package"))
+
+
+def find_solver(solver: str | Solver) -> Solver:
+    """The solver called so, or `solver` itself; UnknownNameError proposes the nearest name."""
+    if not isinstance(solver, str):
+        return solver
+    found: Solver = SOLVERS.get(solver)()
+    return found

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from moesim.placement import EMPTY
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 
 def separate_replicas(slots: Array, load: Array) -> int:

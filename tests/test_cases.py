@@ -136,12 +136,11 @@ def test_megatron_mtp(read, file: str, model: str, layers: int) -> None:
 
 
 def test_layers_without_load(read, build) -> None:
-    from moesim.jobs.plan import PlanRequest
-    from moesim.jobs.plan_loads import make_load_plan
+    from moesim.jobs.plan import make_plan
+    from moesim.planning.request import PlanRequest
 
     load = read("plan_zero_layers/zl_half.npz", top_k=2, layer_ids=(0, 1, 2, 3))
-    request = PlanRequest(load, build.small_cluster(1, 8), None, solver="greedy")
-    result = make_load_plan(load, request)
+    result = make_plan(PlanRequest.of(load, build.small_cluster(1, 8), None, solver="greedy"))
     assert result.plan.objective_value >= 1
     assert result.plan.bound >= 1 - 1e-5
     assert said(list(result.notices), "layers 0, 1 have no load")
@@ -204,10 +203,10 @@ def test_other_text_names_its_page(read, file: str, page: str) -> None:
 
 
 def test_odd_names_and_headers(read, notes) -> None:
-    from moesim.errors import one_line
+    from moesim.errors import plain
 
     read("rel_escape-in-notes/e.jsonl", top_k=2)
-    assert all("\x1b" not in one_line(note) for note in notes)
+    assert all("\x1b" not in plain(note, 1000) for note in notes)
     with pytest.raises(FormatError, match="unknown type"):
         read("rel_safetensors-dtype-list/stat")
     with pytest.raises(FormatError, match="wrong keys"):

@@ -50,7 +50,11 @@ print(twice({name}(5)), sum(twice.stats.cache_hits.values()))
 def test_imports_at_the_top_count() -> None:
     package = kernels.PACKAGE
     files = imported(USER)
-    assert {package / "errors.py", package / "cost" / "routing.py", package / "placement.py"} <= files
+    assert {
+        package / "errors.py",
+        package / "cost" / "routing.py",
+        package / "placement.py",
+    } <= files
     assert package / "cluster" / "__init__.py" not in files
 
 

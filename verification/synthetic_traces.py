@@ -17,8 +17,9 @@ import numpy as np
 
 from moesim.caching.info import offload_info
 from moesim.cluster import load_cluster
-from moesim.jobs.plan import PlanRequest, make_plan
+from moesim.jobs.plan import make_plan
 from moesim.model.names import load_model
+from moesim.planning.request import PlanRequest
 from moesim.trace.format import Trace, load_token_trace
 from moesim.trace.synth import generate
 from moesim.trace.synth_fit import fit
@@ -34,7 +35,7 @@ GPUS = 8
 def planned(trace: Trace, solver: str, objective: str, redundant: int) -> dict[str, float]:
     """Held-out imbalance and fan-out of linear placement and of one solver."""
     result = make_plan(
-        PlanRequest(
+        PlanRequest.of(
             trace=trace,
             cluster=load_cluster("h100-sxm-ib", num_gpus=GPUS),
             model=load_model(trace.meta.model),

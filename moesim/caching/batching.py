@@ -13,21 +13,21 @@ Time is counted in steps here; `waits` turns it into seconds once the steps' tim
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from moesim.caching.events import IntArray, Stream
+from moesim.caching.events import Stream
 from moesim.caching.predictors.base import by_request, multi_hot
 from moesim.caching.predictors.token_id import TokenId, token_ids
+from moesim.choices import Order as Order
 from moesim.errors import InputError, UnknownNameError
 from moesim.kernels import kernel
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
+from moesim.types import FloatArray, IntArray, stream
 
-FloatArray = npt.NDArray[np.float64]
-Order = Literal["fifo", "pre-gated", "predicted"]
 ORDERS: dict[str, str] = {
     "fifo": "the requests that have waited longest",
     "pre-gated": "fewest experts, which the router has named beforehand (Read-ME)",
@@ -80,7 +80,7 @@ def pooled_stream(
         )
     if len(requests.token_idx) == 0:
         raise InputError("there are no tokens to simulate", "give a trace with tokens")
-    order = np.random.default_rng([seed, len(requests.ids)]).permutation(len(requests.ids))
+    order = stream(seed, len(requests.ids)).permutation(len(requests.ids))
     length = np.diff(requests.indptr)[order].astype(np.int64)
     order, length = order[length > 0], length[length > 0]
     begin = requests.indptr[order].astype(np.int64)

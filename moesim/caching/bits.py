@@ -19,8 +19,8 @@ import numpy.typing as npt
 from moesim.errors import InfeasibleError, InputError
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
+from moesim.types import FloatArray
 
-FloatArray = npt.NDArray[np.float64]
 BITS = (1, 2, 3)
 ALPHA, BETA, GAMMA = 1.0, 1.5, 1.0
 

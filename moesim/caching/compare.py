@@ -21,9 +21,7 @@ from moesim.caching.simulate import CacheSettings, model_choices, run_policy
 from moesim.caching.slots import allocate_slots
 from moesim.caching.timeline import Setup, StepTimes, Timeline, run_timeline
 from moesim.errors import InfeasibleError
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from moesim.types import FloatArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)

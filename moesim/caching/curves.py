@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.caching.events import Stream
 from moesim.caching.simulate import CacheSettings, Depths, layer_choices, run_policy
 from moesim.trace.format import Trace
+from moesim.types import FloatArray, IntArray
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 PIN_STEPS = 8
 """Pinned counts are tried in steps of E / PIN_STEPS."""
 PIN_GAIN = 0.005

@@ -11,8 +11,8 @@ from moesim.errors import InputError
 from moesim.kernels import kernel
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
+from moesim.types import IntArray, stream
 
-IntArray = npt.NDArray[np.int64]
 NO_EXPERT = -1
 
 
@@ -76,7 +76,7 @@ def decode_stream(requests: RequestIndex, batch_size: int = 1, seed: int = 0) ->
         raise InputError(f"batch size {batch_size} is below 1", "give a batch of at least 1")
     if len(requests.token_idx) == 0:
         raise InputError("there are no tokens to simulate", "give a trace with tokens")
-    order = np.random.default_rng([seed, len(requests.ids)]).permutation(len(requests.ids))
+    order = stream(seed, len(requests.ids)).permutation(len(requests.ids))
     order = order[np.diff(requests.indptr)[order] > 0]
     length = np.diff(requests.indptr)[order]
     start, lane = _schedule(length.astype(np.int64), batch_size)
@@ -104,7 +104,7 @@ def prefill_stream(requests: RequestIndex, chunk_tokens: int = 512, seed: int = 
         raise InputError(f"chunk of {chunk_tokens} tokens is below 1", "give at least 1")
     if len(requests.token_idx) == 0:
         raise InputError("there are no tokens to simulate", "give a trace with tokens")
-    order = np.random.default_rng([seed, len(requests.ids)]).permutation(len(requests.ids))
+    order = stream(seed, len(requests.ids)).permutation(len(requests.ids))
     length = np.diff(requests.indptr)[order]
     token = requests.token_idx[np.repeat(requests.indptr[order], length) + _ramp(length)]
     ramp = _ramp(length)

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.caching.sch import model_hit_rates, segment_hit_rates
 from moesim.caching.sparsity import CHUNK_LENGTHS, sparsity
 from moesim.caching.srp import SEGMENT_LENGTHS, Srp, iid_srp, srp
 from moesim.trace.batches import RequestIndex, index_requests
 from moesim.trace.format import LoadTrace, Trace, require_tokens
+from moesim.types import FloatArray, stream
 
-FloatArray = npt.NDArray[np.float64]
 RATIOS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 """Cache sizes, in units of top-k."""
 LAYER_ACCESSES = 1_000_000
@@ -176,7 +175,7 @@ def offload_info(
 def limit_tokens(requests: RequestIndex, num_tokens: int, seed: int) -> RequestIndex:
     """Whole requests, in seeded random order, until `num_tokens` tokens; at least one."""
     length = np.diff(requests.indptr)
-    order = np.random.default_rng([seed, 11]).permutation(len(length))
+    order = stream(seed, 11).permutation(len(length))
     keep = np.zeros(len(length), bool)
     keep[order[np.cumsum(length[order]) <= num_tokens]] = True
     if not keep.any():

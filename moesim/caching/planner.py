@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from moesim import compat
 from moesim.caching.curves import LayerCurves, layer_curves
 from moesim.caching.events import Events, Stream, decode_stream
 from moesim.caching.memory import MemoryBudget, check_host, memory_budget
@@ -27,9 +28,8 @@ from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.model.names import ModelSpec
 from moesim.trace.batches import RequestIndex, index_requests, split_requests
 from moesim.trace.format import Trace
+from moesim.types import FloatArray, IntArray, stream
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 DEPTHS = (1, 2, 4)
 MIN_SCORES = (0.05, 0.2, 0.4)
 CANDIDATES = 3
@@ -170,18 +170,6 @@ def _keep_hosted(trace: Trace, hosted: npt.NDArray[np.bool_]) -> Trace:
     return replace(trace, expert_ids=np.where(here, ids, np.int16(-1)))
 
 
-def check_model(trace: Trace, model: ModelSpec) -> None:
-    """Raises MismatchError unless the trace has the model's layers, experts and top-k."""
-    ours = (model.num_moe_layers, model.num_experts, model.top_k)
-    theirs = (trace.num_layers, trace.num_experts, trace.top_k)
-    if ours != theirs:
-        raise MismatchError(
-            f"the trace has {theirs[0]} layers of {theirs[1]} experts, top-{theirs[2]}, but"
-            f" {model.name} has {ours[0]} of {ours[1]}, top-{ours[2]}",
-            "name the model that the trace was captured from (moesim model list)",
-        )
-
-
 def plan_cache(
     work: Workload, rates: Rates, request: Request, progress: Progress = lambda _: None
 ) -> Planned:
@@ -190,7 +178,7 @@ def plan_cache(
     Raises MismatchError, InputError, InfeasibleError (does not fit) and UnknownNameError.
     """
     trace, model = work.trace, rates.model
-    check_model(trace, model)
+    compat.trace_fits_model(trace.meta, model, whole=True)
     _check_names(trace, request)
     shape = (trace.num_layers, trace.num_experts)
     if request.bits is not None and request.bits.shape != shape:
@@ -425,7 +413,7 @@ def _limit(requests: RequestIndex, request: Request, share: int) -> RequestIndex
     a request that goes beyond is cut."""
     want = max(1, request.max_steps // share) * request.batch_size
     length = np.diff(requests.indptr)
-    order = np.random.default_rng([request.seed, 7]).permutation(len(length))
+    order = stream(request.seed, 7).permutation(len(length))
     before = np.cumsum(length[order]) - length[order]
     take = order[before < want]
     cut = np.minimum(length[take], want - before[before < want])

@@ -16,8 +16,8 @@ from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.step import calibration_of_gpu
 from moesim.errors import InputError
 from moesim.model.names import WEIGHT_BYTES, ModelSpec, bytes_per
+from moesim.types import FloatArray
 
-FloatArray = npt.NDArray[np.float64]
 SCALE_BITS = 0.5
 """Bits per weight for the scales of a quantised expert: 16 bits for each group of 32."""
 KERNELS_BEFORE_GATE = 6

@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.caching import kernels
-from moesim.caching.events import IntArray, build_events
+from moesim.caching.events import build_events
 from moesim.errors import InputError, UnknownNameError
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
+from moesim.types import FloatArray, IntArray
 
-FloatArray = npt.NDArray[np.float64]
 PUBLISHED = {
     "sch": kernels.LOOKAHEAD,
     "lru": kernels.LRU,

@@ -26,7 +26,6 @@ import numpy.typing as npt
 from moesim.caching import kernels
 from moesim.caching.events import (
     Events,
-    IntArray,
     Stream,
     build_events,
     layer_gates,
@@ -38,10 +37,10 @@ from moesim.caching.policies import SEMANTICS, get_policy
 from moesim.errors import InputError, UnknownNameError
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
+from moesim.types import FloatArray, IntArray
 
 Semantics = Literal["atomic", "sequential"]
 Scope = Literal["layer", "model"]
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

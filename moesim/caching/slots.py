@@ -12,9 +12,7 @@ import numpy.typing as npt
 
 from moesim.errors import InfeasibleError, InputError
 from moesim.kernels import kernel
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
+from moesim.types import FloatArray, IntArray
 
 
 def allocate_slots(cost: FloatArray, budget: int, least: int = 0) -> tuple[IntArray, float]:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.caching import kernels
-from moesim.caching.events import Events, IntArray, Stream, build_events
+from moesim.caching.events import Events, Stream, build_events
 from moesim.caching.kernels import (
     ACTIVATION,
     BELADY,
@@ -40,8 +40,8 @@ from moesim.caching.policies import get_policy
 from moesim.caching.timeline_kernel import run_kernel
 from moesim.errors import MismatchError
 from moesim.trace.format import Trace
+from moesim.types import FloatArray, IntArray
 
-FloatArray = npt.NDArray[np.float64]
 CpuMode = Literal["none", "auto"]
 
 

@@ -47,12 +47,12 @@ def calibrate(
 
     Example: moesim calibrate --out host.yaml --model mixtral-8x7b
     """
-    from moesim.cli.simulate_input import writable
+    from moesim.cli.output import check_targets
     from moesim.cost.calibration import parse_calibration_file
     from moesim.replay.table_lines import link_lines, link_rows
     from moesim.replay.tables import load_raw, merge_raw, write_calibration
 
-    writable(out, raw)
+    check_targets(out, raw)
     if from_raw:
         record = merge_raw([load_raw(path) for path in from_raw])
     else:
@@ -75,18 +75,13 @@ def calibrate(
 def _measure(
     arguments: list[str], models: list[str], ranks: int | None, device: str, raw: Path | None
 ) -> dict[str, Any]:
-    from moesim.cli.replay_common import (
-        count_gpus,
-        require_torch,
-        say,
-        shape_arguments,
-        shape_of,
-    )
+    from moesim.cli.output import say
     from moesim.replay.launch import launch
+    from moesim.replay.start import count_gpus, require_torch, shape_arguments, shape_of
     from moesim.replay.tables import load_raw
 
     require_torch()
-    shapes = shape_arguments([shape_of(m) for m in models])
+    shapes = shape_arguments([shape_of(m, say) for m in models])
     num_ranks = ranks or (0 if device == "cpu" else count_gpus()) or 2
     with tempfile.TemporaryDirectory() as folder:
         written = raw or Path(folder) / "raw.json"

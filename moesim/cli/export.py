@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from moesim.exporters.base import ExportOptions
-    from moesim.model.spec import ModelSpec
-    from moesim.placement import Plan
+from moesim.cli.options import JsonOption
 
 
 def export(
@@ -57,7 +54,7 @@ def export(
         ),
     ] = None,
     list_engines: Annotated[bool, typer.Option("--list", help="List the engines.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a plan for SGLang, TensorRT-LLM, vLLM, vllm-ascend, omni-infer, EPLB or Megatron-Core.
 
@@ -65,73 +62,74 @@ def export(
 
     Example: moesim export plan.json --to sglang --out location.json
     """
-    from moesim.cli.notes import note
+    from moesim.cli.output import notice
     from moesim.cli.trace_import import parse_layer_ids
     from moesim.errors import InputError
-    from moesim.exporters.base import ExportOptions, filled
-    from moesim.exporters.registry import MODULES, exporter
-    from moesim.files import atomic_write
-    from moesim.placement import load_plan
+    from moesim.exporters.registry import EXPORTERS, exporter
+    from moesim.jobs.export import export as run
 
     if list_engines:
-        rows = {name: exporter(name) for name in MODULES}
-        if as_json:
-            listing = {n: {"title": e.TITLE, "accepted_by": e.ACCEPTED_BY} for n, e in rows.items()}
-            typer.echo(json.dumps(listing, indent=2))
-            return
-        for name, row in rows.items():
-            typer.echo(f"{name:<14} {row.TITLE}\n{'':<14} accepted by {row.ACCEPTED_BY}")
+        _list(as_json)
         return
     if plan_file is None:
         raise InputError("no plan was named", "name a plan file, or --list the engines")
     if engine is None:
-        raise InputError("--to is missing", f"name an engine: {', '.join(MODULES)}")
+        raise InputError("--to is missing", f"name an engine: {', '.join(EXPORTERS.names())}")
     target = exporter(engine)
-    plan = load_plan(plan_file)
-    options = ExportOptions(
-        spec=_spec(plan, model),
-        num_hidden_layers=num_hidden_layers,
-        mtp_layers=mtp_layers,
-        fill_layers=parse_layer_ids(fill_layers, "--fill-layers") if fill_layers else (),
-        model_id=model if model is not None and not Path(model).exists() else "",
-        notify=note,
-    )
-    plan = filled(plan, options)
     if apply is not None:
         if engine != "megatron":
             raise InputError(f"--apply is not for {engine}", "use it with --to megatron")
         if out is None:
             raise InputError("--out is missing", "name the folder of the new checkpoint")
-        _apply(plan, apply, out, options, as_json)
+        _apply(plan_file, apply, out, model, num_hidden_layers, as_json)
         return
     if out is None:
         out = Path(f"{plan_file.stem}.{engine}{target.SUFFIX}")
-        note(f"--out not given, writing {out}")
-    if out.suffix != target.SUFFIX:
-        raise InputError(
-            f"{engine} wants a file that ends in {target.SUFFIX}",
-            f"name it {out.stem}{target.SUFFIX}",
-        )
-    data = target.encode(plan, options)
-    atomic_write(out, data)
-    lines = target.launch(plan, out, options)
+        notice(f"--out not given, writing {out}")
+    done = run(
+        plan_file,
+        to=engine,
+        out=out,
+        model=model,
+        num_hidden_layers=num_hidden_layers,
+        mtp_layers=mtp_layers,
+        fill_layers=parse_layer_ids(fill_layers, "--fill-layers") if fill_layers else (),
+        notify=notice,
+    )
+    typer.echo(json.dumps(done.to_json(), indent=2) if as_json else done.summary())
+
+
+def _list(as_json: bool) -> None:
+    from moesim.exporters.registry import EXPORTERS, exporter
+
+    rows = {name: exporter(name) for name in EXPORTERS.names()}
     if as_json:
-        summary = {
-            "engine": engine,
-            "file": str(out),
-            "num_bytes": len(data),
-            "accepted_by": target.ACCEPTED_BY,
-            "launch": lines,
-        }
-        typer.echo(json.dumps(summary, indent=2))
+        listing = {n: {"title": e.TITLE, "accepted_by": e.ACCEPTED_BY} for n, e in rows.items()}
+        typer.echo(json.dumps(listing, indent=2))
         return
-    typer.echo(f"wrote {out} ({len(data):,} bytes), accepted by {target.ACCEPTED_BY}; start with\n")
-    typer.echo("\n".join(lines))
+    for name, row in rows.items():
+        typer.echo(f"{name:<14} {row.TITLE}\n{'':<14} accepted by {row.ACCEPTED_BY}")
 
 
-def _apply(plan: Plan, source: Path, target: Path, options: ExportOptions, as_json: bool) -> None:
+def _apply(
+    plan_file: Path,
+    source: Path,
+    target: Path,
+    model: str | None,
+    num_hidden_layers: int | None,
+    as_json: bool,
+) -> None:
+    from moesim.cli.output import notice
+    from moesim.exporters.base import ExportOptions
     from moesim.exporters.checkpoint import permute_checkpoint
+    from moesim.jobs import inputs
 
+    plan = inputs.plan_of(plan_file)
+    options = ExportOptions(
+        spec=inputs.model_or_named(model, plan.model),
+        num_hidden_layers=num_hidden_layers,
+        notify=notice,
+    )
     changed = permute_checkpoint(plan, source, target, options)
     if as_json:
         typer.echo(json.dumps({"checkpoint": str(target), "num_changed_tensors": changed}))
@@ -140,16 +138,3 @@ def _apply(plan: Plan, source: Path, target: Path, options: ExportOptions, as_js
         f"wrote {target}: {changed} tensors renumbered in {len(plan.layer_ids)} layers; experts"
         f" placed in order over {plan.placement.num_gpus} GPUs are now the plan"
     )
-
-
-def _spec(plan: Plan, model: str | None) -> ModelSpec | None:
-    """The model that was named, else that of the plan if it is known."""
-    from moesim.errors import MoesimError
-    from moesim.model.names import load_model
-
-    if model is not None:
-        return load_model(model)
-    try:
-        return load_model(plan.model) if plan.model else None
-    except MoesimError:
-        return None

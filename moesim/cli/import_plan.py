@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from moesim.cli.options import JsonOption
+
 
 def import_plan(
     file: Annotated[Path, typer.Argument(help="The engine's file.", show_default=False)],
@@ -27,41 +29,28 @@ def import_plan(
     layer_ids: Annotated[
         str | None, typer.Option(help="Absolute numbers of the MoE layers, as 1-26 or 1,3,5.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Read the placement that an engine runs with back into a plan, to evaluate or compare it.
 
     Example: moesim import-plan location.json --from sglang --num-gpus 16 --model DeepSeek-V3
     --out plan.json
     """
-    from moesim.cli.notes import note
-    from moesim.cli.trace_import import given_name, parse_layer_ids
-    from moesim.errors import FormatError, InputError
-    from moesim.exporters.base import ReadOptions
-    from moesim.exporters.registry import exporter
-    from moesim.model.names import load_model
-    from moesim.placement import MAX_PLAN_BYTES
+    from moesim.cli.output import notice
+    from moesim.cli.trace_import import parse_layer_ids
+    from moesim.compat import gpus_in_nodes
+    from moesim.jobs.export import import_plan as run
 
-    source = exporter(engine)
-    spec = load_model(model) if model is not None else None
-    layers = parse_layer_ids(layer_ids) if layer_ids is not None else None
-    options = ReadOptions(
-        where=str(file),
+    plan = run(
+        file,
+        engine=engine,
         num_gpus=num_gpus,
         num_nodes=num_nodes,
-        num_experts=num_experts or (spec.num_experts if spec else None),
-        layer_ids=layers or (spec.moe_layer_ids if spec else None),
-        num_hidden_layers=spec.num_hidden_layers if spec else None,
-        model=given_name(str(model), spec.name) if spec else "",
-        notify=note,
+        model=model,
+        num_experts=num_experts,
+        layer_ids=parse_layer_ids(layer_ids) if layer_ids is not None else None,
+        notify=notice,
     )
-    try:
-        if file.stat().st_size > MAX_PLAN_BYTES:
-            raise FormatError(f"{file}: larger than {MAX_PLAN_BYTES} bytes", "no placement is")
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}", "check the path") from None
-    plan = source.decode(data, options)
     plan.save(out)
     placement = plan.placement
     if as_json:
@@ -76,8 +65,8 @@ def import_plan(
         }
         typer.echo(json.dumps(summary, indent=2))
         return
-    nodes = "1 node" if placement.num_nodes == 1 else f"{placement.num_nodes} nodes"
     typer.echo(
         f"wrote {out}: {placement.num_layers} MoE layers, {placement.num_experts} experts in"
-        f" {placement.num_slots} slots on {placement.num_gpus} GPUs of {nodes}"
+        f" {placement.num_slots} slots on"
+        f" {gpus_in_nodes(placement.num_gpus, placement.num_nodes)}"
     )

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from moesim.errors import MoesimError
+from moesim.errors import MoesimError, UnknownNameError, plain
 
 DEBUG_FLAG = "--debug"
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "plan": ("plan", "plan", "Place experts on GPUs, with held-out figures beside EPLB's."),
     "simulate": ("simulate", "simulate", "Replay a trace through a plan on a cluster."),
+    "serve": ("serve", "serve", "Serve requests: TTFT, TPOT, throughput, goodput."),
     "whatif": ("whatif", "whatif", "Ask a question of many deployments at once."),
     "cache": ("cache", "cache", "Plan what stays in GPU memory when not all experts fit."),
     "export": ("export", "export", "Write a plan in a serving engine's format."),
@@ -31,18 +34,13 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "solver": ("solver", "app", "Placement methods."),
 }
 """Name: (module of moesim.cli, attribute, help)."""
-VARIANTS: dict[str, tuple[str, str, str]] = {
-    "simulate": ("--requests", "simulate_requests", "simulate_requests"),
-}
-"""Name: (option that makes it another command, module, attribute)."""
 
 _ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-def build_app(load: Collection[str], args: Sequence[str] = ()) -> typer.Typer:
-    """The command tree, with the variants of commands that `args` call for. Only the commands named
-    in `load` are imported, so that `moesim --help` and errors in the command line stay quick; the
-    others show their help line alone."""
+def build_app(load: Collection[str]) -> typer.Typer:
+    """The command tree. Only the commands named in `load` are imported, so that `moesim --help` and
+    errors in the command line stay quick; the others show their help line alone."""
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
@@ -57,8 +55,6 @@ def build_app(load: Collection[str], args: Sequence[str] = ()) -> typer.Typer:
         if name not in load:
             app.command(name, help=help_text)(_not_loaded)
             continue
-        if name in VARIANTS and any(a.partition("=")[0] == VARIANTS[name][0] for a in args):
-            _, module, attribute = VARIANTS[name]
         target = getattr(import_module(f"moesim.cli.{module}"), attribute)
         if isinstance(target, typer.Typer):
             app.add_typer(target, name=name)
@@ -94,9 +90,11 @@ def main() -> None:
 def run(args: Sequence[str], *, debug: bool = False) -> int:
     """Run one command line and return its exit code; errors become two lines on stderr, after
     their traceback with `debug`."""
+    args = _serve_by_its_old_name(list(args))
     called = [a for a in args if a in COMMANDS][:1]
     try:
-        code = build_app(called, args)(list(args), standalone_mode=False, prog_name="moesim")
+        app = build_app(called)
+        code = app(args, standalone_mode=False, prog_name="moesim")
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -106,20 +104,76 @@ def run(args: Sequence[str], *, debug: bool = False) -> int:
     except MoesimError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error.cause}", file=sys.stderr)
-        if error.remedy:
-            print(f"remedy: {error.remedy}", file=sys.stderr)
-        return error.exit_code
+        return _say(error.cause, error.remedy, error.exit_code, option_names(args))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if isinstance(error, _ClickException):
-            error.show()  # type: ignore[attr-defined]
-            return 0 if type(error).__name__ == "NoArgsIsHelpError" else 2
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # type: ignore[attr-defined]
+                return 0
+            return _say(*_click_error(error, args), 2, {})
         if debug:
             traceback.print_exc()
-        text = " ".join(str(error).split())[:300]
-        print(f"error: internal: {type(error).__name__}: {text}", file=sys.stderr)
-        print("remedy: run again with --debug and report what it shows", file=sys.stderr)
-        return 2
+        cause = f"internal: {type(error).__name__}: {plain(error, 300)}"
+        return _say(cause, "run again with --debug and report what it shows", 2, {})
+
+
+def _say(cause: str, remedy: str, code: int, names: Mapping[str, str]) -> int:
+    """The two lines of an error on standard error; returns the exit code."""
+    print(f"error: {as_options(cause, names)}", file=sys.stderr)
+    if remedy:
+        print(f"remedy: {as_options(remedy, names)}", file=sys.stderr)
+    return code
+
+
+def as_options(text: str, names: Mapping[str, str] | None = None) -> str:
+    """`text` with fields of the library, written `so_many`, as options of the command line."""
+
+    def option(found: re.Match[str]) -> str:
+        return (names or {}).get(found[1]) or f"--{found[1].replace('_', '-')}"
+
+    return re.sub(r"`([a-z][a-z0-9_]*)`", option, text)
+
+
+def option_names(args: Sequence[str]) -> dict[str, str]:
+    """Parameter: option, of the command that `args` call, where the two differ."""
+    import click
+
+    try:
+        command: Any = typer.main.get_command(build_app([a for a in args if a in COMMANDS][:1]))
+        for word in args:
+            command = getattr(command, "commands", {}).get(word, command)
+    except click.ClickException:
+        return {}
+    return {p.name: p.opts[0] for p in command.params if p.opts and p.opts[0].startswith("--")}
+
+
+def _click_error(error: Exception, args: Sequence[str]) -> tuple[str, str]:
+    """Cause and remedy of a wrong command line."""
+    cause = str(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    path = getattr(context, "command_path", "moesim") or "moesim"
+    near = list(getattr(error, "possibilities", None) or ())
+    if near:
+        return cause, f"did you mean {', '.join(near[:3])}? {path} --help lists them"
+    wrong = re.match(r"Invalid value for '--([\w-]+)'.*?'(.*)' is not one of (.*)", cause)
+    if wrong:
+        known = re.findall(r"'([^']*)'", wrong[3])
+        unknown = UnknownNameError(wrong[1].replace("-", " "), wrong[2], known)
+        return unknown.cause, unknown.remedy
+    missing = getattr(getattr(error, "param", None), "opts", [""])[0]
+    word = next((a for a in args if Path(a).suffix in (".npz", ".json", ".jsonl", ".csv")), "")
+    if missing == "--trace" and word:
+        return cause, f"write --trace {word}"
+    return cause, f"{path} --help lists the options"
+
+
+def _serve_by_its_old_name(args: list[str]) -> list[str]:
+    """`simulate --requests` is `serve`; said so, for one version."""
+    called = next((a for a in args if a in COMMANDS), "")
+    if called != "simulate" or not any(a.partition("=")[0] == "--requests" for a in args):
+        return args
+    print("note: simulate --requests is moesim serve now, and goes away in 0.2", file=sys.stderr)
+    return ["serve" if a == "simulate" else a for a in args]

@@ -15,7 +15,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from moesim.cli.main import COMMANDS, VARIANTS, build_app
+from moesim.cli.main import COMMANDS, build_app
 from moesim.files import atomic_write
 
 TEXT_WIDTH = 78
@@ -68,11 +68,6 @@ def reference_pages() -> dict[str, str]:
         for path, child in walk(command, ("moesim", name)):
             if child is not command:
                 parts += [f"## {' '.join(path)}", "", _block(child, path), ""]
-        if name in VARIANTS:
-            flag = VARIANTS[name][0]
-            variant: Any = get_command(build_app([name], [flag]))
-            parts += [f"## moesim {name} {flag}", ""]
-            parts += [_block(variant.commands[name], ("moesim", name)), ""]
         pages[f"{name}.md"] = "\n".join(parts)
     return pages
 

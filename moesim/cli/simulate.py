@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moesim.choices import Fidelity, Keep, OnLoss, Order, Scope
+from moesim.cli.options import (
+    BatchTokensOption,
+    JsonOption,
+    ModelOption,
+    PhaseOption,
+    PlotOption,
+    ReplicaPolicyOption,
+    SeedOption,
+    TraceOption,
+)
 from moesim.errors import InputError
 
 
 def simulate(
-    trace: Annotated[
-        str, typer.Option(help="Trace file, trace directory, or sample:NAME.", metavar="TRACE")
-    ],
+    trace: TraceOption,
     plan: Annotated[
         Path | None,
         typer.Option(help="Plan or cache plan file; without one, the linear placement."),
@@ -27,9 +35,7 @@ def simulate(
     gpus: Annotated[
         int | None, typer.Option(help="GPUs.", show_default="the plan's", min=1)
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Preset or config.json; default: the one the trace names.")
-    ] = None,
+    model: ModelOption = None,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -37,16 +43,11 @@ def simulate(
             " resident,lru."
         ),
     ] = None,
-    phase: Annotated[
-        str | None, typer.Option(help="prefill or decode.", show_default="the plan's or trace's")
-    ] = None,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a step over all GPUs.", show_default="the plan's"),
-    ] = None,
+    phase: PhaseOption = None,
+    batch_tokens: BatchTokensOption = None,
     steps: Annotated[int, typer.Option(help="Steps to simulate.")] = 16,
     fidelity: Annotated[
-        str, typer.Option(help="event: SimPy simulation; analytic: the closed form.")
+        Fidelity, typer.Option(help="event: SimPy simulation; analytic: the closed form.")
     ] = "event",
     all_to_all: Annotated[
         str | None,
@@ -72,10 +73,7 @@ def simulate(
     reduce: Annotated[
         float, typer.Option(help="Share of the hidden size that is exchanged (BigMac: 0.25).")
     ] = 1.0,
-    replica_policy: Annotated[
-        str | None,
-        typer.Option(help="split, hash, nearest or lp.", show_default="the plan's"),
-    ] = None,
+    replica_policy: ReplicaPolicyOption = None,
     context_tokens: Annotated[
         int | None,
         typer.Option(help="Context of every decode token.", show_default="its trace position"),
@@ -92,21 +90,21 @@ def simulate(
     ] = 0.0,
     speed_period: Annotated[
         float | None,
-        typer.Option(help="Draw the speeds anew every so many ms.", show_default="never"),
+        typer.Option(help="Draw new speeds every so many ms.", show_default="never"),
     ] = None,
     capacity_factor: Annotated[
         float | None,
         typer.Option(help="Drop choices beyond ceil(factor k T / E) of an expert."),
     ] = None,
     drop: Annotated[
-        str | None,
+        Keep | None,
         typer.Option(
-            help="Choices that stay: score, random, first or last.",
+            help="Choices that stay.",
             show_default="score with gate weights, else first",
         ),
     ] = None,
     capacity_scope: Annotated[
-        str, typer.Option(help="Tokens that the capacity counts: step or gpu.")
+        Scope, typer.Option(help="Tokens that the capacity counts.")
     ] = "step",
     expanded_drop: Annotated[
         bool, typer.Option("--expanded-drop", help="Try experts of the token's own GPU first.")
@@ -129,15 +127,16 @@ def simulate(
         float | None, typer.Option(help="Mean ms until it is back.", show_default="never")
     ] = None,
     on_loss: Annotated[
-        str, typer.Option(help="Experts with no replica left: reload, replan, wait or fail.")
+        OnLoss, typer.Option(help="What is done about experts with no replica left.")
     ] = "reload",
     detect: Annotated[float, typer.Option(help="Ms until a failure is noticed.")] = 100.0,
     restart: Annotated[float, typer.Option(help="Ms to form the group again.")] = 1000.0,
     rebalance_every: Annotated[
-        int | None, typer.Option(help="Place anew every so many steps.", show_default="never")
+        int | None,
+        typer.Option(help="Make a new placement every so many steps.", show_default="never"),
     ] = None,
     rebalance_window: Annotated[
-        int, typer.Option(help="Steps whose loads a new placement goes by.")
+        int, typer.Option(help="Steps whose loads decide a new placement.")
     ] = 100,
     rebalance_async: Annotated[
         bool, typer.Option("--rebalance-async", help="Plan and move weights beside the steps.")
@@ -145,7 +144,7 @@ def simulate(
     rebalance_plan: Annotated[float, typer.Option(help="Ms to compute a placement.")] = 10.0,
     rebalance_above: Annotated[
         float | None,
-        typer.Option(help="Leave alone what is balanced at least so well.", show_default="never"),
+        typer.Option(help="Keep what has at least this balancedness.", show_default="never"),
     ] = None,
     offload: Annotated[
         bool,
@@ -155,10 +154,10 @@ def simulate(
         ),
     ] = True,
     batching: Annotated[
-        str | None,
+        Order | None,
         typer.Option(
-            help="With a cache plan, which waiting requests decode together: fifo, pre-gated or"
-            " predicted (fewest experts)."
+            help="With a cache plan, which waiting requests decode together; pre-gated and"
+            " predicted take those with the fewest experts."
         ),
     ] = None,
     pool: Annotated[
@@ -169,98 +168,82 @@ def simulate(
         typer.Option(help="Steps a request is held back at most.", show_default="16", min=1),
     ] = None,
     rebalance_solver: Annotated[str, typer.Option(help="Method of the new placements.")] = "eplb",
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes.", min=0)] = 0,
+    seed: SeedOption = 0,
     timeline: Annotated[
         Path | None, typer.Option(help="Chrome/Perfetto trace of the first steps to write.")
     ] = None,
     timeline_steps: Annotated[int, typer.Option(help="Steps in the timeline.", min=1)] = 1,
-    plot: Annotated[
-        Path | None, typer.Option(help="Picture of the parts of a step (PNG, SVG, PDF).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Replay held-out requests of a trace through a plan: time per step, where it goes, load of
     GPUs and links.
 
-    With --requests FILE it serves requests instead: moesim simulate --requests FILE --help.
-
     Example: moesim simulate --trace sample:debian-moe --plan plan.json --compare linear,eplb
     """
+    from moesim.cli.output import check_targets, notice
     from moesim.cli.progress import progress_bar
-    from moesim.cli.simulate_input import (
-        batching_of,
-        choice,
-        drop_policy,
-        fault_spec,
-        load_inputs,
-        rebalance_policy,
-        writable,
-    )
-    from moesim.cli.simulate_print import print_report, report_json
     from moesim.files import atomic_write
-    from moesim.jobs.simulate import FIDELITIES, SimRequest
     from moesim.jobs.simulate import simulate as run
-    from moesim.sim.stragglers import parse_slow
 
-    writable(timeline, plot)
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
-    loaded = load_inputs(trace, plan, cluster, gpus, model, offload)
-    request = SimRequest(
-        trace=loaded.trace,
-        cluster=loaded.cluster,
-        model=loaded.model,
-        plan=loaded.plan,
-        compare=tuple(n for n in (compare or "").split(",") if n),
-        phase=choice("phase", phase, ("prefill", "decode")),  # type: ignore[arg-type]
-        batch_tokens=batch_tokens,
-        num_steps=steps,
-        all_to_all=all_to_all,
-        schedule=schedule,
-        num_chunks=chunks,
-        reduce=reduce,
-        fidelity=choice("fidelity", fidelity, FIDELITIES),  # type: ignore[arg-type]
-        replica_policy=choice(  # type: ignore[arg-type]
-            "replica policy", replica_policy, ("split", "hash", "nearest", "lp")
-        ),
-        context_tokens=context_tokens,
-        home_ranks=not moe_only,
-        seed=seed,
-        drift=drift,
-        faults=fault_spec(
-            loaded.cluster, loaded.model, fault or [], mtbf, repair, on_loss, detect, restart
-        ),
-        rebalance=rebalance_policy(
-            rebalance_every,
-            rebalance_window,
-            rebalance_async,
-            rebalance_plan,
-            rebalance_above,
-        ),
-        rebalance_solver=rebalance_solver,
-        caches=loaded.caches,
-        batching=batching_of(batching, pool, patience),
-        timeline_steps=timeline_steps if timeline is not None else 0,
-        slow=tuple(parse_slow(text, loaded.cluster.num_gpus) for text in slow or ()),
-        speed_sigma=speed_spread,
-        speed_period_us=math.inf if speed_period is None else speed_period * 1e3,
-        drop=drop_policy(loaded.trace, capacity_factor, drop, capacity_scope, expanded_drop, seed),
-    )
+    check_targets(timeline, plot=plot)
     with progress_bar("simulating steps") as progress:
-        report = run(request, progress=progress)
+        report = run(
+            trace,
+            plan=plan,
+            cluster=cluster,
+            gpus=gpus,
+            model=model,
+            compare=tuple(n for n in (compare or "").split(",") if n),
+            phase=phase,
+            batch_tokens=batch_tokens,
+            steps=steps,
+            fidelity=fidelity,
+            all_to_all=all_to_all,
+            schedule=schedule,
+            chunks=chunks,
+            reduce=reduce,
+            replica_policy=replica_policy,
+            context_tokens=context_tokens,
+            moe_only=moe_only,
+            slow=slow or (),
+            speed_spread=speed_spread,
+            speed_period=speed_period,
+            capacity_factor=capacity_factor,
+            drop=drop,
+            capacity_scope=capacity_scope,
+            expanded_drop=expanded_drop,
+            drift=drift,
+            fault=fault or (),
+            mtbf=mtbf,
+            repair=repair,
+            on_loss=on_loss,
+            detect=detect,
+            restart=restart,
+            rebalance_every=rebalance_every,
+            rebalance_window=rebalance_window,
+            rebalance_async=rebalance_async,
+            rebalance_plan=rebalance_plan,
+            rebalance_above=rebalance_above,
+            rebalance_solver=rebalance_solver,
+            offload=offload,
+            batching=batching,
+            pool=pool,
+            patience=patience,
+            seed=seed,
+            timeline_steps=timeline_steps if timeline is not None else 0,
+            progress=progress,
+        )
     if timeline is not None:
         if report.timeline is None:
-            raise InputError("no timeline was made", "use --fidelity event")
+            raise InputError("no timeline was made", "use `fidelity` event")
         atomic_write(timeline, report.timeline.to_json())
         typer.echo(f"wrote {timeline} (open it at ui.perfetto.dev)", err=True)
     if plot is not None:
-        from moesim.draw.simulate import plot_simulation
-
-        title = f"{loaded.model.name}, {loaded.cluster.num_gpus} GPUs of {loaded.cluster.name}"
-        plot_simulation(report.results, plot, title)
+        report.plot(plot)
         typer.echo(f"wrote {plot}", err=True)
-    report.defaults.update(loaded.defaults)
+    notice(*report.notices)
     if as_json:
-        typer.echo(json.dumps(report_json(request, report), indent=1, allow_nan=False))
+        typer.echo(json.dumps(report.to_json(), indent=1, allow_nan=False))
         return
-    print_report(request, report)
+    typer.echo(report.summary())

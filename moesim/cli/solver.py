@@ -23,9 +23,9 @@ def list_solvers(
 
     Example: moesim solver list
     """
-    from moesim.solvers.registry import SOLVERS
+    from moesim.solvers.registry import about, solver_names
 
-    rows = {name: text for name, (_, _, text) in SOLVERS.items()}
+    rows = {name: about(name) for name in solver_names()}
     if as_json:
         typer.echo(json.dumps([{"name": n, "description": t} for n, t in rows.items()], indent=2))
         return

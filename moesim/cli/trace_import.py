@@ -117,11 +117,6 @@ def import_trace(
     )
 
 
-def given_name(given: str, name: str) -> str:
-    """A repository id as it was given, so that launch lines can use it; else the model's name."""
-    return given if "/" in given and not Path(given).exists() else name
-
-
 def parse_layer_ids(text: str, option: str = "--layer-ids") -> tuple[int, ...]:
     """`1-26`, `0,2,4` or a mix, as ascending layer numbers. Raises InputError."""
     from moesim.errors import InputError
@@ -154,7 +149,7 @@ def _options(
     license_text: str,
     max_tokens: int | None,
 ) -> ImportOptions:
-    from moesim.cli.notes import note
+    from moesim.cli.output import notice
     from moesim.errors import InputError
     from moesim.trace.importers.base import ImportOptions
 
@@ -175,10 +170,11 @@ def _options(
     name = ""
     num_mtp_layers: int | None = None
     if model is not None:
+        from moesim.jobs.inputs import model_id
         from moesim.model.names import load_model
 
         spec = load_model(model)
-        name = given_name(model, spec.name)
+        name = model_id(model) or spec.name
         num_experts = num_experts or spec.num_experts
         top_k = top_k or spec.top_k
         num_hidden_layers = num_hidden_layers or spec.num_hidden_layers
@@ -199,7 +195,7 @@ def _options(
         domain=domain,
         license=license_text,
         max_tokens=max_tokens,
-        notify=note,
+        notify=notice,
     )
 
 

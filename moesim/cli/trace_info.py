@@ -49,23 +49,21 @@ def info(
     Example: moesim trace info sample:debian-moe --plot load.png
     """
     from moesim.backend import open_backend
-    from moesim.cli.notes import note
+    from moesim.cli.output import check_targets, notice
     from moesim.cli.progress import progress_bar
-    from moesim.errors import InputError
     from moesim.trace.empty import layers_text, loaded_layers, only_layers
     from moesim.trace.format import LoadTrace, load_trace, require_tokens
     from moesim.trace.parallel import trace_stats_on
     from moesim.trace.stats import load_stats
 
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
+    check_targets(plot=plot)
     loaded = load_trace(trace)
     if offload:
         require_tokens(loaded, "moesim trace info --offload")
     keep = loaded_layers(loaded)
     if keep.any() and not keep.all():
         without = layers_text(loaded.meta.layer_ids, keep)
-        note(f"layers {without} have no load ({int((~keep).sum())} of {len(keep)}): left out")
+        notice(f"layers {without} have no load ({int((~keep).sum())} of {len(keep)}): left out")
         loaded = only_layers(loaded, keep)
     if isinstance(loaded, LoadTrace):
         counts = load_stats(loaded)

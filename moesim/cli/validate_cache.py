@@ -35,13 +35,14 @@ def validate_cache(
 
     Predicted from `calibration`, else from copy and kernel times that the same run measured.
     """
-    from moesim.cli.replay_common import require_torch, say, shape_arguments, shape_of
+    from moesim.cli.output import say
     from moesim.replay.launch import launch
     from moesim.replay.records import read_record
+    from moesim.replay.start import require_torch, shape_arguments, shape_of
 
     require_torch()
     schedules, name = _schedules(plans, trace, layers)
-    shape = shape_of(model or name)
+    shape = shape_of(model or name, say)
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["offload", *shape_arguments([shape]), "--device", device]
         arguments += ["--timeout", str(timeout), "--warm-tokens", str(WARM_TOKENS)]

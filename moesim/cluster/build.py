@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moesim.cluster.fabric import NO_PEER, NVSWITCH, PCIE_TREE, Fabric
-from moesim.cluster.schema import MAX_GPUS, ClusterFile, Latency, Network, NodeGroup
+from moesim.cluster.schema import MAX_GPUS, ClusterFile, Latency, NetworkSchema, NodeGroup
 from moesim.cluster.types import HOST, LEAF_SPINE, NIC, NVLINK, NVME, PCIE, GpuSpec
 from moesim.errors import FormatError, InputError
 
@@ -281,7 +281,7 @@ class _Builder:
             spine_down.append([down for _, down in both])
         return spine_up, spine_down
 
-    def _leaves(self, network: Network) -> list[int]:
+    def _leaves(self, network: NetworkSchema) -> list[int]:
         """Leaf switch of every NIC."""
         ports, num_nics = network.leaf_down_ports, len(self.nic_vertex)
         if network.type == "rail-optimised":

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cluster.fabric import Fabric
+from moesim.cluster.routes import host_routes, route_table
 from moesim.cluster.types import KINDS, LINK_CLASSES, Basis, BasisBlock, GpuSpec
 from moesim.errors import InputError
 
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 DEFAULT_ROLES = ("gpu", "fabric", "network", "latency")
 """Roles of the figures that the time of an all-resident MoE step rests on."""
+
+
+_ROUTES: WeakKeyDictionary[Fabric, RouteTable] = WeakKeyDictionary()
+_HOST_ROUTES: WeakKeyDictionary[Fabric, HostRoutes] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +92,15 @@ class Cluster:
 
         Raises InputError for more than 4,096 GPUs, whose table would not fit in memory.
         """
-        return self.fabric.route_table
+        if self.fabric not in _ROUTES:
+            _ROUTES[self.fabric] = route_table(self.fabric)
+        return _ROUTES[self.fabric]
 
     def host_routes(self) -> HostRoutes:
         """Paths between every GPU and its host's DRAM and NVMe (computed once)."""
-        return self.fabric.host_routes
+        if self.fabric not in _HOST_ROUTES:
+            _HOST_ROUTES[self.fabric] = host_routes(self.fabric)
+        return _HOST_ROUTES[self.fabric]
 
     def bandwidth_matrix(self) -> NDArray[np.float64]:
         """float64[G, G]: narrowest link from row to column in GB/s; inf on the diagonal.

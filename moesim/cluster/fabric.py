@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cluster.types import LINK_CLASSES
+from moesim.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
     import networkx as nx
 
-    from moesim.cluster.types import HostRoutes, RouteTable
 
 NVSWITCH, PCIE_TREE, NO_PEER = range(3)
 """Codes of `Fabric.peer_of_node`: how the GPUs of one node reach each other."""
@@ -25,9 +25,6 @@ _PER_GPU = (
     "rc_of_gpu", "nic_of_gpu", "to_nic", "from_nic", "port_of_gpu",
 )
 # fmt: on
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,18 +117,6 @@ class Fabric:
                 link_class=LINK_CLASSES[self.link_class[link]],
             )
         return nx.freeze(graph)
-
-    @cached_property
-    def route_table(self) -> RouteTable:
-        from moesim.cluster.routes import route_table
-
-        return route_table(self)
-
-    @cached_property
-    def host_routes(self) -> HostRoutes:
-        from moesim.cluster.routes import host_routes
-
-        return host_routes(self)
 
     def relabelled(self, order: IntArray) -> Fabric:
         """GPU i of the result is GPU `order[i]` of this fabric; every link keeps its index."""

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from moesim.cluster.fabric import NO_PEER, NVSWITCH, PCIE_TREE, Fabric
 from moesim.cluster.types import HostRoutes, PathSet, RouteTable
 from moesim.errors import InputError
+from moesim.types import IntArray
 
 MAX_ROUTED_GPUS = 4096
 """Route tables are dense in GPU pairs; beyond this they would not fit in memory."""
 
 _PAIRS_AT_ONCE = 1 << 20
 
-IntArray = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 

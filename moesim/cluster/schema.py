@@ -84,7 +84,7 @@ class Figures(_Model):
         return BasisBlock(where, role, self.kind, self.source, tuple(numbers))
 
 
-class GpuMemory(Figures):
+class MemorySchema(Figures):
     hbm_gb: Positive
     hbm_gb_per_s: Positive
 
@@ -115,7 +115,7 @@ class GpuFile(_Model):
     version: Literal[1] = 1
     name: Name
     title: Text
-    memory: GpuMemory
+    memory: MemorySchema
     compute: GpuCompute
     links: GpuLinks
     launch: GpuLaunch
@@ -218,7 +218,7 @@ class NodeGroup(_Model):
         return self
 
 
-class Network(Figures):
+class NetworkSchema(Figures):
     """Switches between nodes. A leaf has `leaf_down_ports` ports towards NICs and uplinks of
     `leaf_down_ports * port_gb_per_s / oversubscription`, spread evenly over the spines.
     NIC i of a node is on rail `i % num_rails` (default: a rail for every NIC of a node)."""
@@ -233,7 +233,7 @@ class Network(Figures):
     ecmp_seed: Annotated[int, BeforeValidator(_count), Field(ge=0, le=2**63 - 1)] = 0
 
     @model_validator(mode="after")
-    def _rails(self) -> Network:
+    def _rails(self) -> NetworkSchema:
         if self.type != "rail-optimised":
             for key in ("num_rails", "rail_forwarding"):
                 if getattr(self, key) is not None:
@@ -265,7 +265,7 @@ class ClusterFile(_Model):
     calibration: Name | None = None
     gpu_specs: list[GpuFile] = Field(default=[], max_length=64)
     nodes: list[NodeGroup] = Field(min_length=1, max_length=1024)
-    network: Network | None = None
+    network: NetworkSchema | None = None
     latency: Latency
 
     @model_validator(mode="after")

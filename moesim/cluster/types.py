@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim import choices
 from moesim.errors import UnknownNameError
 
-Kind = Literal["assumed", "datasheet", "measured"]
+Kind = choices.Basis
 
 KINDS: tuple[Kind, ...] = ("assumed", "datasheet", "measured")
 """How a figure was come by, weakest first."""

@@ -12,12 +12,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from moesim.choices import Basis as Basis
+from moesim.choices import Phase as Phase
 from moesim.cost.collective import KINDS
 
 Positive = Annotated[float, Field(gt=0, lt=1e15, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**40)]
-BasisName = Literal["measured", "datasheet", "assumed"]
 Segment = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 SizeRow = Annotated[list[NonNegative], Field(min_length=2, max_length=3)]
 Range = Annotated[list[NonNegative], Field(min_length=2, max_length=2)]
@@ -44,7 +45,7 @@ class FitReport(_Strict):
 
 
 class _Entry(_Strict):
-    basis: BasisName = "measured"
+    basis: Basis = "measured"
     source: str = ""
     note: str = ""
     fit: list[FitReport] = []
@@ -211,7 +212,6 @@ class CopyEntry(_Entry):
 
 
 DtypeName = Literal["fp32", "bf16", "fp16", "fp8", "mxfp4", "nvfp4", "int4"]
-PhaseName = Literal["decode", "prefill"]
 KvDtypeName = Literal["bf16", "fp16", "fp8"]
 
 
@@ -231,7 +231,7 @@ class GemmEntry(_Entry):
 class AttentionEntry(_Entry):
     """Grouped-query attention of one head size (`moesim.cost.dense.AttentionKernel`)."""
 
-    phase: PhaseName
+    phase: Phase
     head_dim: PositiveInt
     kv_dtype: KvDtypeName = "bf16"
     launch_us: NonNegative
@@ -244,7 +244,7 @@ class AttentionEntry(_Entry):
 class MlaEntry(_Entry):
     """A whole latent-attention layer (`moesim.cost.dense.MlaModule`)."""
 
-    phase: PhaseName
+    phase: Phase
     dense_dtype: DtypeName = "bf16"
     kv_dtype: KvDtypeName = "bf16"
     launch_us: NonNegative

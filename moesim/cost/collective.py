@@ -22,11 +22,11 @@ from moesim.cost.curves import (
     AffineMin,
     Basis,
     Evaluation,
-    FloatArray,
     SizeCurve,
     weakest,
 )
 from moesim.errors import UnknownNameError
+from moesim.types import FloatArray
 
 KINDS = (
     "all_to_all",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cost.curves import Basis, Evaluation, FloatArray, SizeCurve
+from moesim.cost.curves import Basis, Evaluation, SizeCurve
+from moesim.types import FloatArray
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
-Basis = Literal["measured", "datasheet", "assumed"]
+from moesim.choices import Basis as Basis
+from moesim.types import FloatArray
 
 BYTES_PER_US_AT_1_GB_PER_S = 1e3
 FLOPS_PER_US_AT_1_TFLOPS = 1e6

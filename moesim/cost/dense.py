@@ -9,25 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from moesim.choices import Phase as Phase
 from moesim.cost.curves import (
     BYTES_PER_US_AT_1_GB_PER_S,
     FLOPS_PER_US_AT_1_TFLOPS,
     Basis,
-    FloatArray,
     power_mean_max,
     weakest,
 )
 from moesim.errors import UnknownNameError
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.model.spec import AttentionSpec
 
-Phase = Literal["decode", "prefill"]
 KV_ELEMENT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
 GEMM_SHARPNESS = 2.0
 

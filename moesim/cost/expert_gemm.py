@@ -12,10 +12,10 @@ from moesim.cost.curves import (
     FLOPS_PER_US_AT_1_TFLOPS,
     Basis,
     Evaluation,
-    FloatArray,
     power_mean_max,
 )
 from moesim.cost.tile_waves import Tile, TileWaves
+from moesim.types import FloatArray
 
 NUM_MATRICES = 3  # gate, up and down projection of a gated expert
 ACTIVATION_BYTES = 2  # rows move as 16-bit values whatever the weights are

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cost.curves import AffineMin, FloatArray
+from moesim.cost.curves import AffineMin
 from moesim.cost.expert_gemm import NUM_MATRICES, ExpertGemmModel
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.cost.calibration_schema import ExpertEntry

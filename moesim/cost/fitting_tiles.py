@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cost.curves import FloatArray
 from moesim.cost.expert_gemm import NUM_MATRICES, ExpertGemmModel
 from moesim.cost.fitting import robust_fit, round_significant
 from moesim.cost.tile_waves import Tile, TileWaves
+from moesim.types import FloatArray
 
 SMALL = Tile(rows=128, columns=128, up_to_mean=128.0)
 LARGE = Tile(rows=256, columns=256)

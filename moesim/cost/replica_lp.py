@@ -26,14 +26,10 @@ beyond nearness (that another of the token's experts may be on the same GPU).
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 
 @kernel

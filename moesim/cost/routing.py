@@ -8,22 +8,22 @@ the messages between GPUs; everything that a step costs follows from these two.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from moesim import compat
+from moesim.choices import Dedup as Dedup
 from moesim.cost.replica_lp import share_out
-from moesim.errors import InputError, MismatchError, UnknownNameError
+from moesim.errors import InputError, UnknownNameError
 from moesim.kernels import kernel
 from moesim.placement import Placement, ReplicaPolicy
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
+from moesim.types import Array
 
-Dedup = Literal["gpu", "node", "none"]
 DEDUP_CODES: dict[str, int] = {"none": 0, "gpu": 1, "node": 2}
 POLICY_CODES: dict[str, int] = {"split": 0, "hash": 1, "nearest": 2, "lp": 3}
-Array = npt.NDArray[Any]
 BLOCK_TOKENS = 64
 """Tokens of which one layer after another is routed, so that a layer's tables stay in cache."""
 
@@ -105,7 +105,7 @@ def route(
     to `home_ranks`. Raises MismatchError when trace and placement differ in layers or experts,
     InputError for a home that is no GPU, UnknownNameError for an unknown `policy` or `dedup`.
     """
-    check_match(trace, placement)
+    compat.placement_fits_trace(placement, trace.num_layers, trace.num_experts)
     if policy not in POLICY_CODES:
         raise UnknownNameError("replica policy", policy, POLICY_CODES)
     if dedup not in DEDUP_CODES:
@@ -139,18 +139,6 @@ def route(
         fan_out,
     )
     return Routed(slot_tokens, messages, fan_out[0], fan_out[1], np.diff(batches.indptr))
-
-
-def check_match(trace: Trace, placement: Placement) -> None:
-    """Raise MismatchError unless trace and placement have the same layers and experts."""
-    have = (trace.num_layers, trace.num_experts)
-    want = (placement.num_layers, placement.num_experts)
-    if have != want:
-        raise MismatchError(
-            f"the trace has {have[0]} MoE layers of {have[1]} experts, the plan {want[0]} of"
-            f" {want[1]}",
-            "use a trace and a plan of the same model",
-        )
 
 
 @kernel

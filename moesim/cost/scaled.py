@@ -12,9 +12,10 @@ import numpy.typing as npt
 from moesim.cost.calibration import Calibration
 from moesim.cost.collective import CollectiveCurve, CollectiveModel
 from moesim.cost.copies import CopyModel
-from moesim.cost.curves import FloatArray, SizeCurve
+from moesim.cost.curves import SizeCurve
 from moesim.cost.dense import DenseModel
 from moesim.cost.step import StepModel
+from moesim.types import FloatArray
 
 _RATES = ("gb_per_s", "tflops", "k_per_us")
 _M = TypeVar("_M")

@@ -8,11 +8,12 @@ microseconds for every batch and layer.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moesim.choices import AllToAll as AllToAll
 from moesim.cost.calibration import Calibration, calibration_names, load_calibration
 from moesim.cost.collective import CollectiveCurve
 from moesim.cost.curves import Basis, weakest
@@ -21,13 +22,12 @@ from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.routing import DEDUP_CODES, Dedup, Routed
 from moesim.errors import MismatchError, UnknownNameError
 from moesim.trace.batches import Phase
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster, GpuSpec
     from moesim.model.spec import ModelSpec
 
-AllToAll = Literal["nccl", "deepep", "deepep_ll", "nvlink"]
-FloatArray = npt.NDArray[np.float64]
 
 DEDUP_OF: dict[str, Dedup] = {"nccl": "gpu", "deepep": "node", "deepep_ll": "none", "nvlink": "gpu"}
 KINDS_OF: dict[str, tuple[str, str]] = {

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from moesim.types import FloatArray
+
 _ROUNDING = 1e-9  # of a wave: below this a quotient counts as whole
 
 

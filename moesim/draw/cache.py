@@ -11,7 +11,7 @@ from moesim.files import atomic_path
 
 if TYPE_CHECKING:
     from moesim.caching.compare import Sweep
-    from moesim.caching.simulate import FloatArray
+    from moesim.types import FloatArray
 
 _COLOURS = {
     "this plan": "#1b6ca8",

@@ -10,7 +10,7 @@ import numpy as np
 from moesim.files import atomic_path
 
 if TYPE_CHECKING:
-    from moesim.jobs.plan import PlanResult
+    from moesim.jobs.plan_result import PlanResult
 
 
 def plot_load(result: PlanResult, path: Path) -> None:

@@ -70,7 +70,7 @@ def plot_topology(cluster: Cluster, path: str | PathLike[str]) -> None:
     if cluster.num_gpus > MAX_PLOT_GPUS:
         raise InputError(
             f"a picture of {cluster.num_gpus} GPUs would be unreadable",
-            f"plot a part of it: --gpus {MAX_PLOT_GPUS} or fewer",
+            f"plot a part of it: `gpus` {MAX_PLOT_GPUS} or fewer",
         )
     where = _positions(cluster)
     span = max(x for x, _ in where.values()) + 1

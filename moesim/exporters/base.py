@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moesim.errors import FormatError, InputError, MismatchError, one_line
+from moesim.errors import FormatError, InputError, MismatchError, plain
 from moesim.model.names import ModelSpec
 from moesim.placement import EMPTY, Placement, Plan, doubled, in_order
 
@@ -140,7 +140,7 @@ def require_all_layers(plan: Plan, options: ExportOptions, engine: str) -> None:
             f"{engine} wants every MoE layer, but the plan has {len(plan.layer_ids)} layers and"
             f" {spec.name} {spec.num_moe_layers}",
             "plan with a trace of all MoE layers, name the model that the plan was made for, or"
-            " place layers that route by token id in order: --fill-layers (fill_layers in Python)",
+            " place layers that route by token id in order: `fill_layers`",
         )
 
 
@@ -196,7 +196,7 @@ def num_redundant(plan: Plan) -> int:
 
 def model_name(plan: Plan, options: ExportOptions) -> str:
     """What stands for the model in a command line: what the user or the trace called it."""
-    return one_line(options.model_id or plan.model) or "MODEL"
+    return plain(options.model_id or plan.model, 400) or "MODEL"
 
 
 def all_to_all(plan: Plan, options: ExportOptions) -> str | None:
@@ -256,7 +256,7 @@ def make_plan(
             )
     if layer_ids is None:
         layer_ids = tuple(range(len(table)))
-        options.notify("layers are numbered from 0; --model gives their real numbers")
+        options.notify("layers are numbered from 0; `model` gives their real numbers")
     table, layer_ids = _without_mtp(table, layer_ids, options)
     num_experts = options.num_experts or int(table.max(initial=0)) + 1
     table = _without_shared(table, gpus, num_experts, options)
@@ -324,8 +324,8 @@ def _without_shared(table: Table, gpus: int, num_experts: int, options: ReadOpti
             raise InputError(
                 f"{options.where}: expert {highest} has a slot on each of the {gpus} GPUs in every"
                 " layer, as a shared expert does",
-                f"say how many routed experts there are: --num-experts {highest} if it is shared,"
-                f" {highest + 1} if it is routed (num_experts in Python), or name the model",
+                f"say how many routed experts there are: `num_experts` {highest} if it is shared,"
+                f" {highest + 1} if it is routed, or name the model",
             )
         return table
     extra = [e for e in np.unique(table).tolist() if e >= num_experts]

@@ -26,7 +26,8 @@ from moesim.exporters.base import (
     require_full_slots,
 )
 from moesim.placement import Plan
-from moesim.trace.format import Array, read_npy
+from moesim.trace.format import read_npy
+from moesim.types import Array
 
 NAME = "eplb"
 TITLE = "EPLB tensors: physical_to_logical, logical_to_physical, replica_count (.npz)"

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import import_module
 from typing import cast
 
-from moesim.errors import UnknownNameError
 from moesim.exporters.base import Exporter
+from moesim.plugins import Registry
 
-MODULES: Mapping[str, str] = {
-    "sglang": "sglang",
-    "tensorrt-llm": "tensorrt_llm",
-    "vllm": "vllm",
-    "vllm-pr41141": "vllm_pr41141",
-    "vllm-ascend": "vllm_ascend",
-    "omni-infer": "omni_infer",
-    "eplb": "eplb",
-    "megatron": "megatron",
-}
-"""Engine -> module."""
+EXPORTERS = Registry(
+    "engine",
+    "moesim.exporters",
+    {
+        "sglang": "moesim.exporters.sglang",
+        "tensorrt-llm": "moesim.exporters.tensorrt_llm",
+        "vllm": "moesim.exporters.vllm",
+        "vllm-pr41141": "moesim.exporters.vllm_pr41141",
+        "vllm-ascend": "moesim.exporters.vllm_ascend",
+        "omni-infer": "moesim.exporters.omni_infer",
+        "eplb": "moesim.exporters.eplb",
+        "megatron": "moesim.exporters.megatron",
+    },
+)
 
 
 def exporter(name: str) -> Exporter:
     """The exporter called `name`. Raises UnknownNameError with the nearest name."""
-    if name not in MODULES:
-        raise UnknownNameError("engine", name, MODULES)
-    return cast(Exporter, import_module(f"moesim.exporters.{MODULES[name]}"))
+    return cast(Exporter, EXPORTERS.get(name))

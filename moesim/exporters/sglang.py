@@ -70,7 +70,7 @@ def launch(plan: Plan, path: Path, options: ExportOptions = NOTHING_KNOWN) -> li
         options.notify(
             f"the plan was made for replicas chosen as {plan.replica_policy}, but without an"
             " all-to-all backend SGLang chooses at random (dynamic) only: plan with"
-            " --replica-policy split, or for --all-to-all deepep"
+            " `replica_policy` split, or for `all_to_all` deepep"
         )
         dispatch = "dynamic"
     gpus, nodes = plan.placement.num_gpus, plan.placement.num_nodes

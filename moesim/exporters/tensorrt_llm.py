@@ -60,7 +60,7 @@ def encode(plan: Plan, options: ExportOptions) -> bytes:
     elif mtp is None:
         options.notify(
             "no rows for multi-token-prediction (MTP) layers, whose number is not known: a server"
-            " that speculates with them stops with a KeyError of that layer; --mtp-layers writes"
+            " that speculates with them stops with a KeyError of that layer; `mtp_layers` writes"
             " them"
         )
     return ("\n".join(lines) + "\n").encode()

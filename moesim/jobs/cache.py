@@ -1,39 +1,42 @@
-"""One caching question from start to end: what `moesim cache` and `moesim plan --offload` ask."""
+"""`cache`: what stays in GPU memory when not all experts fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moesim import compat
 from moesim.caching.bits import assumed_errors, choose_bits, loss_table, significance
 from moesim.caching.compare import (
-    OfflineBound,
-    Result,
-    Sweep,
     compare,
     offline_bound,
     sweep_hbm,
 )
 from moesim.caching.plan import CachePlan
 from moesim.caching.planner import (
-    Planned,
     Request,
     Workload,
-    check_model,
     make_workload,
     plan_cache,
 )
 from moesim.caching.policies import POLICIES
 from moesim.caching.predictors.base import accuracy
-from moesim.caching.rates import FloatArray, HostSpec, Rates, build_rates
+from moesim.caching.rates import HostSpec, build_rates
 from moesim.cluster.load import load_gpu
 from moesim.errors import FormatError, InputError
-from moesim.model.names import ModelSpec, load_model
+from moesim.jobs import inputs
+from moesim.jobs.cache_exact import solve_exactly
+from moesim.jobs.cache_result import CacheJob
 from moesim.trace.format import Trace
+
+if TYPE_CHECKING:
+    from moesim.jobs.inputs import ModelLike, TraceLike
+
+DEFAULT_GPU = "l40s"
 
 MAX_ERROR_BYTES = 1 << 30
 
@@ -43,7 +46,7 @@ class CacheOptions:
     """What the user says; see `moesim cache --help`. `host` overrides fields of HostSpec."""
 
     gpu: str
-    model: str | None = None
+    model: ModelLike | None = None
     hbm_gb: float | None = None
     batch_size: int = 1
     context_tokens: int = 2048
@@ -59,70 +62,78 @@ class CacheOptions:
     sweep: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CacheJob:
-    """The plan and everything said about it; `notes` are for the user's eyes. `loss`: [L, E, 3]
-    loss of each bit-width where experts have mixed precision, `average_bits` their budget."""
+def cache(
+    trace: TraceLike,
+    *,
+    model: ModelLike | None = None,
+    gpu: str = DEFAULT_GPU,
+    hbm: float | None = None,
+    batch: int = 1,
+    context: int = 2048,
+    policy: str = "auto",
+    prefetch: str = "auto",
+    cpu: str = "auto",
+    expert_dtype: str | None = None,
+    bits: float | None = None,
+    bit_errors: Path | None = None,
+    dram: float | None = None,
+    dram_gb_per_s: float | None = None,
+    cpu_us: float | None = None,
+    cpu_tflops: float | None = None,
+    nvme_gb_per_s: float | None = None,
+    ilp: bool = False,
+    steps: int = 4096,
+    seed: int = 0,
+    sweep: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> CacheJob:
+    """Plan expert offloading for one GPU: slots per layer, pinned experts, policy, prefetch, CPU.
 
-    request: Request
-    plan: CachePlan
-    planned: Planned
-    results: tuple[Result, ...]
-    bound: OfflineBound
-    sweep: Sweep | None
-    notes: tuple[str, ...]
-    rate_notes: tuple[str, ...]
-    basis: str
-    bits: str | None
-    rates: Rates
-    loss: FloatArray | None
-    average_bits: float
-
-    @property
-    def bound_tokens_per_s(self) -> float:
-        return self.bound.tokens_per_s(self.planned.memory.num_slots)
-
-    @property
-    def bound_hit_rate(self) -> float:
-        return self.bound.hit_rate(self.planned.memory.num_slots)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON data: the plan, the figures beside it, the sweep where one was made."""
-        data: dict[str, Any] = {
-            "format": "moesim-cache-run",
-            "version": 1,
-            "model": self.plan.model,
-            "plan": self.plan.to_dict(),
-            "results": [asdict(row) for row in self.results],
-            "offline_bound": {
-                "tokens_per_s": self.bound_tokens_per_s,
-                "hit_rate": self.bound_hit_rate,
-            },
-            "candidates": [
-                {"name": name, "tokens_per_s": speed} for name, speed in self.planned.candidates
-            ],
-            "basis": self.basis,
-            "rates": list(self.rate_notes),
-            "notes": list(self.notes),
-        }
-        if self.sweep is not None:
-            data["sweep"] = {
-                "hbm_gb": self.sweep.hbm_gb.tolist(),
-                "slots": self.sweep.slots.tolist(),
-                "tokens_per_s": {
-                    name: [None if np.isnan(x) else float(x) for x in speed]
-                    for name, speed in self.sweep.speed.items()
-                },
-            }
-        return data
+    A quarter of the trace's requests gives frequencies and fits predictors, a quarter chooses, and
+    every figure comes from the other half. sweep: other memory sizes too, for the picture.
+    progress(text) says what is being done. The other names and defaults are those of
+    `moesim cache`. Raises MismatchError, InputError, UnknownNameError, and InfeasibleError where
+    the memory does not hold the least.
+    """
+    host = {
+        "dram_gb": dram,
+        "dram_gb_per_s": dram_gb_per_s,
+        "cpu_us": cpu_us,
+        "cpu_tflops": cpu_tflops,
+        "nvme_gb_per_s": nvme_gb_per_s,
+    }
+    options = CacheOptions(
+        model=model,
+        gpu=gpu,
+        hbm_gb=hbm,
+        batch_size=batch,
+        context_tokens=context,
+        policy=policy,
+        prefetch=prefetch,
+        cpu=cpu,
+        expert_dtype=expert_dtype,
+        average_bits=bits,
+        bit_errors=bit_errors,
+        host={name: value for name, value in host.items() if value is not None},
+        max_steps=steps,
+        seed=seed,
+        sweep=sweep,
+    )
+    job = run_cache(inputs.token_trace_of(trace, "moesim cache"), options, progress)
+    if ilp:
+        progress("integer program")
+        job = replace(job, exact=tuple(solve_exactly(job)))
+    return job
 
 
 def run_cache(
     trace: Trace, options: CacheOptions, progress: Callable[[str], None] = lambda _: None
 ) -> CacheJob:
     """Plan, compare with others and with the bound, and, if asked, sweep the memory size."""
-    model = _model(options, trace)
-    check_model(trace, model)
+    model = inputs.model_required(options.model, trace.meta.model)
+    if options.expert_dtype is not None:
+        model = replace(model, expert_dtype=options.expert_dtype)
+    compat.trace_fits_model(trace.meta, model, whole=True)
     gpu = load_gpu(options.gpu)
     host = HostSpec()
     if options.host:
@@ -222,16 +233,6 @@ def _prediction(work: Workload, plan: CachePlan) -> dict[str, float]:
         "prefetch_precision": float(np.nanmean(found.precision)),
         "prefetch_recall": float(np.nanmean(found.recall)),
     }
-
-
-def _model(options: CacheOptions, trace: Trace) -> ModelSpec:
-    name = options.model or trace.meta.model
-    if not name:
-        raise InputError("the trace names no model", "give --model: moesim model list")
-    model = load_model(name)
-    if options.expert_dtype is not None:
-        model = replace(model, expert_dtype=options.expert_dtype)
-    return model
 
 
 def _errors(path: Path | None, shape: tuple[int, int]) -> Any:

@@ -1,328 +1,444 @@
-"""Requests through a service: `simulate_serving`.
-
-The engine is in `loop`, compiled; `reference` is the same in readable form.
-"""
+"""`serve`: requests through a service: TTFT, TPOT, end-to-end times, throughput, goodput."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from moesim.cost.collective import ASSUMED_NIC_EFFICIENCY, ASSUMED_NIC_GB_PER_S
-from moesim.cost.curves import weakest
-from moesim.errors import InfeasibleError, InputError, MismatchError
-from moesim.serving.config import ACTIONS, ROUTERS, Level, ServingConfig
-from moesim.serving.memory import gpu_memory, require_fit
-from moesim.serving.result import ServingResult
-from moesim.serving.state import (
-    BOTH,
-    DECODE,
-    INSTANCE,
-    NUM_DONE,
-    PREFILL,
-    RANK,
-    REFS,
-    REQUEST,
-    SERIES,
-    SERIES_FULL,
-    SETTINGS,
-    STUCK,
-    TOO_LARGE,
-    Clock,
-)
-from moesim.serving.step_cost import StepCost
-from moesim.serving.step_table import StepTables, tables_of
+from moesim.choices import MoeComm, Router
+from moesim.cluster import Cluster
+from moesim.errors import InputError
+from moesim.figures import LATENCIES, count, figure, text_table
+from moesim.jobs import inputs
+from moesim.jobs.result import Result
+from moesim.serving.arrivals import load_requests
+from moesim.serving.config import Level, ServingConfig
+from moesim.serving.deployment import Deployment, deploy
+from moesim.serving.fit import check_possible, fitting_deployment
+from moesim.serving.record import run_record
+from moesim.serving.requests import Requests
+from moesim.serving.routing import DomainRouting
+from moesim.serving.run import simulate_serving
+from moesim.serving.slo import parse_slo
+from moesim.serving.speculative import Speculation
+from moesim.serving.synthetic import is_synthetic, synthetic_requests
+from moesim.types import Progress
 
 if TYPE_CHECKING:
-    from moesim.cluster import Cluster
-    from moesim.serving.deployment import Deployment
-    from moesim.serving.engines import EngineProfile
-    from moesim.serving.requests import Requests
+    import pandas as pd
 
-Progress = Callable[[int, int], None]
-EVENTS_A_CALL = 20_000
-NUM_BINS = 1024
-MAX_PREFIX_ENTRIES = 200_000_000
+    from moesim.jobs.inputs import ClusterLike, ModelLike, PlanLike, TraceLike
+    from moesim.model.spec import ModelSpec
+
+DEFAULT_GPUS = 8
+STATS = ("mean", "p50", "p90", "p99")
+SHOWN = (
+    "requests_per_s",
+    "output_tokens_per_s",
+    "output_tokens_per_s_per_gpu",
+    "total_tokens_per_s_per_gpu",
+    "gpu_utilisation",
+    "rank_balance",
+    "kv_used_mean",
+    "kv_used_peak",
+    "decode_kv_used_mean",
+    "decode_kv_used_peak",
+    "running_mean",
+    "queue_mean",
+    "queue_peak_on_a_rank",
+    "queue_s_mean",
+    "steps",
+    "step_ms_mean",
+    "preemptions",
+    "prefix_hit_share",
+    "drafts_mean",
+    "drafts_accepted_share",
+    "shortened",
+    "demoted",
+)
+"""Figures of the table, in order."""
+HIDDEN_AT_ZERO = ("preemptions", "shortened", "demoted")
+_LEVEL = re.compile(r"^(queue|refuse|shorten|demote)(?:@(\d{1,9}))?(?:=([0-9.]+))?$")
 
 
-def simulate_serving(
-    deployment: Deployment,
-    requests: Requests,
-    config: ServingConfig | None = None,
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class ServeResult(Result):
+    """record: the whole run, as `--json` prints it (see `moesim.serving.record`)."""
+
+    record: Mapping[str, Any]
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return tuple(self.record["notices"])
+
+    @property
+    def missed(self) -> bool:
+        """Whether a promise for all requests was missed."""
+        return self.record["slo"] is not None and bool(self.record["slo"]["missed"])
+
+    def line(self) -> str:
+        record, metrics = self.record, self.record["metrics"]
+        times = ", ".join(
+            f"{short.upper()} p99 {figure(f'{short}_p99').text(metrics[f'{short}_p99'])} ms"
+            for short in ("ttft", "tpot")
+        )
+        return (
+            f"{record['deployment']['name']}, {record['counts']['finished']:,} requests served;"
+            f" {times}, {metrics['output_tokens_per_s_per_gpu']:,.1f} output tokens/s per GPU"
+        )
+
+    def summary(self) -> str:
+        record, lines = self.record, []
+        if record["defaults"]:
+            taken = "; ".join(f"{k}: {v}" for k, v in record["defaults"].items())
+            lines.append(f"defaults taken: {taken}")
+        counts, metrics, asked = record["counts"], record["metrics"], record["requests"]
+        lines.append(
+            f"{asked['num_requests']:,} requests of {asked['source']} over"
+            f" {asked['span_s']:,.0f} s ({asked['rate_per_s']:.2f}/s), prompts of"
+            f" {asked['prompt_tokens']['mean']:,.0f} and outputs of"
+            f" {asked['output_tokens']['mean']:,.0f} tokens on average"
+        )
+        one = record["deployment"]
+        lines.append(
+            f"{count(record['num_gpus'], 'GPU')}: {record['service']['replicas']} x {one['name']},"
+            f" KV cache of {one['kv_tokens_per_rank']:,} tokens per rank"
+        )
+        others = [f"{n:,} {name}" for name, n in counts.items() if n and name != "finished"]
+        lines.append(", ".join([f"{counts['finished']:,} finished", *others]))
+        lines += [_latencies(metrics), *_levels(record["by_level"])]
+        rows = []
+        for name in SHOWN:
+            value, known = metrics.get(name), figure(name)
+            if value is None or (name in HIDDEN_AT_ZERO and value == 0):
+                continue
+            rows.append([known.heading, known.text(value)])
+        lines.append(text_table(["", ""], rows).lstrip("\n"))
+        if record["slo"] is not None:
+            lines += _slo_lines(record["slo"])
+        lines.append(f"basis: {record['basis']} at the weakest part (--json lists every part)")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.record)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per figure: value in its base unit (seconds for times), and label."""
+        import pandas as pd
+
+        from moesim.figures import FIGURES
+
+        rows = {
+            name: {"value": value, "label": FIGURES[name].label if name in FIGURES else name}
+            for name, value in self.record["metrics"].items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("figure")
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        from moesim.draw.serving import plot_serving
+
+        return plot_serving(dict(self.record), Path(path) if path is not None else None)
+
+
+def serve(
+    requests: Requests | str | os.PathLike[str],
     *,
+    model: ModelLike | None = None,
+    cluster: ClusterLike | None = None,
+    gpus: int | None = None,
+    replicas: int = 1,
+    tp: int | None = None,
+    dp: int | None = None,
+    ep: int | None = None,
+    engine: str = "vllm",
+    moe_comm: MoeComm | None = None,
+    expert_dtype: str | None = None,
+    kv_dtype: str = "bf16",
+    max_batch_tokens: int | None = None,
+    max_sequences: int | None = None,
+    memory_fraction: float | None = None,
+    block_size: int = 16,
+    prefix_cache: bool | None = None,
+    prefill: Literal["mixed", "first"] | None = None,
+    chunk_tokens: int | None = None,
+    router: Router = "least_loaded",
+    decode_gpus: int | None = None,
+    decode_replicas: int = 1,
+    transfer: float | None = None,
+    speculate: float | None = None,
+    drafts: int = 4,
+    fixed_drafts: bool = False,
+    draft_share: float = 0.05,
+    priorities: Sequence[float] | None = None,
+    level: Sequence[str] = (),
+    plan: PlanLike | None = None,
+    trace: TraceLike | None = None,
+    domain_mix: Mapping[str, float] | None = None,
+    drift_hours: float | None = None,
+    slo: str | None = None,
+    rate_scale: float = 1.0,
+    first: int | None = None,
+    skip_empty: bool = False,
+    time_unit: str | None = None,
+    block_tokens: int | None = None,
+    until: float | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
-) -> ServingResult:
-    """Serve `requests` with replicas of `deployment`, as `config` says.
+) -> ServeResult:
+    """Serve requests with a deployment.
 
-    Deterministic: the same inputs give the same bytes. `progress(done, total)` counts requests.
-    A request whose prompt and output together exceed a rank's KV cache is counted as rejected.
-    Each request reaches the scheduler after its time outside the engine (`EngineProfile`).
-    Ignored: time between the service's machines other than for KV caches, cancelled requests,
-    and the host's work but for what the engine's profile holds.
-    Raises InfeasibleError where the model does not fit, or no request does; MismatchError for
-    blocks of requests that KV blocks do not divide.
+    requests: a log by its path, or arrivals drawn as "poisson:rate=8,requests=2000,prompt=1000,
+    output=200". time_unit, block_tokens: what a log does not say of itself. tp, dp, ep: of one
+    engine; the least tensor parallelism that fits where none is given. The other names and defaults
+    are those of `moesim serve`; progress(done, total) counts requests.
+
+    Raises InputError where the GPUs do not divide or nothing names the model, InfeasibleError where
+    the model does not fit or a promise cannot be kept even by an idle service.
     """
-    config = ServingConfig() if config is None else config
-    parts = [deployment] if config.decode is None else [deployment, config.decode]
-    for part in parts:
-        require_fit(part)
-    costs = [StepCost(part) for part in parts]
-    routing = config.routing
-    if routing is not None:
-        requests = routing.label(requests)
-    tables = tables_of(costs, None if routing is None else [routing.moe_tables(c) for c in costs])
-    bases = [*(c.basis for c in costs), requests.basis]
-    notes = list(dict.fromkeys(note for c in costs for note in c.notes))
-    return run_tables(
-        deployment,
-        requests,
-        config,
-        tables,
-        progress=progress,
-        basis=weakest(*bases),
-        notes=tuple(notes),
-    )
-
-
-def run_tables(
-    deployment: Deployment,
-    requests: Requests,
-    config: ServingConfig,
-    tables: StepTables,
-    *,
-    progress: Progress | None = None,
-    basis: Any = "assumed",
-    notes: tuple[str, ...] = (),
-    capacity_tokens: tuple[int, ...] | None = None,
-) -> ServingResult:
-    """`simulate_serving` with given step times; `capacity_tokens`: KV cache of a rank of each
-    role, by default what memory leaves."""
-    from moesim.serving.loop import advance
-
-    parts = [deployment] if config.decode is None else [deployment, config.decode]
-    if capacity_tokens is None:
-        capacity_tokens = tuple(gpu_memory(part).kv_token_capacity for part in parts)
-    prefix_on = _prefix_on(requests, config)
-    settings = _settings(parts, requests, config, prefix_on)
-    levels = _levels(requests, config)
-    inst = _instances(parts, config)
-    ranks = _ranks(config, inst, capacity_tokens)
-    req, order = _requests(requests, config, deployment.engine, ranks)
-    clock = _clock(requests, inst, int(settings["spec_max"][0]))
-    state = (
-        req,
-        requests.block_ids,
-        ranks,
-        np.full((2, len(ranks), len(levels)), -1, np.int64),
-        np.zeros((2, len(ranks), int(inst["max_sequences"].max())), np.int64),
-        _prefix(requests, len(ranks), prefix_on),
-        inst,
-        settings,
-        np.array([(ACTIONS[v.action], v.limit, v.share) for v in levels], np.float64),
-        config.speculation.expected() if config.speculation else np.ones(1),
-        tables,
-        clock,
-    )
-    total = len(requests)
-    code = -1
-    while True:
-        code = advance(*state, EVENTS_A_CALL)
-        if progress is not None:
-            progress(int(clock.counts[NUM_DONE]), total)
-        if code == SERIES_FULL:
-            _coarsen(clock)
-        elif code in (0, STUCK):
-            break
-    if code == STUCK:
-        raise RuntimeError("requests wait for a step that never comes")
-    own = np.empty_like(req)
-    own[order] = req
-    return ServingResult.of(deployment, requests, config, own, clock, basis, notes, prefix_on)
-
-
-def _prefix_on(requests: Requests, config: ServingConfig) -> bool:
-    known = int(requests.block_indptr[-1]) > 0
-    if config.prefix_cache and not known:
-        raise InputError(
-            "a prefix cache was asked for, but the requests do not tell their content",
-            "use requests with hash_ids (Mooncake's format), or leave the prefix cache off",
-        )
-    on = known if config.prefix_cache is None else config.prefix_cache
-    if on and requests.block_tokens % config.block_size:
-        raise MismatchError(
-            f"KV blocks of {config.block_size} tokens do not divide the requests' blocks of "
-            f"{requests.block_tokens}",
-            "choose a block size that does, as 16",
-        )
-    return on
-
-
-def _levels(requests: Requests, config: ServingConfig) -> list[Level]:
-    """A level for each priority that occurs, and those given beyond."""
-    missing = len(np.unique(requests.priority)) - len(config.levels)
-    return [*config.levels, *[Level()] * missing]
-
-
-def _settings(
-    parts: list[Deployment], requests: Requests, config: ServingConfig, prefix_on: bool
-) -> Any:
-    spec = config.speculation
-    latency, per_token = _transfer(parts, config)
-    first = config.prefill_first
-    if first is None:
-        first = parts[0].engine.prefill_policy == "prefill_first"
-    out = np.zeros(1, SETTINGS)
-    row = {
-        "block_size": config.block_size,
-        "prefill_first": first,
-        "steps_ahead": parts[0].engine.steps_ahead > 0,
-        "router": ROUTERS[config.router],
-        "num_levels": len(_levels(requests, config)),
-        "chunk_tokens": config.chunk_tokens or 1 << 40,
-        "prefix_on": prefix_on,
-        "hash_blocks": requests.block_tokens // config.block_size,
-        "hash_tokens": requests.block_tokens,
-        "spec_max": spec.max_drafts if spec else 0,
-        "spec_fixed": spec.max_drafts if spec and spec.fixed else -1,
-        "spec_log_acceptance": math.log(spec.acceptance) if spec else -1.0,
-        "spec_draft_share": spec.draft_share if spec else 0.0,
-        "spec_context": parts[0].model.attention.kind == "mla",
-        "seed": config.seed,
-        "mean_output": float(requests.output_tokens.mean()),
-        "transfer_latency_us": latency,
-        "transfer_us_per_token": per_token,
-        "until_us": config.until_s * 1e6,
+    if prefill not in (None, "mixed", "first"):
+        raise InputError(f"`prefill` {prefill}", "give mixed or first")
+    promises = parse_slo(slo) if slo is not None else None
+    defaults: dict[str, str] = {}
+    arriving = _arriving(requests, skip_empty, time_unit, block_tokens, seed)
+    if first is not None:
+        arriving = arriving.first(first)
+    if rate_scale != 1.0:
+        arriving = arriving.scaled(rate_scale)
+    if priorities is not None:
+        arriving = arriving.with_priorities(list(priorities), seed)
+    options = {
+        "engine": engine,
+        "moe_comm": moe_comm,
+        "expert_dtype": expert_dtype,
+        "kv_dtype": kv_dtype,
+        "max_batch_tokens": max_batch_tokens,
+        "max_sequences": max_sequences,
+        "memory_fraction": memory_fraction,
     }
-    for name, value in row.items():
-        out[name] = value
-    return out
-
-
-def _transfer(parts: list[Deployment], config: ServingConfig) -> tuple[float, float]:
-    """Latency and microseconds a token of sending a KV cache from one rank to another: over one
-    NIC for each TP rank of the narrower side."""
-    if len(parts) == 1:
-        return 0.0, 0.0
-    rate = config.transfer_gb_per_s
-    if rate is None:
-        nic = min(_nic_gb_per_s(part.cluster) for part in parts)
-        rate = nic * ASSUMED_NIC_EFFICIENCY * min(part.tp for part in parts)
-    size = parts[0].model.kv_bytes_per_token(parts[0].kv_dtype)
-    return config.transfer_latency_us, size / (rate * 1e3)
-
-
-def _nic_gb_per_s(cluster: Cluster) -> float:
-    """The slowest NIC; an engine within one node, whose cluster has none, is taken to have the
-    usual one a GPU."""
-    routes = cluster.routes()
-    rates = routes.link_gb_per_s[routes.link_class == routes.link_class_names.index("nic")]
-    return float(rates.min()) if len(rates) else ASSUMED_NIC_GB_PER_S
-
-
-def _instances(parts: list[Deployment], config: ServingConfig) -> Any:
-    counts = [config.replicas] if len(parts) == 1 else [config.replicas, config.decode_replicas]
-    roles = [BOTH] if len(parts) == 1 else [PREFILL, DECODE]
-    of = [part for part, n in zip(parts, counts, strict=True) for _ in range(n)]
-    last = np.cumsum([part.dp for part in of])
-    out = np.zeros(len(of), INSTANCE)
-    out["first_rank"] = last - [part.dp for part in of]
-    out["last_rank"] = last
-    out["role"] = [role for role, n in zip(roles, counts, strict=True) for _ in range(n)]
-    out["max_tokens"] = [part.max_batch_tokens for part in of]
-    out["max_sequences"] = [part.max_sequences for part in of]
-    out["busy_until_us"] = np.inf
-    return out
-
-
-def _ranks(config: ServingConfig, inst: Any, capacity_tokens: tuple[int, ...]) -> Any:
-    capacity = np.array([capacity_tokens[int(role == DECODE)] for role in inst["role"]])
-    blocks = np.repeat(capacity // config.block_size, inst["last_rank"] - inst["first_rank"])
-    out = np.zeros(len(blocks), RANK)
-    out["free_blocks"] = blocks
-    out["total_blocks"] = blocks
-    return out
-
-
-def _requests(
-    requests: Requests, config: ServingConfig, engine: EngineProfile, ranks: Any
-) -> tuple[Any, Any]:
-    """Requests as they reach the scheduler, and that order."""
-    total = requests.prompt_tokens + requests.output_tokens
-    room = int(ranks["total_blocks"].min()) * config.block_size
-    too_large = total > room
-    if too_large.all():
-        raise InfeasibleError(
-            f"no request fits: the KV cache of a rank holds {room:,} tokens, the shortest request"
-            f" has {int(total.min()):,}",
-            "use more GPUs, a narrower KV precision, or a larger tp",
+    split = _Split(gpus, replicas, tp, dp, ep, decode_gpus, decode_replicas)
+    deployment, decode = _engines(model, cluster, plan, trace, split, options, defaults)
+    config = ServingConfig(
+        replicas=replicas,
+        router=router,
+        decode=decode,
+        decode_replicas=decode_replicas,
+        transfer_gb_per_s=transfer,
+        block_size=block_size,
+        prefix_cache=prefix_cache,
+        chunk_tokens=chunk_tokens,
+        prefill_first=None if prefill is None else prefill == "first",
+        speculation=(
+            None if speculate is None else Speculation(speculate, drafts, draft_share, fixed_drafts)
+        ),
+        levels=_level_rules(level),
+        routing=_routing(deployment, domain_mix, drift_hours, seed),
+        until_s=float("inf") if until is None else until,
+        seed=seed,
+    )
+    if promises is not None:
+        check_possible(promises, deployment, arriving, config)
+    begin = time.perf_counter()
+    result = simulate_serving(deployment, arriving, config, progress=progress)
+    return ServeResult(
+        run_record(
+            deployment,
+            arriving,
+            config,
+            result,
+            slo=promises,
+            defaults=defaults,
+            notices=arriving.notices,
+            seconds=time.perf_counter() - begin,
         )
-    out = np.zeros(len(requests), REQUEST)
-    out["status"] = np.where(too_large, TOO_LARGE, 0)
-    outside = engine.request_ms * 1e3 + engine.prompt_token_us * requests.prompt_tokens
-    out["arrival_us"] = requests.arrival_s * 1e6 + outside
-    for name in (
-        "queued_us",
-        "start_us",
-        "first_us",
-        "finish_us",
-        "rank",
-        "decode_rank",
-        "next_waiting",
-    ):
-        out[name] = -1
-    out["prompt"] = requests.prompt_tokens
-    out["prefill_len"] = requests.prompt_tokens
-    out["output"] = requests.output_tokens
-    out["level"] = np.unique(requests.priority, return_inverse=True)[1]
-    out["domain"] = requests.domain
-    out["hash_start"] = requests.block_indptr[:-1]
-    out["hash_count"] = np.diff(requests.block_indptr)
-    order = np.argsort(out["arrival_us"], kind="stable")
-    return out[order], order
-
-
-def _prefix(requests: Requests, num_ranks: int, on: bool) -> Any:
-    blocks = int(requests.block_ids.max(initial=-1)) + 1 if on else 0
-    if num_ranks * (blocks + 1) > MAX_PREFIX_ENTRIES:
-        raise InputError(
-            f"a prefix cache of {num_ranks} ranks and {blocks:,} different blocks is too large to"
-            " follow",
-            "use fewer requests, or switch the prefix cache off",
-        )
-    out = np.full((3, num_ranks, blocks + 1), blocks, np.int32)
-    out[REFS] = -1
-    return out
-
-
-def _clock(requests: Requests, inst: Any, max_drafts: int) -> Clock:
-    per_instance = inst["last_rank"] - inst["first_rank"]
-    role = np.repeat(inst["role"], per_instance)
-    ranks = np.arange(len(role))
-    turns = np.lexsort((ranks, ranks - np.repeat(inst["first_rank"], per_instance)))
-    decodes = role[turns] == DECODE
-    room = len(requests) if decodes.any() else 1
-    width_us = max(requests.span_s * 1e6 * 1.25 / NUM_BINS, 1e3)
-    return Clock(
-        now_us=np.zeros(1),
-        counts=np.zeros(8, np.int64),
-        heap_us=np.zeros(room),
-        heap_request=np.zeros(room, np.int64),
-        front=turns[~decodes].astype(np.int64),
-        back=turns[decodes].astype(np.int64),
-        series=np.zeros((2, NUM_BINS, len(SERIES))),
-        bin_us=np.array([width_us]),
-        peak_kv=np.zeros(2),
-        drafts=np.zeros(max_drafts + 1, np.int64),
-        accepted=np.zeros(2, np.int64),
     )
 
 
-def _coarsen(clock: Clock) -> None:
-    """Make the bins of the series twice as wide."""
-    pairs = clock.series.reshape(2, NUM_BINS // 2, 2, len(SERIES)).sum(axis=2)
-    clock.series[:] = 0.0
-    clock.series[:, : NUM_BINS // 2] = pairs
-    clock.bin_us[0] *= 2.0
+def _arriving(
+    requests: Requests | str | os.PathLike[str],
+    skip_empty: bool,
+    time_unit: str | None,
+    block_tokens: int | None,
+    seed: int,
+) -> Requests:
+    log = not isinstance(requests, Requests) and not is_synthetic(str(requests))
+    if not log and (time_unit is not None or block_tokens is not None):
+        raise InputError(
+            "`time_unit` and `block_tokens` are for request logs, not for drawn requests",
+            "leave them out",
+        )
+    if isinstance(requests, Requests):
+        return requests
+    if not log:
+        return synthetic_requests(str(requests), seed)
+    return load_requests(
+        str(requests), skip_empty=skip_empty, time_unit=time_unit, block_tokens=block_tokens
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """GPUs and how they are divided, as given; None for the default."""
+
+    gpus: int | None
+    replicas: int
+    tp: int | None
+    dp: int | None
+    ep: int | None
+    decode_gpus: int | None
+    decode_replicas: int
+
+
+def _engines(
+    model: ModelLike | None,
+    cluster: ClusterLike | None,
+    plan: PlanLike | None,
+    trace: TraceLike | None,
+    split: _Split,
+    options: dict[str, Any],
+    defaults: dict[str, str],
+) -> tuple[Deployment, Deployment | None]:
+    """One replica of the front (or only) engines, and of the decoding ones."""
+    from moesim.cluster import DEFAULT_CLUSTER
+
+    made = inputs.plan_of(plan) if plan is not None else None
+    routed = inputs.token_trace_of(trace, "moesim serve") if trace is not None else None
+    named = (made.model if made is not None else "") or (
+        routed.meta.model if routed is not None else ""
+    )
+    if model is None and not named:
+        raise InputError(
+            "nothing says which model is served", "name one with `model` (a preset or config.json)"
+        )
+    spec = inputs.model_required(model, named, "the plan or trace")
+    gpus = split.gpus
+    if gpus is None and isinstance(cluster, Cluster):
+        gpus = cluster.num_gpus
+    if gpus is None:
+        gpus = DEFAULT_GPUS if made is None else made.placement.num_gpus * split.replicas
+        defaults["GPUs"] = str(gpus)
+    if cluster is None:
+        cluster = defaults["cluster"] = DEFAULT_CLUSTER
+    back = split.decode_gpus
+    if back is not None and back >= gpus:
+        raise InputError(
+            f"{back} of {gpus} GPUs are to decode: none is left for prompts",
+            "give fewer `decode_gpus`, or more `gpus`",
+        )
+    options = options | {"plan": made, "trace": routed}
+    one = _replica(
+        spec, cluster, _share(gpus - (back or 0), split.replicas, "replicas"), split, options
+    )
+    defaults["deployment"] = one.name
+    if back is None:
+        return one, None
+    each = _share(back, split.decode_replicas, "decode replicas")
+    if made is not None and each != one.num_gpus:
+        raise InputError(
+            f"the plan is for {made.placement.num_gpus} GPUs, a decoding engine has {each}",
+            "give prompts and decoding engines of the plan's size, or no plan",
+        )
+    two = _replica(spec, cluster, each, split, options)
+    defaults["decoding engines"] = two.name
+    return one, two
+
+
+def _share(gpus: int, parts: int, what: str) -> int:
+    if parts < 1 or gpus % parts or gpus < parts:
+        raise InputError(
+            f"{gpus} GPUs do not divide among {parts} {what}", "choose a multiple of them"
+        )
+    return gpus // parts
+
+
+def _replica(
+    spec: ModelSpec, cluster: ClusterLike, gpus: int, split: _Split, options: dict[str, Any]
+) -> Deployment:
+    sized = inputs.cluster_of(cluster, gpus)
+    if split.tp is None and split.dp is None and split.ep is None:
+        return fitting_deployment(spec, sized, **options)
+    tp, dp = split.tp, split.dp
+    if dp is None:
+        dp = _share(gpus, tp, "tensor-parallel ranks") if tp is not None else 1
+    if tp is None:
+        tp = _share(gpus, dp, "data-parallel ranks")
+    return deploy(spec, sized, tp=tp, dp=dp, ep=split.ep, **options)
+
+
+def _level_rules(texts: Sequence[str]) -> tuple[Level, ...]:
+    """Levels from texts such as "queue", "refuse@8" and "shorten@8=0.5"."""
+    out = []
+    for text in texts:
+        found = _LEVEL.match(text)
+        if found is None or (found[3] is not None and found[1] != "shorten"):
+            raise InputError(
+                f"`level` {text!r:.60}", "write queue, refuse@8, shorten@8=0.5 or demote@8"
+            )
+        share = numbers(found[3], "level")[0] if found[3] is not None else 0.5
+        out.append(Level(found[1], int(found[2] or 0), share))  # type: ignore[arg-type]
+    return tuple(out)
+
+
+def _routing(
+    deployment: Deployment, mix: Mapping[str, float] | None, drift_hours: float | None, seed: int
+) -> DomainRouting | None:
+    """The domains of the deployment's trace. Raises InputError for a mix without a trace."""
+    if deployment.trace is None:
+        if mix is not None or drift_hours is not None:
+            raise InputError(
+                "a domain mix or drift without a routing trace", "name one with `trace`"
+            )
+        return None
+    hours = float("inf") if drift_hours is None else drift_hours
+    weights = None if mix is None else dict(mix)
+    return DomainRouting(deployment.trace, weights, hours * 3600.0, seed)
+
+
+def numbers(text: str, name: str) -> list[float]:
+    """Numbers with commas between. Raises InputError that names the field."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"`{name}` {text!r:.60} holds no number", "give numbers") from None
+
+
+def _latencies(metrics: Mapping[str, float | None]) -> str:
+    rows = [
+        [label, *(figure(f"{name}_{stat}").text(metrics[f"{name}_{stat}"]) for stat in STATS)]
+        for name, label in LATENCIES.items()
+    ]
+    return text_table(["ms", *STATS], rows)
+
+
+def _levels(levels: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not levels:
+        return []
+    head = ["priority", "requests", "finished", "degraded", "TTFT p50", "TTFT p99", "TPOT p50"]
+    rows = [
+        [
+            *(f"{row[name]:,}" for name in ("priority", "requests", "finished", "degraded")),
+            *(figure(name).text(row[name]) for name in ("ttft_p50", "ttft_p99", "tpot_p50")),
+        ]
+        for row in levels
+    ]
+    return [text_table(head, rows)]
+
+
+def _slo_lines(slo: Mapping[str, Any]) -> list[str]:
+    good = slo["goodput"]
+    lines = [
+        f"goodput under {slo['text']}: {good['requests_per_s']:.2f} requests/s"
+        f" ({good['share']:.1%} of the requests), {good['requests_per_s_per_gpu']:.3f} per GPU"
+    ]
+    for miss in slo["missed"]:
+        value = miss["value_s"]
+        reason = (
+            "too many requests are not served" if value is None else f"it is {value * 1e3:,.1f} ms"
+        )
+        lines.append(f"missed: {miss['promise']}: {reason}")
+    return lines

@@ -1,559 +1,289 @@
-"""From a trace, a plan and a cluster to simulated steps of the plan and of its baselines."""
+"""`simulate`: steps of a trace through a plan on a cluster, event by event."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from moesim.cost.curves import weakest
-from moesim.cost.routing import other_ranks
-from moesim.errors import InputError, MismatchError
-from moesim.jobs.plan import DEFAULT_BATCH_TOKENS
-from moesim.placement import Placement, Plan, ReplicaPolicy
-from moesim.planning.baselines import capacity_of, place_by_counts, place_on_survivors
-from moesim.planning.empty_layers import plan_of_layers
-from moesim.planning.tuning import tuning_counts
-from moesim.sim.analytic import run_analytic
+from moesim.choices import Fidelity, Keep, OnLoss, Order, Phase, ReplicaPolicy, Scope
+from moesim.cluster import DEFAULT_CLUSTER, Cluster, cluster_names, load_cluster
+from moesim.errors import InputError
+from moesim.jobs import inputs
+from moesim.jobs.simulate_request import DEFAULT_STEPS, FaultSpec, SimRequest
+from moesim.jobs.simulate_result import SimReport
+from moesim.jobs.simulate_steps import simulate_steps
+from moesim.planning.request import HBM_USABLE
 from moesim.sim.capacity import DropPolicy
-from moesim.sim.collectives.registry import build_exchange
-from moesim.sim.event import run_event
-from moesim.sim.fault_run import FaultRun
-from moesim.sim.faults import Fault, FaultClock, Recovery
-from moesim.sim.home import HomeModel
-from moesim.sim.migrate import Mover, build_mover
-from moesim.sim.prepare import Models, one_batch
-from moesim.sim.rebalance import Rebalance, RebalanceRun
-from moesim.sim.result import SimResult
-from moesim.sim.schedules.base import Schedule
-from moesim.sim.schedules.registry import CHUNKED, check_exchange, get_schedule
-from moesim.sim.stragglers import GpuSpeeds, SlowWindow
-from moesim.sim.timeline import Timeline
-from moesim.trace.batches import (
-    Batches,
-    Phase,
-    RequestIndex,
-    draw_batches,
-    index_requests,
-    split_requests,
-)
-from moesim.trace.empty import loaded_layers, only_layers, require_load
-from moesim.trace.format import DECODE, PREFILL, Trace
+from moesim.sim.faults import Recovery, parse_fault
+from moesim.sim.rebalance import Rebalance
+from moesim.sim.stragglers import SlowWindow, parse_slow
+from moesim.types import Progress
 
 if TYPE_CHECKING:
     from moesim.caching.batching import Batching
     from moesim.caching.plan import CachePlan
-    from moesim.cluster import Cluster
+    from moesim.jobs.inputs import ClusterLike, ModelLike, PlanLike, TraceLike
     from moesim.model.spec import ModelSpec
+    from moesim.placement import Plan
+    from moesim.trace.format import Trace
 
-Fidelity = Literal["analytic", "event"]
-FIDELITIES: tuple[Fidelity, ...] = ("analytic", "event")
-DEFAULT_STEPS = 16
-SENT_ONCE_A = {"gpu": "GPU", "node": "node", "none": "chosen expert"}
-DEGREES = (1, 2, 4, 8)
-"""Numbers of chunks that are tried where none is asked for."""
-Progress = Callable[[int, int], None]
+DEFAULT_POOL = 32
+DEFAULT_PATIENCE = 16
 
 
-@dataclass(frozen=True, slots=True)
-class FaultSpec:
-    """Faults of GPUs and nodes, of links, and at a rate, and what is done about them."""
+def simulate(
+    trace: TraceLike,
+    *,
+    plan: PlanLike | None = None,
+    cluster: ClusterLike | None = None,
+    gpus: int | None = None,
+    model: ModelLike | None = None,
+    compare: Sequence[str] = (),
+    phase: Phase | None = None,
+    batch_tokens: int | None = None,
+    steps: int = DEFAULT_STEPS,
+    fidelity: Fidelity = "event",
+    all_to_all: str | None = None,
+    schedule: str = "sequential",
+    chunks: int | None = None,
+    reduce: float = 1.0,
+    replica_policy: ReplicaPolicy | None = None,
+    context_tokens: int | None = None,
+    moe_only: bool = False,
+    slow: Mapping[int, float] | Sequence[str] = (),
+    speed_spread: float = 0.0,
+    speed_period: float | None = None,
+    capacity_factor: float | None = None,
+    drop: Keep | None = None,
+    capacity_scope: Scope = "step",
+    expanded_drop: bool = False,
+    drift: bool = False,
+    fault: Sequence[str] = (),
+    mtbf: float | None = None,
+    repair: float | None = None,
+    on_loss: OnLoss = "reload",
+    detect: float = 100.0,
+    restart: float = 1000.0,
+    rebalance_every: int | None = None,
+    rebalance_window: int = 100,
+    rebalance_async: bool = False,
+    rebalance_plan: float = 10.0,
+    rebalance_above: float | None = None,
+    rebalance_solver: str = "eplb",
+    offload: bool = True,
+    batching: Order | None = None,
+    pool: int | None = None,
+    patience: int | None = None,
+    seed: int = 0,
+    timeline_steps: int = 0,
+    progress: Progress | None = None,
+) -> SimReport:
+    """Replay held-out requests of a trace through a plan: time per step, where it goes, load of
+    GPUs and links.
 
-    faults: tuple[Fault, ...] = ()
-    mtbf_us: float = math.inf
-    repair_us: float = math.inf
-    recovery: Recovery = field(default_factory=Recovery)
-
-    @property
-    def none(self) -> bool:
-        return not self.faults and math.isinf(self.mtbf_us)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SimRequest:
-    """What to simulate; None means the stated default.
-
-    plan: None for the linear placement. compare: solvers whose placements are simulated beside,
-    with as many slots. home_ranks: whether attention, gate and dense layers count. drift: steps
-    take the trace's domains one after the other. num_chunks: None tries DEGREES. reduce: share of
-    the hidden size that is exchanged (BigMac). slow, speed_*: see GpuSpeeds. rebalance: the first
-    placement is simulated once more, placing anew with `rebalance_solver` on the way.
-    network_scale: all links are taken as so many times faster, for what-if studies. caches: one
-    cache plan a GPU, where experts do not all fit; the steps are then those of a decode stream.
-    batching: how its batches are formed, None for a request a place of the batch.
-    """
-
-    trace: Trace
-    cluster: Cluster
-    model: ModelSpec
-    plan: Plan | None = None
-    compare: tuple[str, ...] = ()
-    phase: Phase | None = None
-    batch_tokens: int | None = None
-    num_steps: int = DEFAULT_STEPS
-    all_to_all: str | None = None
-    schedule: str = "sequential"
-    num_chunks: int | None = None
-    reduce: float = 1.0
-    fidelity: Fidelity = "event"
-    replica_policy: ReplicaPolicy | None = None
-    context_tokens: int | None = None
-    home_ranks: bool = True
-    seed: int = 0
-    timeline_steps: int = 0
-    slow: tuple[SlowWindow, ...] = ()
-    speed_sigma: float = 0.0
-    speed_period_us: float = math.inf
-    drop: DropPolicy | None = None
-    drift: bool = False
-    faults: FaultSpec = field(default_factory=FaultSpec)
-    rebalance: Rebalance | None = None
-    rebalance_solver: str = "eplb"
-    network_scale: float = 1.0
-    caches: tuple[CachePlan, ...] = ()
-    batching: Batching | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SimReport:
-    """Results by placement, the plan (or linear) first; defaults and notices as in `PlanResult`."""
-
-    results: dict[str, SimResult]
-    models: Models
-    phase: Phase
-    batch_tokens: int
-    num_requests: int
-    defaults: dict[str, str]
-    notices: tuple[str, ...]
-    basis: str
-    notes: tuple[str, ...]
-    timeline: Timeline | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-def simulate(request: SimRequest, *, progress: Progress | None = None) -> SimReport:
-    """Simulate steps of held-out requests through the plan and through what it is compared with.
+    plan: a plan, or a cache plan by its path; None for linear placement. slow: {GPU: relative
+    speed}, or texts such as "3=0.5@10-20" (from 10 to 20 ms). Times of options are milliseconds.
+    The other names and defaults are those of `moesim simulate`.
 
     Raises MismatchError where trace, plan, model and cluster do not belong together,
     UnknownNameError for names and InputError for numbers that cannot be used.
     """
+    found = _inputs(trace, plan, cluster, gpus, model, offload)
+    request = SimRequest(
+        trace=found.trace,
+        cluster=found.cluster,
+        model=found.model,
+        plan=found.plan,
+        compare=tuple(compare),
+        phase=phase,
+        batch_tokens=batch_tokens,
+        num_steps=steps,
+        all_to_all=all_to_all,
+        schedule=schedule,
+        num_chunks=chunks,
+        reduce=reduce,
+        fidelity=fidelity,
+        replica_policy=replica_policy,
+        context_tokens=context_tokens,
+        home_ranks=not moe_only,
+        seed=seed,
+        drift=drift,
+        faults=_faults(found, fault, mtbf, repair, on_loss, detect, restart),
+        rebalance=_rebalance(
+            rebalance_every, rebalance_window, rebalance_async, rebalance_plan, rebalance_above
+        ),
+        rebalance_solver=rebalance_solver,
+        caches=found.caches,
+        batching=_batching(batching, pool, patience),
+        timeline_steps=timeline_steps,
+        slow=_slow(slow, found.cluster.num_gpus),
+        speed_sigma=speed_spread,
+        speed_period_us=math.inf if speed_period is None else speed_period * 1e3,
+        drop=_drop(found.trace, capacity_factor, drop, capacity_scope, expanded_drop, seed),
+    )
+    report = run_simulation(request, progress=progress)
+    report.defaults.update(found.defaults)
+    return report
+
+
+def run_simulation(request: SimRequest, *, progress: Progress | None = None) -> SimReport:
+    """`simulate` from a request."""
     if request.caches:
         from moesim.jobs.simulate_offloaded import simulate_offloaded
 
         return simulate_offloaded(request, progress=progress)
-    if request.batching is not None:
-        raise InputError(
-            "requests are regrouped for the cache of a plan, and there is none",
-            "give a plan of moesim cache, or one made with plan --offload",
-        )
-    notices: list[str] = []
-    keep = require_load(loaded_layers(request.trace))
-    if not keep.all():
-        notices.append(
-            f"{int((~keep).sum())} of {len(keep)} layers have no load in the trace: left out"
-        )
-        planned = request.plan
-        request = replace(
-            request,
-            trace=only_layers(request.trace, keep),
-            plan=None if planned is None else plan_of_layers(planned, keep),
-        )
-    trace, model = request.trace, request.model
-    defaults: dict[str, str] = {}
-    if request.plan is not None:
-        check_plan(request.plan, trace, request.cluster)
-    check_model(trace, model, notices)
-    notices += filter(None, [other_ranks(trace, request.cluster.num_gpus)])
-    phase, batch_tokens = _workload(request, defaults)
-    models, notes = build_models(request, phase, defaults)
-    placements, counts, held_out = _placements(request, phase, batch_tokens, defaults, notices)
-    batches = _batches(request, held_out, phase, batch_tokens, notices)
-    timeline = None
-    if request.timeline_steps:
-        timeline = Timeline(models.links, models.num_gpus, request.timeline_steps)
-    details: dict[str, Any] = {}
-    first = next(iter(placements.values()))
-    schedule = _schedule(request, models, batches, first, defaults, details)
-    runner = _Runner(request, models, batches, counts, schedule)
-    jobs = [(name, placement, False) for name, placement in placements.items()]
-    if request.rebalance is not None:
-        name = next(iter(placements))
-        jobs.insert(1, (f"{name}, rebalanced", first, True))
-    results: dict[str, SimResult] = {}
-    for i, (name, placement, anew) in enumerate(jobs):
-        tick = _shifted(progress, i * len(batches), len(jobs) * len(batches))
-        results[name] = runner.run(placement, anew, timeline if i == 0 else None, tick)
-    home = [models.home.basis] if models.home is not None else []
-    return SimReport(
-        results,
-        models,
-        phase,
-        batch_tokens,
-        len(held_out.ids),
-        defaults,
-        tuple(notices),
-        weakest(models.step.basis, *home),
-        notes,
-        timeline,
-        details,
-    )
+    return simulate_steps(request, progress=progress)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Runner:
-    """One request's way to simulate a placement. counts: [B, L, E] of tuning requests."""
-
-    request: SimRequest
-    models: Models
-    batches: Batches
-    counts: npt.NDArray[np.float32]
-    schedule: Schedule
-
-    def run(
-        self,
-        placement: Placement,
-        anew: bool,
-        timeline: Timeline | None,
-        progress: Progress | None,
-    ) -> SimResult:
-        request, models, trace = self.request, self.models, self.request.trace
-        if request.fidelity == "analytic":
-            return run_analytic(models, trace, self.batches, placement, progress=progress)
-        schedule = self.schedule
-        speeds = speeds_of(request)
-        speed = None if speeds.nominal else speeds
-        spec = request.faults
-        if anew and request.rebalance is not None and spec.none:
-            return RebalanceRun(
-                models,
-                schedule,
-                trace,
-                placement,
-                request.rebalance,
-                self._place_window,
-                self._mover(),
-                speed,
-                timeline,
-            ).run(self.batches, progress)
-        if not spec.none:
-            return FaultRun(
-                models,
-                schedule,
-                trace,
-                placement,
-                FaultClock(
-                    [f for f in spec.faults if f.gpus],
-                    num_gpus=models.num_gpus,
-                    mtbf_us=spec.mtbf_us,
-                    repair_us=spec.repair_us,
-                    seed=request.seed,
-                ),
-                spec.recovery,
-                self._mover(),
-                [f for f in spec.faults if f.links],
-                lambda capacity: self._place("greedy", self.counts, capacity),
-                speed,
-                timeline,
-                request.rebalance if anew else None,
-                self._place_window,
-            ).run(self.batches, progress)
-        return run_event(
-            models,
-            schedule,
-            trace,
-            self.batches,
-            placement,
-            speed=speed,
-            timeline=timeline,
-            progress=progress,
-        )
-
-    def _mover(self) -> Mover:
-        request = self.request
-        return build_mover(request.cluster, self.models.links, float(request.model.expert_bytes()))
-
-    def _place_window(self, counts: npt.NDArray[Any], capacity: npt.NDArray[np.int64]) -> Placement:
-        """The rebalancing solver on the GPUs that have slots, as if there were no others."""
-        request = self.request
-        return place_on_survivors(
-            request.rebalance_solver,
-            counts,
-            capacity,
-            request.cluster,
-            num_groups=request.model.n_group,
-            seed=request.seed,
-        )
-
-    def _place(
-        self, solver: str, counts: npt.NDArray[Any], capacity: npt.NDArray[np.int64]
-    ) -> Placement:
-        request = self.request
-        return place_by_counts(
-            solver,
-            counts,
-            capacity,
-            request.cluster,
-            num_groups=request.model.n_group,
-            seed=request.seed,
-        )
+class _Inputs:
+    trace: Trace
+    plan: Plan | None
+    cluster: Cluster
+    model: ModelSpec
+    defaults: dict[str, str] = field(default_factory=dict)
+    caches: tuple[CachePlan, ...] = ()
 
 
-def speeds_of(request: SimRequest) -> GpuSpeeds:
-    """The speeds in time that `request` asks for."""
-    return GpuSpeeds(
-        request.cluster.num_gpus,
-        request.slow,
-        request.speed_sigma,
-        request.speed_period_us,
-        request.seed,
-    )
+def _inputs(
+    trace: TraceLike,
+    plan: PlanLike | None,
+    cluster: ClusterLike | None,
+    gpus: int | None,
+    model: ModelLike | None,
+    offload: bool,
+) -> _Inputs:
+    """Read all files. The cluster defaults to the plan's by name, the GPUs to the plan's number.
 
+    `plan` may be a cache plan by itself, for one GPU; without `offload` the caches of a plan are
+    left out. Raises InputError where a cache plan is all there is and is to be left out.
+    """
+    from moesim.caching.group import parse_group
+    from moesim.caching.plan import is_cache_plan, load_cache_plan
+    from moesim.placement import Plan
 
-def _schedule(
-    request: SimRequest,
-    models: Models,
-    batches: Batches,
-    placement: Placement,
-    defaults: dict[str, str],
-    details: dict[str, Any],
-) -> Schedule:
-    """The schedule asked for; where it cuts steps into chunks, with the number of them that makes
-    the first step of `placement` shortest, unless one was asked for."""
-    name = request.schedule
-    if request.num_chunks is not None and name not in CHUNKED:
-        raise InputError(f"--chunks with schedule {name}", f"use it with {' or '.join(CHUNKED)}")
-    schedule = get_schedule(name, 1 if request.num_chunks is None else request.num_chunks)
-    check_exchange(schedule, models.exchange)
-    if request.num_chunks is not None or name not in CHUNKED:
-        return schedule
-    tried = {
-        degree: float(
-            run_event(
-                models, get_schedule(name, degree), request.trace, one_batch(batches, 0), placement
-            ).step_us[0]
-        )
-        for degree in DEGREES
-    }
-    best = min(tried, key=lambda degree: (tried[degree], degree))
-    details["chunks"] = {"best": best, "step_us": {str(d): us for d, us in tried.items()}}
-    shown = ", ".join(f"{d}: {us:,.0f} us" for d, us in tried.items())
-    defaults["chunks"] = f"{best} (first step by number of chunks: {shown})"
-    return get_schedule(name, best)
-
-
-def check_model(trace: Trace, model: ModelSpec, notices: list[str]) -> None:
-    """Raise MismatchError unless the trace can be of `model`; note layers it does not cover."""
-    meta = trace.meta
-    have = (meta.num_layers, meta.num_experts, meta.top_k)
-    want = (model.num_moe_layers, model.num_experts, model.top_k)
-    if have[1:] != want[1:] or have[0] > want[0]:
-        raise MismatchError(
-            f"the trace has {have[0]} MoE layers, {have[1]} experts, top-{have[2]}; {model.name}"
-            f" has {want[0]}, {want[1]}, top-{want[2]}",
-            "name the model that the trace was captured from with --model",
-        )
-    if have[0] < want[0]:
-        notices.append(
-            f"the trace covers {have[0]} of {model.name}'s {want[0]} MoE layers: a step is those"
-        )
-
-
-def check_plan(plan: Plan, trace: Trace, cluster: Cluster) -> None:
-    """Raise MismatchError unless `plan` fits the trace and the cluster."""
-    placement = plan.placement
-    have = (trace.num_layers, trace.num_experts)
-    want = (placement.num_layers, placement.num_experts)
-    names = (plan.model, trace.meta.model)
-    if have != want or (all(names) and names[0] != names[1]):
-        raise MismatchError(
-            f"the plan is for {names[0] or 'a model'} ({want[0]} MoE layers, {want[1]} experts),"
-            f" the trace is of {names[1] or 'a model'} ({have[0]} layers, {have[1]} experts)",
-            "use a trace and a plan of the same model",
-        )
-    pairs = zip(plan.layer_ids, trace.meta.layer_ids, strict=True)
-    for i, (planned, traced) in enumerate(pairs):
-        if planned != traced:
-            raise MismatchError(
-                f"MoE layer {i} is the model's layer {planned} in the plan, {traced} in the trace",
-                "use a trace and a plan of the same layers",
-            )
-    size = (placement.num_gpus, placement.num_nodes)
-    if size != (cluster.num_gpus, cluster.num_nodes):
-        raise MismatchError(
-            f"the plan is for {_size(*size)}, {cluster.name} has"
-            f" {_size(cluster.num_gpus, cluster.num_nodes)}",
-            "use --gpus and --cluster as the plan was made for, or make a new plan",
-        )
-
-
-def _size(gpus: int, nodes: int) -> str:
-    return f"{gpus} GPU{'s' * (gpus != 1)} in {nodes} node{'s' * (nodes != 1)}"
-
-
-def _workload(request: SimRequest, defaults: dict[str, str]) -> tuple[Phase, int]:
-    made_for = request.plan.evaluation if request.plan is not None else {}
-    phases = np.asarray(request.trace.phases)
-    phase = request.phase
-    if phase is None:
-        phase = made_for.get("phase")
-        if phase not in ("prefill", "decode"):
-            phase = "prefill" if (phases == PREFILL).any() else "decode"
-        share = float((phases == DECODE).mean())
-        defaults["phase"] = f"{phase} ({share:.0%} of the trace's tokens are decode)"
-    batch_tokens = request.batch_tokens
-    if batch_tokens is None:
-        planned = made_for.get("batch_tokens") if made_for.get("phase") == phase else None
-        batch_tokens = planned if isinstance(planned, int) else DEFAULT_BATCH_TOKENS[phase]
-        defaults["batch tokens"] = f"{batch_tokens} over all GPUs"
-    if not 1 <= batch_tokens <= 1 << 24:
-        raise InputError(f"--batch-tokens {batch_tokens}", "give the tokens of one step")
-    if not 1 <= request.num_steps <= 1 << 20:
-        raise InputError(f"--steps {request.num_steps}", "give at least 1")
-    if request.context_tokens is not None and not 1 <= request.context_tokens <= 1 << 30:
-        raise InputError(f"--context-tokens {request.context_tokens}", "give at least 1")
-    if request.fidelity == "analytic":
-        _check_closed_form(request)
-    return phase, batch_tokens
-
-
-def _check_closed_form(request: SimRequest) -> None:
-    """Raise InputError for what only the event simulation can do."""
-    asked = {
-        f"schedule {request.schedule}": request.schedule != "sequential",
-        "a timeline": request.timeline_steps > 0,
-        "GPUs that change speed": bool(request.slow) or request.speed_sigma > 0,
-        "faults": not request.faults.none,
-        "rebalancing": request.rebalance is not None,
-    }
-    for name, wanted in asked.items():
-        if wanted:
-            raise InputError(f"{name}: the analytic cost has no such thing", "use --fidelity event")
-
-
-def build_models(
-    request: SimRequest, phase: Phase, defaults: dict[str, str]
-) -> tuple[Models, tuple[str, ...]]:
-    cluster, model = request.cluster, request.model
-    step, links, exchange = build_exchange(
-        request.all_to_all,
-        cluster,
-        model,
-        reduce=request.reduce,
-        network_scale=request.network_scale,
-        phase=phase,
-    )
-    notes = list(step.notes)
-    home = None
-    if request.home_ranks:
-        layers = request.trace.meta.layer_ids
-        home = HomeModel(cluster, model, layers, reduce=request.reduce)
-        notes.append(f"attention, gate and dense layers: {home.basis}")
-    policy = request.replica_policy
-    if policy is None:
-        policy = request.plan.replica_policy if request.plan is not None else "split"
-    models = Models(
-        cluster, step, links, exchange, home, policy, request.context_tokens, request.drop
-    )
-    if request.all_to_all is None:
-        defaults["all-to-all"] = f"{models.exchange_name}, one message a {SENT_ONCE_A[step.dedup]}"
-    return models, tuple(notes)
-
-
-def _placements(
-    request: SimRequest,
-    phase: Phase,
-    batch_tokens: int,
-    defaults: dict[str, str],
-    notices: list[str],
-) -> tuple[dict[str, Placement], npt.NDArray[np.float32], RequestIndex]:
-    trace, cluster = request.trace, request.cluster
-    index, notice = index_requests(trace, phase)
-    if notice:
-        notices.append(notice)
-    tune, held_out = split_requests(index)
-    names = list(request.compare)
-    out: dict[str, Placement] = {}
-    if request.plan is not None:
-        made_from = request.plan.provenance.get("trace")
-        if made_from is not None and made_from != trace.content_hash():
-            notices.append("the plan was made from another trace than this one")
-        out["plan"] = request.plan.placement
-        capacity = capacity_of(request.plan.placement)
-    else:
-        per_gpu, over = divmod(trace.num_experts, cluster.num_gpus)
-        if not per_gpu:
+    defaults: dict[str, str] = {}
+    loaded = inputs.token_trace_of(trace, "moesim simulate")
+    made: Plan | None = None
+    caches: tuple[CachePlan, ...] = ()
+    if plan is not None and not isinstance(plan, Plan) and is_cache_plan(Path(plan)):
+        if not offload:
             raise InputError(
-                f"{trace.num_experts} experts on {cluster.num_gpus} GPUs: some would hold none",
-                f"use at most {trace.num_experts} GPUs, or a plan with redundant experts",
+                f"{plan} holds nothing but a cache plan, which is to be left out",
+                "give a plan of moesim plan, or none for the linear placement",
             )
-        capacity = np.full(cluster.num_gpus, per_gpu, np.int64)
-        capacity[:over] += 1
-        names = ["linear", *(n for n in names if n != "linear")]
-        defaults["placement"] = "linear (no --plan)"
-    counts = np.zeros((0, trace.num_layers, trace.num_experts), np.float32)
-    if names or request.faults.recovery.on_loss == "replan":
-        counts = tuning_counts(trace, tune, phase, batch_tokens, request.seed)
-        for name in dict.fromkeys(names):
-            out[name] = place_by_counts(
-                name,
-                counts,
-                capacity,
-                cluster,
-                num_groups=request.model.n_group,
-                seed=request.seed,
-            )
-    return out, counts, held_out
+        caches = (load_cache_plan(Path(plan)),)
+        gpus = 1 if gpus is None else gpus
+        if cluster is None:
+            cluster = defaults["cluster"] = _cluster_with(caches[0].gpu)
+        model = model or caches[0].model or None
+    elif plan is not None:
+        made = inputs.plan_of(plan)
+        if made.cache is not None and offload:
+            caches = parse_group(made.cache)
+    if cluster is None:
+        planned = str(made.provenance.get("cluster", "")) if made is not None else ""
+        cluster = planned if planned in cluster_names() else DEFAULT_CLUSTER
+        defaults["cluster"] = cluster
+    if gpus is None and made is not None:
+        gpus = made.placement.num_gpus
+    named = made.model if made is not None and made.model else loaded.meta.model
+    spec = inputs.model_required(model, named)
+    sized = inputs.cluster_of(cluster, gpus)
+    return _Inputs(loaded, made, sized, spec, defaults, caches)
 
 
-def _batches(
-    request: SimRequest,
-    held_out: RequestIndex,
-    phase: Phase,
-    batch_tokens: int,
-    notices: list[str],
-) -> Batches:
-    seed = request.seed + 1
-    if request.drift:
-        batches = _by_domain(request, held_out, phase, batch_tokens, seed)
-    else:
-        batches = draw_batches(held_out, phase, batch_tokens, request.num_steps, seed)
-    filled = float(np.diff(batches.indptr).mean())
-    if filled < 0.9 * batch_tokens:
-        notices.append(
-            f"the held-out requests fill steps of {filled:.0f} tokens only, {batch_tokens} asked"
-        )
-    return replace(batches, batch_tokens=batch_tokens)
-
-
-def _by_domain(
-    request: SimRequest, held_out: RequestIndex, phase: Phase, batch_tokens: int, seed: int
-) -> Batches:
-    """Steps from one domain after the other, in the order of the trace's meta, equally many."""
-    trace = request.trace
-    if trace.domain_ids is None:
-        raise MismatchError("the trace has no domains to drift through", "leave out --drift")
-    domain = np.asarray(trace.domain_ids)[held_out.token_idx[held_out.indptr[:-1]]]
-    present = np.unique(domain)
-    cuts = np.linspace(0, request.num_steps, len(present) + 1).astype(int)
-    parts = [
-        draw_batches(held_out.select(domain == d), phase, batch_tokens, int(count), seed)
-        for d, count in zip(present, np.diff(cuts), strict=True)
-        if count
-    ]
-    lengths = np.concatenate([np.diff(p.indptr) for p in parts])
-    return Batches(
-        np.concatenate([p.token_idx for p in parts]),
-        np.concatenate(([0], np.cumsum(lengths))),
-        phase,
-        batch_tokens,
+def _cluster_with(gpu: str) -> str:
+    """A bundled cluster of GPUs called `gpu`. Raises InputError."""
+    for name in cluster_names():
+        if load_cluster(name, num_gpus=1).gpus[0].name == gpu:
+            return name
+    raise InputError(
+        f"no bundled cluster has GPUs of the type {gpu!r:.40} that the cache plan is for",
+        "name one with `cluster` (moesim topology list)",
     )
 
 
-def _shifted(progress: Progress | None, done: int, total: int) -> Progress | None:
-    if progress is None:
+def _slow(given: Mapping[int, float] | Sequence[str], num_gpus: int) -> tuple[SlowWindow, ...]:
+    if isinstance(given, Mapping):
+        given = [f"{gpu}={speed}" for gpu, speed in given.items()]
+    return tuple(parse_slow(text, num_gpus) for text in given)
+
+
+def _batching(order: Order | None, pool: int | None, patience: int | None) -> Batching | None:
+    from moesim.caching.batching import Batching
+
+    if order is None:
+        if pool is not None or patience is not None:
+            raise InputError(
+                "a pool of requests was given, but not how to batch them", "add `batching`"
+            )
         return None
-    return lambda now, _: progress(done + now, total)
+    return Batching(
+        order,
+        DEFAULT_POOL if pool is None else pool,
+        DEFAULT_PATIENCE if patience is None else patience,
+    )
+
+
+def _drop(
+    trace: Trace, factor: float | None, keep: Keep | None, scope: Scope, expand: bool, seed: int
+) -> DropPolicy | None:
+    if factor is None:
+        if keep is not None or expand or scope != "step":
+            raise InputError(
+                "how to drop was given, but no capacity", "add `capacity_factor`, as 1.5"
+            )
+        return None
+    if keep is None:
+        keep = "score" if trace.gate_weights is not None else "first"
+    return DropPolicy(factor, keep, scope, expand, seed)
+
+
+def _faults(
+    found: _Inputs,
+    faults: Sequence[str],
+    mtbf_ms: float | None,
+    repair_ms: float | None,
+    on_loss: OnLoss,
+    detect_ms: float,
+    restart_ms: float,
+) -> FaultSpec:
+    """A GPU has as many spare slots per layer as its memory has room for experts beyond one copy of
+    everything else."""
+    if repair_ms is not None and mtbf_ms is None:
+        raise InputError("`repair` without `mtbf`", "give the mean time between failures as well")
+    cluster, model = found.cluster, found.model
+    least = min(gpu.hbm_gb for gpu in cluster.gpus) * 1e9 * HBM_USABLE
+    experts = (least - model.non_expert_bytes()) / (model.expert_bytes() * model.num_moe_layers)
+    own = -(-model.num_experts // cluster.num_gpus)
+    return FaultSpec(
+        tuple(parse_fault(text, cluster) for text in faults),
+        math.inf if mtbf_ms is None else mtbf_ms * 1e3,
+        math.inf if repair_ms is None else repair_ms * 1e3,
+        Recovery(
+            on_loss=on_loss,
+            detect_us=detect_ms * 1e3,
+            restart_us=restart_ms * 1e3,
+            spare_slots=max(0, int(experts) - own),
+        ),
+    )
+
+
+def _rebalance(
+    every: int | None, window: int, asynchronous: bool, plan_ms: float, above: float | None
+) -> Rebalance | None:
+    if every is None:
+        if asynchronous or above is not None:
+            raise InputError("how to rebalance was given, but not when", "add `rebalance_every`")
+        return None
+    return Rebalance(
+        every,
+        window,
+        asynchronous,
+        plan_us=plan_ms * 1e3,
+        threshold=math.inf if above is None else above,
+    )

@@ -3,7 +3,6 @@ simulation, on the requests that the caching plan was held out from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,20 +18,22 @@ from moesim.caching.policies import ONLINE
 from moesim.caching.rates import HostSpec, Rates, build_rates, step_times
 from moesim.cost.curves import weakest
 from moesim.errors import FormatError, InputError, MismatchError
-from moesim.jobs.simulate import SimReport, SimRequest, build_models, check_plan, speeds_of
+from moesim.jobs.simulate_request import SimRequest
+from moesim.jobs.simulate_result import SimReport
+from moesim.jobs.simulate_steps import build_models, check_plan, speeds_of
 from moesim.model.names import WEIGHT_BYTES
 from moesim.placement import Placement
 from moesim.sim.offload.run import GpuCache, OffloadRun
 from moesim.sim.prepare import Models
 from moesim.sim.result import SimResult
-from moesim.sim.timeline import Timeline
+from moesim.sim.timeline import StepTimeline
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import Trace
+from moesim.types import Progress, shifted
 
 DEFAULT_CONTEXT = 2048
 RESIDENT = "resident"
 """In `compare`: the same steps with all experts in GPU memory."""
-Progress = Callable[[int, int], None]
 
 
 def simulate_offloaded(request: SimRequest, *, progress: Progress | None = None) -> SimReport:
@@ -70,10 +71,10 @@ def simulate_offloaded(request: SimRequest, *, progress: Progress | None = None)
         jobs[name] = tuple(_changed(plan, name, trace) for plan in request.caches)
     timeline = None
     if request.timeline_steps:
-        timeline = Timeline(models.links, models.num_gpus, request.timeline_steps)
+        timeline = StepTimeline(models.links, models.num_gpus, request.timeline_steps)
     results: dict[str, SimResult] = {}
     for i, (name, plans) in enumerate(jobs.items()):
-        tick = _shifted(progress, i * stream.num_steps, len(jobs) * stream.num_steps)
+        tick = shifted(progress, i * stream.num_steps, len(jobs) * stream.num_steps)
         results[name] = builder.run(plans, timeline if i == 0 else None, tick)
         if request.batching is not None:
             results[name].extra["batching"] = _waits(
@@ -95,6 +96,7 @@ def simulate_offloaded(request: SimRequest, *, progress: Progress | None = None)
             "num_tokens": first.predicted.get("num_tokens"),
         }
     return SimReport(
+        request,
         results,
         models,
         "decode",
@@ -140,7 +142,7 @@ class _Builder:
         return self._rates[spec.name]
 
     def run(
-        self, plans: tuple[CachePlan, ...], timeline: Timeline | None, tick: Progress | None
+        self, plans: tuple[CachePlan, ...], timeline: StepTimeline | None, tick: Progress | None
     ) -> SimResult:
         request = self.request
         speeds = speeds_of(request)
@@ -187,7 +189,7 @@ def _stream(request: SimRequest, work: Workload, asked: Request) -> tuple[Stream
             raise InputError(
                 f"batches of {asked.batch_size} from a pool of {request.batching.pool} requests"
                 f" ({len(held.ids)} held-out requests in all)",
-                "give a larger --pool, or smaller batches",
+                "give a larger `pool`, or smaller batches",
             )
         stream = pooled_stream(
             request.trace, held, asked.batch_size, request.batching, fit=tune, seed=asked.seed
@@ -241,13 +243,13 @@ def _changed(plan: CachePlan, name: str, trace: Trace) -> CachePlan:
 def _check_options(request: SimRequest) -> None:
     """Raise InputError for what has no meaning with offloading."""
     asked = {
-        "--fidelity analytic": request.fidelity != "event",
-        "--phase prefill": request.phase == "prefill",
-        f"--schedule {request.schedule}": request.schedule != "sequential",
-        "--chunks": request.num_chunks is not None,
-        "--reduce": request.reduce != 1.0,
-        "--capacity-factor": request.drop is not None,
-        "--drift": request.drift,
+        "`fidelity` analytic": request.fidelity != "event",
+        "`phase` prefill": request.phase == "prefill",
+        f"`schedule` {request.schedule}": request.schedule != "sequential",
+        "`chunks`": request.num_chunks is not None,
+        "`reduce`": request.reduce != 1.0,
+        "`capacity_factor`": request.drop is not None,
+        "`drift`": request.drift,
         "faults": not request.faults.none,
         "rebalancing": request.rebalance is not None,
     }
@@ -255,17 +257,17 @@ def _check_options(request: SimRequest) -> None:
         if wanted:
             raise InputError(
                 f"{name} together with a cache plan",
-                "simulate without it, or take all experts as in GPU memory with --no-offload",
+                "simulate without it, or take all experts as in GPU memory: --no-offload",
             )
     known = (RESIDENT, *ONLINE)
     for name in request.compare:
         if name not in known:
             raise InputError(
-                f"--compare {name} together with a cache plan",
+                f"`compare` {name} together with a cache plan",
                 f"compare with other caches: {', '.join(known)}; or use --no-offload",
             )
     if request.num_steps < 1:
-        raise InputError(f"--steps {request.num_steps}", "give at least 1")
+        raise InputError(f"`steps` {request.num_steps}", "give at least 1")
 
 
 def _check_caches(request: SimRequest) -> None:
@@ -274,7 +276,7 @@ def _check_caches(request: SimRequest) -> None:
         raise MismatchError(
             f"cache plans for {len(caches)} GPU{'s' if len(caches) > 1 else ''},"
             f" {cluster.num_gpus} GPUs to simulate",
-            "use --gpus as the plan was made for, or make a new plan",
+            "use `gpus` as the plan was made for, or make a new plan",
         )
     have = (trace.meta.layer_ids, trace.num_experts)
     for plan in caches:
@@ -357,13 +359,7 @@ def _workload(
         context = planned if type(planned) is int else DEFAULT_CONTEXT
         defaults["context tokens"] = str(context)
     if not 1 <= batch <= 1 << 16:
-        raise InputError(f"--batch-tokens {batch}", "give the requests that decode together")
+        raise InputError(f"`batch_tokens` {batch}", "give the requests that decode together")
     if not 0 <= context <= 1 << 30:
-        raise InputError(f"--context-tokens {context}", "give at least 0")
+        raise InputError(f"`context_tokens` {context}", "give at least 0")
     return batch, context
-
-
-def _shifted(progress: Progress | None, done: int, total: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda now, _: progress(done + now, total)

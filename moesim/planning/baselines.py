@@ -8,13 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.placement import EMPTY, Placement
-from moesim.solvers.base import Problem
-from moesim.solvers.registry import get_solver
+from moesim.solvers.base import Problem, run_solver
+from moesim.solvers.registry import find_solver
+from moesim.types import IntArray
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
-
-IntArray = npt.NDArray[np.int64]
 
 
 def place_by_counts(
@@ -38,7 +37,7 @@ def place_by_counts(
         num_groups=num_groups,
         seed=seed,
     )
-    return get_solver(solver).solve(problem).placement
+    return run_solver(find_solver(solver), problem).placement
 
 
 def place_on_survivors(
@@ -68,7 +67,7 @@ def place_on_survivors(
         num_groups=num_groups if same else 1,
         seed=seed,
     )
-    found = get_solver(solver).solve(problem).placement
+    found = run_solver(find_solver(solver), problem).placement
     own = found.physical_to_logical.reshape(found.num_layers, len(up), -1)
     table = np.full((found.num_layers, len(capacity), own.shape[2]), EMPTY, np.int32)
     table[:, up] = own

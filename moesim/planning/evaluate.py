@@ -29,6 +29,7 @@ from moesim.trace.batches import (
     resample_requests,
 )
 from moesim.trace.format import Trace
+from moesim.types import FloatArray
 
 NUM_BATCHES = 48
 NUM_RESAMPLES = 20
@@ -37,11 +38,10 @@ MIN_BATCHES_PER_RESAMPLE = 4
 MAX_CHOICES = 200_000_000
 CHUNK_CELLS = 20_000_000
 Z_95 = 1.959964
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Interval:
     """A held-out figure with its 95 % interval."""
 
     value: float
@@ -188,7 +188,7 @@ def _worst_layer(values: FloatArray) -> float:
     return float(np.nanmean(values[:, filled], axis=0).min())
 
 
-def figures(sample: Sample, measured: Measured) -> dict[str, Figure]:
+def figures(sample: Sample, measured: Measured) -> dict[str, Interval]:
     """All statistics of one placement with their intervals."""
     out = {}
     for name, (source, statistic) in STATISTICS.items():
@@ -198,7 +198,7 @@ def figures(sample: Sample, measured: Measured) -> dict[str, Figure]:
     return out
 
 
-def difference(sample: Sample, a: Measured, b: Measured, name: str) -> Figure | None:
+def difference(sample: Sample, a: Measured, b: Measured, name: str) -> Interval | None:
     """Figure `name` of `a` minus that of `b`, paired batch by batch and resample by resample."""
     source, statistic = STATISTICS[name]
     if source not in a.values or source not in b.values:
@@ -215,6 +215,6 @@ def _statistic(
     return statistic(main), np.array([statistic(g) for g in groups])
 
 
-def _interval(point: float, resampled: FloatArray) -> Figure:
+def _interval(point: float, resampled: FloatArray) -> Interval:
     half = Z_95 * float(resampled.std(ddof=1))
-    return Figure(point, point - half, point + half)
+    return Interval(point, point - half, point + half)

@@ -10,18 +10,12 @@ most.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from moesim.errors import InfeasibleError, InputError
 from moesim.kernels import kernel
 from moesim.placement import Placement
-
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from moesim.types import Array, FloatArray, IntArray
 
 
 def messages_saved(

@@ -18,16 +18,16 @@ from moesim.placement import Placement, ReplicaPolicy
 from moesim.planning.home_rank_fit import assign_homes, messages_saved
 from moesim.trace.batches import Batches, Phase, RequestIndex
 from moesim.trace.format import Trace
+from moesim.types import FloatArray
 
-Predictor = Literal["domain", "tokens", "prefix", "oracle"]
-HOME_RANKS = ("contiguous", "predicted", *get_args(Predictor))
+HomeRule = Literal["domain", "tokens", "prefix", "oracle"]
+HOME_RANKS = ("contiguous", "predicted", *get_args(HomeRule))
 PREFIX_TOKENS = 64
 PRIOR_TOKENS = 4.0
 """Tokens that the average over all tuning tokens counts for in a prediction from few tokens."""
-FloatArray = npt.NDArray[np.float64]
 
 
-def choose_predictor(name: str, trace: Trace, phase: Phase) -> Predictor:
+def choose_predictor(name: str, trace: Trace, phase: Phase) -> HomeRule:
     """The predictor called `name`; for `predicted` the best that the trace has data for.
 
     Raises UnknownNameError for another name, MismatchError where the trace lacks what it needs.
@@ -49,7 +49,7 @@ def choose_predictor(name: str, trace: Trace, phase: Phase) -> Predictor:
     if not there:
         raise MismatchError(
             f"home ranks cannot be predicted by {name}: the trace has no {what}",
-            "use another of --home-ranks, or --home-ranks contiguous",
+            "use another of `home_ranks`, or `home_ranks` contiguous",
         )
     return name  # type: ignore[return-value]
 
@@ -95,7 +95,7 @@ def predict_homes(
     trace: Trace,
     tune: RequestIndex,
     placement: Placement,
-    predictor: Predictor,
+    predictor: HomeRule,
     *,
     policy: ReplicaPolicy,
     dedup: Dedup,

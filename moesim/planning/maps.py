@@ -11,25 +11,24 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from moesim.cost.routing import Dedup, check_match, home_ranks, route
+from moesim.compat import placement_fits_trace
+from moesim.cost.routing import Dedup, home_ranks, route
 from moesim.cost.step import build_step_model
 from moesim.errors import MismatchError
 from moesim.metrics import imbalance
 from moesim.placement import Placement, Plan
 from moesim.planning.baselines import capacity_of
 from moesim.planning.tuning import tuning_counts
-from moesim.solvers.base import Problem
-from moesim.solvers.registry import get_solver
+from moesim.solvers.base import Problem, run_solver
+from moesim.solvers.registry import find_solver
 from moesim.trace.batches import Batches, Phase, draw_batches, index_requests, split_requests
 from moesim.trace.format import Trace
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
     from moesim.model.spec import ModelSpec
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +64,7 @@ def plan_maps(
     deduplicated by GPU. Raises MismatchError where trace and plan do not go together.
     """
     trace = _domain_of(trace, plan)
-    check_match(trace, plan.placement)
+    placement_fits_trace(plan.placement, trace.num_layers, trace.num_experts)
     options = _options(plan)
     phase: Phase = "decode" if plan.evaluation.get("phase") == "decode" else "prefill"
     batch_tokens = int(plan.evaluation.get("batch_tokens") or 4096)
@@ -152,7 +151,9 @@ def _baselines(
     )
     names = ["linear", "eplb" if len(np.unique(capacity)) == 1 else "greedy"]
     return {
-        name: get_solver(name).solve(problem).placement for name in names if name != plan.solver
+        name: run_solver(find_solver(name), problem).placement
+        for name in names
+        if name != plan.solver
     }
 
 

@@ -13,17 +13,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import MismatchError
 from moesim.placement import EMPTY, Placement
-from moesim.solvers.base import Problem, Progress, pack_table
+from moesim.solvers.base import Problem, pack_table
 from moesim.solvers.objective import PlacementCost
+from moesim.types import Array, Progress
 
-Array = npt.NDArray[Any]
 Table = npt.NDArray[np.int64]
 MovingTime = Callable[[Placement], float]
 """Microseconds that it takes to get from the placement in use to another one."""
@@ -66,14 +65,14 @@ def check_same_shape(old: Placement, problem: Problem) -> None:
         if have != want:
             raise MismatchError(
                 f"the plan in use has {have} {name}, the new one is to have {want}",
-                "give the plan that runs on these GPUs with this model, or leave out --from",
+                "give the plan that runs on these GPUs with this model, or leave out `old_plan`",
             )
     have_slots, want_slots = slots_in_use(old), problem.capacity
     if old.slots_per_gpu != int(want_slots.max()) or (have_slots > want_slots).any():
         raise MismatchError(
             f"the plan in use has {old.slots_per_gpu} slots a GPU, the new one"
             f" {int(want_slots.max())}, or their GPUs differ",
-            "leave out --slots and --redundant-experts to keep the slots that there are",
+            "leave out `slots` and `redundant_experts` to keep the slots that there are",
         )
 
 

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from moesim import compat
 from moesim.cost.step import StepModel
-from moesim.errors import InputError, MismatchError
-from moesim.placement import EMPTY, Placement, Plan
+from moesim.errors import InputError
+from moesim.placement import Placement, Plan
 from moesim.planning.migrate import Migration, migrate
 from moesim.sim.links import link_table
 from moesim.sim.migrate import Mover, build_mover, holdings, plan_moves
-from moesim.solvers.base import Problem, Progress
+from moesim.solvers.base import Problem
+from moesim.types import Progress
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
@@ -85,28 +87,8 @@ def movers(old: Placement, cluster: Cluster, model: ModelSpec, step: StepModel) 
 
 def check_old_plan(old: Plan, trace: Trace, cluster: Cluster) -> None:
     """Raise MismatchError unless `old` can be what runs the trace's model on the cluster now."""
-    placement = old.placement
-    meta = trace.meta
-    have = (placement.num_layers, placement.num_experts, placement.num_gpus, placement.num_nodes)
-    want = (meta.num_layers, meta.num_experts, cluster.num_gpus, cluster.num_nodes)
-    what = ("MoE layers", "experts", "GPUs", "nodes")
-    names = (old.model, meta.model)
-    if all(names) and names[0] != names[1]:
-        raise MismatchError(
-            f"the plan of --from is for {_plain(old.model)}, the trace of {_plain(meta.model)}",
-            "give the plan that serves this model now, or leave out --from",
-        )
-    for name, a, b in zip(what, have, want, strict=True):
-        if a != b:
-            raise MismatchError(
-                f"the plan of --from has {a} {name}, {b} are wanted",
-                "give the plan that serves this model on these GPUs now, or leave out --from",
-            )
-    if tuple(old.layer_ids) != tuple(meta.layer_ids):
-        raise MismatchError(
-            "the plan of --from numbers its layers differently from the trace",
-            "give the plan that serves this model now, or leave out --from",
-        )
+    compat.plan_fits_trace(old, trace.meta, called="the plan in use")
+    compat.placement_fits_cluster(old.placement, cluster, called="the plan in use")
 
 
 def plan_migration(
@@ -122,8 +104,9 @@ def plan_migration(
     unless the objective is time and `steps` is a positive number."""
     if problem.objective != "time":
         raise InputError(
-            f"--from weighs microseconds of steps against those of moving, not {problem.objective}",
-            "use --objective time",
+            "`old_plan` weighs microseconds of steps against those of moving, not"
+            f" {problem.objective}",
+            "use `objective` time",
         )
     if not (np.isfinite(steps) and steps > 0):
         raise InputError(f"{steps} steps between moves", "give a number above 0, such as 1000")
@@ -141,11 +124,3 @@ def plan_migration(
 def _table(placement: Placement) -> npt.NDArray[np.int32]:
     table: npt.NDArray[Any] = placement.physical_to_logical
     return table.reshape(placement.num_layers, placement.num_gpus, -1)
-
-
-def _plain(name: str) -> str:
-    """A name out of a file, on one line and without control characters."""
-    return "".join(ch for ch in " ".join(name.split()) if ch.isprintable())[:80]
-
-
-__all__ = ["DEFAULT_STEPS", "EMPTY", "Movers", "MovingPlan", "check_old_plan", "plan_migration"]

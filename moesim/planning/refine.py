@@ -15,8 +15,8 @@ import numpy as np
 from moesim.cost.routing import Dedup, other_ranks
 from moesim.cost.step import StepModel
 from moesim.errors import InputError
-from moesim.planning.evaluate import Figure
-from moesim.planning.home_ranks import Predictor, choose_predictor, predict_homes
+from moesim.planning.evaluate import Interval
+from moesim.planning.home_ranks import HomeRule, choose_predictor, predict_homes
 from moesim.planning.migration import check_old_plan, movers, plan_migration
 from moesim.planning.robust import (
     MIN_DOMAIN_SHARE,
@@ -28,13 +28,13 @@ from moesim.planning.robust import (
     solve_robust,
 )
 from moesim.planning.tuning import batch_counts
-from moesim.solvers.base import Problem, Progress, Solution
-from moesim.solvers.registry import get_solver
+from moesim.solvers.base import Problem, Solution
 from moesim.trace.batches import Batches, Phase, RequestIndex, draw_batches
 from moesim.trace.format import Trace
+from moesim.types import Progress
 
 if TYPE_CHECKING:
-    from moesim.jobs.plan import PlanRequest
+    from moesim.planning.request import PlanRequest
 
 IN_USE = "in use"
 DOMAIN_BATCHES = 32
@@ -66,39 +66,39 @@ class Refined:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
 
-def check_request(request: PlanRequest, data: Data, objective: str) -> Predictor | None:
+def check_request(request: PlanRequest, data: Data, objective: str) -> HomeRule | None:
     """Refuse before the search what could not be done after it; returns the predictor of home
     ranks, None for contiguous ones."""
-    if request.old_plan is not None:
-        check_old_plan(request.old_plan, data.trace, request.cluster)
+    if request.extras.old_plan is not None:
+        check_old_plan(request.extras.old_plan, data.trace, request.workload.cluster)
         if objective != "time":
             raise InputError(
-                f"--from weighs microseconds of steps against those of moving, not {objective}",
-                "use --objective time, with --model if the trace's model is not known",
+                f"`old_plan` weighs microseconds of steps against those of moving, not {objective}",
+                "use `objective` time, with `model` if the trace's model is not known",
             )
-        if request.old_plan.placement.double_replicas:
+        if request.extras.old_plan.placement.double_replicas:
             raise InputError(
                 "the plan in use has GPUs that hold an expert twice, for which moves are not worked"
                 " out",
-                "plan without a plan in use, and compare the two with moesim simulate --plan",
+                "plan without `old_plan`, and compare the two with moesim simulate",
             )
-        steps = request.steps_between_moves
+        steps = request.extras.steps_between_moves
         if not (np.isfinite(steps) and steps > 0):
             raise InputError(f"{steps} steps between moves", "give a number above 0, as 1000")
-    if request.robust is not None and objective == "traffic":
+    if request.extras.robust is not None and objective == "traffic":
         raise InputError(
-            "--robust evens out load, and objective traffic is about messages",
-            "use --objective balance or time",
+            "`robust` evens out load, and objective traffic is about messages",
+            "use `objective` balance or time",
         )
-    if request.home_ranks in (None, "contiguous"):
+    if request.extras.home_ranks in (None, "contiguous"):
         return None
-    gpus = request.cluster.num_gpus
+    gpus = request.workload.cluster.num_gpus
     if data.trace.rank_ids is not None and other_ranks(data.trace, gpus) is None:
         raise InputError(
             "the trace says which rank each token was on, so that there is nothing to predict",
-            "leave out --home-ranks",
+            "leave out `home_ranks`",
         )
-    return choose_predictor(str(request.home_ranks), data.trace, data.phase)
+    return choose_predictor(str(request.extras.home_ranks), data.trace, data.phase)
 
 
 def refine(
@@ -109,33 +109,41 @@ def refine(
     progress: Progress | None,
 ) -> Refined:
     """Add to `solved` the robust solution and the one to move to, where they are asked for."""
-    out = Refined(request.solver)
-    if request.robust is not None:
-        name = f"{request.solver}, robust"
+    out = Refined(request.solver.name)
+    if request.extras.robust is not None:
+        name = f"{request.solver.name}, robust"
         domains = None
-        if request.robust.kind == "worst-domain":
+        if request.extras.robust.kind == "worst-domain":
             domains = domain_counts(
-                data.trace, data.tune, data.phase, data.batch_tokens, request.seed
+                data.trace, data.tune, data.phase, data.batch_tokens, request.search.seed
             )
         found = solve_robust(
-            get_solver(request.solver),
+            request.solver,
             problem,
-            solved[request.solver],
-            request.robust,
+            solved[request.solver.name],
+            request.extras.robust,
             domains,
             progress=progress,
         )
         solved[name] = found.solution
         out.chosen = name
-        out.evaluation["robust"] = {"objective": str(request.robust), "tuning": found.to_json()}
-    if request.old_plan is not None:
-        assert request.model is not None
+        out.evaluation["robust"] = {
+            "objective": str(request.extras.robust),
+            "tuning": found.to_json(),
+        }
+    if request.extras.old_plan is not None:
+        assert request.workload.model is not None
         assert data.step is not None
-        old = request.old_plan.placement
-        away = movers(old, request.cluster, request.model, data.step)
+        old = request.extras.old_plan.placement
+        away = movers(old, request.workload.cluster, request.workload.model, data.step)
         free = solved[out.chosen]
         moved = plan_migration(
-            problem, old, free.placement, away, request.steps_between_moves, progress=progress
+            problem,
+            old,
+            free.placement,
+            away,
+            request.extras.steps_between_moves,
+            progress=progress,
         )
         name = f"{out.chosen}, moved"
         solved[IN_USE] = Solution(old, "feasible")
@@ -143,7 +151,7 @@ def refine(
         out.chosen = name
         moving, freely = away.plan(moved.placement), away.plan(free.placement)
         out.evaluation["migration"] = {
-            "from": request.old_plan.provenance.get("options_hash"),
+            "from": request.extras.old_plan.provenance.get("options_hash"),
             "steps_between_moves": moved.steps,
             "step_us": moved.step_us,
             "step_us_in_use": moved.stay_us,
@@ -154,7 +162,7 @@ def refine(
         if moved.unsearched:
             out.lines.append(
                 f"{moved.unsearched} of {problem.num_layers} layers move wholly or not at all: no"
-                " time was left to look for fewer moves (--time-limit)"
+                " time was left to look for fewer moves (`time_limit`)"
             )
         total = problem.num_slots * problem.num_layers
         if moving.num_moves == 0:
@@ -186,12 +194,12 @@ def robust_figures(
 ) -> None:
     """Add held-out losses of all solutions: by domain where there are domains, and of the worst
     batches."""
-    robust = request.robust
+    robust = request.extras.robust
     assert robust is not None
     level = robust.level if robust.kind == "cvar" else 0.9
     table: dict[str, dict[str, Any]] = {name: {} for name in solved}
     batches = draw_batches(
-        data.held_out, data.phase, data.batch_tokens, CVAR_BATCHES, request.seed + 3
+        data.held_out, data.phase, data.batch_tokens, CVAR_BATCHES, request.search.seed + 3
     )
     losses = Losses(problem, batch_counts(data.trace, batches))
     for name, solution in solved.items():
@@ -201,7 +209,7 @@ def robust_figures(
         groups = domain_requests(data.trace, data.held_out, MIN_DOMAIN_SHARE * data.batch_tokens)
         for domain, requests in groups.items():
             some = draw_batches(
-                requests, data.phase, data.batch_tokens, DOMAIN_BATCHES, request.seed + 5
+                requests, data.phase, data.batch_tokens, DOMAIN_BATCHES, request.search.seed + 5
             )
             losses = Losses(problem, batch_counts(data.trace, some))
             for name, solution in solved.items():
@@ -226,26 +234,26 @@ def robust_figures(
     refined.evaluation["robust"]["held_out"] = {"level": level, "plans": table}
 
 
-def price_line(robust: Robust, delta: Figure, base: float, what: str) -> str:
+def price_line(robust: Robust, delta: Interval, base: float, what: str) -> str:
     """What the robust plan costs on average against the plain one."""
     low, value, high = (100 * x / base for x in (delta.low, delta.value, delta.high))
     return f"price of {robust}: {what} {value:+.2f}% on average ({low:+.2f}% to {high:+.2f}%)"
 
 
 def predicted_homes(
-    request: PlanRequest, data: Data, solution: Solution, predictor: Predictor
+    request: PlanRequest, data: Data, solution: Solution, predictor: HomeRule
 ) -> dict[str, Homes]:
     """Ways to give home ranks by name: by the predictor, and by an oracle for comparison."""
     far = _far(request)
     out: dict[str, Homes] = {}
-    names: tuple[Predictor, ...] = (predictor,) if predictor == "oracle" else (predictor, "oracle")
+    names: tuple[HomeRule, ...] = (predictor,) if predictor == "oracle" else (predictor, "oracle")
     for name in names:
         homes = predict_homes(
             data.trace,
             data.tune,
             solution.placement,
             name,
-            policy=request.replica_policy,
+            policy=request.workload.replica_policy,
             dedup=data.dedup,
             far=far,
         )
@@ -256,8 +264,8 @@ def predicted_homes(
 
 def _far(request: PlanRequest) -> float:
     """Time of a message between nodes relative to one within, by the links' line rates."""
-    gpu = request.cluster.gpus[0]
-    routes = request.cluster.routes()
+    gpu = request.workload.cluster.gpus[0]
+    routes = request.workload.cluster.routes()
     nics = routes.link_gb_per_s[routes.link_class == routes.link_class_names.index("nic")]
     if not len(nics):
         return 1.0

@@ -24,13 +24,13 @@ import numpy.typing as npt
 from moesim.errors import InputError, MismatchError
 from moesim.placement import Placement
 from moesim.planning.tuning import tuning_counts
-from moesim.solvers.base import Problem, Progress, Solution, Solver
+from moesim.solvers.base import Problem, Solution, Solver, run_solver
 from moesim.solvers.objective import PlacementCost
 from moesim.trace.batches import Phase, RequestIndex
 from moesim.trace.format import Trace
+from moesim.types import FloatArray, Progress
 
 Counts = npt.NDArray[np.float32]
-FloatArray = npt.NDArray[np.float64]
 ROUNDS = 4
 RATE = 4.0
 MIN_DOMAIN_SHARE = 0.25
@@ -61,7 +61,7 @@ def parse_robust(text: str) -> Robust:
         level = np.nan
     if kind != "cvar" or not 0 <= level < 1:
         raise InputError(
-            f"--robust {text[:40]!r} is unknown",
+            f"`robust` {text[:40]!r} is unknown",
             "use worst-domain, or cvar:0.9 (the mean of the worst tenth of batches)",
         )
     return Robust("cvar", level)
@@ -95,7 +95,7 @@ def domain_requests(
     """Requests by domain (of their first token). Domains of fewer than `least_tokens` tokens go
     together as `other`, which is left out if it is still smaller than that."""
     if trace.domain_ids is None or not trace.meta.domains:
-        raise MismatchError("the trace has no domains", "use --robust cvar:0.9")
+        raise MismatchError("the trace has no domains", "use `robust` cvar:0.9")
     lengths = np.diff(requests.indptr)
     domain = np.asarray(trace.domain_ids)[requests.token_idx[requests.indptr[:-1]]].astype(np.int64)
     tokens = np.bincount(domain, weights=lengths, minlength=len(trace.meta.domains))
@@ -121,7 +121,7 @@ def domain_counts(
         raise MismatchError(
             f"{len(groups)} domain(s) of the trace have {MIN_DOMAIN_SHARE:.0%} of a batch of"
             f" {batch_tokens} tokens to tune on, two are needed",
-            "use smaller --batch-tokens, a trace with larger domains, or --robust cvar:0.9",
+            "use smaller `batch_tokens`, a trace with larger domains, or `robust` cvar:0.9",
         )
     return {
         name: tuning_counts(trace, requests, phase, batch_tokens, seed)[:MAX_DOMAIN_BATCHES]
@@ -182,8 +182,8 @@ def solve_robust(
     """
     if problem.objective == "traffic":
         raise InputError(
-            "--robust makes load even in the worst case, and objective traffic is about messages",
-            "use --objective balance or time",
+            "`robust` makes load even in the worst case, and objective traffic is about messages",
+            "use `objective` balance or time",
         )
     adversary: _Domains | _Batches
     if robust.kind == "worst-domain":
@@ -197,7 +197,7 @@ def solve_robust(
     mean = plain_mean = float(everywhere.of(plain.placement).mean())
     for turn in range(ROUNDS):
         weighed = replace(problem, counts=adversary.counts(), time_limit_s=limit)
-        found = solver.solve(weighed, progress=_part(progress, turn, ROUNDS))
+        found = run_solver(solver, weighed, progress=_part(progress, turn, ROUNDS))
         worst = adversary.judge(found.placement)
         if worst < best_worst:
             best, best_worst = found, worst

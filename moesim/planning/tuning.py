@@ -20,6 +20,7 @@ from moesim.trace.batches import (
     resample_requests,
 )
 from moesim.trace.format import Trace
+from moesim.types import stream
 
 NUM_RESAMPLES = 300
 RESAMPLE_FRACTION = 1.0
@@ -67,7 +68,7 @@ def _prefill_counts(
     whole = Batches(capped.token_idx, capped.indptr, "prefill", batch_tokens)
     of_request = batch_counts(trace, whole).reshape(len(capped.ids), -1)
     lengths = np.diff(capped.indptr)
-    rng = np.random.default_rng([seed, 0x7EE])
+    rng = stream(seed, 0x7EE)
     member = np.zeros((resamples * BATCHES_PER_RESAMPLE, len(capped.ids)), np.float32)
     size = max(2, int(len(capped.ids) * RESAMPLE_FRACTION))
     for i in range(resamples):

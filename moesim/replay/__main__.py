@@ -96,10 +96,10 @@ def _add_common(parser: argparse.ArgumentParser, time_limit_s: float = 3600.0) -
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    from moesim.replay.calibrate import DEFAULT_SHAPES, Options, calibrate
+    from moesim.replay.calibrate import DEFAULT_SHAPES, CalibrateOptions, calibrate
     from moesim.replay.shape import load_shape
 
-    options = Options(
+    options = CalibrateOptions(
         shapes=tuple(load_shape(text) for text in arguments.shape) or DEFAULT_SHAPES,
         max_tokens_per_rank=arguments.max_tokens,
         max_bytes=arguments.max_bytes,
@@ -119,10 +119,10 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 def _validate(arguments: argparse.Namespace) -> int:
     from moesim.replay.shape import load_shape
-    from moesim.replay.validate import Options, validate
+    from moesim.replay.validate import ValidateOptions, validate
 
     limit = arguments.memory_limit_gb
-    options = Options(
+    options = ValidateOptions(
         tokens_per_rank=tuple(arguments.tokens),
         num_batches=arguments.batches,
         num_layers=arguments.layers,
@@ -149,11 +149,11 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _offload(arguments: argparse.Namespace) -> int:
-    from moesim.replay.offload import Options, offload
+    from moesim.replay.offload import OffloadOptions, offload
     from moesim.replay.schedule import load_schedule
     from moesim.replay.shape import load_shape
 
-    options = Options(
+    options = OffloadOptions(
         cache_shares=tuple(arguments.cache_share),
         lookaheads=tuple(arguments.lookahead),
         num_tokens=arguments.tokens,

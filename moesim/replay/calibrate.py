@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,66 +21,30 @@ import torch.distributed as dist
 from moesim.errors import InputError, UnknownNameError
 from moesim.files import atomic_write
 from moesim.replay import calibrate_experts, calibrate_ffn, calibrate_links
-from moesim.replay.engine import Engine
+from moesim.replay.engine import ReplayEngine
 from moesim.replay.environment import describe
 from moesim.replay.measure import Recorder
-from moesim.replay.ops import Kernels, choose
+from moesim.replay.ops import choose
 from moesim.replay.process import Context
 from moesim.replay.routing import assign_replicas, home_ranks, rank_work
+from moesim.replay.session import DEFAULT_SHAPES as DEFAULT_SHAPES
+from moesim.replay.session import CalibrateOptions as CalibrateOptions
+from moesim.replay.session import Session
 from moesim.replay.shape import ExpertShape
 from moesim.replay.timing import Body, issue_us, time_calls
+from moesim.types import stream
 
 FORMAT = "moesim-calibration-raw"
 VERSION = 1
 
 LAYER_SHAPE = ExpertShape("host time", 256, 128, 16, 2)
 LAYER_TOKENS = 32
-DEFAULT_SHAPES = (
-    ExpertShape("mixtral-8x7b", 4096, 14336, 8, 2),
-    ExpertShape("olmoe-1b-7b", 2048, 1024, 64, 8),
-    ExpertShape("qwen3-30b-a3b", 2048, 768, 128, 8),
-    ExpertShape("gpt-oss-20b", 2880, 2880, 32, 4),
-    ExpertShape("deepseek-v2-lite", 2048, 1408, 64, 6),
-)
-"""Sizes of widely served models, from their Hugging Face config.json."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What to measure.
-
-    shapes: experts, replayed at their real sizes. max_tokens_per_rank: FFN and permutation cases go
-    up to what a batch of so many tokens a rank brings. ffn_rows: mean rows a slot of the FFN cases
-    instead of the built-in ones. max_bytes: largest collective and copy.
-    budget_s: timing of one case. sections: empty for all.
-    """
-
-    shapes: tuple[ExpertShape, ...] = DEFAULT_SHAPES
-    max_tokens_per_rank: int = 8192
-    max_bytes: int = 512 << 20
-    budget_s: float = 0.06
-    time_limit_s: float = 240.0
-    sections: tuple[str, ...] = ()
-    ffn: str = "auto"
-    graphs: bool = True
-    ffn_rows: tuple[float, ...] = ()
-
-
-@dataclass
-class Session:
-    """What a section gets: the ranks, the kernels, the clock's limit, and where rows go."""
-
-    ctx: Context
-    options: Options
-    kernels: Kernels
-    recorder: Recorder
-    notes: list[str] = field(default_factory=list)
 
 
 Section = Callable[[Session], None]
 
 
-def calibrate(ctx: Context, options: Options, out_path: str | None) -> dict[str, Any]:
+def calibrate(ctx: Context, options: CalibrateOptions, out_path: str | None) -> dict[str, Any]:
     """Run the sections; collective. Rank 0 writes `out_path` after each. Returns the record."""
     unknown = [name for name in options.sections if name not in SECTIONS]
     if unknown:
@@ -152,13 +116,13 @@ def _small_layer(session: Session) -> Body:
     ctx, shape = session.ctx, LAYER_SHAPE
     slots = -(-shape.num_experts // ctx.num_ranks)
     tokens = LAYER_TOKENS * ctx.num_ranks
-    random = np.random.default_rng(0)
+    random = stream(0)
     ids = np.argsort(random.random((tokens, shape.num_experts)), axis=1)[:, : shape.top_k]
     placement = np.arange(slots * ctx.num_ranks)
     placement[placement >= shape.num_experts] = -1
     home = home_ranks(tokens, ctx.num_ranks)
     assignment = assign_replicas(ids, None, placement, home, ctx.num_ranks)
-    engine = Engine(ctx, shape, slots, LAYER_TOKENS, session.kernels)
+    engine = ReplayEngine(ctx, shape, slots, LAYER_TOKENS, session.kernels)
     tables = engine.upload(rank_work(assignment, ctx.rank))
     return lambda i: engine.layer(tables, i)
 

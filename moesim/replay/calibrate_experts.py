@@ -11,9 +11,10 @@ import torch
 from moesim.replay.ops import TORCH_DTYPES, gather_rows, grouped_ffn, reduce_rows
 from moesim.replay.process import Context
 from moesim.replay.timing import Body, issue_us
+from moesim.types import stream
 
 if TYPE_CHECKING:
-    from moesim.replay.calibrate import Session
+    from moesim.replay.session import Session
 
 SKEW_MARGIN = 1.9
 PERMUTE_ROWS = (24, 96, 384, 1536, 6144, 24576, 98304)
@@ -49,7 +50,7 @@ def measure_permute(session: Session) -> None:
     (`reduce`: `fan_in` rows into one). `bytes` counts every distinct row read and row written."""
     ctx, recorder = session.ctx, session.recorder
     kernel = session.kernels.reduce
-    generator = np.random.default_rng(0)
+    generator = stream(0)
     for hidden, dtype_name in sorted({(s.hidden_size, s.dtype) for s in session.options.shapes}):
         dtype = TORCH_DTYPES[dtype_name]
         row_bytes = hidden * dtype.itemsize

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from moesim.replay.calibrate_experts import SKEW_MARGIN, draw, ffn_body
@@ -23,22 +22,22 @@ from moesim.replay.process import Context
 from moesim.replay.routing import company_rows
 from moesim.replay.shape import ExpertShape
 from moesim.replay.timing import Body, issue_us
+from moesim.types import IntArray, stream
 
 if TYPE_CHECKING:
-    from moesim.replay.calibrate import Session
+    from moesim.replay.session import Session
 
 MEAN_TOKENS = (0.25, 1, 4, 16, 48, 96, 128, 160, 256, 384, 768, 1536, 3072, 6144)
 ALONE_TOKENS = (4, 96, 1536)
 LOADS = ((1.0, 0.2), (1.0, 0.8), (0.5, 0.4))
 NUM_ROLLS = 8
 LAST_STEP = 1.2
-IntArray = npt.NDArray[np.int64]
 
 
 def drawn_counts(rows: int, num_slots: int, share: float, skew: float, seed: int = 0) -> IntArray:
     """[num_slots] rows of each expert: `rows` draws from popularities that fall off as rank to the
     power -skew over `share` of the experts, in random order; the others get none."""
-    random = np.random.default_rng([rows, num_slots, round(share * 100), round(skew * 100), seed])
+    random = stream(rows, num_slots, round(share * 100), round(skew * 100), seed)
     active = max(1, round(share * num_slots))
     popularity = np.zeros(num_slots)
     popularity[:active] = 1.0 / np.arange(1, active + 1) ** skew
@@ -111,7 +110,7 @@ class Company:
 
     def _shuffled(self, many: int, few: int) -> torch.Tensor:
         """[many] numbers below `few`, as evenly often as can be."""
-        order = np.random.default_rng(many).permutation(many) % few
+        order = stream(many).permutation(many) % few
         return torch.from_numpy(order).to(self.ctx.device)
 
     def _groups(

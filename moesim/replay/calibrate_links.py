@@ -20,7 +20,7 @@ from moesim.replay.streams import measure_fetch
 from moesim.replay.timing import Body
 
 if TYPE_CHECKING:
-    from moesim.replay.calibrate import Session
+    from moesim.replay.session import Session
 
 NUM_BUFFERS = 3
 SMALLEST_MESSAGE = 768  # three times a power of two, which no batch of whole tokens comes to

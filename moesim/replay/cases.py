@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.cost.routing import other_ranks
 from moesim.errors import InputError, MismatchError
@@ -16,9 +15,9 @@ from moesim.replay.routing import POLICIES, Assignment, assign_replicas, home_ra
 from moesim.replay.shape import ExpertShape
 from moesim.trace.batches import Phase, draw_batches, index_requests, split_requests
 from moesim.trace.format import Trace
+from moesim.types import IntArray
 
 DECODE_UP_TO = 1024
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ def build_batches(
     held_out: draw from the held-out half of the requests alone.
     """
     if tokens_per_rank < 1:
-        raise InputError("a rank needs at least one token", "raise --tokens")
+        raise InputError("a rank needs at least one token", "raise `tokens`")
     chosen: Phase = "decode" if phase == "decode" else "prefill"
     if phase == "auto":
         chosen = "decode" if tokens_per_rank <= DECODE_UP_TO else "prefill"

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError, MismatchError
-from moesim.replay.predict import PHASES, Predictor
+from moesim.replay.predict import PHASES, LayerPredictor
 from moesim.replay.records import read_record
+from moesim.types import FloatArray
 
 FORMAT = "moesim-measured"
 BASELINE = "linear"
@@ -23,7 +24,6 @@ MIN_ORDERED = 3
 FIELDS = frozenset(
     ("plan", "tokens_per_rank", "mode", "batch", "phase_us", "layer_us", "step_us", "slot_rows")
 ) | {"messages"}
-FloatArray = npt.NDArray[np.float64]
 Key = tuple[int, str, str, int]
 
 
@@ -194,7 +194,7 @@ def load_measured(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def compare(
     record: Mapping[str, Any],
-    predictor: Predictor,
+    predictor: LayerPredictor,
     tolerance: Tolerance | None = None,
     repeat: Mapping[str, Any] | None = None,
     modes: Sequence[str] = ("graph", "eager"),
@@ -210,7 +210,7 @@ def compare(
     results = [r for r in record["results"] if r["mode"] in modes]
     if not results:
         raise InputError(
-            f"the record holds nothing in mode {' or '.join(modes)}", "compare another --mode"
+            f"the record holds nothing in mode {' or '.join(modes)}", "compare another `mode`"
         )
     cases = [_case(r, predictor, again.get(_key(r))) for r in results]
     found: dict[tuple[int, str], list[Case]] = {}
@@ -243,7 +243,9 @@ def _key(result: Mapping[str, Any]) -> Key:
     return (result["tokens_per_rank"], result["mode"], result["plan"], result["batch"])
 
 
-def _case(result: Mapping[str, Any], predictor: Predictor, again: Mapping[str, Any] | None) -> Case:
+def _case(
+    result: Mapping[str, Any], predictor: LayerPredictor, again: Mapping[str, Any] | None
+) -> Case:
     phases = np.asarray(result["phase_us"], np.float64)
     predicted = predictor.predict(result, result["mode"])
     marked = np.asarray(result["layer_us"]["median"], np.float64)

@@ -37,11 +37,10 @@ from moesim.replay.process import Context
 from moesim.replay.routing import RankWork
 from moesim.replay.shape import ExpertShape
 from moesim.replay.timing import PhaseClock, capture
+from moesim.types import FloatArray, IntArray
 
 PHASES = ("permute", "dispatch", "compute", "combine", "unpermute")
 NUM_INPUT_SETS = 2
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +64,7 @@ class LayerTables:
     return_weights: torch.Tensor | None
 
 
-class Engine:
+class ReplayEngine:
     """A rank's experts of one layer in `num_sets` copies, and the step that replays layers.
 
     Weights are drawn per logical expert from a seed, so that replicas agree on every rank. A plan

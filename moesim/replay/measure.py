@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from moesim.replay.process import Context
-from moesim.replay.timing import Body, FloatArray, slowest, time_calls
+from moesim.replay.timing import Body, slowest, time_calls
+from moesim.types import FloatArray
 
 DIGITS = 3
 

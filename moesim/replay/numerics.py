@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from moesim.errors import MoesimError
-from moesim.replay.engine import Engine, LayerTables, draw_expert
+from moesim.replay.engine import LayerTables, ReplayEngine, draw_expert
 from moesim.replay.routing import Assignment, Dedup
 from moesim.replay.timing import capture
 
@@ -41,7 +41,7 @@ class Check:
 
 
 def check_layer(
-    engine: Engine,
+    engine: ReplayEngine,
     tables: LayerTables,
     assignment: Assignment,
     expert_ids: npt.NDArray[np.integer],
@@ -84,7 +84,7 @@ def check_layer(
 
 
 def conservation_error(
-    engine: Engine,
+    engine: ReplayEngine,
     tables: LayerTables,
     assignment: Assignment,
     expert_ids: npt.NDArray[np.integer],
@@ -119,7 +119,7 @@ def conservation_error(
 
 
 def reference_error(
-    engine: Engine,
+    engine: ReplayEngine,
     tables: LayerTables,
     assignment: Assignment,
     expert_ids: npt.NDArray[np.integer],
@@ -165,7 +165,7 @@ def _with_unit_weights(tables: LayerTables) -> LayerTables:
     )
 
 
-def graph_deviation(engine: Engine, tables: LayerTables) -> float:
+def graph_deviation(engine: ReplayEngine, tables: LayerTables) -> float:
     """Relative difference between a layer replayed from a CUDA graph, into outputs poisoned with
     NaN beforehand, and the same layer called eagerly; collective."""
     eager = engine.layer(tables, 0).clone()

@@ -26,17 +26,12 @@ from moesim.replay.memory import MemoryNeed, available_host_bytes, require_memor
 from moesim.replay.numerics import TOLERANCE, NumericsError
 from moesim.replay.ops import TORCH_DTYPES, Kernels, choose, grouped_ffn
 from moesim.replay.process import Context
-from moesim.replay.schedule import (
-    FloatArray,
-    Schedule,
-    StepCosts,
-    lru_schedule,
-    predict_tokens_us,
-)
+from moesim.replay.schedule import Schedule, StepCosts, lru_schedule, predict_tokens_us
 from moesim.replay.shape import ExpertShape
 from moesim.replay.streams import Fetch, cycles_of, measure_fetch, queued_us
 from moesim.replay.timing import issue_us, spread, time_calls
 from moesim.trace.format import load_token_trace
+from moesim.types import FloatArray
 
 FORMAT = "moesim-offload-measured"
 VERSION = 1
@@ -44,7 +39,7 @@ NUM_CHECKED = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class OffloadOptions:
     """What to replay: cache sizes as shares of the experts, lookaheads in steps, how many tokens
     and layers of the trace; the first `warm_tokens` tokens are replayed but not counted."""
 
@@ -223,7 +218,7 @@ def offload(
     shape: ExpertShape,
     trace_path: str | None,
     schedules: Sequence[Schedule],
-    options: Options,
+    options: OffloadOptions,
     out_path: str | None,
 ) -> dict[str, Any]:
     """Replay each schedule (or LRU schedules of the trace's first tokens) and write the record.
@@ -282,7 +277,9 @@ def offload(
     return record
 
 
-def lru_schedules(shape: ExpertShape, trace_path: str | None, options: Options) -> list[Schedule]:
+def lru_schedules(
+    shape: ExpertShape, trace_path: str | None, options: OffloadOptions
+) -> list[Schedule]:
     """LRU at each cache size and lookahead, over the first tokens of the trace's longest request
     and of the requests after it."""
     if trace_path is None:
@@ -306,7 +303,7 @@ def _replay(
     cache: SlotCache,
     schedule: Schedule,
     kernels: Kernels,
-    options: Options,
+    options: OffloadOptions,
     fetch: Fetch,
 ) -> dict[str, Any]:
     player = Player(ctx, cache, schedule, kernels, options.other_us)

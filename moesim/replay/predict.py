@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.cost.calibration import Calibration
 from moesim.cost.routing import Routed
@@ -20,13 +19,12 @@ from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InputError
 from moesim.model.spec import AttentionSpec, ModelSpec
 from moesim.replay.shape import ExpertShape
+from moesim.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
 
 PHASES = ("permute", "dispatch", "compute", "combine", "unpermute")
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +36,7 @@ class Predicted:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Predictor:
+class LayerPredictor:
     """Predictions for one model on the GPUs of one calibration.
 
     A layer is permute, dispatch, compute, combine and unpermute; dispatch and combine wait for the
@@ -111,7 +109,7 @@ class Predictor:
 
 def build_predictor(
     shape: ExpertShape, calibration: Calibration, cluster: Cluster, dedup: str
-) -> Predictor:
+) -> LayerPredictor:
     """The predictor of one model.
 
     Raises InputError when the calibration lacks the row moves, UnknownNameError when it lacks the
@@ -146,7 +144,7 @@ def build_predictor(
     )
     row = float(shape.row_bytes)
     step = replace(step, dispatch_bytes=row, combine_bytes=row)
-    return Predictor(shape, calibration, step)
+    return LayerPredictor(shape, calibration, step)
 
 
 def _layers(phases: FloatArray) -> FloatArray:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import MismatchError, UnknownNameError
+from moesim.types import IntArray
 
-IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 Dedup = Literal["gpu", "none"]
 POLICIES = ("split", "nearest", "hash")
@@ -132,7 +132,7 @@ def assign_replicas(
             "replica policy",
             policy,
             POLICIES,
-            f"the replay knows {', '.join(POLICIES)}; choose one with --replica-policy",
+            f"the replay knows {', '.join(POLICIES)}; choose one with `replica_policy`",
         )
     ids = np.asarray(expert_ids, np.int64)
     num_tokens, top_k = ids.shape

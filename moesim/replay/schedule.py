@@ -19,9 +19,8 @@ import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError
 from moesim.files import atomic_path
+from moesim.types import FloatArray, IntArray
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 FORMAT = "moesim-cache-schedule"
 _ARRAYS = ("experts", "slots", "issue", "need", "item", "slot", "initial")
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from moesim.replay.process import Context
-from moesim.replay.timing import Body, FloatArray, issue_us, time_calls
+from moesim.replay.timing import Body, issue_us, time_calls
+from moesim.types import FloatArray
 
 TRIAL_CYCLES = 1_000_000
 MARGIN = 1.5

@@ -17,13 +17,13 @@ from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.fitting import ExpertFit
 from moesim.cost.fitting_tiles import TileCases, fit_tiles
 from moesim.cost.tile_waves import TileWaves
+from moesim.types import FloatArray
 
 WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
 TILED_KERNEL = "grouped_mm"
 MIN_ROWS = 6
 DIGITS = 4
 Rows = list[dict[str, Any]]
-FloatArray = npt.NDArray[np.float64]
 
 
 def expert_entries(rows: Rows, alone: Rows, source: str, num_sms: int = 0) -> list[dict[str, Any]]:

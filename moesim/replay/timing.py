@@ -7,12 +7,11 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from moesim.replay.process import Context
+from moesim.types import FloatArray
 
-FloatArray = npt.NDArray[np.float64]
 Body = Callable[[int], object]
 GRAPH_MEMORY_SHARE = 0.4
 

@@ -27,7 +27,7 @@ from moesim.replay.cases import (
     pick_layers,
     replay_policy,
 )
-from moesim.replay.engine import PHASES, Engine, LayerTables
+from moesim.replay.engine import PHASES, LayerTables, ReplayEngine
 from moesim.replay.environment import describe
 from moesim.replay.memory import memory_need, require_memory
 from moesim.replay.numerics import TOLERANCE, NumericsError, check_layer, graph_deviation
@@ -36,16 +36,16 @@ from moesim.replay.process import Context
 from moesim.replay.routing import Assignment, Dedup, rank_work, send_matrix
 from moesim.replay.shape import ExpertShape
 from moesim.trace.format import Trace, load_token_trace
+from moesim.types import FloatArray
 
 FORMAT = "moesim-measured"
 VERSION = 1
 L2_MULTIPLE = 4
 DEFAULT_L2_BYTES = 64 << 20
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ValidateOptions:
     """What to replay.
 
     tokens_per_rank: batch sizes; num_layers: layers of the trace, evenly spaced (0: all).
@@ -90,7 +90,7 @@ def validate(
     plan_paths: Sequence[str],
     trace_path: str,
     shape: ExpertShape,
-    options: Options,
+    options: ValidateOptions,
     out_path: str | None,
 ) -> dict[str, Any]:
     """Replay every plan on every batch; collective. Rank 0 writes `out_path` as results come.
@@ -133,7 +133,9 @@ def validate(
     if modes == ["eager"]:
         options = replace(options, num_eager_batches=options.num_batches)
     max_home = max(int(np.bincount(b.home).max()) for b in batches)
-    engine = Engine(ctx, shape, slots, max_home, kernels, num_sets=num_sets, seed=options.seed)
+    engine = ReplayEngine(
+        ctx, shape, slots, max_home, kernels, num_sets=num_sets, seed=options.seed
+    )
     record = _header(ctx, trace, shape, plans, layers, options, kernels, num_sets, notes)
     record["memory_bytes_needed"] = need.total_bytes
     for batch in batches:
@@ -167,7 +169,7 @@ def _header(
     shape: ExpertShape,
     plans: list[NamedPlan],
     layers: npt.NDArray[np.int64],
-    options: Options,
+    options: ValidateOptions,
     kernels: Kernels,
     num_sets: int,
     notes: list[str],
@@ -203,7 +205,7 @@ def _header(
     }
 
 
-def _weight_sets(ctx: Context, shape: ExpertShape, slots: int, options: Options) -> int:
+def _weight_sets(ctx: Context, shape: ExpertShape, slots: int, options: ValidateOptions) -> int:
     """Enough copies that reading all of them in turn leaves nothing in the L2."""
     if options.weight_sets > 0:
         return options.weight_sets
@@ -220,7 +222,7 @@ def _busiest_rows(
     plans: list[NamedPlan],
     batches: list[Batch],
     layers: npt.NDArray[np.int64],
-    options: Options,
+    options: ValidateOptions,
 ) -> int:
     """Rows of the busiest rank, over all plans and layers, of the largest batch."""
     batch = max(batches, key=lambda b: len(b.token_idx))
@@ -235,12 +237,12 @@ def _busiest_rows(
 
 def _prepare(
     ctx: Context,
-    engine: Engine,
+    engine: ReplayEngine,
     trace: Trace,
     entry: NamedPlan,
     batch: Batch,
     layers: npt.NDArray[np.int64],
-    options: Options,
+    options: ValidateOptions,
 ) -> _Unit:
     assignments = [assign(trace, batch, entry, int(i), options.policy) for i in layers]
     tables = [engine.upload(rank_work(a, ctx.rank, options.dedup)) for a in assignments]
@@ -248,12 +250,12 @@ def _prepare(
 
 
 def _check(
-    engine: Engine,
+    engine: ReplayEngine,
     trace: Trace,
     unit: _Unit,
     layers: npt.NDArray[np.int64],
     kernels: Kernels,
-    options: Options,
+    options: ValidateOptions,
 ) -> dict[str, Any]:
     label = f"plan {unit.entry.name}, {unit.batch.tokens_per_rank} tokens a rank"
     layer = int(layers[0])
@@ -284,7 +286,9 @@ def _check(
     return out
 
 
-def _measure(engine: Engine, unit: _Unit, mode: str, options: Options) -> dict[str, Any]:
+def _measure(
+    engine: ReplayEngine, unit: _Unit, mode: str, options: ValidateOptions
+) -> dict[str, Any]:
     ctx = engine.ctx
     phases, whole = engine.measure(
         unit.tables, mode, budget_s=options.budget_s, max_reps=options.max_reps

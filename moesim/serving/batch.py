@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import InputError
+from moesim.types import FloatArray
 
-FloatArray = npt.NDArray[np.float64]
 _FIELDS = ("decode_tokens", "decode_context_tokens", "prefill_tokens", "prefill_pairs")
 
 

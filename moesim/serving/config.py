@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from moesim.choices import Router as Router
 from moesim.errors import InputError, UnknownNameError
 from moesim.serving.speculative import Speculation
 from moesim.serving.state import (
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from moesim.serving.deployment import Deployment
     from moesim.serving.routing import DomainRouting
 
-Router = Literal["round_robin", "least_loaded", "length_aware"]
 Action = Literal["queue", "refuse", "shorten", "demote"]
 ROUTERS: Mapping[str, int] = {
     "round_robin": ROUND_ROBIN,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
+from moesim.choices import MoeComm as MoeComm
+from moesim.cluster import DEFAULT_CLUSTER, load_cluster
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.model.names import KV_BYTES, WEIGHT_BYTES, load_model
 from moesim.serving.engines import EngineProfile, engine_profile
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from moesim.model.spec import ModelSpec
     from moesim.placement import Plan
     from moesim.trace.format import Trace
-
-MoeComm = Literal["all_reduce", "all_gather", "nccl", "deepep", "deepep_ll"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +173,7 @@ class Deployment:
 
 def deploy(
     model: ModelSpec | str,
-    cluster: Cluster | str = "h200-sxm-ib",
+    cluster: Cluster | str = DEFAULT_CLUSTER,
     *,
     engine: EngineProfile | str = "vllm",
     tp: int | None = None,
@@ -196,7 +196,8 @@ def deploy(
     """A deployment with defaults for what is not given.
 
     model: a spec or what `load_model` takes. cluster: a cluster of the right size, or a name or
-    file that is sized to the deployment. tp: what `num_gpus` leaves after dp and pp, else 1. ep and
+    file that is sized to the deployment. tp: what `num_gpus`, or a cluster given as an object,
+    leaves after dp and pp, else 1. ep and
     moe_tp: with attention DP or a plan all experts whole (ep = tp x dp), else cut (moe_tp = tp).
     dtypes as stored in the model; the rest as the engine's profile. moe_comm: all_reduce without
     attention DP; with it deepep over several nodes, nccl all-to-all within one, all_gather where
@@ -204,8 +205,6 @@ def deploy(
 
     Raises what `Deployment` raises, and InputError where the numbers do not divide.
     """
-    from moesim.cluster import load_cluster
-
     spec = load_model(model) if isinstance(model, str) else model
     profile = engine_profile(engine) if isinstance(engine, str) else engine
     if num_gpus is not None and tp is None:
@@ -215,6 +214,8 @@ def deploy(
                 "choose a number of GPUs that is a multiple of dp x pp",
             )
         tp = num_gpus // (dp * pp)
+    if tp is None and not isinstance(cluster, str):
+        tp = max(1, cluster.num_gpus // (dp * pp))
     tp = 1 if tp is None else tp
     if num_gpus is not None and num_gpus != tp * dp * pp:
         raise InputError(

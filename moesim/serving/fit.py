@@ -8,9 +8,10 @@ from moesim.errors import InfeasibleError, InputError
 from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import Deployment, deploy
 from moesim.serving.memory import gpu_memory, require_fit
-from moesim.serving.step_cost import StepCost
+from moesim.serving.step_cost import EngineStepCost
 
 if TYPE_CHECKING:
+    from moesim.cluster import Cluster
     from moesim.model.spec import ModelSpec
     from moesim.serving.config import ServingConfig
     from moesim.serving.requests import Requests
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
 MIN_CACHE_TOKENS = 8192
 
 
-def fitting_deployment(model: ModelSpec, cluster: str, num_gpus: int, **options: Any) -> Deployment:
-    """The deployment of `num_gpus` with least tensor parallelism that leaves a rank's KV cache at
-    least MIN_CACHE_TOKENS tokens: attention data-parallel over num_gpus / tp ranks, experts over
-    all GPUs as far as there are experts. `options` go to `deploy`.
+def fitting_deployment(model: ModelSpec, cluster: Cluster, **options: Any) -> Deployment:
+    """The deployment of all GPUs of `cluster` with least tensor parallelism that leaves a rank's KV
+    cache at least MIN_CACHE_TOKENS tokens: attention data-parallel over num_gpus / tp ranks,
+    experts over all GPUs as far as there are experts. `options` go to `deploy`.
 
     Raises InfeasibleError with the numbers where nothing fits, InputError where no tp is possible.
     """
     tried: list[Deployment] = []
+    num_gpus = cluster.num_gpus
     for tp in range(1, num_gpus + 1):
         if num_gpus % tp or model.attention.num_heads % tp:
             continue
@@ -42,7 +44,7 @@ def fitting_deployment(model: ModelSpec, cluster: str, num_gpus: int, **options:
     if not tried:
         raise InputError(
             f"{model.name} does not divide over {num_gpus} GPUs",
-            "choose another number of GPUs (a power of two, say), or give --tp and --dp",
+            "choose another number of GPUs (a power of two, say), or give `tp` and `dp`",
         )
     best = max(tried, key=lambda made: gpu_memory(made).kv_token_capacity)
     require_fit(best, MIN_CACHE_TOKENS)
@@ -54,8 +56,8 @@ def check_possible(
 ) -> None:
     """Raise InfeasibleError for a promise that no request could keep with nothing else running:
     its time per token below one decode step, or its time to first token below one prompt step."""
-    front = StepCost(deployment)
-    back = front if config.decode is None else StepCost(config.decode)
+    front = EngineStepCost(deployment)
+    back = front if config.decode is None else EngineStepCost(config.decode)
     decode = BatchShape.of(decode_tokens=1.0, decode_context_tokens=1.0)
     step_s = float(back.step_us(decode)) / 1e6
     spec = config.speculation

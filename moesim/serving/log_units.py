@@ -49,7 +49,7 @@ def seconds_per_tick(
         raise FormatError(
             f"{path} line {numbers[row]}: timestamp {ticks[row]:g} is no whole number, so it is not"
             " Mooncake's milliseconds, and nothing says what it is",
-            "name the unit: --time-unit s or ms (time_unit= in Python)",
+            "name the unit with `time_unit`: s or ms",
         )
     return TIME_UNITS["ms"]
 
@@ -104,8 +104,8 @@ def block_size(
     raise FormatError(
         f"{path} line {numbers[rows[at]]} has {held[at]} hash_ids for {tokens[at]} prompt tokens,"
         f" line {numbers[rows[other]]} {held[other]} for {tokens[other]}: no one block size fits",
-        "the ids are not of blocks of one size: name it with --block-tokens (block_tokens= in"
-        " Python) if rows are cut, or remove hash_ids",
+        "the ids are not of blocks of one size: name it with `block_tokens` if rows are cut, or"
+        " remove hash_ids",
     )
 
 
@@ -133,7 +133,7 @@ def _chosen(path: Path, least: int, most: int, usual: int) -> int:
         return least
     raise FormatError(
         f"{path}: its hash_ids fit blocks of {least} to {most} tokens, so nothing says which",
-        "name the block size that the log was made with: --block-tokens (block_tokens= in Python)",
+        "name the block size that the log was made with: `block_tokens`",
     )
 
 

@@ -19,7 +19,7 @@ ACTIVATION_BYTES = 2
 
 
 @dataclass(frozen=True)
-class GpuMemory:
+class EngineMemory:
     """Bytes of the fullest GPU of a deployment.
 
     total_bytes: the GPU's memory; usable_bytes: the engine's share of it. expert_weight_bytes,
@@ -69,7 +69,7 @@ def kv_bytes_per_token_per_gpu(deployment: Deployment) -> float:
     return elements * layers * KV_BYTES[deployment.kv_dtype]
 
 
-def gpu_memory(deployment: Deployment) -> GpuMemory:
+def gpu_memory(deployment: Deployment) -> EngineMemory:
     """Memory of the fullest GPU: the stage with most layers, the GPU with most expert slots.
 
     Weights: experts by slots (of the plan, else experts / ep) and moe_tp; attention, dense and
@@ -105,7 +105,7 @@ def gpu_memory(deployment: Deployment) -> GpuMemory:
     activations = rows * width * ACTIVATION_BYTES
     activations += deployment.max_sequences * model.vocab_size * 4.0 / tp
     total = min(gpu.hbm_gb for gpu in deployment.cluster.gpus) * HBM_BYTES_PER_GB
-    return GpuMemory(
+    return EngineMemory(
         total_bytes=total,
         usable_bytes=total * deployment.memory_fraction,
         expert_weight_bytes=experts,
@@ -116,7 +116,7 @@ def gpu_memory(deployment: Deployment) -> GpuMemory:
     )
 
 
-def require_fit(deployment: Deployment, min_tokens: int = 1) -> GpuMemory:
+def require_fit(deployment: Deployment, min_tokens: int = 1) -> EngineMemory:
     """`gpu_memory`, or InfeasibleError with the numbers where fewer than `min_tokens` fit."""
     memory = gpu_memory(deployment)
     if memory.kv_token_capacity < min_tokens:

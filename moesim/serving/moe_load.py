@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from moesim.types import FloatArray, stream
+
 if TYPE_CHECKING:
     from moesim.cost.expert_gemm import ExpertGemmModel
     from moesim.trace.format import Trace
 
-FloatArray = npt.NDArray[np.float64]
 
 ASSUMED_SKEW = 0.6
 """Exponent s of the assumed popularity, share of rank r in proportion to r**-s."""
@@ -38,7 +39,7 @@ class MoeLoad:
         Drawn with common random numbers: the same uniform numbers for every `num_tokens`, so that
         counts grow with it.
         """
-        uniform = np.random.default_rng(seed).random(self.inclusion.shape)
+        uniform = stream(seed).random(self.inclusion.shape)
         return _binomial_quantile(num_tokens, self.inclusion, uniform)
 
     def spread(self, factor: float) -> MoeLoad:
@@ -100,7 +101,7 @@ def layer_us(
 @lru_cache(maxsize=64)
 def _power_law_inclusion(num_experts: int, top_k: int, skew: float) -> FloatArray:
     """Inclusion probabilities of choosing `top_k` without replacement, by sampling (Gumbel)."""
-    rng = np.random.default_rng(0)
+    rng = stream(0)
     log_weight = -skew * np.log(np.arange(1, num_experts + 1))
     noise = rng.gumbel(size=(SAMPLE_TOKENS, num_experts))
     if top_k < num_experts:

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.cost.curves import Basis, weakest
 from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF, calibration_of_gpu
 from moesim.errors import InputError, UnknownNameError
 from moesim.serving.moe_load import MoeLoad, layer_us
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from moesim.cost.collective import CollectiveCurve
     from moesim.model.spec import ModelSpec
 
-FloatArray = npt.NDArray[np.float64]
 WAYS = ("ep", "ep_gather", "tp", "dp", "dp_gather")
 LIBRARIES = ("nccl", "deepep", "deepep_ll")
 ELEMENT_BYTES = 2.0

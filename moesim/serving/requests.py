@@ -10,9 +10,8 @@ import numpy.typing as npt
 
 from moesim.cost.curves import Basis
 from moesim.errors import InputError
+from moesim.types import FloatArray, IntArray, stream
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 MAX_TOKENS = 1 << 30
 MAX_PRIORITIES = 16
 
@@ -154,7 +153,7 @@ class Requests:
                 f"priorities in shares {shares!s:.80}",
                 f"give 1 to {MAX_PRIORITIES} numbers of 0 or more, the most urgent first",
             )
-        rng = np.random.default_rng(seed)
+        rng = stream(seed)
         drawn = rng.choice(len(weights), len(self), p=weights / weights.sum())
         return replace(self, priority=drawn.astype(np.int64))
 
@@ -223,7 +222,7 @@ def _lengths(
             f"{row_name} {first_row + row}: {given[row]:g} {what} tokens"
             f" ({int(bad.sum())} such rows)",
             f"lengths are whole numbers from 1 to {MAX_TOKENS:,}; leave such rows out with"
-            " --skip-empty if they are requests that failed",
+            " `skip_empty` if they are requests that failed",
         )
     return given.astype(np.int64)
 

@@ -23,6 +23,7 @@ from moesim.serving.state import (
     TOO_LARGE,
     UNFINISHED,
 )
+from moesim.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
     from moesim.serving.config import ServingConfig
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from moesim.serving.requests import Requests
     from moesim.serving.state import Clock
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 STATUS_NAMES = {
     UNFINISHED: "unfinished",
     FINISHED: "finished",

@@ -18,17 +18,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.errors import InputError, MismatchError, UnknownNameError
+from moesim.types import FloatArray, IntArray, stream
 
 if TYPE_CHECKING:
     from moesim.serving.requests import Requests
-    from moesim.serving.step_cost import StepCost
+    from moesim.serving.step_cost import EngineStepCost
     from moesim.trace.format import Trace
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 MAX_DOMAINS = 12
 REST = "(rest)"
 EVEN_TOKENS = 4096
@@ -106,14 +104,14 @@ class DomainRouting:
         now = weights * (drift if self.drift_s < math.inf else 1.0)
         now = np.broadcast_to(now, (len(requests), num))
         total = np.cumsum(now, axis=1)
-        drawn = np.random.default_rng(self.seed).random(len(requests)) * total[:, -1]
+        drawn = stream(self.seed).random(len(requests)) * total[:, -1]
         domain = (drawn[:, None] >= total).sum(axis=1)
         return replace(requests, domain=np.minimum(domain, num - 1), domains=names)
 
-    def moe_tables(self, cost: StepCost) -> FloatArray:
+    def moe_tables(self, cost: EngineStepCost) -> FloatArray:
         """[W + 1, points] microseconds of all MoE layers on the token counts of `cost`'s own table:
         each domain alone, then equal shares. Raises MismatchError for another model's trace."""
-        from moesim.serving.step_cost import StepCost
+        from moesim.serving.step_cost import EngineStepCost
 
         deployment = cost.deployment
         model = deployment.model
@@ -124,7 +122,7 @@ class DomainRouting:
                 f" {model.num_experts}, top-{model.top_k}",
                 "use a trace of this model",
             )
-        rng = np.random.default_rng(self.seed)
+        rng = stream(self.seed)
         rows, evenly = [], []
         for _, ids in self.groups:
             own = np.arange(self.trace.num_tokens)
@@ -137,7 +135,7 @@ class DomainRouting:
         for part in parts:
             stride = max(1, len(part) // (4 * EVEN_TOKENS))
             of_part = replace(deployment, trace=self.trace.take(part[::stride]))
-            tables.append(StepCost(of_part)._moe_total.times_us)
+            tables.append(EngineStepCost(of_part)._moe_total.times_us)
         return np.stack(tables)
 
     @property

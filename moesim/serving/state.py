@@ -10,10 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
+from moesim.types import FloatArray, IntArray
 
 INTERNAL = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """How what only compiled code calls is compiled: half the time, since nothing is unpacked."""

@@ -19,9 +19,10 @@ import numpy as np
 
 from moesim.errors import InputError
 from moesim.serving.memory import require_fit
+from moesim.types import stream
 
 if TYPE_CHECKING:
-    from moesim.serving.step_cost import StepCost
+    from moesim.serving.step_cost import EngineStepCost
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class _Rank:
         return ended
 
 
-def run_load_test(cost: StepCost, test: LoadTest) -> StaticResult:
+def run_load_test(cost: EngineStepCost, test: LoadTest) -> StaticResult:
     """Run the test on one deployment.
 
     A request reaches the scheduler after `request_ms` and its tokenising, and is admitted to the
@@ -134,7 +135,7 @@ def run_load_test(cost: StepCost, test: LoadTest) -> StaticResult:
     deployment = cost.deployment
     memory = require_fit(deployment, test.input_tokens + test.output_tokens)
     total = test.num_requests or 10 * test.concurrency
-    rng = np.random.default_rng(test.seed)
+    rng = stream(test.seed)
     prompts = _lengths(rng, test.input_tokens, test.range_ratio, total)
     answers = _lengths(rng, test.output_tokens, test.range_ratio, total)
     ranks = [_Rank(memory.kv_token_capacity) for _ in range(deployment.dp)]
@@ -164,7 +165,7 @@ def run_load_test(cost: StepCost, test: LoadTest) -> StaticResult:
 
 
 class _Engine:
-    def __init__(self, cost: StepCost, ranks: list[_Rank]) -> None:
+    def __init__(self, cost: EngineStepCost, ranks: list[_Rank]) -> None:
         self.cost, self.ranks, self.now_us = cost, ranks, 0.0
         deployment = cost.deployment
         self.budget = deployment.max_batch_tokens

@@ -3,7 +3,7 @@
     step = host + head + sum over layers of the slowest DP rank's
            (norms + attention + all-reduce + router + dispatch + experts + combine)
 
-`StepCost` reduces every part to something quick: what depends on a rank's rows alone and what
+`EngineStepCost` reduces every part to something quick: what depends on a rank's rows alone and what
 depends on the tokens of all ranks together are tables; attention is linear in cached tokens and,
 for prompts, a smooth maximum of rows and query-key pairs.
 """
@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moesim.cost.calibration import calibration_names, load_calibration
-from moesim.cost.curves import FloatArray, power_mean_max, weakest
+from moesim.cost.curves import power_mean_max, weakest
 from moesim.cost.dense import GEMM_SHARPNESS, KV_ELEMENT_BYTES, causal_pairs
 from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF, calibration_of_gpu
 from moesim.serving.moe_load import MoeLoad, assumed_load, layer_us, load_of_trace
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.cost.calibration import Calibration
@@ -126,7 +127,7 @@ class _Table:
         return self.counts.tolist(), self.times_us.tolist()
 
 
-class StepCost:
+class EngineStepCost:
     """`step_us(batch)` of one deployment; build once, evaluate often.
 
     basis: weakest kind of figure it rests on; notes: what was assumed.
@@ -150,7 +151,7 @@ class StepCost:
         heads = _grid(deployment.max_sequences * 2)
         self._head = _Table(heads, self._head_us(heads))
 
-    def with_engine(self, engine: EngineProfile) -> StepCost:
+    def with_engine(self, engine: EngineProfile) -> EngineStepCost:
         """The same kernels under another profile: only the host's constants are taken from it,
         sizes stay those of the deployment."""
         other = copy(self)

@@ -1,8 +1,8 @@
 """The time of a step as tables for the compiled loop, and the loop's view of it.
 
-`tables_of` copies what a `StepCost` reduces a deployment to; `step_us` then gives what
-`StepCost.one_us` gives (the tests hold the two together), with the routed experts' part by the
-domains of the step's tokens where the routing of domains is known.
+`tables_of` copies what a `EngineStepCost` reduces a deployment to; `step_us` then gives what
+`EngineStepCost.one_us` gives (the tests hold the two together), with the routed experts' part by
+the domains of the step's tokens where the routing of domains is known.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
 from moesim.serving.state import INTERNAL
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
-    from moesim.serving.step_cost import StepCost
+    from moesim.serving.step_cost import EngineStepCost
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 TERM_FIELDS = (
     "num_layers",
     "window",
@@ -57,7 +55,9 @@ class StepTables(NamedTuple):
     sequence_us: FloatArray
 
 
-def tables_of(costs: Sequence[StepCost], domains: Sequence[FloatArray] | None = None) -> StepTables:
+def tables_of(
+    costs: Sequence[EngineStepCost], domains: Sequence[FloatArray] | None = None
+) -> StepTables:
     """Tables of one deployment or two (front and decode instances of a disaggregated service).
 
     domains: for each deployment [W + 1, points] times of all MoE layers on its `moe_x`, W domains

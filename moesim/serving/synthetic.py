@@ -12,6 +12,7 @@ import numpy.typing as npt
 from moesim.errors import InputError, UnknownNameError
 from moesim.serving.arrivals import load_requests
 from moesim.serving.requests import MAX_TOKENS, Requests
+from moesim.types import stream
 
 PROCESSES = ("poisson", "gamma", "constant")
 LENGTHS = ("fixed", "uniform", "lognormal", "exponential")
@@ -57,7 +58,7 @@ def synthetic_requests(text: str, seed: int = 0) -> Requests:
     count = _positive("requests", settings["requests"])
     if count != int(count) or count > MAX_REQUESTS:
         raise InputError(f"requests={settings['requests']}", f"give 1 to {MAX_REQUESTS:,}")
-    rng = np.random.default_rng(seed)
+    rng = stream(seed)
     gaps = _gaps(process, rate, _positive("cv", given.get("cv", "1")), int(count), rng)
     if "lengths" in given:
         if "prompt" in given or "output" in given:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.cost.routing import home_ranks
 from moesim.metrics import balancedness
@@ -18,11 +16,10 @@ from moesim.sim.prepare import Models, Prepared, limited, prepare
 from moesim.sim.result import SimResult
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
+from moesim.types import Progress
 
-FloatArray = npt.NDArray[np.float64]
 MAX_CELLS = 20_000_000
 MAX_BATCHES = 16
-Progress = Callable[[int, int], None]
 
 
 def run_analytic(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
 from moesim.sim.engine import CATEGORIES, COMM_CATEGORIES, COMPUTE_CATEGORIES, StepRun
+from moesim.types import Array, FloatArray
 
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
 NUM_COMPUTE = len(COMPUTE_CATEGORIES)
 
 

@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from moesim.choices import Keep as Keep
+from moesim.choices import Scope as Scope
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.kernels import kernel
 from moesim.placement import EMPTY, Placement
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
-
-Array = npt.NDArray[Any]
-Keep = Literal["score", "random", "first", "last"]
-Scope = Literal["step", "gpu"]
+from moesim.types import Array, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ def apply_capacity(
         if trace.gate_weights is not None:
             gates = np.asarray(trace.gate_weights)[tokens]
         mark = int(tokens[0]) if len(tokens) else 0
-        rng = np.random.default_rng([policy.seed, 0xD0, mark, len(tokens)])
+        rng = stream(policy.seed, 0xD0, mark, len(tokens))
         total = total + _drop_batch(policy, ids[span], gates, home[span], placement, trace, rng)
     picked = trace.take(batches.token_idx)
     moved = Batches(

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cost.routing import POLICY_CODES, Routed, check_match, pick_slot, share_batch
+from moesim.compat import placement_fits_trace
+from moesim.cost.routing import POLICY_CODES, Routed, pick_slot, share_batch
 from moesim.cost.step import calibration_of_gpu
 from moesim.errors import InputError
 from moesim.kernels import kernel
 from moesim.placement import Placement
 from moesim.sim.collectives.base import make_stage
 from moesim.sim.network import Flow
+from moesim.sim.prepare import Models, home_times
 from moesim.sim.work import Chunk, HomeWork, StepWork
 from moesim.trace.batches import Batches
+from moesim.types import Array
 
 if TYPE_CHECKING:
-    from moesim.sim.prepare import Models
     from moesim.trace.format import Trace
-
-Array = npt.NDArray[Any]
 
 
 def coherent_work(
@@ -35,18 +35,16 @@ def coherent_work(
 
     Raises InputError for prefill, or for an exchange that is not one plain all-to-all.
     """
-    from moesim.sim.prepare import home_times
-
     if batch.phase != "decode":
         raise InputError(
-            "the context-coherent schedule moves single tokens, not prompts", "use --phase decode"
+            "the context-coherent schedule moves single tokens, not prompts", "use `phase` decode"
         )
     if models.exchange.name != "flat" or models.exchange.dedup != "gpu":
         raise InputError(
             f"the context-coherent schedule over {models.exchange_name}",
-            "use --all-to-all nccl or nvlink, whose messages go straight to their GPU",
+            "use `all_to_all` nccl or nvlink, whose messages go straight to their GPU",
         )
-    check_match(trace, placement)
+    placement_fits_trace(placement, trace.num_layers, trace.num_experts)
     gpus, layers, tokens = models.num_gpus, trace.num_layers, len(batch.token_idx)
     slot_tokens = np.zeros((layers, placement.num_slots), np.int32)
     out, back = np.zeros((2, layers, gpus, gpus), np.int32)

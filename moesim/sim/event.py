@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +13,15 @@ from moesim.placement import Placement
 from moesim.sim.breakdown import breakdown
 from moesim.sim.capacity import Drops
 from moesim.sim.engine import Engine, Program, SpeedModel, StepRun
-from moesim.sim.prepare import Models, Step, one_batch, step_work
+from moesim.sim.prepare import Models, Step, one_batch
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.base import Schedule
-from moesim.sim.timeline import Timeline
+from moesim.sim.steps import step_work
+from moesim.sim.timeline import StepTimeline
 from moesim.sim.work import StepWork
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
-
-FloatArray = npt.NDArray[np.float64]
-Progress = Callable[[int, int], None]
+from moesim.types import FloatArray, Progress
 
 
 @dataclass(slots=True, eq=False)
@@ -116,7 +114,7 @@ def run_event(
     placement: Placement,
     *,
     speed: SpeedModel | None = None,
-    timeline: Timeline | None = None,
+    timeline: StepTimeline | None = None,
     progress: Progress | None = None,
 ) -> SimResult:
     """Run every batch of `batches` as a step of `schedule`.

@@ -25,11 +25,11 @@ from moesim.cost.routing import Routed, home_ranks
 from moesim.errors import InfeasibleError, InputError
 from moesim.placement import EMPTY, Placement
 from moesim.sim.engine import Engine, SpeedModel, StepRun
-from moesim.sim.event import Progress, Tally, run_step
+from moesim.sim.event import Tally, run_step
 from moesim.sim.faults import Fault, FaultClock, Recovery, reloaded, without_gpus
 from moesim.sim.migrate import Mover, holdings, plan_moves
 from moesim.sim.network import on_event
-from moesim.sim.prepare import Models, Step, limited, one_batch, routed_by, timed_step
+from moesim.sim.prepare import Models, Step, limited, one_batch, routed_by
 from moesim.sim.rebalance import (
     Rebalance,
     Rebalancer,
@@ -39,9 +39,11 @@ from moesim.sim.rebalance import (
 )
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.base import Schedule
-from moesim.sim.timeline import Timeline
+from moesim.sim.steps import timed_step
+from moesim.sim.timeline import StepTimeline
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
+from moesim.types import Progress
 
 Table = npt.NDArray[np.int32]
 Planner = Callable[[npt.NDArray[np.int64]], Placement]
@@ -90,7 +92,7 @@ class FaultRun:
     link_faults: Sequence[Fault] = ()
     planner: Planner | None = None
     speed: SpeedModel | None = None
-    timeline: Timeline | None = None
+    timeline: StepTimeline | None = None
     rebalance: Rebalance | None = None
     window_planner: WindowPlanner | None = None
     outages: list[Outage] = field(default_factory=list)
@@ -115,7 +117,7 @@ class FaultRun:
             raise InputError("placing anew is wanted, but there is no planner", "give a planner")
         if self.schedule.coherent:
             raise InputError(
-                f"faults with the {self.schedule.name} schedule", "use --schedule sequential"
+                f"faults with the {self.schedule.name} schedule", "use `schedule` sequential"
             )
 
     def run(self, batches: Batches, progress: Progress | None = None) -> SimResult:
@@ -254,8 +256,8 @@ class FaultRun:
             raise InfeasibleError(
                 f"{MAX_FAULTS_IN_A_ROW} failures in a row and not one step in between, up to"
                 f" {self.engine.now_us / 1e3:,.0f} ms",
-                "failures come faster than recovery: a longer --mtbf, or quicker --detect,"
-                " --restart and --repair",
+                "failures come faster than recovery: a longer `mtbf`, or quicker `detect`,"
+                " `restart` and `repair`",
             )
         self._mark(f"{fault.name} fails")
         self.engine.wait(self.recovery.detect_us)
@@ -326,11 +328,11 @@ class FaultRun:
         )
         if policy.on_loss == "fail":
             raise InfeasibleError(
-                cause, "plan with more redundant experts, or use --on-loss reload, replan or wait"
+                cause, "plan with more redundant experts, or use `on_loss` reload, replan or wait"
             )
         if policy.on_loss == "wait":
             if not math.isfinite(max(self.down.values())):
-                raise InfeasibleError(cause, "it never comes back: use --on-loss reload or replan")
+                raise InfeasibleError(cause, "it never comes back: use `on_loss` reload or replan")
             return None
         limit = self.own_slots + policy.spare_slots
         if self.planner is not None and policy.on_loss == "replan":
@@ -340,7 +342,7 @@ class FaultRun:
         if table is None:
             raise InfeasibleError(
                 f"{cause}, and no GPU has room for it",
-                "give more spare slots or redundant experts, or use --on-loss wait",
+                "give more spare slots or redundant experts, or use `on_loss` wait",
             )
         return table
 
@@ -352,7 +354,7 @@ class FaultRun:
             raise InfeasibleError(
                 f"{self.placement.num_experts} experts need {each} slots on each of"
                 f" {int((capacity > 0).sum())} GPUs, {limit} fit",
-                "give more spare slots, or use --on-loss wait",
+                "give more spare slots, or use `on_loss` wait",
             )
         if self.anew is not None and self.anew.window:
             return self.anew.wanted(capacity)

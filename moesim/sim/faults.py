@@ -7,19 +7,20 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from moesim.choices import OnLoss as OnLoss
 from moesim.errors import InputError, UnknownNameError
 from moesim.placement import EMPTY
+from moesim.types import stream
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
 
 Table = npt.NDArray[np.int32]
-OnLoss = Literal["fail", "wait", "reload", "replan"]
 ON_LOSS: dict[str, str] = {
     "fail": "a lost expert ends the run (verdict no)",
     "wait": "serving stops until the GPU is back",
@@ -86,7 +87,7 @@ class FaultClock:
             if not value > 0:
                 raise InputError(f"{name} {value}", "give a time above 0")
         self._mtbf_us, self._repair_us = mtbf_us, repair_us
-        self._rng = [np.random.default_rng([seed, 0xFA, g]) for g in range(num_gpus)]
+        self._rng = [stream(seed, 0xFA, g) for g in range(num_gpus)]
         self._heap = [(f.at_us, i, f) for i, f in enumerate(faults)]
         heapq.heapify(self._heap)
         self._count = len(self._heap)

@@ -11,14 +11,13 @@ import numpy.typing as npt
 from moesim.cost.curves import Basis, weakest
 from moesim.cost.dense import DenseModel
 from moesim.cost.step import calibration_of_gpu
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
     from moesim.model.spec import ModelSpec
     from moesim.trace.batches import Batches
     from moesim.trace.format import Trace
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

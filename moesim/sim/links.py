@@ -13,11 +13,11 @@ from moesim.cost.collective import CollectiveCurve
 from moesim.cost.curves import BYTES_PER_US_AT_1_GB_PER_S, SizeCurve
 from moesim.cost.step import NIC, NVLINK, OTHER, OTHER_LINK_EFFICIENCY, StepModel
 from moesim.sim.network import Flow
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
 
-FloatArray = npt.NDArray[np.float64]
 _FAR_BYTES = 1e13
 
 

@@ -7,15 +7,11 @@ SimGrid's `maxmin` solver, Casanova et al. 2014). `moesim.sim.reference` holds t
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
+from moesim.types import Array, FloatArray
 
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
 SLACK = 1e-12
 """Relative distance at which a link counts as full."""
 

@@ -13,11 +13,11 @@ from moesim.cost.step import calibration_of_gpu
 from moesim.placement import EMPTY
 from moesim.sim.links import LinkTable, asymptotic_gb_per_s, transfer_flow
 from moesim.sim.network import Flow
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
 
-FloatArray = npt.NDArray[np.float64]
 Table = npt.NDArray[np.int32]
 HOST = -1
 """Source of weights that come from host memory."""

@@ -21,9 +21,8 @@ import numpy.typing as npt
 import simpy
 
 from moesim.sim.maxmin import max_min_rates
+from moesim.types import FloatArray, IntArray
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 DONE = 1e-12
 """Share of a flow below which what is left of it counts as nothing (rounding of times)."""
 

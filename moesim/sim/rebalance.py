@@ -22,15 +22,17 @@ import simpy
 from moesim.errors import InputError, MismatchError
 from moesim.placement import Placement
 from moesim.sim.engine import Engine, SpeedModel
-from moesim.sim.event import Progress, Tally, run_step
+from moesim.sim.event import Tally, run_step
 from moesim.sim.migrate import Mover, holdings, plan_moves
-from moesim.sim.prepare import Models, one_batch, step_work
+from moesim.sim.prepare import Models, one_batch
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.base import Schedule
-from moesim.sim.timeline import Timeline
+from moesim.sim.steps import step_work
+from moesim.sim.timeline import StepTimeline
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
 from moesim.trace.kernels import count_load
+from moesim.types import Progress
 
 Table = npt.NDArray[np.int32]
 WindowPlanner = Callable[[npt.NDArray[np.float32], npt.NDArray[np.int64]], Placement]
@@ -182,7 +184,7 @@ class RebalanceRun:
     planner: WindowPlanner
     mover: Mover
     speed: SpeedModel | None = None
-    timeline: Timeline | None = None
+    timeline: StepTimeline | None = None
     engine: Engine = field(init=False)
     tally: Tally = field(init=False)
     slots: Table = field(init=False)

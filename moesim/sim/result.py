@@ -11,8 +11,8 @@ import numpy.typing as npt
 from moesim.cluster import LINK_CLASSES
 from moesim.sim.engine import CATEGORIES
 from moesim.sim.links import LinkTable
+from moesim.types import FloatArray
 
-FloatArray = npt.NDArray[np.float64]
 NUM_BUSIEST = 5
 
 

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.errors import InputError
-
-FloatArray = npt.NDArray[np.float64]
+from moesim.types import FloatArray, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +20,13 @@ class SlowWindow:
     factor: float
     start_us: float = 0.0
     end_us: float = math.inf
+
+    def __str__(self) -> str:
+        """As the command line writes it: 3=0.5, or 3=0.5@10-20."""
+        if math.isinf(self.end_us) and self.start_us == 0:
+            return f"{self.gpu}={self.factor:g}"
+        end = "" if math.isinf(self.end_us) else f"{self.end_us / 1e3:g}"
+        return f"{self.gpu}={self.factor:g}@{self.start_us / 1e3:g}-{end}"
 
 
 @dataclass(slots=True, eq=False)
@@ -112,7 +117,7 @@ class GpuSpeeds:
 
     def _draw(self, period: int) -> FloatArray:
         if period not in self._drawn:
-            rng = np.random.default_rng([self.seed, 0x51, period])
+            rng = stream(self.seed, 0x51, period)
             self._drawn[period] = np.exp(self.sigma * rng.standard_normal(self.num_gpus))
         return self._drawn[period]
 
@@ -134,7 +139,7 @@ def parse_slow(text: str, num_gpus: int) -> SlowWindow:
         window = None
     if not sep or window is None or (at and not (first and dash)):
         raise InputError(
-            f"--slow {text!r:.40}", "write GPU=FACTOR, or GPU=FACTOR@FROM-TO in ms, as 3=0.5@10-20"
+            f"`slow` {text!r:.40}", "write GPU=FACTOR, or GPU=FACTOR@FROM-TO in ms, as 3=0.5@10-20"
         )
     GpuSpeeds(num_gpus, (window,))
     return window

@@ -22,7 +22,7 @@ _STREAMS = {COMPUTE: 0, COMM: 1, INTRA_OUT: 2, INTRA_BACK: 3, COPY: 4, CPU: 5}
 _MIN_SHARE = 1e-6
 
 
-class Timeline:
+class StepTimeline:
     """The first `num_steps` steps of a run as trace events."""
 
     def __init__(self, links: LinkTable, num_gpus: int, num_steps: int = 1) -> None:

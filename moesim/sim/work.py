@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.sim.collectives.base import Stage
 from moesim.sim.home import HomeTimes
 from moesim.sim.network import Flow
-
-FloatArray = npt.NDArray[np.float64]
+from moesim.types import FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -41,7 +41,7 @@ Word = Annotated[str, Field(min_length=1, max_length=400)]
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class StudyFigure:
     """A figure of a point. `name` ends in its unit (`tpot_p99_s`, `step_us`), if it has one."""
 
     name: str
@@ -84,7 +84,7 @@ class Evaluator:
     name: ClassVar[str]
     about: ClassVar[str]
     params: ClassVar[type[Params]]
-    figures: ClassVar[tuple[Figure, ...]]
+    figures: ClassVar[tuple[StudyFigure, ...]]
     goal: ClassVar[str]
     throughput: ClassVar[str]
     front: ClassVar[tuple[str, str]]
@@ -135,7 +135,7 @@ class Evaluator:
         """The figures of one point. Raises MoesimError where it cannot be."""
         raise NotImplementedError
 
-    def figure(self, name: str) -> Figure | None:
+    def figure(self, name: str) -> StudyFigure | None:
         """The figure of this name, or of this name without its unit."""
         for figure in self.figures:
             if name in (figure.name, figure.name.removesuffix(f"_{figure.unit}")):

@@ -23,7 +23,7 @@ VERSION = 1
 MAX_LINE_BYTES = 1 << 20
 
 
-class Journal:
+class StudyJournal:
     """A journal opened for reading and appending; use it as a context manager.
 
     `outcomes`: finished points by key. `studies`: the study hashes it was opened for so far.
@@ -38,7 +38,7 @@ class Journal:
         self._study = study
         self._file: BinaryIO | None = None
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> StudyJournal:
         """Raises InputError where the file cannot be written or another process writes it,
         FormatError where it is not a journal."""
         try:
@@ -47,7 +47,7 @@ class Journal:
         except OSError as error:
             raise InputError(
                 f"cannot write the journal {self.path}: {error.strerror}",
-                "name a place that you can write to with --journal",
+                "name a place that you can write to with `journal`",
             ) from None
         self._file = os.fdopen(handle, "r+b", buffering=0)
         try:
@@ -89,7 +89,7 @@ class Journal:
         except OSError:
             raise InputError(
                 f"another process is writing {self.path}",
-                "wait for it, or give this study a journal of its own with --journal",
+                "wait for it, or give this study a journal of its own with `journal`",
             ) from None
 
     def _read(self) -> None:
@@ -103,13 +103,13 @@ class Journal:
             if first and (content is None or content.get("format") != FORMAT):
                 raise FormatError(
                     f"{self.path} is not the journal of a study",
-                    "name another file with --journal; this one is left as it is",
+                    "name another file with `journal`; this one is left as it is",
                 )
             if first and content is not None and content.get("version") != VERSION:
                 raise FormatError(
                     f"{self.path} is of journal version {content.get('version')!r:.20}, this moesim"
                     f" writes {VERSION}",
-                    "name another file with --journal",
+                    "name another file with `journal`",
                 )
             first = False
             outcome = _outcome(content) if content is not None else None

@@ -19,7 +19,7 @@ _OF_FIGURE = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class Promise:
     """A figure that has to stay on one side of `limit`, in the figure's own unit."""
 
     figure: str
@@ -54,7 +54,7 @@ class Bound:
 class Question:
     """bounds to keep; `goal`: a figure, `gpus` or COST, to make small (`low`) or large (`high`)."""
 
-    bounds: tuple[Bound, ...]
+    bounds: tuple[Promise, ...]
     goal: str
     better: Literal["low", "high"]
     asked: bool = True
@@ -81,7 +81,7 @@ class Question:
         return f"{'least' if self.better == 'low' else 'most'} {self.goal}{keep}"
 
 
-def parse_bounds(text: str, evaluator: Evaluator) -> tuple[Bound, ...]:
+def parse_bounds(text: str, evaluator: Evaluator) -> tuple[Promise, ...]:
     """Bounds from text such as "tpot_p99<50ms,throughput_tokens_per_s>1000".
 
     A figure may be named with or without its unit; times need one. Raises InputError for text that
@@ -90,7 +90,7 @@ def parse_bounds(text: str, evaluator: Evaluator) -> tuple[Bound, ...]:
     """
     if not text.strip():
         return ()
-    out: list[Bound] = []
+    out: list[Promise] = []
     for part in text.split(","):
         found = _BOUND.match(part)
         if found is None:
@@ -124,7 +124,7 @@ def parse_bounds(text: str, evaluator: Evaluator) -> tuple[Bound, ...]:
             raise InputError(f"slo: {part.strip()[:80]!r}: the bound is not above 0", _REMEDY)
         if any(b.figure == figure.name and b.sign == sign for b in out):
             raise InputError(f"slo: {name} is bound twice", "keep one of the two")
-        out.append(Bound(figure.name, figure.unit, sign, limit))  # type: ignore[arg-type]
+        out.append(Promise(figure.name, figure.unit, sign, limit))  # type: ignore[arg-type]
     for low in out:
         for high in out:
             crossed = (low.sign, high.sign) == (">", "<") and low.limit >= high.limit
@@ -154,7 +154,7 @@ def make_question(
         name, better, given = asked, "low" if minimize else "high", True
         if name in ("gpus", "cost", COST):
             if maximize:
-                raise InputError(f"maximize {name}", f"ask --minimize {name}")
+                raise InputError(f"maximize {name}", f"ask `minimize` {name}")
             name = COST if name.startswith("cost") else name
         elif name == "throughput":
             name = evaluator.throughput

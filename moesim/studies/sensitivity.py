@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moesim.studies.question import COST, Question, best, pareto
+from moesim.studies.runner import Results, Runner, Study, levels, with_price
 from moesim.studies.space import Point
 
 if TYPE_CHECKING:
     from moesim.studies.evaluator import Outcome
-    from moesim.studies.run import Results, Runner, Study
 
 ALL = "all points"
 CONTENDERS = "the Pareto front and the ten best points alone"
@@ -28,8 +28,6 @@ def sensitivity(
     the first answer still keeps the promises, with its `figures`. All points are evaluated again
     where that stays within the study's limit, otherwise the contenders alone.
     """
-    from moesim.studies.run import levels
-
     answer = results.answer
     assert answer is not None
     share = float(study.file.sensitivity)
@@ -116,8 +114,6 @@ def _price_rows(
     factors: Sequence[float],
 ) -> list[dict[str, Any]]:
     """The same for the price of each GPU type, which needs no evaluation."""
-    from moesim.studies.run import with_price
-
     rows = []
     for gpu in sorted(study.prices.used):
         for factor in factors:

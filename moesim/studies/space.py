@@ -54,7 +54,7 @@ class Space:
             raise InputError(
                 f"the grid has {self.num_points:,} points ({' x '.join(parts)}), more than"
                 f" {max_points:,}",
-                f"--max-points {self.num_points} evaluates them all, --search 200 some of them;"
+                f"`max_points` {self.num_points} evaluates them all, `search` 200 some of them;"
                 " or shorten an axis",
             )
 

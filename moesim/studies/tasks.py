@@ -15,7 +15,7 @@ from moesim.studies.space import Point
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class PointTask:
     """What a worker is told."""
 
     evaluator: str
@@ -35,12 +35,12 @@ class Failure:
     trace: str
 
 
-def make_task(evaluator: str, point: Point) -> Task:
+def make_task(evaluator: str, point: Point) -> PointTask:
     """The task of a point."""
-    return Task(evaluator, point.key, point.params, point.inputs, code_hash())
+    return PointTask(evaluator, point.key, point.params, point.inputs, code_hash())
 
 
-def run_task(task: Task) -> Outcome | Failure:
+def run_task(task: PointTask) -> Outcome | Failure:
     """Evaluate a point.
 
     Raises MismatchError where this process has other code or other inputs than the one that asks:

@@ -7,16 +7,15 @@ token of each concurrent request. Tuning and evaluation never share a request.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from moesim.choices import Phase as Phase
 from moesim.errors import InputError
 from moesim.trace.format import DECODE, PREFILL, Trace
+from moesim.types import IntArray, stream
 
-Phase = Literal["prefill", "decode"]
-IntArray = npt.NDArray[np.int64]
 HELD_OUT_FRACTION = 0.5
 
 
@@ -110,7 +109,7 @@ def draw_batches(
         raise InputError("batch size and number of batches must be at least 1", "raise them")
     if seed < 0:
         raise InputError(f"seed {seed} is negative", "give a seed of 0 or more")
-    rng = np.random.default_rng([seed, num_batches, batch_tokens, phase == "decode"])
+    rng = stream(seed, num_batches, batch_tokens, phase == "decode")
     draw = _prefill_batch if phase == "prefill" else _decode_batch
     parts = [draw(requests, batch_tokens, rng) for _ in range(num_batches)]
     indptr = np.concatenate(([0], np.cumsum([len(p) for p in parts])))
@@ -120,7 +119,7 @@ def draw_batches(
 def resample_requests(requests: RequestIndex, seed: int, fraction: float = 1.0) -> RequestIndex:
     """A bootstrap resample: `fraction` of as many requests (at least 2), drawn with replacement,
     duplicates kept apart."""
-    rng = np.random.default_rng([seed, len(requests.ids)])
+    rng = stream(seed, len(requests.ids))
     size = max(2, int(len(requests.ids) * fraction))
     pick = rng.integers(0, len(requests.ids), size)
     lengths = np.diff(requests.indptr)[pick]

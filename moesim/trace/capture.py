@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
 
@@ -29,8 +28,7 @@ from moesim.trace.capture_hooks import RoutingRecorder
 from moesim.trace.capture_journal import Journal
 from moesim.trace.format import DECODE, PREFILL, TraceMeta
 from moesim.trace.prompts import NO_DOMAIN, PromptFile, iter_prompts, scan_prompts
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 WINDOW_BATCHES = 16
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -76,9 +74,9 @@ class CaptureOptions:
             if not least <= value < 1 << 31:
                 raise InputError(f"--{name} {value}", f"give a whole number from {least}")
         if not 0 <= self.temperature <= 100:
-            raise InputError(f"--temperature {self.temperature}", "give a number from 0 to 100")
+            raise InputError(f"`temperature` {self.temperature}", "give a number from 0 to 100")
         if self.dtype not in DTYPES:
-            raise InputError(f"--dtype {self.dtype!r:.40}", "choose " + ", ".join(DTYPES))
+            raise InputError(f"`dtype` {self.dtype!r:.40}", "choose " + ", ".join(DTYPES))
         if self.out.suffix != ".npz" and self.out.exists():
             raise InputError(f"{self.out} exists already", "name a new directory, or an .npz file")
         if not self.out.absolute().parent.is_dir():
@@ -170,7 +168,7 @@ class _Run:
             room -= options.max_new_tokens
         if room < 1:
             raise InputError(
-                f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt",
+                f"`max_new_tokens` {options.max_new_tokens} leaves no room for a prompt",
                 f"the model has {room + options.max_new_tokens} positions",
             )
         self.max_prompt_tokens = min(options.max_prompt_tokens, room)
@@ -212,7 +210,7 @@ class _Run:
                     message, tokenize=False, add_generation_prompt=True
                 )
             except (ValueError, TypeError) as error:
-                raise InputError(f"no chat template: {error}", "leave --chat out") from None
+                raise InputError(f"no chat template: {error}", "leave `chat` out") from None
         ids: list[int] = self.tokenizer(text, add_special_tokens=not self.options.chat)["input_ids"]
         if not ids:
             raise InputError(
@@ -315,7 +313,7 @@ class _Run:
         except torch.OutOfMemoryError:
             raise InputError(
                 f"out of GPU memory with {len(input_ids)} prompts of {input_ids.shape[1]} tokens",
-                "lower --batch-size or --max-prompt-tokens",
+                "lower `batch_size` or `max_prompt_tokens`",
             ) from None
         tokens: Array = output.cpu().numpy()
         return tokens
@@ -377,7 +375,7 @@ def _load(options: CaptureOptions) -> tuple[Any, Any]:
     except torch.OutOfMemoryError:
         raise InputError(
             f"{options.model} does not fit on {device}",
-            "use --device balanced or a smaller --dtype",
+            "use `device` balanced or a smaller `dtype`",
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         cause = str(error).strip().partition("\n")[0][:200]

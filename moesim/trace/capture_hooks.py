@@ -18,12 +18,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from moesim.errors import InputError, MismatchError
+from moesim.types import Array
 
-Array = npt.NDArray[Any]
 Routing = tuple[torch.Tensor, torch.Tensor]
 """Expert ids [rows, k] (-1 for none) and their weights [rows, k]."""
 

@@ -12,14 +12,12 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.errors import InputError, MismatchError
 from moesim.files import atomic_path, atomic_write
 from moesim.trace.format import TraceMeta
 from moesim.trace.writer import TraceWriter, id_dtype
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 JOURNAL_NAME = "journal.json"
 
@@ -41,7 +39,7 @@ class Journal:
             found = file.read_text(encoding="utf-8") if file.exists() else None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"cannot use {self.folder}: {error}", "name an --out in a folder that you can write"
+                f"cannot use {self.folder}: {error}", "name an `out` in a folder that you can write"
             ) from None
         if found is None:
             atomic_write(file, self._wanted)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from moesim.trace.counts import IntArray, Progress, chunk_tokens
+from moesim.trace.counts import chunk_tokens
 from moesim.trace.format import DECODE, PREFILL, LoadTrace, Trace, drop_pages, iter_chunks
 from moesim.trace.importers.warmup import MIN_RUN, warmup_steps, warmup_tokens
 from moesim.trace.suspects import Suspect, in_every_token, one_rank, repeated_decode, suspects
+from moesim.types import Array, IntArray, Progress
 
 Severity = Literal["error", "warning"]
-Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 
 _SUM_TOLERANCE = 0.02

@@ -6,7 +6,7 @@ tokens plus 12 bytes a request; it does not grow with the number of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.trace.format import Trace, drop_pages, iter_chunks
-
-IntArray = npt.NDArray[np.int64]
-Progress = Callable[[int, int], None]
+from moesim.types import IntArray, Progress
 
 NUM_WINDOWS = 16
 MAX_PAIR_CELLS = 1 << 28

@@ -25,9 +25,9 @@ from moesim.errors import FormatError, InputError, MismatchError
 from moesim.files import atomic_directory, atomic_path, atomic_write
 from moesim.trace.npyio import MAX_MEMBER_BYTES, map_npy, memory_bytes
 from moesim.trace.npyio import REMEDY as _REMEDY
-from moesim.trace.npyio import Array as Array
 from moesim.trace.npyio import drop_pages as drop_pages
 from moesim.trace.npyio import read_npy as read_npy
+from moesim.types import Array as Array
 
 FORMAT = "moesim-trace"
 VERSION = 1

@@ -7,15 +7,11 @@ Ids below zero (a token chose fewer than K experts) are skipped. Ids are trusted
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from moesim.kernels import kernel
-
-IntArray = npt.NDArray[np.int64]
-Array = npt.NDArray[Any]
+from moesim.types import Array, IntArray
 
 _BLOCK_TOKENS = 512
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
+from moesim.types import FloatArray, IntArray
+
 Counts = npt.NDArray[Any]
 
 

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.errors import FormatError
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 MAX_MEMBER_BYTES = 1 << 38
 REMEDY = "check how the trace was written; docs/trace-format.md describes the format"

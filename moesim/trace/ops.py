@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.trace.batches import Phase
-from moesim.trace.counts import IntArray, Progress, chunk_tokens
+from moesim.trace.counts import chunk_tokens
 from moesim.trace.format import DECODE, PREFILL, Trace, TraceMeta, drop_pages, iter_chunks
 from moesim.trace.writer import TraceWriter
+from moesim.types import Array, IntArray, Progress, stream
 
-Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 
 MAX_DOMAINS = 1 << 15
@@ -270,7 +270,7 @@ def _request_sample(request_ids: Array, num_requests: int, seed: int) -> Array:
         raise InputError(
             f"a sample of {num_requests} requests, but there are {len(ids)}", "ask for fewer"
         )
-    rng = np.random.default_rng([seed, 0x511CE])
+    rng = stream(seed, 0x511CE)
     return np.asarray(rng.permutation(ids)[:num_requests])
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from moesim.backend import Backend
 from moesim.errors import InputError, MismatchError
-from moesim.trace.counts import Progress, TraceCounts, chunk_tokens, count_trace, merge_counts
+from moesim.trace.counts import TraceCounts, chunk_tokens, count_trace, merge_counts
 from moesim.trace.format import Trace, load_trace, require_tokens
 from moesim.trace.stats import TraceStats, stats_from_counts
+from moesim.types import Progress
 
 PARTS_PER_WORKER = 4
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.errors import InputError
 from moesim.trace.batches import Phase, draw_batches, index_requests
-from moesim.trace.counts import IntArray, Progress, TraceCounts, count_trace
+from moesim.trace.counts import TraceCounts, count_trace
 from moesim.trace.format import LoadTrace, Trace, TraceMeta, drop_pages
 from moesim.trace.measures import (
     Affinity,
@@ -27,8 +26,7 @@ from moesim.trace.measures import (
     jensen_shannon,
     skew,
 )
-
-FloatArray = npt.NDArray[np.float64]
+from moesim.types import FloatArray, IntArray, Progress
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,12 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import InputError
-from moesim.trace.counts import IntArray, Progress
 from moesim.trace.format import Trace, TraceMeta
 from moesim.trace.synth_spec import SynthSpec
 from moesim.trace.writer import TraceWriter, id_dtype
-
-Array = npt.NDArray[Any]
+from moesim.types import Array, IntArray, Progress, stream
 
 _CHUNK_IDS = 1 << 22
 
@@ -100,7 +98,7 @@ def request_seeds(seed: int, first: int, stop: int) -> npt.NDArray[np.uint64]:
 def draw_requests(spec: SynthSpec, num_tokens: int, seed: int) -> Iterator[IntArray]:
     """Requests [n, 4] that sum up to `num_tokens`: the list of the specification in a new random
     order each time round, the last request cut."""
-    rng = np.random.default_rng([seed, 0xD12A])
+    rng = stream(seed, 0xD12A)
     left = num_tokens
     while left > 0:
         order = spec.requests[rng.permutation(len(spec.requests))]

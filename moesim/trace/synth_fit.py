@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError
 from moesim.trace.batches import RequestIndex, index_requests
-from moesim.trace.counts import IntArray, Progress
 from moesim.trace.format import PREFILL, Trace
 from moesim.trace.measures import affinity
 from moesim.trace.synth import request_seeds, run_model
-from moesim.trace.synth_spec import MAX_CELLS, MAX_REQUEST_TOKENS, Array, FloatArray, SynthSpec
+from moesim.trace.synth_spec import MAX_CELLS, MAX_REQUEST_TOKENS, SynthSpec
+from moesim.types import Array, FloatArray, IntArray, Progress, stream
 
 FIT_TOKENS = 65_536
 RUN_TOKENS = 12_288
@@ -60,7 +60,7 @@ def fit(trace: Trace, seed: int = 0, progress: Progress | None = None) -> SynthS
             f"{trace.num_layers} layers of {trace.num_experts} experts are too many to fit",
             "slice some layers out",
         )
-    rng = np.random.default_rng([seed, 0xF17])
+    rng = stream(seed, 0xF17)
     index, _ = index_requests(trace)
     requests = request_shapes(trace, index)
     sample = _sample(index, rng)
@@ -198,7 +198,7 @@ def calibrate(
     met by the strength of the chain, or, with `scale_types`, by that of token types and chain
     together.
     """
-    rng = np.random.default_rng([seed, 0xCA1])
+    rng = stream(seed, 0xCA1)
     base = spec.base.astype(np.float64)
     strength = np.full(spec.num_layers, 1.0) if scale_types else np.full(spec.num_layers - 1, 0.1)
     spread, kept = spec.request_spread.copy(), spec.noise_persistence.copy()

@@ -7,17 +7,14 @@ per request and layer, so that what a request looks like depends on the seed and
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moesim.kernels import kernel
+from moesim.types import Array, FloatArray, IntArray
 
-Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 SeedArray = npt.NDArray[np.uint64]
 
 _STEP = np.uint64(0x9E37_79B9_7F4A_7C15)

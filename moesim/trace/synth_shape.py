@@ -14,12 +14,12 @@ from typing import Literal
 import numpy as np
 
 from moesim.errors import InputError
-from moesim.trace.counts import IntArray, Progress
 from moesim.trace.format import MAX_EXPERTS
 from moesim.trace.measures import affinity as mutual_information
 from moesim.trace.synth import draw_requests, request_seeds, run_model
 from moesim.trace.synth_fit import Targets, calibrate, measure, race_score
-from moesim.trace.synth_spec import MAX_CELLS, MAX_REQUEST_TOKENS, FloatArray, SynthSpec
+from moesim.trace.synth_spec import MAX_CELLS, MAX_REQUEST_TOKENS, SynthSpec
+from moesim.types import FloatArray, IntArray, Progress, stream
 
 NUM_TYPES = 128
 _TYPE_RANK = 4
@@ -74,7 +74,7 @@ def design(
             raise InputError(f"{name} {value:g}", f"give a value from {low:g} to {high:g}")
     if prompt_tokens + output_tokens < 1:
         raise InputError("requests of no tokens", "raise the prompt or the output tokens")
-    rng = np.random.default_rng([seed, 0xDE51])
+    rng = stream(seed, 0xDE51)
     num_layers = len(layer_ids)
     rank = np.arange(num_experts)
     if skew == "zipf":
@@ -135,7 +135,7 @@ def reshape(
     between requests, persistence, and request lengths. Raises InputError for an impossible shape.
     """
     _check_shape(layer_ids, num_experts, top_k)
-    rng = np.random.default_rng([seed, 0x5A9E])
+    rng = stream(seed, 0x5A9E)
     num_layers, num_domains = len(layer_ids), len(fitted.base)
     depth = np.linspace(0, fitted.num_layers - 1, num_layers)
     like = np.round(depth).astype(np.int64)

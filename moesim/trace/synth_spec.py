@@ -13,12 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import FormatError
-from moesim.trace.counts import IntArray
 from moesim.trace.format import MAX_EXPERTS, TraceMeta
+from moesim.types import Array, FloatArray, IntArray
 
-Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
-FloatArray = npt.NDArray[np.float64]
 
 FORMAT = "moesim-synth"
 VERSION = 1

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError
 from moesim.files import atomic_directory, atomic_path, atomic_write
@@ -25,8 +24,7 @@ from moesim.trace.format import (
     Trace,
     TraceMeta,
 )
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 _HEADER_BYTES = 256
 _COPY_BYTES = 1 << 20

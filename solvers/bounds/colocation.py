@@ -16,16 +16,12 @@ the least of sum omega * (right-hand sides) over y, a linear program in y alone 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
 from moesim.solvers.base import Problem
+from moesim.types import Array, FloatArray
 
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
 SHARPNESS = ((30.0, 1e-4, 60), (80.0, 3e-5, 100), (240.0, 3e-6, 200))
 """Stages: sharpness of the smoothed maximum (of work in units of the mean bound), weight of the
 entropy that keeps y inside its box, most iterations."""

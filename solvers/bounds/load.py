@@ -13,19 +13,17 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
 from moesim.solvers.base import Problem
 from moesim.solvers.bounds.colocation import applies, colocation_bound
 from moesim.solvers.bounds.messages import message_bound
 from moesim.solvers.objective import PlacementCost
+from moesim.types import Array, FloatArray
 
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
 T = TypeVar("T")
 ROUNDING = 1e-6
 LP_LAYERS = 4
@@ -34,7 +32,7 @@ time limit, so that the same plan always states the same bound."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Bound:
+class LowerBound:
     """A proven lower bound. layers: [L] bound of each layer; value: their mean, in the unit of the
     objective; kind: what proved it."""
 
@@ -58,7 +56,7 @@ def lower_bound(
     layer_values: FloatArray | None = None,
     lp_layers: int = LP_LAYERS,
     objective: PlacementCost | None = None,
-) -> Bound:
+) -> LowerBound:
     """The best bound that the methods here give.
 
     layer_values: [L] objective of a known plan; the co-location relaxation is solved for the
@@ -73,7 +71,7 @@ def lower_bound(
     if problem.objective != "balance":
         messages = np.array(_every_layer(lambda i: message_bound(objective, i), num_layers))
     if problem.objective == "traffic":
-        return Bound(messages * (1 - ROUNDING), "messages: homes, pairs")
+        return LowerBound(messages * (1 - ROUNDING), "messages: homes, pairs")
     floor = _every_layer(lambda layer: load_bound(objective, layer), num_layers)
     layers = np.array([float(batch.mean()) for batch in floor])
     kind = "batch by batch"
@@ -88,7 +86,7 @@ def lower_bound(
                 layers[layer], kind = found, "batch by batch and co-location LP"
     if problem.objective == "time":
         kind += ", messages"
-    return Bound((layers + messages) * (1 - ROUNDING), kind)
+    return LowerBound((layers + messages) * (1 - ROUNDING), kind)
 
 
 def _every_layer(run: Callable[[int], T], num_layers: int) -> list[T]:

@@ -30,9 +30,8 @@ import numpy.typing as npt
 from moesim.kernels import kernel
 from moesim.solvers.base import Traffic
 from moesim.solvers.objective import PlacementCost
+from moesim.types import Array, FloatArray
 
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
 SHIFT_ROUNDS = 8
 """Steps towards the best diagonal shift; the bound holds after any number of them."""
 

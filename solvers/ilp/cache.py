@@ -16,9 +16,8 @@ import numpy.typing as npt
 from moesim.errors import InfeasibleError, InputError
 from moesim.placement import Status
 from moesim.solvers.ilp.engine import take_banner
+from moesim.types import FloatArray, IntArray
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 MAX_OPTIONS = 150_000
 """Binary variables that `choose` accepts."""
 

@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.errors import InputError
 from moesim.solvers.base import never
+from moesim.types import FloatArray
 
-FloatArray = npt.NDArray[np.float64]
 ENGINES = ("highs", "cbc")
 RELATIVE_GAP = 1e-6
 Terms = list[tuple[Any, float]]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import numpy.typing as npt
 
-from moesim.solvers.base import Problem, Progress, Solution, pack_table
+from moesim.solvers.base import Need, Problem, Solution, pack_table
 from moesim.solvers.ilp.chain import (
     ChainResult,
     chain_cost,
@@ -17,9 +16,7 @@ from moesim.solvers.ilp.chain import (
     transitions,
 )
 from moesim.solvers.ilp.engine import Outcome
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from moesim.types import FloatArray, IntArray, Progress
 
 
 class ExFlow:
@@ -40,11 +37,12 @@ class ExFlow:
     """
 
     name = "exflow"
+    needs: tuple[Need, ...] = ("no replicas", "tokens")
 
     def solve(self, problem: Problem, *, progress: Progress | None = None) -> Solution:
         started = time.monotonic()
         ends = started + problem.time_limit_s
-        together = transitions(tokens_of(problem, self.name), problem.num_experts)
+        together = transitions(tokens_of(problem), problem.num_experts)
         layers, experts = problem.num_layers, problem.num_experts
         slots = np.repeat(np.arange(problem.num_gpus), problem.capacity)
         start = np.tile(slots[:experts], (layers, 1))

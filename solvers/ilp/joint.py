@@ -35,9 +35,8 @@ from moesim.solvers.bounds.messages import fewest_on_busiest, message_bound
 from moesim.solvers.ilp.engine import IlpModel, Outcome, Terms
 from moesim.solvers.ilp.messages import MessageTerms, patterns
 from moesim.solvers.objective import PlacementCost
+from moesim.types import FloatArray, IntArray
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 MAX_BINARIES = 6_000
 MAX_LOAD_CELLS = 120_000
 """Nonzeros of the load rows; what sets the number of groups of batches."""

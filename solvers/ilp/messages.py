@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from moesim.solvers.base import Traffic
 from moesim.solvers.ilp.engine import IlpModel, Terms
+from moesim.types import FloatArray
 
-FloatArray = npt.NDArray[np.float64]
 MAX_PIECES = 12
 
 

@@ -6,17 +6,14 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import numpy.typing as npt
 
-from moesim.errors import InputError
-from moesim.solvers.base import Problem, Progress, Solution, pack_table
+from moesim.solvers.base import Need, Problem, Solution, pack_table
 from moesim.solvers.ilp.chain import chain_cost, slots_from, solve_chain, tokens_of, transitions
 from moesim.solvers.ilp.engine import IlpModel, Outcome
 from moesim.solvers.methods.greedy import Greedy
 from moesim.solvers.objective import make_net
+from moesim.types import FloatArray, IntArray, Progress
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 CLUSTER_SHARE = 0.6
 CLUSTER_GAP = 1e-3
 
@@ -37,12 +34,11 @@ class MoETuner:
     """
 
     name = "moetuner"
+    needs: tuple[Need, ...] = ("no replicas", "tokens", "equal slots")
 
     def solve(self, problem: Problem, *, progress: Progress | None = None) -> Solution:
         started = time.monotonic()
-        traffic = tokens_of(problem, self.name)
-        if len(np.unique(problem.capacity)) > 1:
-            raise InputError("moetuner needs equal slots on all GPUs", "use local_search or exflow")
+        traffic = tokens_of(problem)
         layers, gpus = problem.num_layers, problem.num_gpus
         each = problem.time_limit_s * CLUSTER_SHARE / layers
         begin = Greedy().solve(problem).placement.physical_to_logical.reshape(layers, gpus, -1)

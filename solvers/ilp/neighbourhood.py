@@ -20,14 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.solvers.base import never
 from moesim.solvers.ilp.engine import IlpModel, IlpSolution, Terms
 from moesim.solvers.kernels.layer_state import LayerState
+from moesim.types import FloatArray, IntArray
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 MAX_GROUPS = 48
 """Groups of batches: the same costliest GPU in the present placement, split evenly."""
 

@@ -9,17 +9,16 @@ from dataclasses import replace
 from math import comb
 
 import numpy as np
-import numpy.typing as npt
 
-from moesim.solvers.base import Problem, Progress, Solution, pack_table
+from moesim.solvers.base import Problem, Solution, pack_table
 from moesim.solvers.ilp.engine import Outcome
 from moesim.solvers.ilp.joint import JointLayer, LayerResult, as_table, fits
 from moesim.solvers.ilp.neighbourhood import regroup
 from moesim.solvers.kernels.layer_state import LayerState, draw_gpus
 from moesim.solvers.methods.local_search import LocalSearch
 from moesim.solvers.objective import PlacementCost
+from moesim.types import IntArray, Progress, stream
 
-IntArray = npt.NDArray[np.int64]
 START_SHARE = 0.3
 """Of the time limit, at most, for the local search that gives the start."""
 WHOLE_SHARE = 0.6
@@ -113,7 +112,7 @@ class JointIlp:
         """Programs of GPUs drawn by how often they are the costliest, until time is up or, which
         is returned as true, each choice of GPUs was tried since the last improvement."""
         problem = state.objective.problem
-        rng = np.random.default_rng([seed, 0x11F])
+        rng = stream(seed, 0x11F)
         mean_slots = problem.num_slots / problem.num_gpus
         size = int(np.clip(round(FREED_ITEMS / mean_slots), 2, min(4, problem.num_gpus)))
         choices = comb(problem.num_gpus, size)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import numpy.typing as npt
 
-from moesim.solvers.base import Problem, Progress, Solution, Traffic, pack_table
+from moesim.solvers.base import Need, Problem, Solution, Traffic, pack_table
 from moesim.solvers.ilp.chain import assign, slots_from, tokens_of
 from moesim.solvers.ilp.engine import IlpModel, Outcome
 from moesim.solvers.objective import make_net
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from moesim.types import FloatArray, IntArray, Progress
 
 
 class Transmissions:
@@ -34,10 +31,11 @@ class Transmissions:
     """
 
     name = "transmissions"
+    needs: tuple[Need, ...] = ("no replicas", "tokens")
 
     def solve(self, problem: Problem, *, progress: Progress | None = None) -> Solution:
         started = time.monotonic()
-        traffic = tokens_of(problem, self.name)
+        traffic = tokens_of(problem)
         distance = make_net(traffic, problem.num_gpus, problem.num_nodes, by_time=False).pair_us
         slots = np.repeat(np.arange(problem.num_gpus), problem.capacity)[: problem.num_experts]
         gpu = np.tile(slots, (problem.num_layers, 1))

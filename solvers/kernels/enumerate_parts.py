@@ -7,14 +7,10 @@ relaxation (every item spread evenly) prunes next to nothing.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 
 @kernel

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
 from moesim.solvers.kernels.traffic import Flow, Held, Net, Tokens, add_message
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 
 class Serving(NamedTuple):

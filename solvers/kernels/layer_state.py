@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.solvers.objective import PlacementCost, make_flow
+from moesim.types import IntArray
 
 FloatArray = npt.NDArray[np.floating[Any]]
-IntArray = npt.NDArray[np.int64]
 LoadArray = npt.NDArray[np.int32]
 MARGIN = 1e-6
 

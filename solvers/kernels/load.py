@@ -10,10 +10,9 @@ same in any order, on any CPU (INV-6). Index E is the empty slot, whose row is z
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
 from moesim.solvers.kernels.pairs import (
@@ -24,8 +23,7 @@ from moesim.solvers.kernels.pairs import (
     make_scratch,
     rank_peaks,
 )
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 MARGIN = 1e-6
 MAX_ROUNDS = 100

@@ -6,10 +6,7 @@ in messages by themselves (see `search_gains`); the few best are tried exactly.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
 from moesim.solvers.kernels.gains import (
@@ -42,8 +39,8 @@ from moesim.solvers.kernels.traffic import (
     objective,
     replica_gpus,
 )
+from moesim.types import Array
 
-Array = npt.NDArray[Any]
 TRIES_PER_PAIR = 2
 KICK_SWAPS = 4
 MAX_PASSES = 30

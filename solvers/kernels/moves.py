@@ -6,10 +6,7 @@ GPU, plus `price` for every expert that a GPU holds and did not hold before; all
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
 from moesim.solvers.kernels.load import (
@@ -22,8 +19,7 @@ from moesim.solvers.kernels.load import (
     mean_max,
     rebuild,
 )
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 
 @kernel

@@ -10,14 +10,13 @@ are kept (`Peaks`): whatever pair is looked at, one of them is outside it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
+from moesim.types import Array
 
-Array = npt.NDArray[Any]
 BLOCK = 128
 NEVER = np.int32(2**31 - 1)
 

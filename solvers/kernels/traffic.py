@@ -7,14 +7,12 @@ is served where is kept as bits, so that what a swap changes is counted 64 token
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.kernels import kernel
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 
 class Tokens(NamedTuple):

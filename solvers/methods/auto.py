@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moesim.solvers.base import Problem, Progress, Solution
-from moesim.solvers.registry import get_solver
+from moesim.solvers.base import Problem, Solution
+from moesim.solvers.registry import find_solver
+from moesim.types import Progress
 
 PROVABLE_CELLS = 32
 """Experts x GPUs up to which the integer program proves a layer's best balance in seconds."""
@@ -70,5 +71,5 @@ class Auto:
 
     def solve(self, problem: Problem, *, progress: Progress | None = None) -> Solution:
         choice = choose(problem)
-        found = get_solver(choice.solver).solve(problem, progress=progress)
+        found = find_solver(choice.solver).solve(problem, progress=progress)
         return replace(found, notes=(f"took {choice.solver}: {choice.reason}", *found.notes))

@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import time
 import warnings
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moesim.placement import EMPTY
-from moesim.solvers.base import Problem, Progress, Solution, empty_slots, pack_table
+from moesim.solvers.base import Problem, Solution, empty_slots, pack_table
 from moesim.solvers.methods.greedy import replica_counts
 from moesim.solvers.repair import moved_note, separate_replicas
+from moesim.types import Array, FloatArray, Progress, stream
 
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
 ROUNDS = 12
 PRICE_STEP = 0.5
 STARTS = 3
@@ -146,7 +144,7 @@ def balanced_clusters(
     best_key = (np.inf, np.inf)
     starts = STARTS if rounds > 1 else 1
     for start in range(starts):
-        rng = np.random.default_rng([seed, start])
+        rng = stream(seed, start)
         key, found = _cluster_from(_spread_centres(place, room, rng), place, room, load, rounds)
         if best is None or key < best_key:
             best, best_key = found, key

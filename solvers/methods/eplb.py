@@ -8,17 +8,14 @@ room. Compiled, so that a 58-layer model takes milliseconds.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import InputError
 from moesim.kernels import kernel
-from moesim.solvers.base import Problem, Progress, Solution, pack_table
+from moesim.solvers.base import Need, Problem, Solution, pack_table
 from moesim.solvers.repair import moved_note, separate_replicas
-
-Array = npt.NDArray[Any]
+from moesim.types import Array, Progress
 
 
 class Eplb:
@@ -27,16 +24,12 @@ class Eplb:
     The hierarchical policy is used where the nodes divide the model's expert groups, the global
     policy otherwise. Where the published algorithm puts two replicas of an expert on one GPU,
     they are separated afterwards (see `separate_replicas`), and the solution's notes say how many.
-    Needs equal slots a GPU (InputError otherwise).
     """
 
     name = "eplb"
+    needs: tuple[Need, ...] = ("equal slots",)
 
     def solve(self, problem: Problem, *, progress: Progress | None = None) -> Solution:
-        if len(np.unique(problem.capacity)) > 1:
-            raise InputError(
-                "eplb needs the same number of slots on every GPU", "use --solver greedy"
-            )
         load = problem.mean_load
         table = rebalance_experts(
             load, problem.num_slots, problem.num_groups, problem.num_nodes, problem.num_gpus

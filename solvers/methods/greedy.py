@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.solvers.base import Problem, Progress, Solution, empty_slots, pack_table
+from moesim.solvers.base import Problem, Solution, empty_slots, pack_table
 from moesim.solvers.repair import moved_note, separate_replicas
+from moesim.types import Progress
 
 
 class Greedy:

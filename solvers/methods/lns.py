@@ -8,10 +8,9 @@ from dataclasses import replace
 from math import comb, factorial
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.placement import EMPTY
-from moesim.solvers.base import Problem, Progress, Solution, pack_table
+from moesim.solvers.base import Problem, Solution, pack_table
 from moesim.solvers.kernels.layer_state import LayerState, draw_gpus
 from moesim.solvers.methods.local_search import (
     LayerSearch,
@@ -20,8 +19,8 @@ from moesim.solvers.methods.local_search import (
     message_kicks,
 )
 from moesim.solvers.objective import PlacementCost
+from moesim.types import IntArray, Progress, stream
 
-IntArray = npt.NDArray[np.int64]
 START_SHARE = 0.6
 """Of the time limit, at most, for the local search that gives the start."""
 OPS = {"balance": 1.2e11, "time": 3e10, "traffic": 3e10}
@@ -117,7 +116,7 @@ def improve_layer(
         number = min(KICKS_AT_ONCE, kicks - first)
         search.search_messages(layer, trial, number, problem.seed + layer + 1000 * (first + 1))
         state.accept(everything, trial)
-    rng = np.random.default_rng([problem.seed, layer, 0x175])
+    rng = stream(problem.seed, layer, 0x175)
     step = max(1, problem.num_batches // BATCHES)
     idle = 0
     for number in range(rounds):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.placement import EMPTY
-from moesim.solvers.base import Problem, Progress, Solution, pack_table
+from moesim.solvers.base import Problem, Solution, pack_table
 from moesim.solvers.methods.greedy import Greedy
 from moesim.solvers.methods.linear import Linear
 from moesim.solvers.objective import (
@@ -24,6 +24,7 @@ from moesim.solvers.objective import (
     PlacementCost,
     make_flow,
 )
+from moesim.types import Progress
 
 MAX_KICKS = 120
 LOAD_OPS = {"balance": 1.8e9, "time": 1e8}

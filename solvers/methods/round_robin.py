@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import cycle
 
-from moesim.solvers.base import Problem, Progress, Solution, empty_slots, pack_table
+from moesim.solvers.base import Problem, Solution, empty_slots, pack_table
+from moesim.types import Progress
 
 
 class RoundRobin:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moesim.cli.main import run
-from moesim.cli.plan import ROWS
+from moesim.figures import figure
 from moesim.placement import load_plan
 from moesim.trace.format import LoadTrace, Trace, TraceMeta, save_trace
 
@@ -99,10 +99,10 @@ def test_json_alone_on_stdout_and_the_same_figures(trace: Path, capsys: Capture)
     assert plan(trace, "--solver", "eplb", "--out", "b.json") == 0
     table = capsys.readouterr().out
     figures = shown["evaluation"]["plans"]["eplb"]
-    for name, label, form, factor in ROWS:
-        if name in figures and name not in ("node_fan_out", "inter_node_bytes"):
-            row = next(line for line in table.splitlines() if line.startswith(label))
-            assert form.format(figures[name]["value"] * factor) in row
+    for name in ("balancedness", "imbalance", "imbalance_p99", "fan_out", "step_us"):
+        if name in figures:
+            row = next(x for x in table.splitlines() if x.startswith(figure(name).heading))
+            assert figure(name).text(figures[name]["value"]) in row
             assert figures[name]["low"] <= figures[name]["value"] <= figures[name]["high"]
 
 
@@ -150,11 +150,11 @@ def test_two_nodes_bring_node_figures(tmp_path: Path, capsys: Capture) -> None:
     common = ("--solver", "linear", "--out", out, "--redundant-experts", "8")
     assert plan(tmp_path / "trace.npz", *common, gpus=16) == 0
     shown = capsys.readouterr().out
-    assert "nodes a token" in shown
-    assert "inter-node KB a token" in shown
+    assert "nodes per token" in shown
+    assert "inter-node traffic per token, KB" in shown
     assert "16 slots on 16 GPUs of 2 nodes" in shown
     assert plan(tmp_path / "trace.npz", *common, gpus=8) == 0
-    assert "nodes a token" not in capsys.readouterr().out
+    assert "nodes per token" not in capsys.readouterr().out
 
 
 def test_slots_and_redundant_experts(trace: Path) -> None:
@@ -324,7 +324,7 @@ def test_a_load_trace_gives_a_plan_for_balance(load: Path, capsys: Capture) -> N
         "defaults taken: objective: balance (counts say nothing of messages)"
     )
     assert lines[2].startswith("held-out: 4 steps after those tuned on; ")
-    assert not any(line.startswith(("GPUs a token", "MoE time", "predicted")) for line in lines)
+    assert not any(line.startswith(("GPUs per token", "MoE time", "predicted")) for line in lines)
     assert lines[-1] == f"wrote plan.json and {picture}"
     assert picture.read_bytes().startswith(b"\x89PNG")
     made = load_plan("plan.json")

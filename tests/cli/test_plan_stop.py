@@ -90,7 +90,7 @@ def test_the_first_interrupt_ends_the_search_and_writes_the_plan(
     process = started(command, deaf=0)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
+    assert process.returncode == 130, stderr
     said = json.loads(stdout)
     plan = load_plan(out)
     assert said["status"] == plan.status == "time_limit"

@@ -113,7 +113,7 @@ def test_everything_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         ([PROCESS, *OLMOE, "--decode-gpus", "2"], 2, "none is left for prompts"),
         ([PROCESS, *OLMOE, "--tp", "3"], 2, "do not divide"),
         ([PROCESS, *OLMOE, "--router", "nearest"], 2, "unknown router"),
-        ([PROCESS, *OLMOE, "--prefill", "never"], 2, "--prefill never"),
+        ([PROCESS, *OLMOE, "--prefill", "never"], 2, "unknown prefill 'never'"),
         ([PROCESS, *OLMOE, "--level", "drop@3"], 2, "--level 'drop@3'"),
         ([PROCESS, *OLMOE, "--speculate", "1.5"], 2, "acceptance of 1.5"),
         ([PROCESS, *OLMOE, "--domain-mix", "code=1"], 2, "without a routing trace"),
@@ -149,6 +149,8 @@ def test_the_other_simulate_is_still_there(capsys: pytest.CaptureFixture[str]) -
     assert run(["simulate", "--help"]) == 0
     out = capsys.readouterr().out
     assert "--fidelity" in out
-    assert "--requests FILE" in out
+    assert "--requests" not in out
     assert simulate("x", "--help") == 0
-    assert "--fidelity" not in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "--fidelity" not in shown.out
+    assert shown.err == "note: simulate --requests is moesim serve now, and goes away in 0.2\n"

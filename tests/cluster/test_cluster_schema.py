@@ -54,7 +54,7 @@ WRONG: list[tuple[str, Edit, str, str]] = [
     ("no unit", _in("nvme", "size", 3), "unknown key nodes[0].nvme.size", "docs/topologies.md"),
     ("missing", lambda c: c["nodes"][0]["nics"].pop("gb_per_s"), "nics.gb_per_s is missing", "add"),
     ("no source", lambda c: c["latency"].pop("source"), "latency.source is missing", "add it"),
-    ("kind", _in("latency", "kind", "guessed"), "latency.kind", "'assumed', 'datasheet' or 'meas"),
+    ("kind", _in("latency", "kind", "guessed"), "latency.kind", "'measured', 'datasheet' or 'ass"),
     ("no nodes", lambda c: c.__setitem__("nodes", []), "nodes: list should have at least 1", "doc"),
     ("fabric", _node("fabric", "hyperloop"), "nodes[0].fabric", "'nvswitch', 'pcie' or 'none'"),
     ("count text", _node("count", "two"), "nodes[0].count: must be a whole number", "correct"),

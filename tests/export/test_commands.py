@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from moesim.cli.export import export
 from moesim.cli.import_plan import import_plan
 from moesim.errors import MoesimError
-from moesim.exporters.registry import MODULES
+from moesim.exporters.registry import EXPORTERS
 from moesim.placement import load_plan
 
 app = typer.Typer()
@@ -124,6 +124,6 @@ def test_import_plan_errors(tmp_path):
 
 def test_list_names_all_engines():
     text = run("export", "--list").stdout
-    assert all(name in text for name in MODULES)
+    assert all(name in text for name in EXPORTERS.names())
     listing = json.loads(run("export", "--list", "--json").stdout)
     assert "0.33.0" in listing["vllm"]["accepted_by"]

@@ -14,7 +14,7 @@ from moesim.errors import FormatError, InputError, MismatchError, UnknownNameErr
 from moesim.exporters import eplb, megatron, omni_infer, sglang, tensorrt_llm, vllm, vllm_ascend
 from moesim.exporters import vllm_pr41141 as pr41141
 from moesim.exporters.base import ExportOptions, ReadOptions
-from moesim.exporters.registry import MODULES, exporter
+from moesim.exporters.registry import EXPORTERS, exporter
 from moesim.model.names import load_model
 from moesim.placement import Placement, Plan
 
@@ -183,7 +183,7 @@ def test_replicas_and_uneven_slots_are_refused_with_the_reason(make_plan, uneven
     for module in (vllm, megatron):
         with pytest.raises(MismatchError, match=r"holds every expert once.*copies of expert"):
             module.encode(replicas, ExportOptions())
-    for engine in set(MODULES) - {"omni-infer"}:
+    for engine in set(EXPORTERS.names()) - {"omni-infer"}:
         with pytest.raises(MismatchError, match="same number of experts"):
             exporter(engine).encode(uneven_plan, ExportOptions(num_hidden_layers=1))
 
@@ -208,7 +208,7 @@ def test_all_moe_layers_of_the_model_are_wanted(make_plan):
 
 
 def test_every_exporter_has_the_protocol():
-    for name in MODULES:
+    for name in EXPORTERS.names():
         module = exporter(name)
         assert name == module.NAME
         assert module.TITLE

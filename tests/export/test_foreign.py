@@ -152,7 +152,7 @@ def test_a_shared_expert_in_every_list_is_no_routed_one(reading, notes):
     assert any("left out the slots of shared experts (4)" in n for n in notes)
     with pytest.raises(InputError, match="expert 4 has a slot on each of the 2 GPUs") as error:
         vllm_ascend.decode(data, reading())
-    assert "--num-experts 4 if it is shared, 5 if it is routed" in error.value.remedy
+    assert "`num_experts` 4 if it is shared, 5 if it is routed, or" in error.value.remedy
     five = vllm_ascend.decode(data, reading(num_experts=5))
     assert five.placement.num_experts == 5
 

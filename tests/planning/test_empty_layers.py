@@ -10,9 +10,10 @@ import pytest
 
 from moesim.cluster import Cluster
 from moesim.errors import InputError
-from moesim.jobs.plan import PlanRequest, PlanResult, make_plan
-from moesim.jobs.plan_loads import make_load_plan
+from moesim.jobs.plan import make_plan
+from moesim.jobs.plan_result import PlanResult
 from moesim.placement import EMPTY, Placement, in_order
+from moesim.planning.request import PlanRequest
 from moesim.solvers.base import Problem
 from moesim.solvers.objective import PlacementCost
 from moesim.trace.empty import loaded_layers, only_layers
@@ -33,7 +34,7 @@ def load_trace(counts: list[list[list[int]]]) -> LoadTrace:
 
 
 def solve(loads: LoadTrace, cluster: Cluster) -> PlanResult:
-    return make_load_plan(loads, PlanRequest(loads, cluster, None, solver="greedy"))
+    return make_plan(PlanRequest.of(loads, cluster, None, solver="greedy"))
 
 
 def test_a_layer_without_load_is_left_out_and_named(two: Cluster) -> None:
@@ -97,15 +98,15 @@ def test_token_traces_with_a_hash_layer(build: ModuleType, two: Cluster) -> None
     assert keep.tolist() == [True, False, True]
     plain = only_layers(hashed, keep)
     options = {"solver": "greedy", "batch_tokens": 40}
-    found = make_plan(PlanRequest(hashed, two, None, **options))
-    alone = make_plan(PlanRequest(plain, two, None, **options))
+    found = make_plan(PlanRequest.of(hashed, two, None, **options))
+    alone = make_plan(PlanRequest.of(plain, two, None, **options))
     assert found.plan.objective_value == alone.plan.objective_value
     assert found.plan.bound == alone.plan.bound
     table = found.plan.placement.physical_to_logical
     np.testing.assert_array_equal(table[keep], alone.plan.placement.physical_to_logical)
     assert table[1].tolist() == [0, 1, 2, 3, 4, 5]
     assert "layers 1 have no load" in found.notices[0]
-    empty = PlanRequest(replace(trace, expert_ids=np.full_like(ids, -1)), two, None, **options)
+    empty = PlanRequest.of(replace(trace, expert_ids=np.full_like(ids, -1)), two, None, **options)
     with pytest.raises(InputError, match="no layer of the trace has any load"):
         make_plan(empty)
 

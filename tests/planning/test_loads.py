@@ -12,11 +12,13 @@ import pytest
 
 from moesim.cluster import Cluster
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
-from moesim.jobs import plan_loads as loads_module
-from moesim.jobs.plan import PlanRequest, PlanResult
-from moesim.jobs.plan_loads import make_load_plan, measure_loads, split_steps, unequal_steps
+from moesim.jobs.plan import make_plan
+from moesim.jobs.plan_result import PlanResult
 from moesim.placement import EMPTY, Placement, parse_plan
+from moesim.planning import loads as loads_module
 from moesim.planning.evaluate import NUM_RESAMPLES
+from moesim.planning.loads import measure_loads, split_steps, unequal_steps
+from moesim.planning.request import PlanRequest
 from moesim.planning.robust import parse_robust
 from moesim.trace.format import LoadTrace, TraceMeta
 
@@ -37,7 +39,7 @@ def two(build: ModuleType) -> Cluster:
 
 
 def solve(loads: LoadTrace, cluster: Cluster, **changed: Any) -> PlanResult:
-    return make_load_plan(loads, PlanRequest(loads, cluster, None, **changed))
+    return make_plan(PlanRequest.of(loads, cluster, None, **changed))
 
 
 def imbalances(result: PlanResult) -> dict[str, float]:
@@ -184,7 +186,7 @@ def test_plan_file_and_reproducibility(two: Cluster) -> None:
 
 def test_an_interrupted_search_says_so(two: Cluster) -> None:
     loads = load_trace([6, 4, 2, 0], [6, 4, 2, 0])
-    result = make_load_plan(loads, PlanRequest(loads, two, None), stop=lambda: True)
+    result = make_plan(PlanRequest.of(loads, two, None), stop=lambda: True)
     assert result.plan.status == "time_limit"
     assert any("interrupted" in note for note in result.notices)
 
@@ -192,15 +194,15 @@ def test_an_interrupted_search_says_so(two: Cluster) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"objective": "time"}, "--objective time"),
-        ({"objective": "traffic"}, "--objective traffic"),
-        ({"phase": "decode"}, "--phase decode"),
-        ({"batch_tokens": 64}, "--batch-tokens 64"),
-        ({"domain": "code"}, "--domain code"),
-        ({"all_to_all": "deepep"}, "--all-to-all deepep"),
-        ({"replica_policy": "nearest"}, "--replica-policy nearest"),
-        ({"home_ranks": "oracle"}, "--home-ranks oracle"),
-        ({"robust": parse_robust("worst-domain")}, "--robust"),
+        ({"objective": "time"}, "`objective` time"),
+        ({"objective": "traffic"}, "`objective` traffic"),
+        ({"phase": "decode"}, "`phase` decode"),
+        ({"batch_tokens": 64}, "`batch_tokens` 64"),
+        ({"domain": "code"}, "`domain` code"),
+        ({"all_to_all": "deepep"}, "`all_to_all` deepep"),
+        ({"replica_policy": "nearest"}, "`replica_policy` nearest"),
+        ({"home_ranks": "oracle"}, "`home_ranks` oracle"),
+        ({"robust": parse_robust("worst-domain")}, "`robust`"),
     ],
 )
 def test_what_counts_cannot_tell_is_refused_by_name(
@@ -214,7 +216,7 @@ def test_what_counts_cannot_tell_is_refused_by_name(
 def test_a_plan_to_move_from_is_refused(two: Cluster) -> None:
     loads = load_trace([6, 4, 2, 0], [6, 4, 2, 0])
     old = solve(loads, two).plan
-    with pytest.raises(InputError, match="--from needs token-level routing"):
+    with pytest.raises(InputError, match="`old_plan` needs token-level routing"):
         solve(loads, two, old_plan=old)
 
 
@@ -226,12 +228,12 @@ def test_unknown_names_and_misfits(two: Cluster, build: ModuleType) -> None:
         solve(loads, two, solver="eplbb")
     with pytest.raises(InfeasibleError, match="do not fit"):
         solve(loads, two, slots=(1, 1))
-    request = PlanRequest(loads, two, build.toy_model(1, 8, 2))
+    request = PlanRequest.of(loads, two, build.toy_model(1, 8, 2))
     with pytest.raises(MismatchError, match="4 experts"):
-        make_load_plan(loads, request)
+        make_plan(request)
     big = replace(build.toy_model(1, 4, 2), hidden_size=1 << 20, moe_intermediate_size=1 << 20)
     with pytest.raises(InfeasibleError, match="GB"):
-        make_load_plan(loads, replace(request, model=big))
+        make_plan(request.but(model=big))
 
 
 def test_notice_of_steps_of_unequal_size() -> None:

@@ -12,16 +12,12 @@ import pytest
 
 from moesim.cluster import Cluster, load_cluster
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
-from moesim.jobs.plan import (
-    PlanRequest,
-    PlanResult,
-    _workload,
-    check_memory,
-    make_plan,
-    slots_of,
-)
+from moesim.jobs.plan import make_plan
+from moesim.jobs.plan_result import PlanResult
 from moesim.model.names import ModelSpec, load_model
 from moesim.placement import parse_plan
+from moesim.planning.case import _phase_and_batch
+from moesim.planning.request import PlanRequest, check_memory, slots_of
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import Trace
 
@@ -68,7 +64,7 @@ def quick() -> Any:
 
 @pytest.fixture(scope="module")
 def result(trace: Trace, cluster: Cluster, model: ModelSpec) -> PlanResult:
-    return make_plan(PlanRequest(trace, cluster, model, batch_tokens=96))
+    return make_plan(PlanRequest.of(trace, cluster, model, batch_tokens=96))
 
 
 def without_run(result: PlanResult) -> str:
@@ -81,9 +77,9 @@ def test_same_inputs_and_seed_same_bytes(
     trace: Trace, cluster: Cluster, model: ModelSpec, result: PlanResult
 ) -> None:
     """INV-6: all but `provenance.run`; another seed may differ and is recorded."""
-    request = PlanRequest(trace, cluster, model, batch_tokens=96)
+    request = PlanRequest.of(trace, cluster, model, batch_tokens=96)
     assert without_run(make_plan(request)) == without_run(result)
-    other = make_plan(replace(request, seed=1))
+    other = make_plan(request.but(seed=1))
     assert other.plan.provenance["options"]["seed"] == 1
     assert other.plan.provenance["options_hash"] != result.plan.provenance["options_hash"]
     assert without_run(other) != without_run(result)
@@ -126,7 +122,7 @@ def test_evaluated_tokens_are_held_out(result: PlanResult, trace: Trace) -> None
 
 
 def test_defaults_are_stated(trace: Trace, cluster: Cluster, model: ModelSpec) -> None:
-    result = make_plan(PlanRequest(trace, cluster, model))
+    result = make_plan(PlanRequest.of(trace, cluster, model))
     assert result.defaults["phase"].startswith("prefill")
     assert result.defaults["batch tokens"].startswith("4096")
     assert result.defaults["objective"].startswith("time")
@@ -136,18 +132,18 @@ def test_defaults_are_stated(trace: Trace, cluster: Cluster, model: ModelSpec) -
 
 
 def test_unknown_model_is_planned_for_balance(trace: Trace, cluster: Cluster) -> None:
-    result = make_plan(PlanRequest(trace, cluster, None, batch_tokens=96))
+    result = make_plan(PlanRequest.of(trace, cluster, None, batch_tokens=96))
     assert result.step is None
     assert result.plan.objective == "balance"
     assert "step_us" not in result.chosen.figures
     assert any("model is not known" in notice for notice in result.notices)
     with pytest.raises(InputError, match="needs the model's sizes"):
-        make_plan(PlanRequest(trace, cluster, None, objective="time"))
+        make_plan(PlanRequest.of(trace, cluster, None, objective="time"))
 
 
 def test_uneven_slots_are_compared_with_greedy(trace: Trace, cluster: Cluster) -> None:
     """EPLB needs equal GPUs; INV-2 with the slots that were named."""
-    request = PlanRequest(trace, cluster, None, slots=(5, 1, 2, 3), batch_tokens=96)
+    request = PlanRequest.of(trace, cluster, None, slots=(5, 1, 2, 3), batch_tokens=96)
     result = make_plan(request)
     assert [c.name for c in result.candidates] == ["linear", "greedy", "local_search"]
     table = result.plan.placement.physical_to_logical.reshape(2, 4, -1)
@@ -155,7 +151,7 @@ def test_uneven_slots_are_compared_with_greedy(trace: Trace, cluster: Cluster) -
 
 
 def test_one_domain_alone(trace: Trace, cluster: Cluster) -> None:
-    result = make_plan(PlanRequest(trace, cluster, None, domain="prose", batch_tokens=96))
+    result = make_plan(PlanRequest.of(trace, cluster, None, domain="prose", batch_tokens=96))
     assert result.plan.provenance["options"]["domain"] == "prose"
     _, held_out = split_requests(index_requests(trace.take(np.arange(360, 720)))[0])
     assert result.sample.num_requests == len(held_out.ids) < 30
@@ -172,28 +168,27 @@ def test_one_domain_alone(trace: Trace, cluster: Cluster) -> None:
         (16, {"redundant_experts": 8}, [1] * 16),
     ],
 )
-def test_slots(
-    trace: Trace, cluster: Cluster, num_gpus: int, options: dict[str, Any], want: list[int]
-) -> None:
-    request = PlanRequest(trace, cluster, None, **options)
-    assert slots_of(EXPERTS, num_gpus, request).tolist() == want
+def test_slots(trace: Trace, num_gpus: int, options: dict[str, Any], want: list[int]) -> None:
+    sized = load_cluster("h100-sxm-ib", num_gpus)
+    assert slots_of(EXPERTS, PlanRequest.of(trace, sized, None, **options)).tolist() == want
 
 
 @pytest.mark.parametrize(
     ("num_gpus", "options", "cause", "remedy"),
     [
-        (3, {}, "8 slots do not divide over 3 GPUs", "--redundant-experts 1"),
-        (16, {}, "16 GPUs for 8 experts", "at most 8 GPUs, or --redundant-experts 8"),
-        (3, {"slots": (10,)}, "10 slots do not divide over 3 GPUs", "--slots 12"),
-        (4, {"slots": (2, 2)}, "--slots names 2 GPUs, there are 4", "one number for every GPU"),
+        (3, {}, "8 slots do not divide over 3 GPUs", "`redundant_experts` 1"),
+        (16, {}, "16 GPUs for 8 experts", "at most 8 GPUs, or `redundant_experts` 8"),
+        (3, {"slots": (10,)}, "10 slots do not divide over 3 GPUs", "`slots` 12"),
+        (4, {"slots": (2, 2)}, "`slots` names 2 GPUs, there are 4", "one number for every GPU"),
         (4, {"redundant_experts": -1}, "negative", "0 or more"),
     ],
 )
 def test_slots_that_do_not_come_out(
-    trace: Trace, cluster: Cluster, num_gpus: int, options: dict[str, Any], cause: str, remedy: str
+    trace: Trace, num_gpus: int, options: dict[str, Any], cause: str, remedy: str
 ) -> None:
+    sized = load_cluster("h100-sxm-ib", num_gpus)
     with pytest.raises(InputError, match=cause) as caught:
-        slots_of(EXPERTS, num_gpus, PlanRequest(trace, cluster, None, **options))
+        slots_of(EXPERTS, PlanRequest.of(trace, sized, None, **options))
     assert remedy in caught.value.remedy
     assert caught.value.exit_code == 2
 
@@ -209,16 +204,16 @@ def test_memory_by_hand() -> None:
     with pytest.raises(InfeasibleError, match="GB on GPU 0") as caught:
         check_memory(model, cluster, np.array([most + 1]))
     assert caught.value.exit_code == 1
-    assert "--ignore-memory" in caught.value.remedy
+    assert "`ignore_memory`" in caught.value.remedy
 
 
 def test_memory_is_checked_unless_told_otherwise(trace: Trace, build: ModuleType) -> None:
     cluster = build.small_cluster()
     huge = build.toy_model(2, EXPERTS, 2, hidden_size=1 << 20, moe_intermediate_size=1 << 12)
-    request = PlanRequest(trace, cluster, huge, objective="balance", batch_tokens=96)
+    request = PlanRequest.of(trace, cluster, huge, objective="balance", batch_tokens=96)
     with pytest.raises(InfeasibleError, match="toy needs"):
         make_plan(request)
-    assert make_plan(replace(request, check_memory=False)).plan.status == "feasible"
+    assert make_plan(request.but(check_memory=False)).plan.status == "feasible"
 
 
 @pytest.mark.parametrize(
@@ -245,7 +240,7 @@ def test_refusals(
     cause: str,
 ) -> None:
     with pytest.raises(kind, match=cause) as caught:
-        make_plan(PlanRequest(trace, cluster, model, **options))
+        make_plan(PlanRequest.of(trace, cluster, model, **options))
     assert caught.value.remedy
     assert caught.value.exit_code == 2
 
@@ -258,10 +253,10 @@ def test_names_are_checked_before_the_work(
     def never(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("moesim.jobs.plan.tuning_counts", never)
+    monkeypatch.setattr("moesim.planning.case.tuning_counts", never)
     for options in ({"solver": "local_serch"}, {"replica_policy": "closest"}):
         with pytest.raises(InputError):
-            make_plan(PlanRequest(trace, cluster, model, **options))
+            make_plan(PlanRequest.of(trace, cluster, model, **options))
 
 
 @pytest.mark.parametrize(
@@ -276,35 +271,38 @@ def test_another_models_trace(
     trace: Trace, cluster: Cluster, build: ModuleType, sizes: tuple[int, int, int], cause: str
 ) -> None:
     with pytest.raises(MismatchError, match=cause):
-        make_plan(PlanRequest(trace, cluster, build.toy_model(*sizes)))
+        make_plan(PlanRequest.of(trace, cluster, build.toy_model(*sizes)))
 
 
 def test_part_of_the_layers_is_said(trace: Trace, cluster: Cluster, build: ModuleType) -> None:
     model = build.toy_model(5, EXPERTS, 2)
-    result = make_plan(PlanRequest(trace, cluster, model, objective="balance", batch_tokens=96))
-    assert "the trace covers 2 of toy's 5 MoE layers" in result.notices
+    result = make_plan(PlanRequest.of(trace, cluster, model, objective="balance", batch_tokens=96))
+    assert "the trace covers 2 of toy's 5 MoE layers; figures are of those" in result.notices
 
 
 def test_a_trace_without_domains(build: ModuleType, cluster: Cluster) -> None:
     plain = build.random_trace(np.random.default_rng(0), 48, 1, EXPERTS, 2)
     with pytest.raises(MismatchError, match="no domains"):
-        make_plan(PlanRequest(plain, cluster, None, domain="code"))
+        make_plan(PlanRequest.of(plain, cluster, None, domain="code"))
 
 
 @pytest.mark.filterwarnings("error")
 def test_an_empty_trace_is_refused_without_warnings(trace: Trace, cluster: Cluster) -> None:
     with pytest.raises(InputError, match="no tokens"):
-        make_plan(PlanRequest(trace.take(np.array([], np.int64)), cluster, None))
+        make_plan(PlanRequest.of(trace.take(np.array([], np.int64)), cluster, None))
 
 
 def test_one_request_cannot_be_split(build: ModuleType, cluster: Cluster) -> None:
     lone = build.random_trace(np.random.default_rng(0), 48, 1, EXPERTS, 2, request_tokens=48)
     with pytest.raises(InputError, match="1 request"):
-        make_plan(PlanRequest(lone, cluster, None))
+        make_plan(PlanRequest.of(lone, cluster, None))
 
 
 def test_phase_follows_the_trace(trace: Trace, cluster: Cluster) -> None:
     decode = replace(trace, phases=np.ones(trace.num_tokens, np.uint8))
     defaults: dict[str, str] = {}
-    assert _workload(PlanRequest(decode, cluster, None), decode, defaults) == ("decode", 256)
+    assert _phase_and_batch(PlanRequest.of(decode, cluster, None), decode, defaults) == (
+        "decode",
+        256,
+    )
     assert defaults["phase"] == "decode (100% of the trace's tokens are decode)"

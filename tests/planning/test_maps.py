@@ -9,9 +9,10 @@ import pytest
 
 from moesim.cluster import load_cluster
 from moesim.errors import MismatchError
-from moesim.jobs.plan import PlanRequest, make_plan
+from moesim.jobs.plan import make_plan
 from moesim.placement import Placement, Plan
 from moesim.planning.maps import plan_maps
+from moesim.planning.request import PlanRequest
 
 
 def many(build: Any, experts: int = 8) -> Any:
@@ -23,7 +24,7 @@ def many(build: Any, experts: int = 8) -> Any:
 def test_the_maps_repeat_the_evaluation_to_the_last_digit(build: Any) -> None:
     trace = many(build)
     cluster = load_cluster("h100-sxm-ib", num_gpus=4)
-    request = PlanRequest(trace, cluster, None, solver="greedy", batch_tokens=120, seed=3)
+    request = PlanRequest.of(trace, cluster, None, solver="greedy", batch_tokens=120, seed=3)
     plan = make_plan(request).plan
     found = plan_maps(trace, plan, cluster)
     assert found.same_trace

@@ -17,11 +17,13 @@ from moesim.cli.main import run
 from moesim.cluster import Cluster
 from moesim.cost.routing import home_ranks
 from moesim.errors import InputError, MismatchError, UnknownNameError
-from moesim.jobs.plan import PlanRequest, PlanResult, make_plan
+from moesim.jobs.plan import make_plan
+from moesim.jobs.plan_result import PlanResult
 from moesim.model.names import ModelSpec
 from moesim.placement import Placement, load_plan
 from moesim.planning.home_ranks import choose_predictor, predict_homes
 from moesim.planning.migration import movers
+from moesim.planning.request import PlanRequest
 from moesim.planning.robust import (
     OTHER,
     Losses,
@@ -34,7 +36,7 @@ from moesim.planning.robust import (
 from moesim.sim.engine import Engine
 from moesim.sim.migrate import holdings, plan_moves
 from moesim.solvers.base import Problem
-from moesim.solvers.registry import get_solver
+from moesim.solvers.registry import find_solver
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import Trace, save_trace
 
@@ -88,7 +90,8 @@ def quick() -> Any:
 @pytest.fixture(scope="module")
 def ask(trace: Trace, cluster: Cluster, model: ModelSpec) -> Callable[..., PlanResult]:
     def asked(**changes: Any) -> PlanResult:
-        return make_plan(replace(PlanRequest(trace, cluster, model, batch_tokens=96), **changes))
+        request = PlanRequest.of(trace, cluster, model, batch_tokens=96)
+        return make_plan(request.but(**changes))
 
     return asked
 
@@ -135,7 +138,7 @@ def test_the_rare_domain_is_heard() -> None:
     b = np.array([[[6, 0, 6, 0, 0, 0, 2, 2]]], np.float32)
     counts = np.concatenate((a, b))
     problem = Problem(counts=counts, capacity=np.full(4, 2), num_nodes=1)
-    solver = get_solver("local_search")
+    solver = find_solver("local_search")
     together = Placement(np.array([[0, 2, 1, 3, 4, 5, 6, 7]], np.int32), 4, 1, 8)
     plain = replace(solver.solve(problem), placement=together)
     found = solve_robust(solver, problem, plain, Robust("worst-domain"), {"a": a, "b": b})
@@ -237,23 +240,23 @@ def test_slots_follow_the_plan_in_use(ask: Callable[..., PlanResult]) -> None:
     old = ask(solver="eplb", redundant_experts=4).plan
     result = ask(old_plan=old)
     assert result.plan.placement.num_slots == 12
-    assert result.defaults["slots"] == "12 a layer, as the plan in use has"
+    assert result.defaults["slots"] == "12 per layer, as the plan in use has"
     with pytest.raises(MismatchError, match="3 slots a GPU, the new one 4"):
         ask(old_plan=old, redundant_experts=8)
 
 
 def test_plans_of_something_else_are_refused(ask: Callable[..., PlanResult]) -> None:
     old = ask(solver="linear").plan
-    with pytest.raises(MismatchError, match="for other, the trace of toy"):
+    with pytest.raises(MismatchError, match="for other, the trace is of toy"):
         ask(old_plan=replace(old, model="other"))
-    with pytest.raises(MismatchError, match="numbers its layers differently"):
+    with pytest.raises(MismatchError, match="MoE layer 0 is the model's layer 5"):
         ask(old_plan=replace(old, layer_ids=(5, 6)))
     one = replace(old.placement, physical_to_logical=old.placement.physical_to_logical[:1])
-    with pytest.raises(MismatchError, match="has 1 MoE layers, 2 are wanted"):
+    with pytest.raises(MismatchError, match="2 MoE layers of 8 experts, the plan in use 1"):
         ask(old_plan=replace(old, placement=one, layer_ids=(0,)))
-    with pytest.raises(MismatchError, match="has 2 GPUs, 4 are wanted"):
+    with pytest.raises(MismatchError, match="for 2 GPUs in 1 node"):
         ask(old_plan=replace(old, placement=replace(old.placement, num_gpus=2, num_nodes=1)))
-    with pytest.raises(InputError, match="use --objective time"):
+    with pytest.raises(InputError, match="use `objective` time"):
         ask(old_plan=old, objective="balance")
     with pytest.raises(InputError, match="above 0"):
         ask(old_plan=old, steps_between_moves=float("nan"))
@@ -368,7 +371,7 @@ def test_from_on_the_command_line(folder: Path, capsys: Capture) -> None:
     raw["model"] = "another"
     (folder / "other.json").write_text(json.dumps(raw))
     assert plan("--from", "other.json") == 2
-    assert "the plan of --from is for another" in capsys.readouterr().err
+    assert "the plan in use is for another" in capsys.readouterr().err
     assert plan("--steps-between-moves", "10") == 2
     assert "without --from" in capsys.readouterr().err
 

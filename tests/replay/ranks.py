@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from moesim.replay import __main__, offload, validate
-from moesim.replay.calibrate import Options, calibrate
+from moesim.replay.calibrate import CalibrateOptions, calibrate
 from moesim.replay.calibrate_ffn import Company
-from moesim.replay.engine import Engine
+from moesim.replay.engine import ReplayEngine
 from moesim.replay.launch import free_port
 from moesim.replay.numerics import check_layer
 from moesim.replay.ops import Kernels
@@ -39,7 +39,7 @@ def variants(ctx: Context, trace_path: str) -> int:
     trace = load_token_trace(trace_path, "test")
     placement = np.array([0, 1, 2, 3, 4, 5, 6, 7, 0, -1, 1, -1])
     count = 0
-    engine = Engine(ctx, SHAPE, 3, 64, Kernels(), num_sets=1)
+    engine = ReplayEngine(ctx, SHAPE, 3, 64, Kernels(), num_sets=1)
     every_home = {
         "even": home_ranks(NUM_TOKENS, ctx.num_ranks),
         "one rank has none": np.arange(NUM_TOKENS) % (ctx.num_ranks - 1),
@@ -76,7 +76,7 @@ def body() -> int:
     with joined("cpu", 60.0) as ctx:
         count = variants(ctx, sys.argv[1])
         company(ctx)
-        options = Options(
+        options = CalibrateOptions(
             shapes=(SHAPE,), max_tokens_per_rank=64, max_bytes=1 << 16, budget_s=0.005
         )
         calibrate(ctx, options, sys.argv[3])

@@ -13,14 +13,14 @@ pytest.importorskip("torch", reason="torch is not installed (pip install 'moesim
 import torch
 
 from moesim.errors import InputError
-from moesim.replay.engine import Engine
+from moesim.replay.engine import ReplayEngine
 from moesim.replay.memory import memory_need
 from moesim.replay.numerics import NumericsError, check_layer
 from moesim.replay.ops import Kernels, grouped_ffn, reduce_rows
 from moesim.replay.process import Context, Watchdog, joined
 from moesim.replay.routing import assign_replicas, rank_work
 from moesim.replay.shape import ExpertShape
-from moesim.replay.validate import Options, validate
+from moesim.replay.validate import ValidateOptions, validate
 from moesim.trace.format import load_token_trace
 
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
 def layer_of(inputs, ctx: Context, shape: ExpertShape, kernels: Kernels, dedup: str = "gpu"):
     trace = load_token_trace(inputs.trace, "test").take(slice(200))
     placement = np.array([3, 0, 1, 2, 7, 6, 5, 4, -1])
-    engine = Engine(ctx, shape, len(placement), 200, kernels, num_sets=1)
+    engine = ReplayEngine(ctx, shape, len(placement), 200, kernels, num_sets=1)
     ids = np.asarray(trace.expert_ids[:, 1])
     gates = np.asarray(trace.gate_weights[:, 1])
     assignment = assign_replicas(ids, gates, placement, np.zeros(200, np.int64), 1)
@@ -135,7 +135,7 @@ def test_conservation_sees_faults(inputs, ctx: Context, fault: str) -> None:
 
 def test_replicas_hold_the_same_weights(ctx: Context) -> None:
     shape = ExpertShape("tiny", 64, 32, 8, 2, "fp32")
-    engine = Engine(ctx, shape, 3, 4, Kernels(), num_sets=1)
+    engine = ReplayEngine(ctx, shape, 3, 4, Kernels(), num_sets=1)
     engine.load_weights(np.array([5, 2, 5]))
     assert torch.equal(engine.gate_up[0][0], engine.gate_up[0][2])
     assert not torch.equal(engine.gate_up[0][0], engine.gate_up[0][1])
@@ -156,7 +156,7 @@ def test_too_little_memory_is_refused_before_allocating(inputs, monkeypatch) -> 
     one = inputs.add_plan("one_gpu", list(range(8)), 1)
     monkeypatch.setattr("moesim.replay.validate.Engine", never)
     alone = Context(0, 1, 0, torch.device("cpu"), 60.0, Watchdog(60.0, print))
-    options = Options(tokens_per_rank=(8,), num_batches=1, memory_limit_bytes=1_000_000)
+    options = ValidateOptions(tokens_per_rank=(8,), num_batches=1, memory_limit_bytes=1_000_000)
     with pytest.raises(
         InputError, match=r"needs .* MB on each GPU .* rank 0 has 1\.00 MB"
     ) as caught:
@@ -166,7 +166,7 @@ def test_too_little_memory_is_refused_before_allocating(inputs, monkeypatch) -> 
 
 def test_one_rank_end_to_end(inputs, group: Context) -> None:
     one = inputs.add_plan("alone", list(range(8)), 1)
-    options = Options(tokens_per_rank=(8, 40), num_batches=1, budget_s=0.02)
+    options = ValidateOptions(tokens_per_rank=(8, 40), num_batches=1, budget_s=0.02)
     record = validate(group, [str(one)], str(inputs.trace), inputs.shape, options, None)
     assert [r["tokens_per_rank"] for r in record["results"]] == [8, 40]
     assert all(np.min(r["layer_us"]["median"]) > 0 for r in record["results"])

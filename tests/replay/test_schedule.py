@@ -129,11 +129,11 @@ def test_schedules_that_cheat_are_refused() -> None:
 def test_offload_on_the_cpu(inputs, tmp_path) -> None:
     """Outputs are right at every cache size, and fewer slots mean more copies."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from moesim.replay.offload import Options, offload
+    from moesim.replay.offload import OffloadOptions, offload
     from moesim.replay.process import Context, Watchdog
 
     alone = Context(0, 1, 0, torch.device("cpu"), 60.0, Watchdog(60.0, print))
-    options = Options(num_tokens=30, warm_tokens=4, num_layers=3, reps=2)
+    options = OffloadOptions(num_tokens=30, warm_tokens=4, num_layers=3, reps=2)
     record = offload(alone, inputs.shape, str(inputs.trace), [], options, str(tmp_path / "o.json"))
     assert len(record["results"]) == 6
     assert max(r["relative_error"] for r in record["results"]) < 1e-5
@@ -147,11 +147,11 @@ def test_offload_on_the_cpu(inputs, tmp_path) -> None:
 
 def test_experts_at_the_rows_asked_for(inputs) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from moesim.replay.calibrate import Options, calibrate
+    from moesim.replay.calibrate import CalibrateOptions, calibrate
     from moesim.replay.process import Context, Watchdog
 
     alone = Context(0, 1, 0, torch.device("cpu"), 60.0, Watchdog(60.0, print))
-    options = Options((inputs.shape,), sections=("ffn",), ffn_rows=(1, 3), budget_s=0.001)
+    options = CalibrateOptions((inputs.shape,), sections=("ffn",), ffn_rows=(1, 3), budget_s=0.001)
     rows = calibrate(alone, options, None)["tables"]["ffn"]
     assert {r["tokens"] / r["local_experts"] for r in rows} == {1, 3}
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from moesim.jobs.serve import run_tables
 from moesim.serving.config import ServingConfig
 from moesim.serving.deployment import Deployment, deploy
 from moesim.serving.engines import engine_profile
 from moesim.serving.requests import Requests
 from moesim.serving.result import ServingResult
+from moesim.serving.run import run_tables
 from moesim.serving.step_table import TERM_FIELDS, StepTables
 
 

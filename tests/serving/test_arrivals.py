@@ -60,7 +60,7 @@ def test_burstgpt(tmp_path: Path) -> None:
     path = written(tmp_path / "b.csv", BURST)
     with pytest.raises(InputError, match=r"b.csv line 4: 0 output tokens \(1 such rows\)") as error:
         load_requests(path)
-    assert "--skip-empty" in error.value.remedy
+    assert "`skip_empty`" in error.value.remedy
     requests = load_requests(path, skip_empty=True)
     assert requests.arrival_s.tolist() == [0.0, 40.5]
     assert requests.notices == (
@@ -285,7 +285,7 @@ def test_block_sizes_that_do_not_fit(tmp_path: Path) -> None:
     path = log(tmp_path / "m.jsonl", [(0, 1024, 2), (1, 600, 8)])
     with pytest.raises(FormatError, match=r"line 1 has 2 hash_ids .* line 2 8 for 600") as error:
         load_requests(path)
-    assert "--block-tokens" in error.value.remedy
+    assert "`block_tokens`" in error.value.remedy
     with pytest.raises(InputError, match="line 2: 8 hash_ids for 600 prompt tokens are more"):
         load_requests(path, block_tokens=512)
     assert load_requests(path, block_tokens=64).block_tokens == 64
@@ -304,7 +304,7 @@ def test_time_units(tmp_path: Path) -> None:
     path = log(tmp_path / "g.jsonl", [(0.0, 12, 1), (0.3, 21, 2), (0.6, 16, 1)])
     with pytest.raises(FormatError, match=r"line 2: timestamp 0\.3 is no whole number") as error:
         load_requests(path)
-    assert "--time-unit" in error.value.remedy
+    assert "`time_unit`" in error.value.remedy
     found = load_requests(path, time_unit="s")
     assert found.arrival_s.tolist() == [0.0, 0.3, 0.6]
     assert found.block_tokens == 16  # 12 <= b, 11 <= b <= 20, 16 <= b: 16 to 20

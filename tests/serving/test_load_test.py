@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.jobs.serve import simulate_serving
 from moesim.serving.deployment import deploy
 from moesim.serving.requests import Requests
+from moesim.serving.run import simulate_serving
 from moesim.serving.static import LoadTest, run_load_test
-from moesim.serving.step_cost import StepCost
+from moesim.serving.step_cost import EngineStepCost
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,9 @@ def test_same_latencies(model: str, options: dict[str, Any], count: int) -> None
     """Two programs that share nothing but the cost of a step: every TTFT is the same, and every
     TPOT but for whether a token attends to itself (one in a thousand cached tokens)."""
     deployment = deploy(model, "h100-sxm-ib", **options)
-    closed = run_load_test(StepCost(deployment), LoadTest(1000, 60, count, num_requests=count))
+    closed = run_load_test(
+        EngineStepCost(deployment), LoadTest(1000, 60, count, num_requests=count)
+    )
     requests = Requests.of(np.zeros(count), [1000] * count, [60] * count)
     opened = simulate_serving(deployment, requests)
     np.testing.assert_allclose(opened.ttft_s * 1e3, closed.ttft_ms, rtol=1e-4)

@@ -119,15 +119,16 @@ def test_impossible_promises() -> None:
 def test_deployments_that_fit() -> None:
     """DeepSeek-V3 (671 GB in fp8) needs more than 8 H100s; 16 hold it only with tensor parallelism
     or expert parallelism over all; the numbers are said where nothing fits."""
+    from moesim.cluster import load_cluster
     from moesim.model.names import load_model
 
     model = load_model("deepseek-v3")
     with pytest.raises(InfeasibleError, match=r"weights take [0-9.]+") as error:
-        fitting_deployment(model, "h100-sxm-ib", 8)
+        fitting_deployment(model, load_cluster("h100-sxm-ib", 8))
     assert "more GPUs" in error.value.remedy
-    made = fitting_deployment(model, "h100-sxm-ib", 32)
+    made = fitting_deployment(model, load_cluster("h100-sxm-ib", 32))
     assert (made.tp, made.dp, made.ep) == (1, 32, 32)
-    few = fitting_deployment(load_model("Mixtral-8x7B"), "h100-sxm-ib", 16)
+    few = fitting_deployment(load_model("Mixtral-8x7B"), load_cluster("h100-sxm-ib", 16))
     assert (few.ep, few.moe_tp) == (8, 2)
     with pytest.raises(InputError, match="does not divide"):
-        fitting_deployment(load_model("Mixtral-8x7B"), "h100-sxm-ib", 17)
+        fitting_deployment(load_model("Mixtral-8x7B"), load_cluster("h100-sxm-ib", 17))

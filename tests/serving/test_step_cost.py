@@ -21,7 +21,7 @@ from moesim.serving.engines import ENGINES
 from moesim.serving.step_cost import (
     SMALL_KERNEL_US,
     SMALL_KERNELS,
-    StepCost,
+    EngineStepCost,
 )
 
 SHARP = 64.0  # a maximum, near enough
@@ -74,7 +74,7 @@ def gemm_us(m: float, n: float, k: float) -> float:
 
 def test_decode_step_of_mixtral_by_hand() -> None:
     # 32 layers, hidden 4096, 32 query and 8 KV heads of 128, 8 experts of width 14336.
-    cost = StepCost(toy())
+    cost = EngineStepCost(toy())
     parts = cost.breakdown(BatchShape.of(4, 4000))
     projections = gemm_us(4, 48 * 128, 4096) + gemm_us(4, 4096, 32 * 128)
     assert parts["projections"] == pytest.approx(32 * projections, rel=1e-3)
@@ -97,7 +97,7 @@ def test_decode_step_of_mixtral_by_hand() -> None:
 
 
 def test_prefill_attention_and_collectives_by_hand() -> None:
-    cost = StepCost(toy(tp=2))
+    cost = EngineStepCost(toy(tp=2))
     parts = cost.breakdown(BatchShape.of(prefill_tokens=1024))
     # 1024 x 1025 / 2 pairs, 4 x 16 heads x 128 operations each at 100 TFLOPS; launch 7.
     pairs = 1024 * 1025 / 2
@@ -119,7 +119,7 @@ def test_a_chunk_has_the_pairs_of_its_cached_tokens() -> None:
 def test_a_window_limits_what_a_decode_step_reads() -> None:
     # GPT-OSS: every other layer sees 128 tokens only.
     deployment = deploy("GPT-OSS-20B", engine=QUIET, tp=1)
-    full, windowed = sorted(StepCost(deployment).attention, key=lambda terms: terms.window)
+    full, windowed = sorted(EngineStepCost(deployment).attention, key=lambda terms: terms.window)
     assert (full.window, windowed.window) == (0, 128)
     assert (full.num_layers, windowed.num_layers) == (12, 12)
     one = np.array([1.0])
@@ -147,7 +147,7 @@ def test_small_kernels_are_counted_by_what_a_layer_has(
     model: str, dense_dtype: str, kernels: int
 ) -> None:
     quiet = replace(QUIET, kernel_us=0.0)
-    cost = StepCost(deploy(model, engine=quiet, tp=8, dense_dtype=dense_dtype))
+    cost = EngineStepCost(deploy(model, engine=quiet, tp=8, dense_dtype=dense_dtype))
     slow = cost.with_engine(replace(quiet, kernel_us=1.5))
     decode = BatchShape.of(4, 400)
     assert slow.step_us(decode) - cost.step_us(decode) == pytest.approx(1.5 * kernels)
@@ -155,7 +155,7 @@ def test_small_kernels_are_counted_by_what_a_layer_has(
 
 def test_host_time_is_added_and_eager_launches_bound_a_prefill_step() -> None:
     engine = replace(QUIET, step_host_us=100.0, sequence_host_us=3.0, eager_layer_us=1e5)
-    quiet = StepCost(toy())
+    quiet = EngineStepCost(toy())
     slow = quiet.with_engine(engine)
     decode = BatchShape.of(4, 400)
     assert slow.step_us(decode) == pytest.approx(quiet.step_us(decode) + 100.0 + 4 * 3.0)
@@ -174,7 +174,7 @@ def test_host_time_is_added_and_eager_launches_bound_a_prefill_step() -> None:
     ],
 )
 def test_one_step_by_plain_numbers_equals_the_arrays(shape: dict[str, int]) -> None:
-    cost = StepCost(deploy("Qwen3-30B-A3B", **shape))  # type: ignore[arg-type]
+    cost = EngineStepCost(deploy("Qwen3-30B-A3B", **shape))  # type: ignore[arg-type]
     rng = np.random.default_rng(1)
     ranks = cost.deployment.dp
     for _ in range(20):
@@ -189,8 +189,8 @@ def test_one_step_by_plain_numbers_equals_the_arrays(shape: dict[str, int]) -> N
 
 
 @pytest.fixture(scope="module")
-def costs() -> dict[float, StepCost]:
-    return {scale: StepCost(toy(tp=2, scale=scale)) for scale in (1.0, 2.0)}
+def costs() -> dict[float, EngineStepCost]:
+    return {scale: EngineStepCost(toy(tp=2, scale=scale)) for scale in (1.0, 2.0)}
 
 
 @settings(max_examples=60, deadline=None)
@@ -201,7 +201,7 @@ def costs() -> dict[float, StepCost]:
     more=st.tuples(st.integers(0, 4), st.integers(0, 4000), st.integers(0, 100)),
 )
 def test_more_tokens_never_faster_and_more_bandwidth_never_slower(
-    costs: dict[float, StepCost],
+    costs: dict[float, EngineStepCost],
     decode: int,
     context: int,
     prompt: int,
@@ -218,7 +218,7 @@ def test_more_tokens_never_faster_and_more_bandwidth_never_slower(
 
 def test_steps_on_the_bundled_calibrations_grow_with_tokens() -> None:
     for name, engine in (("DeepSeek-V3", "sglang"), ("GPT-OSS-120B", "vllm")):
-        cost = StepCost(deploy(name, engine=engine, tp=8))
+        cost = EngineStepCost(deploy(name, engine=engine, tp=8))
         rows = np.unique(np.geomspace(1, 8000, 60).astype(int))[:, None] * 1.0
         decode = cost.step_us(BatchShape.of(np.minimum(rows, 1000), rows * 500))
         prefill = cost.step_us(BatchShape.of(prefill_tokens=rows))
@@ -227,7 +227,7 @@ def test_steps_on_the_bundled_calibrations_grow_with_tokens() -> None:
 
 
 def test_an_empty_step_costs_nothing_and_the_basis_is_assumed() -> None:
-    cost = StepCost(toy())
+    cost = EngineStepCost(toy())
     assert cost.step_us(BatchShape.of()) == 0.0
     assert cost.one_us([0.0], [0.0], [0.0], [0.0], [0.0]) == 0.0
     assert cost.basis == "assumed"

@@ -1,4 +1,4 @@
-"""The loop's step times against `StepCost`, on real deployments, and the interpolation of mixes."""
+"""The loop's step times against `EngineStepCost`, on real deployments, and interpolated mixes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moesim.serving.deployment import deploy
 from moesim.serving.requests import Requests
 from moesim.serving.routing import DomainRouting
 from moesim.serving.state import RANK
-from moesim.serving.step_cost import StepCost
+from moesim.serving.step_cost import EngineStepCost
 from moesim.serving.step_table import _moe_us, step_us, tables_of
 from moesim.trace.format import load_token_trace
 
@@ -41,7 +41,7 @@ def loop_moe_us(tables: Any, tokens: float, shares: Any) -> float:
 )
 def test_same_as_step_cost(model: str, options: dict[str, Any]) -> None:
     """Decodes, prompts, both, and ranks with nothing, within the tables and beyond their ends."""
-    cost = StepCost(deploy(model, "h100-sxm-ib", **options))
+    cost = EngineStepCost(deploy(model, "h100-sxm-ib", **options))
     tables = tables_of([cost])
     rng = np.random.default_rng(0)
     dp = cost.deployment.dp
@@ -70,7 +70,7 @@ def test_same_as_step_cost(model: str, options: dict[str, Any]) -> None:
 def test_two_roles_keep_their_own_times() -> None:
     """Tables of unlike length are padded without changing a time."""
     costs = [
-        StepCost(deploy("OLMoE-1B-7B", "h100-sxm-ib", dp=dp, max_batch_tokens=most))
+        EngineStepCost(deploy("OLMoE-1B-7B", "h100-sxm-ib", dp=dp, max_batch_tokens=most))
         for dp, most in ((1, 512), (4, 16384))
     ]
     both = tables_of(costs)
@@ -108,7 +108,7 @@ def test_mix_of_domains(routing: DomainRouting) -> None:
     """One domain alone and equal shares of all are exact; between them, against tables of the mixed
     tokens themselves, within 1 % of the MoE layers' time."""
     deployment = deploy("debian-moe", "h100-sxm-ib", dp=8)
-    cost = StepCost(deployment)
+    cost = EngineStepCost(deployment)
     table = routing.moe_tables(cost)
     tables = tables_of([cost], [table])
     counts = cost._moe_total.counts
@@ -128,7 +128,7 @@ def test_mix_of_domains(routing: DomainRouting) -> None:
             for (_, ids), share in zip(routing.groups, shares, strict=True)
         ]
         mixed = routing.trace.take(np.concatenate(rows))
-        truth = StepCost(replace(deployment, trace=mixed))._moe_total
+        truth = EngineStepCost(replace(deployment, trace=mixed))._moe_total
         for place in (20, 40, len(counts) - 1):
             guess = loop_moe_us(tables, counts[place], shares)
             assert guess == pytest.approx(truth.times_us[place], rel=0.01)
@@ -142,4 +142,4 @@ def test_routing_refuses(routing: DomainRouting) -> None:
     with pytest.raises(InputError, match="drift"):
         DomainRouting(routing.trace, drift_s=0.0)
     with pytest.raises(MismatchError, match="experts"):
-        routing.moe_tables(StepCost(deploy("Mixtral-8x7B", "h100-sxm-ib", tp=2)))
+        routing.moe_tables(EngineStepCost(deploy("Mixtral-8x7B", "h100-sxm-ib", tp=2)))

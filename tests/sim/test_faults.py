@@ -24,7 +24,7 @@ from moesim.sim.faults import (
 )
 from moesim.sim.migrate import HOST, Move, build_mover, holdings, plan_moves
 from moesim.sim.schedules.sequential import Sequential
-from moesim.sim.timeline import Timeline
+from moesim.sim.timeline import StepTimeline
 
 EXPERT_BYTES = 1e6
 QUICK = {"detect_us": 100.0, "restart_us": 1000.0, "plan_us": 10.0}
@@ -122,7 +122,7 @@ def test_a_gpu_that_fails_while_loading_loads_again(trace, models_of, batches_of
     copies, which nobody stops: 96 MB take 1,765 us, and not earlier does it serve."""
     models = models_of(8)
     batches = batches_of(trace, 24)
-    line = Timeline(models.links, 8, 24)
+    line = StepTimeline(models.links, 8, 24)
     faults = [Fault("gpu:3", 500.0, 2500.0, gpus=(3,)), Fault("gpu:3", 3000.0, 3050.0, gpus=(3,))]
     run = FaultRun(
         models, Sequential(), trace, replicated(models), FaultClock(faults),

@@ -21,7 +21,7 @@ from moesim.placement import Placement
 from moesim.sim.links import asymptotic_gb_per_s
 from moesim.sim.offload.run import GpuCache, OffloadRun
 from moesim.sim.stragglers import GpuSpeeds, SlowWindow
-from moesim.sim.timeline import Timeline
+from moesim.sim.timeline import StepTimeline
 
 SIZE = 4e6
 """Bytes of an expert: 80 us at 50 GB/s."""
@@ -391,7 +391,7 @@ def test_rows_of_copies_and_cpu(one_gpu) -> None:
     trace, stream = one_step([[[0], [1]]], 2)
     predicted = np.array([[[-1], [1]]], np.int16)
     caches = caches_of(one_gpu, [setup(2, 2, 0, depth=1, width=1)], times(2, 2), predicted)
-    line = Timeline(one_gpu.links, 1, 1)
+    line = StepTimeline(one_gpu.links, 1, 1)
     OffloadRun(one_gpu, trace, stream, on_one_gpu(trace), caches, timeline=line).run()
     rows = {e["name"]: e for e in line.events if e["cat"] == "offload"}
     assert rows["fetch layer 0 expert 0"]["ts"] == pytest.approx(20)
@@ -409,7 +409,7 @@ def test_same_bytes(one_gpu) -> None:
     caches = caches_of(one_gpu, [setup(3, 8, 3, cpu="auto")], times(3, 8))
     lines = []
     for _ in range(2):
-        line = Timeline(one_gpu.links, 1, 3)
+        line = StepTimeline(one_gpu.links, 1, 3)
         OffloadRun(one_gpu, trace, stream, on_one_gpu(trace), caches, timeline=line).run()
         lines.append(line.to_json())
     assert lines[0] == lines[1]

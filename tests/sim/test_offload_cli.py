@@ -180,7 +180,7 @@ WRONG = [
     (["--batching", "pregated"], "did you mean 'pre-gated'"),
     (["--pool", "8"], "--batching"),
     (["--batching", "fifo", "--pool", "2", "--batch-tokens", "4"], "larger --pool"),
-    (["--batch-tokens", "0"], "decode together"),
+    (["--batch-tokens", "0"], "greater than or equal to 1"),
     (["--steps", "0"], "at least 1"),
 ]
 

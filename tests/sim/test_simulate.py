@@ -18,9 +18,10 @@ from moesim.placement import Placement, Plan
 from moesim.sim.collectives.registry import build_exchange
 from moesim.sim.event import run_event
 from moesim.sim.home import HomeModel
-from moesim.sim.prepare import Models, one_batch, step_work
+from moesim.sim.prepare import Models, one_batch
 from moesim.sim.schedules.sequential import Sequential
-from moesim.sim.timeline import Timeline
+from moesim.sim.steps import step_work
+from moesim.sim.timeline import StepTimeline
 from moesim.trace.format import save_trace
 
 Run = Callable[..., tuple[int, str, str]]
@@ -146,7 +147,7 @@ def test_timeline_is_a_chrome_trace(call, tmp_path) -> None:
 
 def test_timeline_shows_the_first_steps_only(trace, batches, models_of, linear_of) -> None:
     models = models_of(8)
-    line = Timeline(models.links, 8, 2)
+    line = StepTimeline(models.links, 8, 2)
     run_event(models, Sequential(), trace, batches, linear_of(models), timeline=line)
     assert {e["args"]["step"] for e in line.events if "step" in e.get("args", {})} == {0, 1}
 
@@ -160,7 +161,7 @@ WRONG = [
     pytest.param(["--cluster", "h100"], "h100-sxm-ib", id="cluster"),
     pytest.param(["--model", "DeepSeek-V3"], "name the model", id="model"),
     pytest.param(["--fidelity", "exact"], "analytic", id="fidelity"),
-    pytest.param(["--batch-tokens", "0"], "tokens of one step", id="no tokens"),
+    pytest.param(["--batch-tokens", "0"], "greater than or equal to 1", id="no tokens"),
     pytest.param(["--steps", "0"], "at least 1", id="no steps"),
     pytest.param(["--fidelity", "analytic", "--slow", "1=0.5"], "event", id="slow analytic"),
     pytest.param(["--fidelity", "analytic", "--schedule", "two-batch"], "event", id="analytic"),
@@ -196,8 +197,8 @@ def test_plans_that_do_not_fit(call, tmp_path) -> None:
     """Another number of GPUs, layers, experts or model: cause and remedy."""
     cases = [
         (plan_file(tmp_path / "a.json", 16), ["--gpus", "8"], "plan is for 16 GPUs"),
-        (plan_file(tmp_path / "b.json", layers=2), [], "2 MoE layers"),
-        (plan_file(tmp_path / "c.json", experts=32), [], "32 experts"),
+        (plan_file(tmp_path / "b.json", layers=2), [], "the plan 2 of 64"),
+        (plan_file(tmp_path / "c.json", experts=32), [], "12 of 32"),
     ]
     for plan, args, cause in cases:
         code, out, err = call("--plan", str(plan), "--steps", "1", *args)

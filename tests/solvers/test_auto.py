@@ -9,7 +9,7 @@ import pytest
 
 from moesim.solvers.base import Problem
 from moesim.solvers.methods.auto import Auto, choose
-from moesim.solvers.registry import get_solver
+from moesim.solvers.registry import find_solver
 
 
 def problem(
@@ -61,7 +61,7 @@ def test_messages_have_a_time_of_their_own() -> None:
 
 def test_it_is_the_chosen_solvers_answer_and_says_so() -> None:
     given = problem()
-    found, want = Auto().solve(given), get_solver("lns").solve(given)
+    found, want = Auto().solve(given), find_solver("lns").solve(given)
     assert np.array_equal(found.placement.physical_to_logical, want.placement.physical_to_logical)
     assert found.status == want.status
     assert found.notes[0].startswith("took lns: ")

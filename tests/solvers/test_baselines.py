@@ -15,7 +15,7 @@ from moesim.solvers.base import Problem, Solution, Traffic
 from moesim.solvers.methods.greedy import Greedy, replica_counts
 from moesim.solvers.methods.linear import Linear
 from moesim.solvers.methods.round_robin import RoundRobin
-from moesim.solvers.registry import get_solver, solver_names
+from moesim.solvers.registry import find_solver, solver_names
 from moesim.solvers.repair import separate_replicas
 
 
@@ -139,9 +139,9 @@ def test_repair_always_succeeds(seed: int, gpus: int, experts: int) -> None:
 
 def test_registry() -> None:
     for name in solver_names():
-        assert get_solver(name).name == name
+        assert find_solver(name).name == name
     with pytest.raises(UnknownNameError) as caught:
-        get_solver("local-serch")
+        find_solver("local-serch")
     assert caught.value.nearest == "local_search"
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from moesim.placement import Placement
 from moesim.solvers.base import Objective, Problem, Traffic
 from moesim.solvers.bounds.colocation import applies, colocation_bound, least_neighbours
-from moesim.solvers.bounds.load import Bound, load_bound, lower_bound
+from moesim.solvers.bounds.load import LowerBound, load_bound, lower_bound
 from moesim.solvers.objective import PlacementCost
-from moesim.solvers.registry import get_solver
+from moesim.solvers.registry import find_solver
 
 
 def all_placements(capacity: list[int], experts: int) -> list[np.ndarray]:
@@ -95,7 +95,7 @@ def test_no_placement_is_below_the_bound(problem: Problem) -> None:
     best = optimum(problem)
     assert lower_bound(problem).value <= best * (1 + 1e-5) + 1e-9
     for name in ("linear", "greedy", "local_search"):
-        placement = get_solver(name).solve(problem).placement
+        placement = find_solver(name).solve(problem).placement
         assert PlacementCost(problem).layer_values(placement)[0] >= best * (1 - 1e-5)
 
 
@@ -185,7 +185,7 @@ def test_same_problem_same_bound() -> None:
 
 
 def test_gap_is_relative_to_the_plan() -> None:
-    bound = Bound(np.array([1.0, 3.0]), "")
+    bound = LowerBound(np.array([1.0, 3.0]), "")
     assert bound.value == 2.0
     assert bound.gap(2.5) == pytest.approx(0.2)
     assert bound.gap(1.9) == 0.0

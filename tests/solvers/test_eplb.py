@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
-from moesim.solvers.base import Problem
+from moesim.solvers.base import Problem, run_solver
 from moesim.solvers.methods.eplb import Eplb, rebalance_experts
 
 GOLDEN = json.loads(
@@ -123,5 +123,5 @@ def test_more_replicas_than_gpus_are_given_away() -> None:
 
 def test_unequal_slots_are_refused_with_another_solver_named() -> None:
     with pytest.raises(InputError, match="same number of slots") as caught:
-        Eplb().solve(Problem(np.ones((1, 1, 4), np.float32), np.array([3, 2]), 1))
+        run_solver(Eplb(), Problem(np.ones((1, 1, 4), np.float32), np.array([3, 2]), 1))
     assert "greedy" in caught.value.remedy

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
-from moesim.solvers.base import Problem, Traffic
+from moesim.solvers.base import Problem, Traffic, run_solver
 from moesim.solvers.ilp.chain import assign, chain_cost, solve_chain, transitions
 from moesim.solvers.ilp.engine import ENGINES, Outcome
 from moesim.solvers.ilp.moetuner import even_clusters
 from moesim.solvers.ilp.transmissions import home_choices, least_cost
-from moesim.solvers.registry import get_solver
+from moesim.solvers.registry import find_solver
 
 NAMES = ("moetuner", "exflow", "transmissions")
 
@@ -120,7 +120,7 @@ def test_transmissions_reach_the_optimum(seed: int, engine: str) -> None:
 def test_exflow_keeps_tokens_where_they_are() -> None:
     """Tokens step 0 -> 3, 1 -> 2, 2 -> 1, 3 -> 0: placed so that none changes GPU."""
     ids = np.array([[[0], [3]], [[1], [2]], [[2], [1]], [[3], [0]]])
-    solution = get_solver("exflow").solve(problem(ids, 4, [2, 2]))
+    solution = find_solver("exflow").solve(problem(ids, 4, [2, 2]))
     table = solution.placement.physical_to_logical.reshape(2, 2, 2)
     gpu = [[int(np.flatnonzero((layer == e).any(axis=1))[0]) for e in range(4)] for layer in table]
     assert [gpu[1][3 - e] for e in range(4)] == gpu[0]
@@ -134,7 +134,7 @@ def test_exflow_prefers_the_node_to_the_gpu() -> None:
     of which there are 9, so that of 30 steps 9 + 5 + 5 + 9 stay and two do not."""
     steps = [(0, 1)] * 9 + [(2, 3)] * 9 + [(1, 0)] * 5 + [(3, 2)] * 5 + [(0, 2)] + [(2, 0)]
     ids = np.array(steps)[:, :, None]
-    solution = get_solver("exflow").solve(problem(ids, 4, [1, 1, 1, 1], nodes=2))
+    solution = find_solver("exflow").solve(problem(ids, 4, [1, 1, 1, 1], nodes=2))
     gpu = np.argsort(solution.placement.physical_to_logical, axis=1)
     first, second = (gpu[layer, ids[:, layer, 0]] for layer in range(2))
     assert (first // 2 == second // 2).all()
@@ -146,7 +146,7 @@ def test_moetuner_pairs_heavy_with_light_and_follows_tokens() -> None:
     and of 1 to 2, so that with clusters matched across layers no token changes GPU."""
     steps = [(0, 0)] * 4 + [(1, 1)] * 3 + [(2, 2)] * 2 + [(3, 3)]
     ids = np.array(steps)[:, :, None]
-    solution = get_solver("moetuner").solve(problem(ids, 4, [2, 2]))
+    solution = find_solver("moetuner").solve(problem(ids, 4, [2, 2]))
     table = solution.placement.physical_to_logical.reshape(2, 2, 2)
     assert {frozenset(r) for r in table[0].tolist()} == {frozenset({0, 3}), frozenset({1, 2})}
     assert [set(r) for r in table[0].tolist()] == [set(r) for r in table[1].tolist()]
@@ -159,7 +159,7 @@ def test_transmissions_move_experts_to_their_homes() -> None:
     tiny = problem(ids, 4, [2, 2])
     assert tiny.traffic is not None
     assert home_choices(tiny.traffic, 0, tiny).tolist() == [[0, 0, 5, 0], [5, 0, 0, 0]]
-    table = get_solver("transmissions").solve(tiny).placement.physical_to_logical.reshape(2, 2)
+    table = find_solver("transmissions").solve(tiny).placement.physical_to_logical.reshape(2, 2)
     assert 2 in table[0]
     assert 0 in table[1]
 
@@ -171,7 +171,7 @@ def test_same_problem_same_bytes_and_valid(name: str) -> None:
     ids = np.argsort(rng.random((60, 3, 8)), axis=2)[:, :, :2]
     ids[rng.random(ids.shape) < 0.1] = -1
     one = problem(ids, 8, [2, 2, 2, 2], nodes=2)
-    first, second = (get_solver(name).solve(one).placement for _ in range(2))
+    first, second = (find_solver(name).solve(one).placement for _ in range(2))
     assert first.physical_to_logical.tobytes() == second.physical_to_logical.tobytes()
     assert (first.replica_count == 1).all()
 
@@ -180,19 +180,19 @@ def test_same_problem_same_bytes_and_valid(name: str) -> None:
 def test_what_they_refuse(name: str) -> None:
     ids = np.zeros((4, 2, 1), np.int64)
     with pytest.raises(InputError, match="6 slots for 4 experts"):
-        get_solver(name).solve(problem(ids, 4, [3, 3]))
+        run_solver(find_solver(name), problem(ids, 4, [3, 3]))
     blind = replace(problem(ids, 4, [2, 2]), objective="balance", traffic=None)
     with pytest.raises(InputError, match="needs to see tokens"):
-        get_solver(name).solve(blind)
+        run_solver(find_solver(name), blind)
 
 
 def test_moetuner_refuses_unequal_gpus() -> None:
-    with pytest.raises(InputError, match="equal slots"):
-        get_solver("moetuner").solve(problem(np.zeros((4, 2, 1), np.int64), 4, [3, 1]))
+    with pytest.raises(InputError, match="same number of slots"):
+        run_solver(find_solver("moetuner"), problem(np.zeros((4, 2, 1), np.int64), 4, [3, 1]))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stopped_search_still_returns_a_placement(name: str) -> None:
     ids = np.argsort(np.random.default_rng(2).random((30, 2, 8)), axis=2)[:, :, :2]
     stopped = replace(problem(ids, 8, [4, 4]), stop=lambda: True)
-    assert get_solver(name).solve(stopped).status == "time_limit"
+    assert find_solver(name).solve(stopped).status == "time_limit"

@@ -20,7 +20,7 @@ from moesim.solvers.bounds.messages import (
     most_inside,
 )
 from moesim.solvers.objective import PlacementCost
-from moesim.solvers.registry import get_solver
+from moesim.solvers.registry import find_solver
 
 
 def traffic(
@@ -217,7 +217,7 @@ def test_the_integer_program_finds_the_fewest(seed: int) -> None:
     gpus = len(capacity)
     sampled = traffic(ids, (np.arange(8) % gpus).tolist(), gpus, per_node, seed % 3)
     asked = problem(sampled, experts, capacity, nodes, "traffic")
-    solution = get_solver("ilp").solve(asked)
+    solution = find_solver("ilp").solve(asked)
     objective = PlacementCost(asked)
     values = [
         objective.layer_values(Placement(t[None].astype(np.int32), gpus, nodes, experts))[0]

@@ -9,7 +9,7 @@ import pytest
 
 from moesim.backend import open_backend
 from moesim.errors import InfeasibleError, InputError
-from moesim.studies.evaluator import Evaluated, Evaluator, Factor, Figure, Number, Params
+from moesim.studies.evaluator import Evaluated, Evaluator, Factor, Number, Params, StudyFigure
 from moesim.studies.registry import EVALUATORS, get_evaluator
 from moesim.studies.run import Results, make_study, run_study
 
@@ -28,7 +28,10 @@ class Toy(Evaluator):
     name: ClassVar = "toy"
     about: ClassVar = "a toy"
     params: ClassVar = ToyParams
-    figures: ClassVar = (Figure("time_s", "time", "s"), Figure("rate", "rate", "", "high"))
+    figures: ClassVar = (
+        StudyFigure("time_s", "time", "s"),
+        StudyFigure("rate", "rate", "", "high"),
+    )
     goal: ClassVar = "time_s"
     throughput: ClassVar = "rate"
     front: ClassVar = ("time_s", "gpus")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moesim.errors import FormatError, InputError
 from moesim.studies.evaluator import Outcome
-from moesim.studies.journal import Journal
+from moesim.studies.journal import StudyJournal
 from moesim.studies.result import to_json
 from moesim.studies.run import Results
 
@@ -26,7 +26,7 @@ def outcome(i: int) -> Outcome:
 
 
 def write(path: Path, count: int) -> None:
-    with Journal(path, "s") as journal:
+    with StudyJournal(path, "s") as journal:
         for i in range(count):
             journal.add(outcome(i))
 
@@ -34,7 +34,7 @@ def write(path: Path, count: int) -> None:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     write(path, 3)
-    with Journal(path, "t") as journal:
+    with StudyJournal(path, "t") as journal:
         assert journal.outcomes == {f"k{i}": outcome(i) for i in range(3)}
         assert journal.studies == ["s"]
         journal.add(outcome(1))
@@ -53,7 +53,7 @@ def test_a_journal_cut_anywhere_holds_its_whole_lines(tmp_path: Path, cut: int) 
     cut = cut % (len(whole) + 1)
     path.write_bytes(whole[:cut])
     kept = max(0, whole[:cut].count(b"\n") - 1)
-    with Journal(path, "s") as journal:
+    with StudyJournal(path, "s") as journal:
         assert sorted(journal.outcomes) == [f"k{i}" for i in range(kept)]
         assert journal.num_damaged == 0
         for i in range(4):
@@ -67,7 +67,7 @@ def test_a_damaged_line_costs_its_point_alone(tmp_path: Path) -> None:
     lines = path.read_text().splitlines(keepends=True)
     lines[2] = lines[2].replace("0.1", "0.7")
     path.write_text("".join(lines))
-    with Journal(path, "s") as journal:
+    with StudyJournal(path, "s") as journal:
         assert sorted(journal.outcomes) == ["k0", "k2"]
         assert journal.num_damaged == 1
 
@@ -76,7 +76,7 @@ def test_a_damaged_line_costs_its_point_alone(tmp_path: Path) -> None:
 def test_other_files_are_refused_and_left_alone(tmp_path: Path, content: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(content)
-    with pytest.raises(FormatError, match="not the journal"), Journal(path, "s"):
+    with pytest.raises(FormatError, match="not the journal"), StudyJournal(path, "s"):
         pass
     assert path.read_text() == content
 
@@ -84,17 +84,17 @@ def test_other_files_are_refused_and_left_alone(tmp_path: Path, content: str) ->
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     with (
-        Journal(path, "s"),
+        StudyJournal(path, "s"),
         pytest.raises(InputError, match="another process is writing"),
-        Journal(path, "s"),
+        StudyJournal(path, "s"),
     ):
         pass
-    with Journal(path, "s"):
+    with StudyJournal(path, "s"):
         pass
 
 
 def test_a_journal_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot write the journal"), Journal(tmp_path, "s"):
+    with pytest.raises(InputError, match="cannot write the journal"), StudyJournal(tmp_path, "s"):
         pass
 
 

@@ -37,7 +37,7 @@ from moesim.replay.calibrate import DEFAULT_SHAPES
 from moesim.replay.cases import longest_first, pick_layers
 from moesim.replay.shape import ExpertShape
 from moesim.solvers.base import Problem, Traffic
-from moesim.solvers.registry import get_solver
+from moesim.solvers.registry import find_solver
 from moesim.trace.batches import (
     Phase,
     RequestIndex,
@@ -295,7 +295,7 @@ def with_replicas(
 
 
 def solve(name: str, problem: Problem) -> npt.NDArray[np.int32]:
-    return get_solver(name).solve(problem).placement.physical_to_logical
+    return find_solver(name).solve(problem).placement.physical_to_logical
 
 
 def hot_first(load: Array, num_gpus: int) -> npt.NDArray[np.int32]:

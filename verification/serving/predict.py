@@ -15,7 +15,7 @@ from rows import Row, deployment_of, load_test_of
 
 from moesim.serving.engines import ENGINES, EngineProfile
 from moesim.serving.static import run_load_test
-from moesim.serving.step_cost import StepCost
+from moesim.serving.step_cost import EngineStepCost
 
 CONSTANTS = ("kernel_us", "eager_layer_us", "request_ms")
 FIXED = {"step_host_us": 0.0, "sequence_host_us": 0.0, "prompt_token_us": 0.0}
@@ -41,13 +41,13 @@ class Predictor:
     """Keeps the step cost of every deployment; constants may change from call to call."""
 
     def __init__(self) -> None:
-        self._costs: dict[tuple[object, ...], StepCost] = {}
+        self._costs: dict[tuple[object, ...], EngineStepCost] = {}
 
     def predict(self, row: Row, constants: Constants) -> Prediction:
         """One row; two rows of the same deployment share its tables."""
         key = (row.engine, row.model, row.system, row.tp, row.dp, row.ep, row.moe_tp)
         if key not in self._costs:
-            self._costs[key] = StepCost(deployment_of(row, ENGINES[row.engine]))
+            self._costs[key] = EngineStepCost(deployment_of(row, ENGINES[row.engine]))
         cost = self._costs[key].with_engine(profile(row.engine, constants))
         test = load_test_of(row)
         result = run_load_test(cost, test)

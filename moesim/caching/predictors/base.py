@@ -20,9 +20,9 @@ from moesim.caching.events import Stream, layer_ids
 from moesim.errors import InputError
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
+from moesim.types import IntArray
 
 Scores = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 
 class Predictor(Protocol):

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.caching.events import Stream
-from moesim.caching.predictors.base import IntArray, Scores, by_request, check_depth, multi_hot
+from moesim.caching.predictors.base import Scores, by_request, check_depth, multi_hot
 from moesim.caching.simulate import expert_frequency
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
+from moesim.types import IntArray
 
 CHUNK_TOKENS = 2048
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from moesim.caching.events import Stream
 from moesim.caching.predictors.base import (
-    IntArray,
     Scores,
     by_request,
     check_depth,
@@ -22,6 +21,7 @@ from moesim.caching.predictors.base import (
 from moesim.caching.predictors.token_id import TokenId, token_ids
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
+from moesim.types import IntArray
 
 RIDGE = 10.0
 MAX_FIT_TOKENS = 16_384

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup
 
 from moesim.report.html.charts import WIDTH
@@ -27,13 +26,13 @@ from moesim.report.html.svg import (
     significant,
     text_width,
 )
+from moesim.types import FloatArray
 
 NUM_DIVERGING = 11
 NUM_SEQUENTIAL = 9
 MAX_COLUMNS = 96
 MAX_ROWS = 96
 MAX_HINTS = 2400
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

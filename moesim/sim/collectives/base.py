@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from moesim.cost.collective import CollectiveCurve
@@ -14,8 +13,7 @@ from moesim.cost.routing import Dedup, Routed
 from moesim.cost.step import StepModel
 from moesim.sim.links import LinkTable, collective_flow
 from moesim.sim.network import Flow
-
-FloatArray = npt.NDArray[np.float64]
+from moesim.types import FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

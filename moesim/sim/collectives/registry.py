@@ -52,7 +52,7 @@ def build_exchange(
     if cluster.num_nodes < 2:
         raise InputError(
             f"{name} all-to-all on one node of {cluster.num_gpus} GPUs",
-            "it has a stage between nodes: use more GPUs, or --all-to-all nccl",
+            "it has a stage between nodes: use more GPUs, or `all_to_all` nccl",
         )
     kind = HIERARCHICAL[name]
     step = build_step_model(cluster, model, all_to_all="nccl", dedup=kind.dedup, **options)

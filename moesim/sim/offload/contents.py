@@ -8,7 +8,6 @@ one pass (the tests hold the two against each other).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,7 @@ from moesim.caching.kernels import ACTIVATION, LOOKAHEAD, LRU, OPTIMUM, STATIC
 from moesim.caching.policies import get_policy
 from moesim.caching.timeline import Setup, starting_order
 from moesim.caching.timeline_kernel import admit
-
-Array = npt.NDArray[Any]
+from moesim.types import Array
 
 
 @dataclass(slots=True, eq=False)

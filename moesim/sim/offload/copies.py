@@ -15,13 +15,11 @@ from moesim.cost.step import OTHER_LINK_EFFICIENCY
 from moesim.errors import MismatchError
 from moesim.sim.links import LinkTable, asymptotic_gb_per_s
 from moesim.sim.network import Flow, Network, on_event
+from moesim.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
     from moesim.caching.rates import Rates
     from moesim.cluster import Cluster
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +95,7 @@ def host_paths(
     if on_nvme.any() and routes.nvme_to_gpu is None:
         raise MismatchError(
             f"the cache plan keeps experts on NVMe, and {cluster.name} has none",
-            "give the cluster nvme:, or make the cache plan with more --dram",
+            "give the cluster nvme:, or make the cache plan with more `dram`",
         )
     copy = rates.calibration.host_copy("h2d", rates.num_gpus).curve
     share = min(1.0, asymptotic_gb_per_s(copy) / rates.gpu.pcie_gb_per_s)

@@ -24,9 +24,8 @@ from moesim.caching.timeline_kernel import split_misses
 from moesim.sim.engine import Engine, Task
 from moesim.sim.offload.contents import Contents
 from moesim.sim.offload.copies import Copy, CopyStream, HostPaths
+from moesim.types import FloatArray, IntArray
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 US = 1e6
 
 

@@ -17,20 +17,18 @@ from moesim.cost.routing import Routed
 from moesim.placement import Placement
 from moesim.sim.capacity import Drops
 from moesim.sim.engine import Engine, SpeedModel, Task
-from moesim.sim.event import Progress, Tally, run_step
+from moesim.sim.event import Tally, run_step
 from moesim.sim.offload.contents import Contents
 from moesim.sim.offload.copies import host_paths
 from moesim.sim.offload.memory import GpuMemory
 from moesim.sim.prepare import Models, Step, routed_by
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.sequential import Sequential
-from moesim.sim.timeline import COPY, CPU, Timeline
+from moesim.sim.timeline import COPY, CPU, StepTimeline
 from moesim.sim.work import Chunk, HomeWork, StepWork
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from moesim.types import FloatArray, IntArray, Progress
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +60,7 @@ class OffloadRun:
     placement: Placement
     caches: Sequence[GpuCache]
     speed: SpeedModel | None = None
-    timeline: Timeline | None = None
+    timeline: StepTimeline | None = None
     memories: list[GpuMemory] = field(init=False)
     engine: Engine = field(init=False)
 

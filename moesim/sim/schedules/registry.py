@@ -35,7 +35,7 @@ def check_exchange(schedule: Schedule, exchange: Exchange) -> None:
     if schedule.name == "co-scheduled" and exchange.name == "flat":
         raise InputError(
             "the co-scheduled schedule over an exchange of one stage",
-            "use --all-to-all bi-level or two-level, on several nodes",
+            "use `all_to_all` bi-level or two-level, on several nodes",
         )
 
 

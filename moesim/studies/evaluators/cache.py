@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from moesim.studies.evaluator import Evaluated, Factor, Figure, Number, Params, Whole, Word
+from moesim import compat
+from moesim.studies.evaluator import Evaluated, Factor, Number, Params, StudyFigure, Whole, Word
 from moesim.studies.evaluators.routing import RoutingEvaluator, model_required
 from moesim.studies.inputs import trace_of
 
@@ -38,11 +39,11 @@ class CacheEvaluator(RoutingEvaluator):
     about: ClassVar = "one GPU with experts in host memory, as moesim cache"
     params: ClassVar = CacheParams
     figures: ClassVar = (
-        Figure("tokens_per_s", "tokens a second", "", "high"),
-        Figure("hit_rate", "hit rate", "", "high"),
-        Figure("bytes_per_token", "bytes a token over the host link", "bytes"),
-        Figure("num_slots", "experts in GPU memory", "", ""),
-        Figure("hbm_gb", "GB of GPU memory"),
+        StudyFigure("tokens_per_s", "tokens a second", "", "high"),
+        StudyFigure("hit_rate", "hit rate", "", "high"),
+        StudyFigure("bytes_per_token", "bytes a token over the host link", "bytes"),
+        StudyFigure("num_slots", "experts in GPU memory", "", ""),
+        StudyFigure("hbm_gb", "GB of GPU memory"),
     )
     goal: ClassVar = "tokens_per_s"
     throughput: ClassVar = "tokens_per_s"
@@ -51,13 +52,13 @@ class CacheEvaluator(RoutingEvaluator):
 
     def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
         from moesim.caching.compare import result
-        from moesim.caching.planner import Request, check_model, make_workload, plan_cache
+        from moesim.caching.planner import Request, make_workload, plan_cache
         from moesim.caching.rates import HostSpec, build_rates
         from moesim.cost.scaled import faster_calibration
         from moesim.cost.step import calibration_of_gpu
 
         trace, model = trace_of(params["trace"]), model_required(params)
-        check_model(trace, model)
+        compat.trace_fits_model(trace.meta, model, whole=True)
         gpu = self.cluster(params).gpus[0]
         hbm = gpu.hbm_gb if params["hbm_gb"] is None else params["hbm_gb"]
         host, cpu = HostSpec(), params["cpu_scale"]

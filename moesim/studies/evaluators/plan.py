@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from moesim.studies.evaluator import Evaluated, Factor, Figure
+from moesim.studies.evaluator import Evaluated, Factor, StudyFigure
 from moesim.studies.evaluators.routing import RoutingEvaluator, RoutingParams, plan_of
 
 
@@ -22,19 +22,19 @@ class PlanEvaluator(RoutingEvaluator):
     about: ClassVar = "placement and its held-out figures, as moesim plan"
     params: ClassVar = PlanParams
     figures: ClassVar = (
-        Figure("step_us", "MoE time a step", "us"),
-        Figure("step_p99_us", "MoE time a step, p99", "us"),
-        Figure("dispatch_us", "dispatch", "us"),
-        Figure("compute_us", "experts", "us"),
-        Figure("combine_us", "combine", "us"),
-        Figure("tokens_per_s", "tokens a second through the MoE layers", "", "high"),
-        Figure("tokens_per_s_per_gpu", "the same a GPU", "", "high"),
-        Figure("balancedness", "balancedness", "", "high"),
-        Figure("imbalance", "imbalance"),
-        Figure("imbalance_p99", "imbalance, p99"),
-        Figure("fan_out", "GPUs a token"),
-        Figure("node_fan_out", "nodes a token"),
-        Figure("inter_node_bytes", "inter-node bytes a token", "bytes"),
+        StudyFigure("step_us", "MoE time a step", "us"),
+        StudyFigure("step_p99_us", "MoE time a step, p99", "us"),
+        StudyFigure("dispatch_us", "dispatch", "us"),
+        StudyFigure("compute_us", "experts", "us"),
+        StudyFigure("combine_us", "combine", "us"),
+        StudyFigure("tokens_per_s", "tokens a second through the MoE layers", "", "high"),
+        StudyFigure("tokens_per_s_per_gpu", "the same a GPU", "", "high"),
+        StudyFigure("balancedness", "balancedness", "", "high"),
+        StudyFigure("imbalance", "imbalance"),
+        StudyFigure("imbalance_p99", "imbalance, p99"),
+        StudyFigure("fan_out", "GPUs a token"),
+        StudyFigure("node_fan_out", "nodes a token"),
+        StudyFigure("inter_node_bytes", "inter-node bytes a token", "bytes"),
     )
     goal: ClassVar = "step_us"
     throughput: ClassVar = "tokens_per_s"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from moesim.serving.slo import LATENCIES, parse_slo
-from moesim.studies.evaluator import Evaluated, Factor, Figure, Number, Whole, Word
+from moesim.studies.evaluator import Evaluated, Factor, Number, StudyFigure, Whole, Word
 from moesim.studies.evaluators.static import (
     DeploymentEvaluator,
     DeploymentParams,
@@ -51,18 +51,18 @@ class RequestsEvaluator(DeploymentEvaluator):
     params: ClassVar = RequestsParams
     figures: ClassVar = (
         *(
-            Figure(f"{latency}_{stat}_s", f"{_LABELS[latency]}, {stat}", "s")
+            StudyFigure(f"{latency}_{stat}_s", f"{_LABELS[latency]}, {stat}", "s")
             for latency in LATENCIES
             for stat in ("mean", *PERCENTILES)
         ),
-        Figure("output_tokens_per_s", "output tokens a second", "", "high"),
-        Figure("output_tokens_per_s_per_gpu", "output tokens a second a GPU", "", "high"),
-        Figure("requests_per_s", "requests a second", "", "high"),
-        Figure("served_share", "share of requests served", "", "high"),
-        Figure("goodput_share", "share that keeps the promises of each request", "", "high"),
-        Figure("gpu_utilisation", "share of the time that GPUs are in steps", "", ""),
-        Figure("kv_used_peak", "share of the KV cache in use, peak"),
-        Figure("queue_p99_s", "time waiting, p99", "s"),
+        StudyFigure("output_tokens_per_s", "output tokens a second", "", "high"),
+        StudyFigure("output_tokens_per_s_per_gpu", "output tokens a second a GPU", "", "high"),
+        StudyFigure("requests_per_s", "requests a second", "", "high"),
+        StudyFigure("served_share", "share of requests served", "", "high"),
+        StudyFigure("goodput_share", "share that keeps the promises of each request", "", "high"),
+        StudyFigure("gpu_utilisation", "share of the time that GPUs are in steps", "", ""),
+        StudyFigure("kv_used_peak", "share of the KV cache in use, peak"),
+        StudyFigure("queue_p99_s", "time waiting, p99", "s"),
     )
     goal: ClassVar = "output_tokens_per_s_per_gpu"
     throughput: ClassVar = "output_tokens_per_s"
@@ -85,8 +85,8 @@ class RequestsEvaluator(DeploymentEvaluator):
     def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
         from dataclasses import replace
 
-        from moesim.jobs.serve import simulate_serving
         from moesim.serving.config import ServingConfig
+        from moesim.serving.run import simulate_serving
 
         goodput = parse_slo(params["goodput_slo"]) if params["goodput_slo"] else None
         deployment, notes = deployment_of(params)

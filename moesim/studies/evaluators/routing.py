@@ -13,7 +13,7 @@ from moesim.studies.evaluator import Evaluator, Factor, Params, Tokens, Whole, W
 from moesim.studies.inputs import kept, model_hash, model_of, trace_hash, trace_of
 
 if TYPE_CHECKING:
-    from moesim.jobs.plan import PlanResult
+    from moesim.jobs.plan_result import PlanResult
     from moesim.model.spec import ModelSpec
 
 DEFAULT_TIME_LIMIT_S = 600.0
@@ -74,7 +74,7 @@ def model_required(params: Mapping[str, Any]) -> ModelSpec:
 
 def batch_tokens(params: Mapping[str, Any]) -> int | None:
     """Tokens of a step, times `load_scale`; None for the default of the phase."""
-    from moesim.jobs.plan import DEFAULT_BATCH_TOKENS
+    from moesim.planning.request import DEFAULT_BATCH_TOKENS
 
     scale = params["load_scale"]
     tokens = params["batch_tokens"]
@@ -95,13 +95,14 @@ def phase_of(params: Mapping[str, Any]) -> Literal["prefill", "decode"]:
 
 def plan_of(evaluator: Evaluator, params: Mapping[str, Any]) -> PlanResult:
     """The evaluated plan of a point, made once for points that share it."""
-    from moesim.jobs.plan import PlanRequest, make_plan
+    from moesim.jobs.plan import make_plan
+    from moesim.planning.request import PlanRequest
 
     names = RoutingParams.model_fields
     shared = {name: params[name] for name in names if name in params}
     trace = trace_of(params["trace"])
     name = model_name(params)
-    request = PlanRequest(
+    request = PlanRequest.of(
         trace=trace,
         cluster=evaluator.cluster(params),
         model=model_of(name) if name is not None else None,

@@ -17,10 +17,10 @@ from moesim.studies.evaluator import (
     Evaluated,
     Evaluator,
     Factor,
-    Figure,
     Gpus,
     Number,
     Params,
+    StudyFigure,
     Tokens,
     Whole,
     Word,
@@ -125,12 +125,12 @@ class StaticEvaluator(DeploymentEvaluator):
     about: ClassVar = "TTFT, TPOT and throughput with a fixed number of requests in flight"
     params: ClassVar = StaticParams
     figures: ClassVar = (
-        *(Figure(f"ttft_{s}_s", f"time to first token, {s}", "s") for s in STATS),
-        *(Figure(f"tpot_{s}_s", f"time per output token, {s}", "s") for s in STATS),
-        Figure("output_tokens_per_s", "output tokens a second", "", "high"),
-        Figure("output_tokens_per_s_per_gpu", "output tokens a second a GPU", "", "high"),
-        Figure("output_tokens_per_s_per_user", "output tokens a second a request", "", "high"),
-        Figure("kv_token_capacity", "tokens that the KV caches hold", "", "high"),
+        *(StudyFigure(f"ttft_{s}_s", f"time to first token, {s}", "s") for s in STATS),
+        *(StudyFigure(f"tpot_{s}_s", f"time per output token, {s}", "s") for s in STATS),
+        StudyFigure("output_tokens_per_s", "output tokens a second", "", "high"),
+        StudyFigure("output_tokens_per_s_per_gpu", "output tokens a second a GPU", "", "high"),
+        StudyFigure("output_tokens_per_s_per_user", "output tokens a second a request", "", "high"),
+        StudyFigure("kv_token_capacity", "tokens that the KV caches hold", "", "high"),
     )
     goal: ClassVar = "output_tokens_per_s_per_gpu"
     throughput: ClassVar = "output_tokens_per_s"
@@ -145,13 +145,13 @@ class StaticEvaluator(DeploymentEvaluator):
     def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
         from moesim.serving.memory import gpu_memory
         from moesim.serving.static import LoadTest, run_load_test
-        from moesim.serving.step_cost import StepCost
+        from moesim.serving.step_cost import EngineStepCost
 
         deployment, notes = deployment_of(params)
         replicas = params["replicas"]
         in_flight = max(1, round(params["concurrency"] * params["load_scale"]))
         share = -(-in_flight // replicas)
-        cost = StepCost(deployment)
+        cost = EngineStepCost(deployment)
         test = LoadTest(
             params["input_tokens"],
             params["output_tokens"],

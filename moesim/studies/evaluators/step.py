@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from moesim.studies.evaluator import Evaluated, Figure, Number, Tokens, Whole, Word
+from moesim.studies.evaluator import Evaluated, Number, StudyFigure, Tokens, Whole, Word
 from moesim.studies.evaluators.routing import (
     RoutingEvaluator,
     RoutingParams,
@@ -39,13 +39,13 @@ class StepEvaluator(RoutingEvaluator):
     about: ClassVar = "simulated forward steps of a placement, as moesim simulate"
     params: ClassVar = StepParams
     figures: ClassVar = (
-        Figure("step_us", "time a step", "us"),
-        Figure("step_p50_us", "time a step, p50", "us"),
-        Figure("step_p99_us", "time a step, p99", "us"),
-        Figure("tokens_per_s", "tokens a second", "", "high"),
-        Figure("tokens_per_s_per_gpu", "tokens a second a GPU", "", "high"),
-        Figure("balancedness", "balancedness", "", "high"),
-        Figure("gpu_busy", "share of the time that a GPU computes", "", "high"),
+        StudyFigure("step_us", "time a step", "us"),
+        StudyFigure("step_p50_us", "time a step, p50", "us"),
+        StudyFigure("step_p99_us", "time a step, p99", "us"),
+        StudyFigure("tokens_per_s", "tokens a second", "", "high"),
+        StudyFigure("tokens_per_s_per_gpu", "tokens a second a GPU", "", "high"),
+        StudyFigure("balancedness", "balancedness", "", "high"),
+        StudyFigure("gpu_busy", "share of the time that a GPU computes", "", "high"),
     )
     goal: ClassVar = "step_us"
     throughput: ClassVar = "tokens_per_s"
@@ -57,13 +57,14 @@ class StepEvaluator(RoutingEvaluator):
     }
 
     def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
-        from moesim.jobs.simulate import SimRequest, simulate
+        from moesim.jobs.simulate import run_simulation
+        from moesim.jobs.simulate_request import SimRequest
 
         model = model_required(params)
         plan = None
         if params["solver"] != "linear" or params["redundant_experts"]:
             plan = plan_of(self, params).plan
-        report = simulate(
+        report = run_simulation(
             SimRequest(
                 trace=trace_of(params["trace"]),
                 cluster=self.cluster(params),

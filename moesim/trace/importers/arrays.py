@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError, InputError
-from moesim.trace.format import DECODE, Array, LoadTrace, Trace, read_npy
+from moesim.trace.format import DECODE, LoadTrace, Trace, read_npy
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field, unknown_phases
 from moesim.trace.importers.build import Segment, assemble, assemble_load, integer_ids, whole_counts
+from moesim.types import Array
 
 NAME = "npz"
 TITLE = "plain .npz with an array map (--columns)"

@@ -15,7 +15,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 from moesim.errors import FormatError, InputError
-from moesim.trace.format import DECODE, PREFILL, Array, LoadTrace, Trace
+from moesim.trace.format import DECODE, PREFILL, LoadTrace, Trace
+from moesim.types import Array
 
 
 def _silent(_: str) -> None:

@@ -14,14 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import FormatError, MismatchError
-from moesim.trace.format import (
-    MAX_EXPERTS,
-    Array,
-    LoadTrace,
-    Trace,
-    TraceMeta,
-    iter_chunks,
-)
+from moesim.trace.format import MAX_EXPERTS, LoadTrace, Trace, TraceMeta, iter_chunks
 from moesim.trace.importers.base import DAMAGED, ImportOptions, require_top_k
 from moesim.trace.importers.choices import drop_constant_slots, without_zero_experts
 from moesim.trace.importers.layers import (
@@ -32,6 +25,7 @@ from moesim.trace.importers.layers import (
     select_layers,
 )
 from moesim.trace.importers.ranks import known_homes
+from moesim.types import Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +319,7 @@ def _num_experts(segments: list[Segment], kept: list[Array], options: ImportOpti
                 f"{part.where}: expert id {largest} is larger than any model has", DAMAGED
             )
     options.notify(
-        f"took {largest + 1} experts, the largest id seen plus one; --num-experts or --model says"
+        f"took {largest + 1} experts, the largest id seen plus one; `num_experts` or `model` says"
         " how many there are"
     )
     return max(1, largest + 1)
@@ -348,8 +342,8 @@ def _check(
             raise FormatError(
                 f"{where}: token {token_idx[part.start + t]}, layer {layer_ids[layer]}: expert id"
                 f" {int(block[t, layer, k])} is outside 0..{num_experts - 1}",
-                "check --num-experts or --model; ids from the number of experts on are fused"
-                " shared experts, or experts without computation (--zero-experts N)",
+                "check `num_experts` or `model`; ids from the number of experts on are fused"
+                " shared experts, or experts without computation (`zero_experts`)",
             )
         ordered = np.sort(block, axis=2)
         same = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] != -1)

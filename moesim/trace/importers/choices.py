@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moesim.trace.format import Array
 from moesim.trace.importers.base import ImportOptions
+from moesim.types import Array
 
 if TYPE_CHECKING:
     from moesim.trace.importers.build import Segment

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError, InputError
-from moesim.trace.format import PREFILL, Array, Trace
+from moesim.trace.format import PREFILL, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions
 from moesim.trace.importers.build import Segment, assemble
 from moesim.trace.importers.layers import file_layers
+from moesim.types import Array
 
 NAME = "flame-moe"
 TITLE = "FLAME-MoE traces: a folder iter_N with layer_*.parquet"

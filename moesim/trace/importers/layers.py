@@ -15,7 +15,7 @@ from moesim.trace.importers.base import ImportOptions
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
-_NAME_MODEL = "name the model that was recorded with --model, or its MoE layers with --layer-ids"
+_NAME_MODEL = "name the model that was recorded with `model`, or its MoE layers with `layer_ids`"
 
 
 def select_layers(
@@ -113,7 +113,7 @@ def _unknown(
     if moe_only:
         name_empty(np.flatnonzero(empty).tolist(), options)
         options.notify(
-            "layers are numbered from 0, MTP layers with them if there are any; --model gives their"
+            "layers are numbered from 0, MTP layers with them if there are any; `model` gives their"
             " real numbers"
         )
         return np.arange(num_rows), tuple(range(num_rows))
@@ -122,11 +122,11 @@ def _unknown(
         options.notify(
             f"left out {num_rows - len(rows)} of {num_rows} layers that hold only padding"
             f" ({_listed(np.flatnonzero(empty).tolist())}): dense layers, or layers that route by"
-            " token id (hash), which engines do not record; --model tells which"
+            " token id (hash), which engines do not record; `model` tells which"
             f"{_many(num_rows - len(rows), num_rows)}"
         )
     elif total is None or total != num_rows:
-        options.notify(f"layers are numbered 0..{num_rows - 1}; --model gives their real numbers")
+        options.notify(f"layers are numbered 0..{num_rows - 1}; `model` gives their real numbers")
     return rows, tuple(int(x) for x in rows)
 
 

@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError, InputError
-from moesim.trace.format import Array, Trace
+from moesim.trace.format import Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field, unknown_phases
 from moesim.trace.importers.build import Segment, assemble, integer_ids
 from moesim.trace.importers.layers import file_layers
 from moesim.trace.importers.ranks import Copies, without_ranks
 from moesim.trace.importers.records import count_of, first_record, iter_records, nested_ids
 from moesim.trace.importers.torch_file import load_pt
+from moesim.types import Array
 
 NAME = "megatron"
 TITLE = "Megatron-Core RouterReplay lists (.pt) and router_trace_rank*.jsonl"

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError, InputError
-from moesim.trace.format import Array, read_npy
+from moesim.trace.format import read_npy
 from moesim.trace.importers.base import DAMAGED
+from moesim.types import Array
 
 MAX_JSON_BYTES = 1 << 32
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")

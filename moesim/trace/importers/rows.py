@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.errors import FormatError
-from moesim.trace.format import DECODE, PREFILL, Array
+from moesim.trace.format import DECODE, PREFILL
 from moesim.trace.importers.base import DAMAGED, ImportOptions, unknown_phases
+from moesim.types import Array
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class RowReader:
         if self.undated:
             notify(
                 f"{self.undated} requests do not say how long their prompt was: all their tokens"
-                f" count as {self.options.phase}, from position 0 (--phase changes the former)"
+                f" count as {self.options.phase}, from position 0 (`phase` changes the former)"
             )
         if self.short:
             last = self.options.short_records == "last"
@@ -93,5 +94,5 @@ class RowReader:
             notify(
                 f"{self.short} of {self.records} records are short, by {self.missing} rows in all,"
                 f" as of preempted or clipped requests: their rows are taken as the {taken};"
-                f"{slices} --short-records {other} reads them the other way"
+                f"{slices} `short_records` {other} reads them the other way"
             )

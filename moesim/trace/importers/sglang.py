@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError, InputError
-from moesim.trace.format import Array, Trace
+from moesim.trace.format import Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, require_top_k
 from moesim.trace.importers.build import Segment, assemble
 from moesim.trace.importers.choices import constant_slots
@@ -33,6 +33,7 @@ from moesim.trace.importers.records import (
 )
 from moesim.trace.importers.rows import RowReader
 from moesim.trace.importers.vllm import NPY_BASE64
+from moesim.types import Array
 
 NAME = "sglang"
 START = "routed_experts_start_len"

@@ -22,11 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError
-from moesim.trace.format import DECODE, MAX_EXPERTS, PREFILL, Array, LoadTrace, Trace
+from moesim.trace.format import DECODE, MAX_EXPERTS, PREFILL, LoadTrace, Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, unknown_phases
 from moesim.trace.importers.build import Segment, assemble, assemble_load
 from moesim.trace.importers.layers import file_layers
 from moesim.trace.importers.records import first_record, iter_records, nested_ids
+from moesim.types import Array
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError
-from moesim.trace.format import Array, Trace
+from moesim.trace.format import Trace
 from moesim.trace.importers.base import DAMAGED, ImportOptions, bad_field
 from moesim.trace.importers.build import Segment, assemble, integer_ids
 from moesim.trace.importers.records import (
@@ -37,6 +37,7 @@ from moesim.trace.importers.records import (
     read_npy_file,
 )
 from moesim.trace.importers.rows import RowReader
+from moesim.types import Array
 
 NAME = "vllm"
 TITLE = "vLLM routed_experts: responses (.json, .jsonl), base64 text, .npy"

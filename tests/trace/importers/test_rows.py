@@ -43,7 +43,7 @@ def test_a_short_record_is_read_as_asked(options, notes, short, positions, decod
     reader.report()
     assert any("1 of 2 records are short, by 2 rows in all" in note for note in notes)
     other = "last" if short == "first" else "first"
-    assert any(f"--short-records {other}" in note for note in notes)
+    assert any(f"`short_records` {other}" in note for note in notes)
 
 
 def test_a_start_that_is_stated_is_no_guess(options, notes):

@@ -1,18 +1,25 @@
-"""`moesim simulate --requests`: requests through a service."""
+"""`moesim serve`: requests through a service."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from moesim.choices import MoeComm, Router
+from moesim.cli.options import (
+    ClusterOption,
+    JsonOption,
+    ModelOption,
+    PlotOption,
+    SeedOption,
+)
 from moesim.errors import InputError
 
 
-def simulate_requests(
+def serve(
     requests: Annotated[
         str,
         typer.Option(
@@ -22,13 +29,8 @@ def simulate_requests(
             metavar="FILE|PROCESS",
         ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Preset or config.json.", show_default="the plan's or trace's"),
-    ] = None,
-    cluster: Annotated[
-        str | None, typer.Option(help="Cluster name or YAML file.", show_default="h100-sxm-ib")
-    ] = None,
+    model: ModelOption = None,
+    cluster: ClusterOption = None,
     gpus: Annotated[
         int | None,
         typer.Option(help="GPUs of the whole service.", show_default="the plan's, or 8", min=1),
@@ -50,11 +52,8 @@ def simulate_requests(
     ] = None,
     engine: Annotated[str, typer.Option(help="vllm, sglang or trtllm.")] = "vllm",
     moe_comm: Annotated[
-        str | None,
-        typer.Option(
-            help="all_reduce, all_gather, nccl, deepep or deepep_ll.",
-            show_default="by DP and nodes",
-        ),
+        MoeComm | None,
+        typer.Option(help="How tokens reach their experts.", show_default="by DP and nodes"),
     ] = None,
     expert_dtype: Annotated[
         str | None, typer.Option(help="Experts' weights.", show_default="the model's")
@@ -82,7 +81,7 @@ def simulate_requests(
         ),
     ] = None,
     prefill: Annotated[
-        str | None,
+        Literal["mixed", "first"] | None,
         typer.Option(
             help="mixed (chunks beside decodes) or first (prompts before decodes).",
             show_default="the engine's",
@@ -93,7 +92,7 @@ def simulate_requests(
         typer.Option(help="Most prompt tokens of one request in a step.", min=1),
     ] = None,
     router: Annotated[
-        str, typer.Option(help="round_robin, least_loaded or length_aware.")
+        Router, typer.Option(help="Which engine a request goes to.")
     ] = "least_loaded",
     decode_gpus: Annotated[
         int | None,
@@ -171,102 +170,85 @@ def simulate_requests(
     until: Annotated[
         float | None, typer.Option(help="Stop after so many seconds.", show_default="the last")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes.", min=0)] = 0,
-    plot: Annotated[
-        Path | None, typer.Option(help="Picture: time series and CDFs (PNG, SVG, PDF).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    seed: SeedOption = 0,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Serve requests with a deployment: TTFT, TPOT, end-to-end times, throughput, goodput.
 
-    Example: moesim simulate --requests azure.csv --model deepseek-v3 --gpus 32 --slo
+    Example: moesim serve --requests azure.csv --model deepseek-v3 --gpus 32 --slo
     "ttft<2s,tpot<100ms"
     """
+    from moesim.cli.output import check_targets, notice
     from moesim.cli.progress import progress_bar
-    from moesim.cli.simulate_input import writable
-    from moesim.cli.simulate_requests_input import (
-        Parallelism,
-        level_rules,
-        load_service,
-        read_requests,
-        routing_of,
-    )
-    from moesim.cli.simulate_requests_print import print_run
-    from moesim.jobs.serve import simulate_serving
-    from moesim.serving.config import ServingConfig
-    from moesim.serving.fit import check_possible
-    from moesim.serving.record import run_record
-    from moesim.serving.slo import parse_slo
-    from moesim.serving.speculative import Speculation
+    from moesim.jobs.serve import numbers
+    from moesim.jobs.serve import serve as run
 
-    writable(plot)
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"cannot plot to {plot.name}", "end the name in .png, .svg or .pdf")
-    if prefill not in (None, "mixed", "first"):
-        raise InputError(f"--prefill {prefill}", "give mixed or first")
-    promises = parse_slo(slo) if slo is not None else None
-    defaults: dict[str, str] = {}
-    arriving = read_requests(
-        requests, first, skip_empty, rate_scale, priorities, seed, time_unit, block_tokens
-    )
-    deployment, decode = load_service(
-        model,
-        cluster,
-        plan,
-        trace,
-        Parallelism(gpus, replicas, tp, dp, ep, decode_gpus, decode_replicas),
-        {
-            "engine": engine,
-            "moe_comm": moe_comm,
-            "expert_dtype": expert_dtype,
-            "kv_dtype": kv_dtype,
-            "max_batch_tokens": max_batch_tokens,
-            "max_sequences": max_sequences,
-            "memory_fraction": memory_fraction,
-        },
-        defaults,
-    )
-    config = ServingConfig(
-        replicas=replicas,
-        router=router,  # type: ignore[arg-type]
-        decode=decode,
-        decode_replicas=decode_replicas,
-        transfer_gb_per_s=transfer,
-        block_size=block_size,
-        prefix_cache=prefix_cache,
-        chunk_tokens=chunk_tokens,
-        prefill_first=None if prefill is None else prefill == "first",
-        speculation=(
-            None if speculate is None else Speculation(speculate, drafts, draft_share, fixed_drafts)
-        ),
-        levels=level_rules(level or []),
-        routing=routing_of(deployment, domain_mix, drift_hours, seed),
-        until_s=float("inf") if until is None else until,
-        seed=seed,
-    )
-    if promises is not None:
-        check_possible(promises, deployment, arriving, config)
-    begin = time.perf_counter()
+    check_targets(plot=plot)
     with progress_bar("serving requests") as progress:
-        result = simulate_serving(deployment, arriving, config, progress=progress)
-    record = run_record(
-        deployment,
-        arriving,
-        config,
-        result,
-        slo=promises,
-        defaults=defaults,
-        notices=arriving.notices,
-        seconds=time.perf_counter() - begin,
-    )
+        result = run(
+            requests,
+            model=model,
+            cluster=cluster,
+            gpus=gpus,
+            replicas=replicas,
+            tp=tp,
+            dp=dp,
+            ep=ep,
+            engine=engine,
+            moe_comm=moe_comm,
+            expert_dtype=expert_dtype,
+            kv_dtype=kv_dtype,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            memory_fraction=memory_fraction,
+            block_size=block_size,
+            prefix_cache=prefix_cache,
+            prefill=prefill,
+            chunk_tokens=chunk_tokens,
+            router=router,
+            decode_gpus=decode_gpus,
+            decode_replicas=decode_replicas,
+            transfer=transfer,
+            speculate=speculate,
+            drafts=drafts,
+            fixed_drafts=fixed_drafts,
+            draft_share=draft_share,
+            priorities=None if priorities is None else numbers(priorities, "priorities"),
+            level=level or (),
+            plan=plan,
+            trace=trace,
+            domain_mix=None if domain_mix is None else _mix(domain_mix),
+            drift_hours=drift_hours,
+            slo=slo,
+            rate_scale=rate_scale,
+            first=first,
+            skip_empty=skip_empty,
+            time_unit=time_unit,
+            block_tokens=block_tokens,
+            until=until,
+            seed=seed,
+            progress=progress,
+        )
     if plot is not None:
-        from moesim.draw.serving import plot_serving
-
-        plot_serving(record, plot)
+        result.plot(plot)
         typer.echo(f"wrote {plot}", err=True)
+    notice(*result.notices)
     if as_json:
-        typer.echo(json.dumps(record, indent=1, allow_nan=False))
+        typer.echo(json.dumps(result.to_json(), indent=1, allow_nan=False))
     else:
-        print_run(record)
-    if record["slo"] is not None and record["slo"]["missed"]:
+        typer.echo(result.summary())
+    if result.missed:
         raise typer.Exit(1)
+
+
+def _mix(text: str) -> dict[str, float]:
+    from moesim.jobs.serve import numbers
+
+    weights = {}
+    for part in text.split(","):
+        name, sign, value = part.rpartition("=")
+        if not sign:
+            raise InputError(f"{part!r:.60} in `domain_mix`", "write NAME=WEIGHT,NAME=WEIGHT")
+        weights[name.strip()] = numbers(value, "domain_mix")[0]
+    return weights

@@ -5,22 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from moesim.replay.shape import ExpertShape
 
 REPLAYED_DTYPE = "bf16"
-
-
-def say(line: str) -> None:
-    """A progress line or notice."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def require_torch() -> None:
@@ -32,7 +26,7 @@ def require_torch() -> None:
         )
 
 
-def shape_of(model: str) -> ExpertShape:
+def shape_of(model: str, notify: Callable[[str], None]) -> ExpertShape:
     """The replayed shape of a preset, a config.json, or a shape given as JSON.
 
     Experts stored in another type than bf16 are replayed as bf16, with a notice.
@@ -44,7 +38,7 @@ def shape_of(model: str) -> ExpertShape:
         return load_shape(model)
     spec = load_model(model)
     if spec.expert_dtype not in (REPLAYED_DTYPE, "fp16"):
-        say(f"{spec.name} stores experts as {spec.expert_dtype}; replayed as {REPLAYED_DTYPE}")
+        notify(f"{spec.name} stores experts as {spec.expert_dtype}; replayed as {REPLAYED_DTYPE}")
     return ExpertShape(
         spec.name,
         spec.hidden_size,

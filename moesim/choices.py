@@ -1,0 +1,19 @@
+"""Choices by name, as command line, library and files spell them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Objective = Literal["balance", "traffic", "time"]
+Phase = Literal["prefill", "decode"]
+ReplicaPolicy = Literal["split", "hash", "nearest", "lp"]
+Dedup = Literal["gpu", "node", "none"]
+AllToAll = Literal["nccl", "deepep", "deepep_ll", "nvlink"]
+Fidelity = Literal["event", "analytic"]
+Keep = Literal["score", "random", "first", "last"]
+Scope = Literal["step", "gpu"]
+OnLoss = Literal["reload", "replan", "wait", "fail"]
+Order = Literal["fifo", "pre-gated", "predicted"]
+Router = Literal["round_robin", "least_loaded", "length_aware"]
+MoeComm = Literal["all_reduce", "all_gather", "nccl", "deepep", "deepep_ll"]
+Basis = Literal["measured", "datasheet", "assumed"]

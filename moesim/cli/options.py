@@ -1,0 +1,67 @@
+"""Options that several commands have, each once: its name, its help, its limits. Where a default
+is a choice made for the user, the library's function has it, and the command prints it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesim.choices import Phase, ReplicaPolicy
+
+TraceOption = Annotated[
+    str,
+    typer.Option("--trace", help="Trace file, trace directory, or sample:NAME.", metavar="TRACE"),
+]
+MaybeTraceOption = Annotated[
+    str | None,
+    typer.Option("--trace", help="Trace file, trace directory, or sample:NAME.", metavar="TRACE"),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Preset, Hugging Face config.json or model folder.",
+        show_default="the one that the trace or plan names",
+    ),
+]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="Cluster name or YAML file; resized to --gpus.",
+        show_default="h100-sxm-ib",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same bytes.", min=0)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", help="Picture to write (.png, .svg or .pdf).")
+]
+ReplicaPolicyOption = Annotated[
+    ReplicaPolicy | None,
+    typer.Option(
+        "--replica-policy",
+        help="How a replica is chosen.",
+        show_default="the plan's, or split",
+    ),
+]
+PhaseOption = Annotated[
+    Phase | None,
+    typer.Option(
+        "--phase",
+        help="Steps of prompts or of output tokens.",
+        show_default="what the plan or trace has",
+    ),
+]
+BatchTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-tokens",
+        help="Tokens of a step over all GPUs.",
+        show_default="the plan's, else 4096 prefill or 256 decode",
+        min=1,
+        max=1 << 20,
+    ),
+]

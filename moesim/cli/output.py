@@ -1,0 +1,46 @@
+"""Where results and notices go: results to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from moesim.errors import InputError, plain
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_targets(*files: Path | None, plot: Path | None = None) -> None:
+    """Refuse before the work what could not be written after it."""
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise InputError(
+            f"cannot plot to {plot.name}", f"end the name in {', '.join(PICTURES[:-1])} or .pdf"
+        )
+    for target in (*files, plot):
+        if target is None:
+            continue
+        if target.is_dir():
+            raise InputError(f"cannot write {target}: it is a directory", "name a file")
+        if not target.resolve().parent.is_dir():
+            raise InputError(
+                f"cannot write {target}: there is no folder {target.parent}",
+                "name a file in a folder that exists",
+            )
+
+
+def notice(*texts: str) -> None:
+    """Lines on standard error, with option names in the command line's spelling."""
+    from moesim.cli.main import as_options
+
+    for text in texts:
+        print(f"note: {as_options(plain(text, 1000))}", file=sys.stderr)
+
+
+def wrote(*files: Path | None) -> str:
+    """ "wrote plan.json and load.png"."""
+    return "wrote " + " and ".join(str(file) for file in files if file is not None)
+
+
+def say(line: str) -> None:
+    """A progress line on standard error."""
+    print(line, file=sys.stderr, flush=True)

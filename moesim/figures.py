@@ -1,0 +1,158 @@
+"""Every figure once: its name in files, what readers call it, its unit, its digits, and which way
+is better. Tables, pictures, pages and studies take their words from here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Better = Literal["low", "high", ""]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """name: as in JSON, in SI-like base units; label: for readers, without unit. A value times
+    `factor` is in `unit`, shown with `digits` after the point."""
+
+    name: str
+    label: str
+    unit: str = ""
+    digits: int = 3
+    factor: float = 1.0
+    better: Better = "low"
+
+    @property
+    def heading(self) -> str:
+        """Label and unit."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
+    def text(self, value: float | None) -> str:
+        """The value in `unit`, or "-"."""
+        return "-" if value is None else f"{value * self.factor:,.{self.digits}f}"
+
+
+def _ms_of_us(name: str, label: str) -> Figure:
+    return Figure(name, label, "ms", 3, 1e-3)
+
+
+def _ms_of_s(name: str, label: str) -> Figure:
+    return Figure(name, label, "ms", 1, 1e3)
+
+
+def _percent(name: str, label: str, better: Better = "low") -> Figure:
+    return Figure(name, label, "%", 1, 100.0, better)
+
+
+def _latencies() -> Iterable[Figure]:
+    for short, label in LATENCIES.items():
+        for stat in ("mean", "p50", "p90", "p95", "p99", "p999"):
+            yield _ms_of_s(f"{short}_{stat}", f"{label}, {stat}")
+
+
+LATENCIES = {
+    "ttft": "time to first token",
+    "tpot": "time per output token",
+    "e2e": "end to end",
+}
+
+PARTS = {
+    "dispatch": "dispatch",
+    "compute": "routed experts",
+    "combine": "combine",
+    "shared": "shared experts",
+    "other": "other transfers",
+}
+"""Parts of a step: what readers call them."""
+
+ROLES = {"serving": "", "decode": ", decoding engines"}
+"""Engines of a service: what is added to a figure's label."""
+
+GOALS = {"balance": "imbalance", "traffic": "fan_out", "time": "step_us"}
+"""Objective of a placement: the figure that says how well it did."""
+
+_ALL: tuple[Figure, ...] = (
+    # A placement on held-out batches.
+    Figure("balancedness", "balancedness", better="high"),
+    Figure("balancedness_worst_layer", "balancedness, worst layer", better="high"),
+    Figure("imbalance", "imbalance (max/mean)"),
+    Figure("imbalance_p99", "imbalance, p99", digits=2),
+    Figure("fan_out", "GPUs per token", digits=2),
+    Figure("node_fan_out", "nodes per token", digits=2),
+    Figure("inter_node_bytes", "inter-node traffic per token", "KB", 1, 1e-3),
+    _ms_of_us("step_us", "MoE time per step"),
+    _ms_of_us("step_us_p99", "MoE time per step, p99"),
+    _ms_of_us("dispatch_us", "dispatch per step"),
+    _ms_of_us("compute_us", "routed experts per step"),
+    _ms_of_us("combine_us", "combine per step"),
+    # A step of the simulation.
+    Figure("tokens_per_s", "tokens/s", "", 0, better="high"),
+    Figure("tokens_per_s_per_gpu", "tokens/s per GPU", "", 1, better="high"),
+    _percent("gpu_busy", "GPU time in kernels", "high"),
+    # A service.
+    *_latencies(),
+    Figure("requests_per_s", "requests/s", "", 2, better="high"),
+    Figure("output_tokens_per_s", "output tokens/s", "", 0, better="high"),
+    Figure("output_tokens_per_s_per_gpu", "output tokens/s per GPU", "", 1, better="high"),
+    Figure("output_tokens_per_s_per_user", "output tokens/s per request", "", 1, better="high"),
+    Figure(
+        "total_tokens_per_s_per_gpu", "prompt and output tokens/s per GPU", "", 1, better="high"
+    ),
+    _percent("gpu_utilisation", "GPU time in steps", ""),
+    Figure("rank_balance", "balance of the ranks (mean/slowest)", better="high"),
+    _percent("kv_used_mean", "KV cache in use, mean", ""),
+    _percent("kv_used_peak", "KV cache in use, peak of a rank"),
+    _percent("decode_kv_used_mean", "KV cache of decoding engines, mean", ""),
+    _percent("decode_kv_used_peak", "KV cache of decoding engines, peak"),
+    Figure("running_mean", "sequences running, mean", "", 1, better=""),
+    Figure("queue_mean", "requests waiting, mean", "", 2),
+    Figure("queue_peak_on_a_rank", "requests waiting on one rank, most", "", 0),
+    _ms_of_s("queue_s_mean", "time to the first step, mean"),
+    _ms_of_s("queue_s_p99", "time to the first step, p99"),
+    Figure("steps", "steps", "", 0, better=""),
+    Figure("step_ms_mean", "engine step, mean", "ms", 2),
+    Figure("preemptions", "preemptions", "", 0),
+    _percent("prefix_hit_share", "prompt tokens from the prefix cache", "high"),
+    Figure("drafts_mean", "drafted tokens per step, mean", "", 2, better=""),
+    _percent("drafts_accepted_share", "drafted tokens accepted", "high"),
+    Figure("shortened", "requests shortened", "", 0),
+    Figure("demoted", "requests demoted", "", 0),
+    _percent("served_share", "requests served", "high"),
+    _percent("goodput_share", "requests that keep their promises", "high"),
+    Figure("kv_token_capacity", "tokens that the KV caches hold", "", 0, better="high"),
+    # An expert cache.
+    _percent("hit_rate", "hit rate", "high"),
+    Figure("bytes_per_token", "host link traffic per token", "MB", 1, 1e-6),
+    Figure("num_slots", "experts in GPU memory", "", 0, better=""),
+    Figure("hbm_gb", "GPU memory", "GB", 1),
+)
+FIGURES: dict[str, Figure] = {figure.name: figure for figure in _ALL}
+
+
+def figure(name: str) -> Figure:
+    """The figure called `name`; KeyError for another."""
+    return FIGURES[name]
+
+
+def part_label(part: str) -> str:
+    """What readers call a part of a step."""
+    return PARTS.get(part, part)
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Columns of text with two spaces between; the first `left` flush left, the others right."""
+    table = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    lines = []
+    for row in table:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 node", "2 nodes"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,0 +1,195 @@
+"""The result of `cache`: the plan, its rivals and the bound."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moesim.caching.compare import (
+    OfflineBound,
+    Sweep,
+)
+from moesim.caching.compare import Result as Row
+from moesim.caching.plan import CachePlan
+from moesim.caching.planner import (
+    Planned,
+    Request,
+)
+from moesim.caching.rates import Rates
+from moesim.errors import InputError
+from moesim.figures import text_table
+from moesim.jobs.result import Result
+from moesim.types import FloatArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class CacheJob(Result):
+    """The plan and everything said about it; `notes` are for the user's eyes. `loss`: [L, E, 3]
+    loss of each bit-width where experts have mixed precision, `average_bits` their budget. exact:
+    integer programs beside the plan's own methods, where asked for."""
+
+    request: Request
+    plan: CachePlan
+    planned: Planned
+    results: tuple[Row, ...]
+    bound: OfflineBound
+    sweep: Sweep | None
+    notes: tuple[str, ...]
+    rate_notes: tuple[str, ...]
+    basis: str
+    bits: str | None
+    rates: Rates
+    loss: FloatArray | None
+    average_bits: float
+    exact: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def bound_tokens_per_s(self) -> float:
+        return self.bound.tokens_per_s(self.planned.memory.num_slots)
+
+    @property
+    def bound_hit_rate(self) -> float:
+        return self.bound.hit_rate(self.planned.memory.num_slots)
+
+    @property
+    def own(self) -> Row:
+        """The plan's own row of `results`."""
+        return next(row for row in self.results if row.name == "this plan")
+
+    def line(self) -> str:
+        plan, row = self.plan, self.own
+        return (
+            f"{plan.model} on {plan.gpu}, {self.request.hbm_gb:g} GB: {row.tokens_per_s:,.1f}"
+            f" tokens/s held out, {row.hit_rate:.1%} hits, policy {plan.policy}"
+        )
+
+    def summary(self) -> str:
+        plan, memory = self.plan, self.planned.memory
+        lines = [
+            f"{plan.model} on {plan.gpu}: {self.request.hbm_gb:g} GB hold {memory.num_slots} of"
+            f" {memory.num_experts} experts of {memory.slot_bytes / 1e6:.1f} MB beside"
+            f" {memory.dense_bytes / 1e9:.2f} GB of dense weights, {memory.kv_bytes / 1e9:.2f} GB"
+            f" of KV cache and {memory.workspace_bytes / 1e9:.1f} GB of workspace"
+        ]
+        if memory.everything_fits:
+            lines.append("everything fits: all experts stay in HBM, no cache is needed")
+        else:
+            lines += _policy_lines(self)
+        rows = [_cells(row) for row in self.results]
+        bound = (f"{self.bound_tokens_per_s:.1f}", f"{self.bound_hit_rate:.1%}")
+        rows.append(("offline bound (any policy)", *bound, "", "", ""))
+        head = ("held-out requests", "tokens/s", "hits", "prefetched", "on CPU", "MB/token")
+        lines.append(text_table(head, rows))
+        if "prefetch_precision" in plan.predicted:
+            wasted = plan.predicted["wasted_bytes_per_token"] / 1e6
+            lines.append(
+                f"prefetch: precision {plan.predicted['prefetch_precision']:.1%}, recall"
+                f" {plan.predicted['prefetch_recall']:.1%}, {wasted:.1f} MB per token sent for"
+                " nothing"
+            )
+        for check in self.exact:
+            found = check["integer_program"]
+            program = "" if found is None else f" integer program {found:.6g} ({check['status']}),"
+            lines.append(
+                f"{check['what']}: {check['own']:.6g} {check['unit']} as planned,{program} bound"
+                f" {check['bound']:.6g}"
+            )
+        lines.append(f"weakest figure behind this: {self.basis}")
+        return "\n".join([*lines, *(f"  {line}" for line in self.rate_notes)])
+
+    def to_json(self) -> dict[str, Any]:
+        data = self.to_dict()
+        if self.exact:
+            data["ilp"] = list(self.exact)
+        return data
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per way of caching, held-out figures in columns."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.results]).set_index("name")
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Tokens per second against memory; needs a run with `sweep`."""
+        from moesim.draw.cache import plot_speed_by_memory
+
+        if self.sweep is None:
+            raise InputError("memory sizes were not swept", "ask with `sweep`")
+        plan, asked = self.plan, self.request
+        title = (
+            f"{plan.model}, {plan.gpu}, batch {asked.batch_size},"
+            f" {asked.context_tokens} tokens of context"
+        )
+        target = Path(path) if path is not None else None
+        return plot_speed_by_memory(self.sweep, asked.hbm_gb, title, target)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the cache plan file."""
+        self.plan.save(Path(path))
+        return Path(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON data: the plan, the figures beside it, the sweep where one was made."""
+        data: dict[str, Any] = {
+            "format": "moesim-cache-run",
+            "version": 1,
+            "model": self.plan.model,
+            "plan": self.plan.to_dict(),
+            "results": [asdict(row) for row in self.results],
+            "offline_bound": {
+                "tokens_per_s": self.bound_tokens_per_s,
+                "hit_rate": self.bound_hit_rate,
+            },
+            "candidates": [
+                {"name": name, "tokens_per_s": speed} for name, speed in self.planned.candidates
+            ],
+            "basis": self.basis,
+            "rates": list(self.rate_notes),
+            "notes": list(self.notes),
+        }
+        if self.sweep is not None:
+            data["sweep"] = {
+                "hbm_gb": self.sweep.hbm_gb.tolist(),
+                "slots": self.sweep.slots.tolist(),
+                "tokens_per_s": {
+                    name: [None if np.isnan(x) else float(x) for x in speed]
+                    for name, speed in self.sweep.speed.items()
+                },
+            }
+        return data
+
+
+def _policy_lines(job: CacheJob) -> list[str]:
+    plan, prefetch = job.plan, job.plan.prefetch
+    pinned = sum(len(row) for row in plan.pinned)
+    ahead = "none"
+    if prefetch is not None:
+        ahead = (
+            f"{prefetch.predictor}, {prefetch.depth} layers ahead, at most {prefetch.width} per"
+            f" layer of score {prefetch.min_score:g} or more"
+        )
+    lines = [
+        f"policy {plan.policy}; {sum(plan.slots)} slots, {min(plan.slots)} to {max(plan.slots)} per"
+        f" layer; {pinned} experts pinned; CPU"
+        f" {'computes misses' if plan.cpu == 'auto' else 'unused'}; prefetch {ahead}"
+    ]
+    if plan.nvme:
+        lines.append(f"{sum(map(len, plan.nvme))} experts live on NVMe, the rest in DRAM")
+    return [*lines, job.bits] if job.bits is not None else lines
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name,
+        f"{row.tokens_per_s:.1f}",
+        f"{row.hit_rate:.1%}",
+        f"{row.prefetch_hit_rate:.1%}",
+        f"{row.cpu_share:.1%}",
+        f"{row.bytes_per_token / 1e6:.1f}",
+    )

@@ -1,0 +1,88 @@
+"""What jobs are given: names, paths or objects, and the defaults where nothing was given."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moesim.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
+from moesim.errors import InputError, UnknownNameError, plain
+from moesim.model.names import load_model, preset_aliases
+from moesim.model.spec import ModelSpec
+from moesim.placement import Plan, load_plan
+from moesim.trace.format import LoadTrace, Trace, load_trace, require_tokens
+
+if TYPE_CHECKING:
+    TraceLike = Trace | LoadTrace | str | os.PathLike[str]
+    ModelLike = ModelSpec | str | os.PathLike[str]
+    ClusterLike = Cluster | str | os.PathLike[str]
+    PlanLike = Plan | str | os.PathLike[str]
+
+
+def trace_of(trace: TraceLike) -> Trace | LoadTrace:
+    """A trace, or the one in a file, a directory or `sample:NAME`."""
+    return trace if isinstance(trace, Trace | LoadTrace) else load_trace(str(trace))
+
+
+def token_trace_of(trace: TraceLike, needed_by: str) -> Trace:
+    """The same with tokens. Raises MismatchError that names what needs them."""
+    return require_tokens(trace_of(trace), needed_by)
+
+
+def model_of(model: ModelLike) -> ModelSpec:
+    """A model, or that of a preset or a Hugging Face config.json."""
+    return model if isinstance(model, ModelSpec) else load_model(str(model))
+
+
+def model_or_named(model: ModelLike | None, named: str) -> ModelSpec | None:
+    """The model given, else the preset that a trace or plan names, None where it names none: a
+    name out of a file never leads to another file."""
+    if model is not None:
+        return model_of(model)
+    try:
+        preset_aliases(named)
+    except UnknownNameError:
+        return None
+    return load_model(named)
+
+
+def model_id(model: ModelLike | None) -> str:
+    """The repository id, where one was given, as engines take it; "" for other names, paths and
+    specs."""
+    text = model if isinstance(model, str) else ""
+    return text if "/" in text and not Path(text).exists() else ""
+
+
+def model_required(model: ModelLike | None, named: str, source: str = "the trace") -> ModelSpec:
+    """The same, where sizes are needed. Raises InputError."""
+    found = model_or_named(model, named)
+    if found is None:
+        said = f"{source} is of {plain(named)}" if named else f"{source} names no model"
+        raise InputError(
+            f"{said}, whose sizes are not known" if named else f"{said}, so sizes are not known",
+            "name a preset or a Hugging Face config.json with `model`",
+        )
+    return found
+
+
+def cluster_of(
+    cluster: ClusterLike | None, gpus: int | None, defaults: dict[str, str] | None = None
+) -> Cluster:
+    """A cluster of `gpus` GPUs; its own size where that is None. The default is said in
+    `defaults`."""
+    if isinstance(cluster, Cluster):
+        if gpus is None or cluster.num_gpus == gpus:
+            return cluster
+        raise InputError(
+            f"the cluster has {cluster.num_gpus} GPUs, {gpus} are asked for",
+            "give load_cluster(name, num_gpus=...) that many, or leave out `gpus`",
+        )
+    if cluster is None and defaults is not None:
+        defaults["cluster"] = DEFAULT_CLUSTER
+    return load_cluster(str(cluster or DEFAULT_CLUSTER), num_gpus=gpus)
+
+
+def plan_of(plan: PlanLike) -> Plan:
+    """A plan, or the one in a file."""
+    return plan if isinstance(plan, Plan) else load_plan(Path(plan))

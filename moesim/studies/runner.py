@@ -1,0 +1,195 @@
+"""A study made ready, what it found, and how its points are evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moesim.backend import Backend
+from moesim.errors import InputError, MoesimError
+from moesim.studies.evaluator import Evaluator, Outcome
+from moesim.studies.file import StudyFile, check_study
+from moesim.studies.journal import StudyJournal
+from moesim.studies.prices import Prices
+from moesim.studies.question import COST, Question, make_question
+from moesim.studies.registry import get_evaluator
+from moesim.studies.space import DEFAULT_MAX_POINTS, Point, Space, distinct, make_point
+from moesim.studies.tasks import Failure, make_task, refused, run_task
+from moesim.types import Progress
+
+RENTED = "gpus"
+
+
+@dataclass(eq=False)
+class Study:
+    """A study made ready: evaluator, space, question; and the raw file it is from."""
+
+    content: dict[str, Any]
+    file: StudyFile
+    evaluator: Evaluator
+    space: Space
+    question: Question
+    prices: Prices
+    max_points: int = DEFAULT_MAX_POINTS
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the study's content."""
+        text = json.dumps(self.content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_study(content: dict[str, Any], *, max_points: int = DEFAULT_MAX_POINTS) -> Study:
+    """A study from the content of its file (`read_study`), ready to run.
+
+    Raises FormatError, InputError and UnknownNameError that name the key.
+    """
+    file = check_study(content, "the study")
+    evaluator = get_evaluator(file.evaluator)
+    space = Space(file.fixed, file.axes(), file.cases)
+    if file.search is None:
+        space.check_size(max_points)
+    elif file.search.points > max_points:
+        raise InputError(
+            f"search.points {file.search.points:,} is more than {max_points:,}",
+            f"`max_points` {file.search.points}",
+        )
+    question = make_question(evaluator, file.slo, file.minimize, file.maximize)
+    if file.stop_early and question.goal not in (RENTED, COST):
+        raise InputError(
+            f"stop_early with {question}",
+            "it is for minimize gpus or cost, where what costs more cannot be the answer",
+        )
+    for name in file.front or ():
+        if name not in (RENTED, "cost", COST) and evaluator.figure(name) is None:
+            make_question(evaluator, "", name, None)
+    return Study(content, file, evaluator, space, question, Prices(file.prices), max_points)
+
+
+@dataclass(eq=False)
+class Results:
+    """What a run found. points, outcomes: of the grid, in its order; None where not evaluated.
+
+    num_computed, num_reused: points evaluated now, and taken from the journal. rows: sensitivity.
+    """
+
+    study: Study
+    points: list[Point]
+    outcomes: list[Outcome | None]
+    num_grid: int
+    answer: Outcome | None
+    failures: list[Failure] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
+    sensitivity_over: str = ""
+    num_computed: int = 0
+    num_reused: int = 0
+
+    @property
+    def evaluated(self) -> list[Outcome]:
+        """The outcomes that there are."""
+        return [outcome for outcome in self.outcomes if outcome is not None]
+
+
+class Runner:
+    """Evaluates points of one study, each at most once."""
+
+    def __init__(
+        self,
+        study: Study,
+        backend: Backend,
+        journal: StudyJournal | None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.study = study
+        self.backend = backend
+        self.journal = journal
+        self.progress = progress
+        self.known: dict[str, Outcome] = dict(journal.outcomes) if journal is not None else {}
+        self.failures: list[Failure] = []
+        self.computed: set[str] = set()
+        self.reused: set[str] = set()
+        self._of_raw: dict[str, Point] = {}
+        self._done = 0
+        self._total = 0
+
+    def point(self, raw: Mapping[str, Any]) -> Point:
+        """`make_point`, remembered."""
+        name = json.dumps(raw, sort_keys=True, default=str)
+        if name not in self._of_raw:
+            self._of_raw[name] = make_point(self.study.evaluator, raw)
+        return self._of_raw[name]
+
+    def evaluate(self, points: Sequence[Point]) -> list[Outcome | None]:
+        """Outcomes of `points` in their order, with price; None for one that failed."""
+        todo = []
+        for point in distinct(points):
+            if point.key in self.known:
+                if point.key not in self.computed:
+                    self.reused.add(point.key)
+            elif point.error is not None:
+                self._keep(refused(point.key, point.params, point.inputs, point.error))
+            else:
+                todo.append(make_task(self.study.evaluator.name, point))
+        self._total += len(todo)
+        self._tick()
+        for _, result in self.backend.run(run_task, todo):
+            self._done += 1
+            if isinstance(result, Failure):
+                self.failures.append(result)
+            else:
+                self._keep(result)
+            self._tick()
+        return [self._priced(point, self.known.get(point.key)) for point in points]
+
+    def _keep(self, outcome: Outcome) -> None:
+        if self.journal is not None:
+            self.journal.add(outcome)
+        self.known[outcome.key] = outcome
+        self.computed.add(outcome.key)
+
+    def _tick(self) -> None:
+        if self.progress is not None:
+            self.progress(self._done, self._total)
+
+    def _priced(self, point: Point, outcome: Outcome | None) -> Outcome | None:
+        """The outcome with the figures that follow from its parameters: GPUs and dollars."""
+        if outcome is None or not outcome.ok:
+            return outcome
+        return with_price(self.study, self.study.prices, point, outcome)
+
+
+def with_price(study: Study, prices: Prices, point: Point, outcome: Outcome) -> Outcome:
+    """`outcome` with `gpus`, dollars an hour and, with a throughput, dollars a million tokens."""
+    figures = dict(outcome.figures)
+    figures[RENTED] = float(str(point.params["gpus"]))
+    cost = prices.per_hour(study.evaluator.cluster(point.params))
+    figures[COST] = cost
+    rate = figures.get(study.evaluator.throughput)
+    if study.evaluator.throughput and cost is not None and rate:
+        figures["cost_usd_per_million_tokens"] = cost / (rate * 3600) * 1e6
+    return replace(outcome, figures=figures)
+
+
+def levels(study: Study, points: Sequence[Point]) -> list[list[Point]]:
+    """`points` grouped by what the question makes small, where that is known without evaluating,
+    smallest first; one group otherwise."""
+    goal = study.question.goal
+    if goal not in (RENTED, COST):
+        return [list(points)]
+
+    def size(point: Point) -> float:
+        if goal == RENTED:
+            return float(str(point.params["gpus"]))
+        try:
+            cost = study.prices.per_hour(study.evaluator.cluster(point.params))
+        except MoesimError:
+            cost = None
+        return float("inf") if cost is None else cost
+
+    ranked = sorted(points, key=size)
+    return [list(group) for _, group in itertools.groupby(ranked, key=size)]
