@@ -127,7 +127,7 @@ def require_all_layers(plan: Plan, options: ExportOptions, engine: str) -> None:
     if spec is None:
         options.notify(
             "the plan's model is no known preset, so nothing checks that it covers all MoE layers;"
-            " --model names one"
+            " `model` names one"
         )
         return
     if plan.placement.num_experts != spec.num_experts:
@@ -179,7 +179,7 @@ def hidden_layers(plan: Plan, options: ExportOptions) -> int:
     if total is None:
         raise InputError(
             "the number of all layers, dense ones included, is not known",
-            "give --model with a preset or config.json, or --num-hidden-layers",
+            "give `model` with a preset or config.json, or `num_hidden_layers`",
         )
     if total <= max(plan.layer_ids):
         raise MismatchError(
@@ -240,7 +240,7 @@ def make_plan(
     gpus = num_gpus if num_gpus is not None else options.num_gpus
     if gpus is None:
         raise InputError(
-            f"{options.where}: does not say how many GPUs its slots are for", "give --num-gpus"
+            f"{options.where}: does not say how many GPUs its slots are for", "give `num_gpus`"
         )
     if num_gpus is not None and options.num_gpus not in (None, num_gpus):
         raise MismatchError(

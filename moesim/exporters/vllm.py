@@ -91,7 +91,7 @@ def decode(data: bytes, options: ReadOptions) -> Plan:
     if options.num_experts is None or options.layer_ids is None:
         raise InputError(
             f"{options.where}: says neither how many experts nor which layers there are",
-            "give --model, or --num-experts and --layer-ids",
+            "give `model`, or `num_experts` and `layer_ids`",
         )
     if options.num_experts % gpus:
         raise MismatchError(

@@ -82,12 +82,12 @@ def _without_warmup(
         raise FormatError(
             f"{', '.join(map(str, trace.meta.source.get('files', [])))}: all {len(warm)} {unit} are"
             " routed alike: perhaps an engine's warm-up, or one routing that it repeats",
-            "record real traffic without CUDA graphs, or keep them with --keep-warmup",
+            "record real traffic without CUDA graphs, or keep them with `keep_warmup`",
         )
     where = np.flatnonzero(warm)
     options.notify(
         f"dropped {len(where)} {unit} of constant routing, the first of them number {where[0]}:"
-        " a guess that they are an engine's warm-up; --keep-warmup keeps them"
+        " a guess that they are an engine's warm-up; `keep_warmup` keeps them"
     )
     if isinstance(trace, LoadTrace):
         return replace(trace, expert_load=trace.expert_load[~warm])

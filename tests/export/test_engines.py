@@ -56,7 +56,7 @@ def test_sglang_has_rows_for_dense_layers_and_one_key(tmp_path):
 def test_sglang_needs_the_number_of_layers():
     with pytest.raises(InputError, match="dense ones included, is not known") as error:
         sglang.encode(SMALL, ExportOptions())
-    assert "--num-hidden-layers" in error.value.remedy
+    assert "`num_hidden_layers`" in error.value.remedy
     with pytest.raises(MismatchError, match="the plan has layer 3, but the model only 3"):
         sglang.encode(SMALL, ExportOptions(num_hidden_layers=3))
 

@@ -47,7 +47,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace | LoadTrace:
     for name in options.columns:
         if name not in ARRAYS:
             raise InputError(
-                f"--columns: {name!r:.40} is not one of our arrays", f"ours: {', '.join(ARRAYS)}"
+                f"`columns`: {name!r:.40} is not one of our arrays", f"ours: {', '.join(ARRAYS)}"
             )
     source: dict[str, Any] = {"format": NAME, "files": [p.name for p in paths]}
     segments: list[Segment] = []
@@ -99,7 +99,7 @@ def _read(path: Path, options: ImportOptions) -> dict[str, Array]:
     if "expert_ids" not in raw and "expert_load" not in raw:
         raise InputError(
             f"{path}: has no array expert_ids",
-            f"name it: --columns expert_ids=NAME (arrays: {', '.join(names)[:120]})",
+            f"name it: `columns` expert_ids=NAME (arrays: {', '.join(names)[:120]})",
         )
     return raw
 

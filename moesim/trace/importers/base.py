@@ -86,7 +86,7 @@ def require_top_k(options: ImportOptions, why: str) -> int:
     if options.top_k is None:
         raise InputError(
             f"the number of experts per token is not known: {why}",
-            "give --top-k, or --model with a preset or config.json",
+            "give `top_k`, or `model` with a preset or config.json",
         )
     return options.top_k
 

@@ -352,7 +352,7 @@ def _check(
             raise FormatError(
                 f"{where}: token {token_idx[part.start + t]}, layer {layer_ids[layer]}: expert"
                 f" {int(ordered[t, layer, k])} is chosen twice",
-                "the record is damaged or padded; if this layer is dense, give --layer-ids",
+                "the record is damaged or padded; if this layer is dense, give `layer_ids`",
             )
 
 

@@ -153,7 +153,7 @@ def _segment(
         raise FormatError(
             f"{where}: {len(flat)} ids are no whole number of tokens of {num_layers} layers x"
             f" {top_k} experts",
-            "name the model that was served with --model",
+            "name the model that was served with `model`",
         )
     positions, phases = reader.place(rows, num_prompt, num_output, where, start)
     ids = flat.reshape(rows, num_layers, top_k)
@@ -186,5 +186,5 @@ def _num_layers(
         return max(1, num_ids // ((total - 1) * top_k))
     raise InputError(
         f"{where}: the number of layers is not known and does not follow from the request",
-        "give --model, or --num-hidden-layers",
+        "give `model`, or `num_hidden_layers`",
     )

@@ -69,7 +69,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace | LoadTrace:
     for name in options.columns:
         if name not in COLUMNS:
             raise InputError(
-                f"--columns: {name!r:.40} is not one of our columns", f"ours: {', '.join(COLUMNS)}"
+                f"`columns`: {name!r:.40} is not one of our columns", f"ours: {', '.join(COLUMNS)}"
             )
     source: dict[str, Any] = {"format": NAME, "files": [p.name for p in paths]}
     segments: list[Segment] = []
@@ -154,7 +154,7 @@ def _long(
         if name not in frame:
             raise InputError(
                 f"{where}: has no column for {name}",
-                f"name it: --columns {name}=THEIR_NAME (found {', '.join(map(str, frame))[:80]})",
+                f"name it: `columns` {name}=THEIR_NAME (found {', '.join(map(str, frame))[:80]})",
             )
     row_ids, experts = _choices(frame, "expert", where)
     lines = frame.index.to_numpy()[row_ids]
@@ -285,7 +285,7 @@ def _choices(
     if f"{name}s" not in frame:
         raise InputError(
             f"{where}: has no column for {name} or {name}s",
-            f"name it: --columns {name}s=THEIR_NAME",
+            f"name it: `columns` {name}s=THEIR_NAME",
         )
     pattern = _FLOAT if is_weight else _NUMBER
     rows: list[int] = []
@@ -397,7 +397,7 @@ def _load(
     for frame in frames:
         for name in ("layer", "expert"):
             if name not in frame:
-                raise InputError(f"{where}: has no column for {name}", f"--columns {name}=NAME")
+                raise InputError(f"{where}: has no column for {name}", f"`columns` {name}=NAME")
         count = _whole(frame["count"], where, "count")
         step = _whole(frame["step"], where, "step") if "step" in frame else np.zeros_like(count)
         _, step = np.unique(step, return_inverse=True)

@@ -75,7 +75,7 @@ def test_raw_bytes_need_the_model(tmp_path, draw, options, notes):
     assert any("how long their prompt was" in note for note in notes)
     with pytest.raises(InputError, match="layers is not known") as error:
         sglang.read([file], options(top_k=2))
-    assert "--num-hidden-layers" in error.value.remedy
+    assert "`num_hidden_layers`" in error.value.remedy
     with pytest.raises(InputError, match="experts per token is not known"):
         sglang.read([file], options())
     with pytest.raises(FormatError, match="30 ids are no whole number of tokens of 4 layers"):

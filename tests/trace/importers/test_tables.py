@@ -121,7 +121,7 @@ def test_missing_columns_are_asked_for(tmp_path, options):
     file.write_text("seq,position,layer,expert\n0,0,0,1\n")
     with pytest.raises(InputError, match="no column for request") as error:
         table.read([file], options())
-    assert "--columns request=" in error.value.remedy
+    assert "`columns` request=" in error.value.remedy
     with pytest.raises(InputError, match="no column 'sequence'"):
         table.read([file], options(columns={"request": "sequence"}))
     with pytest.raises(InputError, match="'requests' is not one of our columns"):
