@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from moesim.errors import InputError, plain
 
@@ -44,3 +47,10 @@ def wrote(*files: Path | None) -> str:
 def say(line: str) -> None:
     """A progress line on standard error."""
     print(line, file=sys.stderr, flush=True)
+
+
+def given(job: Callable[..., Any], options: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
+    """Of a command's options (its `locals()`) those that `job` takes by the same name, and
+    `changed`, those that it wants in another form."""
+    known = signature(job).parameters
+    return {**{name: value for name, value in options.items() if name in known}, **changed}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,10 +171,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deep"
     return str(error)[:80]
-
-
-def as_paths(names: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    return [Path(name) for name in names]
 
 
 def plain(value: Any) -> str:
