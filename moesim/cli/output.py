@@ -10,16 +10,13 @@ from typing import Any
 
 from moesim.errors import InputError, plain
 
-PICTURES = (".png", ".svg", ".pdf")
-
 
 def check_targets(*files: Path | None, plot: Path | None = None) -> None:
     """Refuse before the work what could not be written after it."""
-    if plot is not None and plot.suffix.lower() not in PICTURES:
-        raise InputError(
-            f"cannot plot to {plot.name}", f"end the name in {', '.join(PICTURES[:-1])} or .pdf"
-        )
-    for target in (*files, plot):
+    from moesim.draw import check_target
+
+    check_target(plot)
+    for target in files:
         if target is None:
             continue
         if target.is_dir():

@@ -47,7 +47,9 @@ def test_measured_by_hand(build: ModuleType, step: StepModel) -> None:
         [[[1, 2]], [[3, 4]], [[4, 0]], [[0, 3]]] * 3, 6, rank_ids=[1, 1, 0, 0] * 3
     )
     sample = one_sample(build.cut(trace, 4, 4, 4), 1, 2)
-    got = measure(trace, sample, PLACEMENT, policy="split", dedup="gpu", step=step).values
+    measured = measure(trace, sample, PLACEMENT, policy="split", dedup="gpu", step=step)
+    got = measured.values
+    assert measured.layer_parts_us == pytest.approx(np.array([[32.0, 6.44, 32.0]]))
     # Choices of the GPUs: 1 2 4 1: mean 2, max 4.
     assert got["imbalance"].tolist() == [[2.0]] * 3
     assert got["balancedness"].tolist() == [[0.5]] * 3
@@ -69,6 +71,7 @@ def test_gpu_load_is_of_the_main_batches(build: ModuleType) -> None:
     # Batches {1, 2} on GPU 1 and {3, 4} on GPU 2: a choice a batch on average.
     assert measured.gpu_load.tolist() == [[0, 1, 1, 0]]
     assert "step_us" not in measured.values
+    assert measured.layer_parts_us is None
 
 
 def test_speeds_count_in_imbalance(drawn: tuple[Trace, Sample]) -> None:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.report.html.fields import Fields, printable
@@ -171,10 +170,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deep"
     return str(error)[:80]
-
-
-def plain(value: Any) -> str:
-    """A JSON value as one line of text."""
-    if isinstance(value, str):
-        return printable(value)
-    return printable(json.dumps(value, ensure_ascii=False))
