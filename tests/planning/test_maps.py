@@ -45,7 +45,7 @@ def test_the_times_by_layer_add_up_to_the_evaluation(build: Any) -> None:
     trace = build.make_trace(ids, 64, request_ids=np.repeat(np.arange(40), 30))
     cluster = load_cluster("h100-sxm-ib", num_gpus=4)
     model = load_model("debian-olmoe")
-    request = PlanRequest(trace, cluster, model, solver="greedy", batch_tokens=120, seed=3)
+    request = PlanRequest.of(trace, cluster, model, solver="greedy", batch_tokens=120, seed=3)
     plan = make_plan(request).plan
     found = plan_maps(trace, plan, cluster, model)
     for name, made in found.maps.items():
