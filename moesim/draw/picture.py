@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,8 @@ class Picture:
     """
 
     title: str
-    view: Spec
-    description: str = ""
+    view: Spec = field(repr=False)
+    description: str = field(default="", repr=False)
 
     def specification(self, *, titled: bool = True, width: int | None = None) -> Spec:
         """The whole specification. With `width` that of the whole picture, axes included."""

@@ -85,7 +85,7 @@ def test_a_notebook_gets_the_specification_and_a_drawing() -> None:
     assert bundle["text/plain"] == "Picture('a')"
     assert bundle["image/svg+xml"].startswith("<svg")
     json.dumps(bundle["application/vnd.vegalite.v5+json"], allow_nan=False)
-    assert len(repr(chart())) < 2000
+    assert repr(chart()) == "Picture(title='a')"
 
 
 def test_pictures_load_nothing() -> None:
