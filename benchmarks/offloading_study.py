@@ -30,7 +30,7 @@ from moesim.caching.simulate import CacheSettings, expert_frequency, hit_curves
 from moesim.caching.slots import allocate_slots
 from moesim.caching.timeline import run_timeline
 from moesim.cluster.load import load_gpu
-from moesim.draw.cache import plot_hit_rates, plot_speed_by_memory
+from moesim.draw.cache import hit_rates, speed_by_memory
 from moesim.model.names import load_model
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import load_token_trace
@@ -75,13 +75,8 @@ def study(name: str, data: Path, out: Path) -> dict[str, Any]:
     for policy in POLICIES:
         found = hit_curves(trace, stream, CacheSettings(policy, warm=True), frequency)
         curves[policy] = found.hits.sum(axis=0) / found.accesses.sum()
-    plot_hit_rates(
-        curves,
-        trace.top_k,
-        f"{model.name}: held-out hit rate by slots, batch 1, atomic, warm start",
-        out / f"hits-{name}.png",
-        dashed=tuple(p for p in POLICIES if POLICIES[p].offline),
-    )
+    title = f"{model.name}: held-out hit rate by slots, batch 1, atomic, warm start"
+    hit_rates(curves, trace.top_k, title).save(out / f"hits-{name}.png")
     rates = build_rates(model, load_gpu(GPU), HostSpec())
     for share in SHARES:
         result["speed"][share] = speeds(trace, model, rates, share)
@@ -171,7 +166,9 @@ def plans(trace, model, rates, name: str, out: Path) -> dict[str, Any]:  # type:
         if share == 0.5:
             sweep = sweep_hbm(work, rates, request, planned, bound)
             title = f"{model.name} on {GPU}, batch 1, {request.context_tokens} tokens of context"
-            plot_speed_by_memory(sweep, request.hbm_gb, title, out / f"speed-{name}.png")
+            speed = {way: found.tolist() for way, found in sweep.speed.items()}
+            drawn = speed_by_memory(sweep.hbm_gb.tolist(), speed, request.hbm_gb, title)
+            drawn.save(out / f"speed-{name}.png")
     return tables
 
 

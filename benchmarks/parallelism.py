@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from parallelism_times import WAYS, LayerTimes, best_way, crossovers, layer_times
 
 from moesim.cluster import load_cluster
 from moesim.errors import InputError
 from moesim.model.names import load_model
 from moesim.serving.moe_load import MoeLoad, assumed_load, load_of_trace
-from moesim.serving.parallelism import WAYS, LayerTimes, best_way, crossovers, layer_times
 from moesim.trace.format import load_token_trace
 
 MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-120b", "deepseek-v3")

@@ -27,8 +27,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from numba import config, njit
-from numba.misc.appdirs import AppDirs
+try:
+    from numba import config, njit
+    from numba.misc.appdirs import AppDirs
+except ModuleNotFoundError:
+    config = None
 
 PACKAGE = Path(__file__).parent
 PREFIX = "moesim-"
@@ -38,8 +41,16 @@ IMPORT = re.compile(r"^(?:from (moesim\b[\w.]*) import (\([^)]*\)|.*)|import (mo
 _decorating = threading.Lock()
 
 
-def kernel(function: Any = None, /, **options: Any) -> Any:
-    """Compile without the GIL and keep the code on disk; `options` are others of numba.njit."""
+def kernel(function: Any = None, /, *, allocates: bool = True, **options: Any) -> Any:
+    """Compile without the GIL and keep the code on disk; `options` are others of numba.njit.
+
+    allocates: False for a function that makes no array. Numba then counts no references to its
+    arguments, which for a NamedTuple of arrays costs more than a small function does itself. A
+    function that makes one all the same does not compile. Without numba, in the container of a
+    serving engine, functions stay Python.
+    """
+    if not allocates:
+        options["_nrt"] = False
     if function is None:
         return lambda function: _compiled(function, options)
     return _compiled(function, options)
@@ -74,7 +85,7 @@ def imported(source: str) -> set[Path]:
 
 
 def _compiled(function: Any, options: dict[str, Any]) -> Any:
-    if config.DISABLE_JIT:
+    if config is None or config.DISABLE_JIT:
         return function
     with _decorating, suppress(OSError):
         name = PREFIX + digest(Path(inspect.getfile(function)))

@@ -28,8 +28,3 @@ def imbalance(load: npt.NDArray[np.number], speed: FloatArray | None = None) -> 
 def balancedness(load: npt.NDArray[np.number], speed: FloatArray | None = None) -> FloatArray:
     """Mean over max load of the GPUs, [..., G] -> [...]; the inverse of `imbalance`."""
     return 1.0 / imbalance(load, speed)
-
-
-def percentile(values: npt.NDArray[np.number], q: float) -> float:
-    """The q-th percentile (0..100) over all elements, linear between order statistics."""
-    return float(np.percentile(np.asarray(values, np.float64), q))

@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from numba import config
+from numba.core.errors import NumbaError
 
 from moesim import kernels
 from moesim.kernels import imported, kernel
@@ -161,3 +163,21 @@ def test_a_new_folder_removes_those_unused_for_long(tmp_path: Path) -> None:
     kernels._open(tmp_path / "moesim-new")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"moesim-new", "moesim-used", "others"}
+
+
+def test_kernels_that_allocate_must_say_so() -> None:
+    """Without counted references a view is fine, a new array does not compile."""
+
+    @kernel(allocates=False)
+    def last_of(values):
+        return values[1:][-1]
+
+    @kernel(allocates=False)
+    def total(values):
+        return np.zeros(len(values)).sum()
+
+    assert last_of(np.arange(3)) == 2
+    if config.DISABLE_JIT:
+        pytest.skip("numba compiles nothing here")
+    with pytest.raises(NumbaError):
+        total(np.arange(3))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moesim.metrics import balancedness, imbalance, percentile
+from moesim.metrics import balancedness, imbalance
 
 loads = arrays(
     np.int64, st.tuples(st.integers(1, 4), st.integers(1, 6)), elements=st.integers(0, 99)
@@ -53,9 +53,3 @@ def test_relabelling_gpus_changes_nothing(load: np.ndarray, random: object) -> N
     speed = np.linspace(0.5, 2, load.shape[1])
     same = pytest.approx(imbalance(load, speed), nan_ok=True)
     assert imbalance(load[:, order], speed[order]) == same
-
-
-def test_percentile_is_linear() -> None:
-    # 0 .. 100 in any shape: the q-th percentile is q.
-    assert percentile(np.arange(101).reshape(1, -1), 99) == 99.0
-    assert percentile(np.array([1, 2]), 50) == 1.5

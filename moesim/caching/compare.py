@@ -19,7 +19,8 @@ from moesim.caching.planner import (
 from moesim.caching.rates import Rates
 from moesim.caching.simulate import CacheSettings, model_choices, run_policy
 from moesim.caching.slots import allocate_slots
-from moesim.caching.timeline import Setup, StepTimes, Timeline, run_timeline
+from moesim.caching.timeline import Setup, Timeline, run_timeline
+from moesim.caching.timeline_kernel import StepTimes
 from moesim.errors import InfeasibleError
 from moesim.types import FloatArray, IntArray
 

@@ -126,16 +126,6 @@ def layer_gates(trace: Trace, stream: Stream, layer_idx: int) -> npt.NDArray[np.
     return picked.astype(np.float32)
 
 
-def layer_events(trace: Trace, stream: Stream, layer_idx: int) -> Events:
-    """The events of one layer's own cache, one a step."""
-    return build_events(
-        layer_ids(trace, stream, layer_idx),
-        layer_gates(trace, stream, layer_idx),
-        stream.indptr,
-        trace.num_experts,
-    )
-
-
 def build_events(
     ids: npt.NDArray[np.int32],
     gates: npt.NDArray[np.float32],

@@ -23,7 +23,8 @@ from moesim.caching.predictors.registry import make_predictor, usable_predictors
 from moesim.caching.rates import Rates, expert_bytes_of_bits, step_times
 from moesim.caching.simulate import CacheSettings, expert_frequency
 from moesim.caching.slots import allocate_slots, allocate_tiers
-from moesim.caching.timeline import CpuMode, Setup, StepTimes, Timeline, all_events, run_timeline
+from moesim.caching.timeline import CpuMode, Setup, Timeline, all_events, run_timeline
+from moesim.caching.timeline_kernel import StepTimes
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.model.names import ModelSpec
 from moesim.trace.batches import RequestIndex, index_requests, split_requests

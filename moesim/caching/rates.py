@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from moesim.caching.timeline import StepTimes
+from moesim.caching.timeline_kernel import StepTimes
 from moesim.cluster.types import GpuSpec
 from moesim.cost.calibration import Calibration
 from moesim.cost.curves import Basis, weakest

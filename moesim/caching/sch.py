@@ -15,18 +15,20 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from moesim.caching import kernels
-from moesim.caching.events import build_events
+from moesim.caching import stack, state
+from moesim.caching.events import Stream, build_events
+from moesim.caching.simulate import one_pass
+from moesim.caching.state import Rule
 from moesim.errors import InputError, UnknownNameError
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
 from moesim.types import FloatArray, IntArray
 
 PUBLISHED = {
-    "sch": kernels.LOOKAHEAD,
-    "lru": kernels.LRU,
-    "lfu": kernels.LFU,
-    "belady": kernels.BELADY,
+    "sch": state.LOOKAHEAD,
+    "lru": state.LRU,
+    "lfu": state.LFU,
+    "belady": state.BELADY,
 }
 
 
@@ -63,7 +65,6 @@ def _hit_rates(
         raise UnknownNameError("policy", policy, PUBLISHED)
     if m < 1:
         raise InputError(f"segment length {m} is below 1", "give at least 1")
-    code = PUBLISHED[policy]
     count = np.zeros(num_items, np.int64)
     total = 0
     for first, last in pairwise(indptr):
@@ -72,32 +73,15 @@ def _hit_rates(
         part = ids[first:last]
         ptr = np.arange(len(part) + 1, dtype=np.int64)
         events = build_events(part, np.zeros(part.shape, np.float32), ptr, num_items)
-        next_use = (
-            kernels.next_uses(events.item, num_items)[0]
-            if code == kernels.BELADY
-            else np.zeros(0, np.int64)
-        )
         lane = np.zeros(len(part), np.int32)
-        depth = kernels.stack_depths(
-            code,
-            kernels.TOKEN,
-            events.indptr,
-            events.item,
-            events.gate,
-            np.ones(len(part), np.int64),
-            num_items,
-            np.zeros(0, np.int32),
-            np.zeros(num_items),
-            next_use,
-            m,
-            0.5,
+        depth = one_pass(
+            Rule(PUBLISHED[policy], 0.5, m),
+            events,
+            Stream(np.arange(len(part)), ptr, lane, lane == 1, 1),
             part,
-            ptr,
-            lane,
-            lane == 1,
-            1,
-            np.zeros(num_items),
-            np.ones(num_items),
+            semantics=stack.TOKEN,
+            warm=False,
+            frequency=np.zeros(num_items),
         )
         depth = np.where(depth < 0, -1 - depth, depth)
         count += np.bincount(depth, minlength=num_items)

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from moesim.caching import kernels
+from moesim.caching import stack
 from moesim.caching.events import (
     Events,
     Stream,
@@ -34,6 +34,8 @@ from moesim.caching.events import (
     without,
 )
 from moesim.caching.policies import SEMANTICS, get_policy
+from moesim.caching.start import asked_of, new_state
+from moesim.caching.state import LRU, Rule
 from moesim.errors import InputError, UnknownNameError
 from moesim.trace.batches import RequestIndex
 from moesim.trace.format import Trace
@@ -81,7 +83,7 @@ class Choices:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Depths:
-    """One cache's events with the depth of every access (see `kernels.stack_depths`)."""
+    """One cache's events with the depth of every access (see `stack.stack_depths`)."""
 
     events: Events
     depth: npt.NDArray[np.int32]
@@ -206,18 +208,17 @@ def run_policy(
         lookahead *= per_token
         alpha = 1 - (1 - alpha) ** (1 / per_token)
     events = build_events(ids, gates, indptr, choices.num_items)
-    depth = _depths(
-        choices,
+    stream = Stream(np.arange(len(lane)), indptr, lane, starts, choices.num_lanes)
+    rule = Rule(policy.code, alpha, lookahead)
+    depth = one_pass(
+        rule,
         events,
-        policy.code,
-        settings.warm,
-        SEMANTICS[settings.semantics],
-        lookahead,
-        alpha,
+        stream,
         ids,
-        indptr,
-        lane,
-        starts,
+        semantics=SEMANTICS[settings.semantics],
+        warm=settings.warm,
+        frequency=choices.frequency,
+        weight=choices.weight,
     )
     return Depths(events, depth)
 
@@ -243,57 +244,31 @@ def hit_curves(
     return HitCurves(settings, np.stack(hits), np.array(accesses), stream.num_tokens)
 
 
-def _depths(
-    choices: Choices,
+def one_pass(
+    rule: Rule,
     events: Events,
-    code: int,
-    warm: bool,
-    semantics: int,
-    lookahead: int,
-    alpha: float,
+    stream: Stream,
     ids: npt.NDArray[np.int32],
-    token_ptr: IntArray,
-    lane: npt.NDArray[np.int32],
-    starts: npt.NDArray[np.bool_],
+    *,
+    semantics: int,
+    warm: bool,
+    frequency: FloatArray,
+    weight: FloatArray | None = None,
 ) -> npt.NDArray[np.int32]:
+    """[A]: `stack.stack_depths` of one cache; ids: [N, K] items that the stream's tokens chose,
+    frequency, weight: [E] of `Choices`."""
     num = events.num_items
-    if code == kernels.LRU and not warm:
-        return kernels.lru_depths(events.indptr, events.item, num)
-    next_use = np.zeros(0, np.int64)
-    priority = np.zeros(num)
-    initial = np.zeros(0, np.int32)
-    by_frequency = np.argsort(-choices.frequency, kind="stable").astype(np.int32)
-    if code in (kernels.BELADY, kernels.OPTIMUM):
-        next_use, first_use = kernels.next_uses(events.item, num)
-        if warm:
-            initial = np.argsort(first_use, kind="stable").astype(np.int32)
-            priority = -first_use.astype(np.float64)
-    elif code == kernels.STATIC or warm:
-        initial = by_frequency
-        if code in (kernels.LFU, kernels.SCORE):
-            priority = choices.frequency / max(1e-300, float(choices.frequency.max(initial=0.0)))
-    prior = choices.frequency
-    if not prior.any():
-        prior = np.full(num, ids.shape[1] / num)
-    tokens = np.diff(token_ptr).astype(np.int64)
-    return kernels.stack_depths(
-        code,
-        semantics,
-        events.indptr,
-        events.item,
-        events.gate,
-        tokens,
-        num,
-        initial,
-        priority,
-        next_use,
-        lookahead,
-        alpha,
-        ids,
-        token_ptr,
-        lane,
-        starts,
-        choices.num_lanes,
-        prior,
-        choices.weight,
+    if rule.policy == LRU and not warm:
+        return stack.lru_depths(events.indptr, events.item, num)
+    asked = asked_of(rule, events, stream, ids[:, None])
+    state, order = new_state(
+        rule,
+        asked,
+        np.zeros(1, np.int64),
+        np.zeros((1, num), bool),
+        frequency[None],
+        stream.num_lanes,
+        warm=warm,
+        weight=weight,
     )
+    return stack.stack_depths(rule, asked, state, order[0], semantics)

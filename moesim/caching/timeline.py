@@ -25,44 +25,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from moesim.caching import kernels
 from moesim.caching.events import Events, Stream, build_events
-from moesim.caching.kernels import (
-    ACTIVATION,
-    BELADY,
-    LFU,
-    LOOKAHEAD,
-    OPTIMUM,
-    SCORE,
-    STATIC,
-)
 from moesim.caching.policies import get_policy
-from moesim.caching.timeline_kernel import run_kernel
+from moesim.caching.start import asked_of, new_state
+from moesim.caching.state import Asked, CacheState, Rule
+from moesim.caching.timeline_kernel import Memory, StepTimes, run_kernel
 from moesim.errors import MismatchError
 from moesim.trace.format import Trace
 from moesim.types import FloatArray, IntArray
 
 CpuMode = Literal["none", "auto"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StepTimes:
-    """Times in seconds that a timeline runs on.
-
-    gate_s: [L, M + 1] from the start of a layer to its gate, by tokens in the step; M is the
-    largest step. gpu_s, cpu_s: [M + 1] one expert on GPU or CPU by its tokens. load_s: [L, E] one
-    transfer of each expert into HBM from where it lives. tail_s: [M + 1] after the last layer.
-    host_s: [L, E] before the CPU can begin with an expert: reading it from NVMe, 0 in DRAM.
-    cpu_start_s: once a layer that uses the CPU, for moving hidden states there and back.
-    """
-
-    gate_s: FloatArray
-    gpu_s: FloatArray
-    cpu_s: FloatArray
-    load_s: FloatArray
-    host_s: FloatArray
-    tail_s: FloatArray
-    cpu_start_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,76 +145,46 @@ def run_timeline(
             f" {times.gate_s.shape[1] - 1}",
             "make the tables for the batch size of the stream",
         )
-    policy = get_policy(setup.policy)
-    layer = np.tile(np.arange(shape[0]), stream.num_steps)
-    next_use = np.zeros(0, np.int64)
-    first_use = np.zeros(0, np.int64)
-    if policy.offline and policy.code != LOOKAHEAD:
-        flat = found.item + np.repeat(layer, np.diff(found.indptr)).astype(np.int32) * shape[1]
-        next_use, first_use = kernels.next_uses(flat, shape[0] * shape[1])
-    order, priority = starting_order(setup, policy.code, first_use, shape)
     if predicted is None or setup.depth == 0 or setup.width == 0:
         predicted = np.zeros((stream.num_steps, shape[0], 0), np.int16)
-    prior = setup.frequency
-    if not prior.any():
-        prior = np.full(shape, trace.top_k / shape[1])
-    ids = (
-        np.asarray(trace.expert_ids)[stream.token_idx].astype(np.int32)
-        if policy.code == ACTIVATION
-        else np.zeros((0, *shape), np.int32)
-    )
-    counts, wait, step_s, link_s = run_kernel(
-        policy.code,
-        found.indptr,
-        found.item,
-        found.count,
-        found.gate,
-        tokens,
-        shape[1],
-        setup.slots.astype(np.int64),
-        setup.pinned,
+    ids = np.asarray(trace.expert_ids)[stream.token_idx]
+    rule, asked, state = policy_state(setup, found, stream, ids)
+    memory = Memory(
+        rule,
+        asked,
+        state,
         setup.cpu_layers,
         setup.cpu == "auto",
         setup.depth,
         setup.width,
-        setup.alpha,
-        setup.lookahead,
-        order,
-        priority,
-        next_use,
         predicted,
-        prior,
-        ids,
-        stream.indptr,
-        stream.lane_idx,
-        stream.starts,
+    )
+    ran, link_s = run_kernel(memory, times)
+    return Timeline(**ran._asdict(), link_s=float(link_s), num_tokens=stream.num_tokens)
+
+
+def policy_state(
+    setup: Setup,
+    events: Events,
+    stream: Stream,
+    ids: npt.NDArray[np.integer],
+    order: npt.NDArray[np.int32] | None = None,
+) -> tuple[Rule, Asked, CacheState]:
+    """The slots of `setup` before the first step of `stream`: a cache a layer.
+
+    events: see `all_events`; ids: [N, L, K] experts that the stream's tokens chose; order: [L, E]
+    experts to start with, best first, -1 after the last, instead of the most frequent.
+    """
+    rule = Rule(get_policy(setup.policy).code, setup.alpha, setup.lookahead)
+    asked = asked_of(rule, events, stream, ids, len(setup.slots))
+    state, _ = new_state(
+        rule,
+        asked,
+        setup.slots,
+        setup.pinned,
+        setup.frequency,
         stream.num_lanes,
-        times.gate_s,
-        times.gpu_s,
-        times.cpu_s,
-        times.load_s,
-        times.host_s,
-        times.tail_s,
-        times.cpu_start_s,
+        warm=setup.warm,
+        order=order,
     )
-    hits, staged, fetched, on_cpu, wasted = counts
-    return Timeline(
-        hits, staged, fetched, on_cpu, wasted, wait, step_s, float(link_s), stream.num_tokens
-    )
-
-
-def starting_order(
-    setup: Setup, code: int, first_use: IntArray, shape: tuple[int, int]
-) -> tuple[npt.NDArray[np.int32], FloatArray]:
-    """[L, E] preload order (first -1 row entry ends it) and starting priorities."""
-    order = np.full(shape, -1, np.int32)
-    priority = np.zeros(shape)
-    if code in (BELADY, OPTIMUM) and setup.warm:
-        first = first_use.reshape(shape)
-        return np.argsort(first, axis=1, kind="stable").astype(np.int32), -first.astype(np.float64)
-    if code == STATIC or setup.warm:
-        order = np.argsort(-setup.frequency, axis=1, kind="stable").astype(np.int32)
-        if code in (LFU, SCORE):
-            top = np.maximum(1e-300, setup.frequency.max(axis=1, keepdims=True))
-            priority = setup.frequency / top
-    return order, priority
+    return rule, asked, state

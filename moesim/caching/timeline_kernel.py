@@ -2,56 +2,136 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
 
-from moesim.caching.kernels import (
-    ACTIVATION,
-    LOOKAHEAD,
-    LRU,
-    OPTIMUM,
-    STATIC,
-    better,
-    observe,
-    observe_requests,
-)
+import numpy as np
+import numpy.typing as npt
+
+from moesim.caching.state import ABSENT, Asked, CacheState, Rule, lookup, update
 from moesim.kernels import kernel
+from moesim.types import FloatArray, IntArray
 
 TIE_S = 1e-9
 """Times closer than this are one instant, so that rounding decides nothing: a prefetch that could
 begin at a gate has not begun, and the CPU takes a miss only if that ends the layer sooner."""
 
 
-@kernel
-def admit(e, slots, forced, resident, held, num_held, mark, stamp, prio, last):  # type: ignore[no-untyped-def]
-    """Put e into the layer's slots if the policy wants it there; returns the slots in use."""
-    if num_held < slots:
-        held[num_held] = e
-        resident[e] = True
-        return num_held + 1
-    worst = -1
-    if forced:
-        for j in range(num_held):
-            if mark[held[j]] != stamp and (worst < 0 or better(held[worst], held[j], prio, last)):
-                worst = j
-    if worst < 0:
-        for j in range(num_held):
-            if worst < 0 or better(held[worst], held[j], prio, last):
-                worst = j
-        if worst < 0 or better(held[worst], e, prio, last):
-            return num_held
-    resident[held[worst]] = False
-    held[worst] = e
-    resident[e] = True
-    return num_held
+class StepTimes(NamedTuple):
+    """Times in seconds that a timeline runs on.
+
+    gate_s: [L, M + 1] from the start of a layer to its gate, by tokens in the step; M is the
+    largest step. gpu_s, cpu_s: [M + 1] one expert on GPU or CPU by its tokens. load_s: [L, E] one
+    transfer of each expert into HBM from where it lives. tail_s: [M + 1] after the last layer.
+    host_s: [L, E] before the CPU can begin with an expert: reading it from NVMe, 0 in DRAM.
+    cpu_start_s: once a layer that uses the CPU, for moving hidden states there and back.
+    """
+
+    gate_s: FloatArray
+    gpu_s: FloatArray
+    cpu_s: FloatArray
+    load_s: FloatArray
+    host_s: FloatArray
+    tail_s: FloatArray
+    cpu_start_s: float = 0.0
+
+
+class Memory(NamedTuple):
+    """One GPU's expert memory: its slots, what they are asked for, and what serves misses.
+
+    cpu_layers [L], cpu_auto, depth, width: see `timeline.Setup`. predicted: [S, L, C] experts to
+    send for, best first, -1 for none.
+    """
+
+    rule: Rule
+    asked: Asked
+    state: CacheState
+    cpu_layers: npt.NDArray[np.bool_]
+    cpu_auto: bool
+    depth: int
+    width: int
+    predicted: npt.NDArray[np.int16]
+
+
+class LinkState(NamedTuple):
+    """The copies of prefetches and fetches, one after another.
+
+    free_s, busy_s [1]: when the link is free, and for how long it was not. layer, expert, issued_s
+    [room]: prefetches that wait, the first `waiting` [1] of them. queued [L, E]: whether one waits;
+    arrival_s [L, E] of those that have started, inf for the rest.
+    """
+
+    free_s: FloatArray
+    busy_s: FloatArray
+    layer: IntArray
+    expert: IntArray
+    issued_s: FloatArray
+    waiting: IntArray
+    queued: npt.NDArray[np.bool_]
+    arrival_s: FloatArray
+
+
+class LayerEvent(NamedTuple):
+    """One layer of one step: the experts that were prefetched, that are missing, and that will have
+    come to HBM by its end, in order [E each]; tokens [E] of those asked for."""
+
+    early: IntArray
+    miss: IntArray
+    arrived: IntArray
+    tokens: IntArray
+
+
+class Ran(NamedTuple):
+    """What happened, see `timeline.Timeline`."""
+
+    hits: IntArray
+    staged: IntArray
+    fetched: IntArray
+    on_cpu: IntArray
+    wasted: IntArray
+    wait_s: FloatArray
+    step_s: FloatArray
 
 
 @kernel
-def split_misses(gate, link, busy, miss, count, gpu_s, cpu_s, host, cpu_start, load):  # type: ignore[no-untyped-def]
+def run_kernel(memory, times):  # type: ignore[no-untyped-def]
+    """Every step of `memory.asked`; (Ran, seconds that the link was busy)."""
+    asked, state = memory.asked, memory.state
+    num_steps = len(asked.tokens)
+    num_layers, num_experts = state.place.shape
+    ran = _nothing_yet(num_steps, num_layers)
+    link = _idle_link(num_layers, num_experts, max(1, memory.width * (memory.depth + 1)))
+    event = LayerEvent(
+        np.empty(num_experts, np.int64),
+        np.empty(num_experts, np.int64),
+        np.empty(num_experts, np.int64),
+        np.zeros(num_experts, np.int64),
+    )
+    now = 0.0
+    for s in range(num_steps):
+        begin = now
+        for layer in range(num_layers):
+            gate = now + times.gate_s[layer, asked.tokens[s]]
+            _start_prefetches(link, times.load_s, gate)
+            _drop_waiting(link, layer)
+            now, num_arrived = _run_experts(memory, times, link, event, ran, s, layer, gate)
+            _issue_prefetches(memory, link, s, layer, gate)
+            update(memory.rule, asked, state, layer, s, event.arrived[:num_arrived])
+            ran.wasted[s, layer] = _empty_staging(memory, link, s, layer)
+        now += times.tail_s[asked.tokens[s]]
+        ran.step_s[s] = now - begin
+    return ran, link.busy_s[0]
+
+
+@kernel(allocates=False)
+def split_misses(times, layer, gate, link, busy, miss, count):  # type: ignore[no-untyped-def]
     """How many of the misses, fewest tokens first, the CPU should take so that the layer ends
-    soonest. `busy`: when the GPU is done with what it has."""
+    soonest. `link`, `busy`: when the link is free and when the GPU is done with what it has;
+    miss: experts by their tokens `count` [E]."""
+    gpu_s, cpu_s = times.gpu_s, times.cpu_s
+    host, load = times.host_s[layer], times.load_s[layer]
     best, best_end = 0, np.inf
     for j in range(len(miss) + 1):
-        cpu = gate + cpu_start if j > 0 else gate
+        cpu = gate + times.cpu_start_s if j > 0 else gate
         for i in range(j):
             cpu += host[miss[i]] + cpu_s[count[miss[i]]]
         arrive, gpu = max(link, gate), busy
@@ -65,265 +145,174 @@ def split_misses(gate, link, busy, miss, count, gpu_s, cpu_s, host, cpu_start, l
 
 
 @kernel
-def run_kernel(  # type: ignore[no-untyped-def]
-    policy,
-    indptr,
-    item,
-    count,
-    gate_weight,
-    tokens,
-    num_experts,
-    slots,
-    pinned,
-    cpu_layers,
-    cpu_auto,
-    ahead,
-    send,
-    alpha,
-    lookahead,
-    order,
-    start_prio,
-    next_use,
-    predicted,
-    prior,
-    ids,
-    token_ptr,
-    lane,
-    starts,
-    num_lanes,
-    gate_s,
-    gpu_s,
-    cpu_s,
-    load_s,
-    host_s,
-    tail_s,
-    cpu_start,
-):
-    num_steps, num_layers = len(tokens), len(slots)
+def _nothing_yet(num_steps, num_layers):  # type: ignore[no-untyped-def]
     shape = (num_steps, num_layers)
-    hits, staged, fetched = (
+    return Ran(
         np.zeros(shape, np.int64),
         np.zeros(shape, np.int64),
         np.zeros(shape, np.int64),
+        np.zeros(shape, np.int64),
+        np.zeros(shape, np.int64),
+        np.zeros(shape),
+        np.zeros(num_steps),
     )
-    on_cpu, wasted, wait = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape)
-    step_s = np.zeros(num_steps)
-    layers = (num_layers, num_experts)
-    resident, held = pinned.copy(), np.full(layers, -1, np.int32)
-    num_held = np.zeros(num_layers, np.int64)
-    prio, last = start_prio.copy(), np.full(layers, -1 - num_experts, np.int64)
-    uses, used = np.zeros(layers), np.zeros(layers, np.int64)
-    clock = np.zeros(num_layers, np.int64)
-    mark = np.full(layers, -1, np.int64)
-    arrival = np.full(layers, np.inf)  # of staged experts; inf: not staged or not started
-    queued = np.zeros(layers, np.bool_)
-    tokens_of = np.zeros(num_experts, np.int64)
-    keep_rows = num_lanes if policy == ACTIVATION else 0
-    rows = np.zeros((num_layers, keep_rows, num_experts))
-    row_size = np.zeros((num_layers, keep_rows))
-    even = np.ones(num_experts)
-    for layer in range(num_layers):
-        for rank in range(num_experts):
-            e = order[layer, rank]
-            if e < 0:
+
+
+@kernel
+def _idle_link(num_layers, num_experts, room):  # type: ignore[no-untyped-def]
+    return LinkState(
+        np.zeros(1),
+        np.zeros(1),
+        np.empty(room, np.int64),
+        np.empty(room, np.int64),
+        np.empty(room),
+        np.zeros(1, np.int64),
+        np.zeros((num_layers, num_experts), np.bool_),
+        np.full((num_layers, num_experts), np.inf),
+    )
+
+
+@kernel(allocates=False)
+def _start_prefetches(link, load_s, gate):  # type: ignore[no-untyped-def]
+    """Start the prefetches that the link gets to before the gate."""
+    free, waiting, head = link.free_s[0], link.waiting[0], 0
+    while head < waiting and max(free, link.issued_s[head]) < gate - TIE_S:
+        layer, e = link.layer[head], link.expert[head]
+        free = max(free, link.issued_s[head]) + load_s[layer, e]
+        link.busy_s[0] += load_s[layer, e]
+        link.arrival_s[layer, e] = free
+        link.queued[layer, e] = False
+        head += 1
+    link.free_s[0] = free
+    for q in range(head, waiting):
+        _move(link, q, q - head)
+    link.waiting[0] = waiting - head
+
+
+@kernel(allocates=False)
+def _drop_waiting(link, layer):  # type: ignore[no-untyped-def]
+    """Drop the prefetches for `layer` that have not started."""
+    kept = 0
+    for q in range(link.waiting[0]):
+        if link.layer[q] == layer:
+            link.queued[layer, link.expert[q]] = False
+        else:
+            _move(link, q, kept)
+            kept += 1
+    link.waiting[0] = kept
+
+
+@kernel(inline="always")
+def _move(link, q, to):  # type: ignore[no-untyped-def]
+    link.layer[to], link.expert[to] = link.layer[q], link.expert[q]
+    link.issued_s[to] = link.issued_s[q]
+
+
+@kernel(allocates=False)
+def _run_experts(memory, times, link, event, ran, s, layer, gate):  # type: ignore[no-untyped-def]
+    """From the gate to the end of the layer's last expert: when that is, and how many experts have
+    come to HBM for it (event.arrived)."""
+    gpu_s, load_s, tokens = times.gpu_s, times.load_s, event.tokens
+    busy, num_early, num_miss = _classify(memory, gpu_s, link, event, ran, s, layer, gate)
+    working = busy - gate
+    for a in range(num_early):
+        e = event.early[a]
+        busy = max(busy, link.arrival_s[layer, e]) + gpu_s[tokens[e]]
+        working += gpu_s[tokens[e]]
+        event.arrived[a] = e
+    cpu_share = 0
+    if memory.cpu_layers[layer]:
+        cpu_share = num_miss
+    elif memory.cpu_auto and num_miss > 0:
+        miss = event.miss[:num_miss]
+        cpu_share = split_misses(times, layer, gate, link.free_s[0], busy, miss, tokens)
+    cpu_end = gate + times.cpu_start_s if cpu_share > 0 else gate
+    for a in range(cpu_share):
+        cpu_end += times.host_s[layer, event.miss[a]] + times.cpu_s[tokens[event.miss[a]]]
+    num_arrived = num_early
+    for a in range(num_miss - 1, cpu_share - 1, -1):
+        e = event.miss[a]
+        link.free_s[0] = max(link.free_s[0], gate) + load_s[layer, e]
+        link.busy_s[0] += load_s[layer, e]
+        busy = max(busy, link.free_s[0]) + gpu_s[tokens[e]]
+        working += gpu_s[tokens[e]]
+        event.arrived[num_arrived] = e
+        num_arrived += 1
+    ran.staged[s, layer], ran.on_cpu[s, layer] = num_early, cpu_share
+    ran.fetched[s, layer] = num_miss - cpu_share
+    end = max(busy, cpu_end)
+    ran.wait_s[s, layer] = end - gate - working
+    return end, num_arrived
+
+
+@kernel(allocates=False)
+def _classify(memory, gpu_s, link, event, ran, s, layer, gate):  # type: ignore[no-untyped-def]
+    """Sort what the layer asks for into hits, experts on their way (in order of arrival) and
+    missing ones (fewest tokens first): when the GPU is done with the hits, and the numbers of the
+    others."""
+    asked, state = memory.asked, memory.state
+    arrival_s = link.arrival_s[layer]
+    on_cpu = memory.cpu_layers[layer]
+    n = s * len(state.slots) + layer
+    busy, num_miss, num_early = gate, 0, 0
+    for i in range(asked.indptr[n], asked.indptr[n + 1]):
+        e = asked.item[i]
+        event.tokens[e] = asked.chosen_by[i]
+        if not on_cpu and lookup(state, layer, e) != ABSENT:
+            ran.hits[s, layer] += 1
+            busy += gpu_s[asked.chosen_by[i]]
+        elif not on_cpu and arrival_s[e] < np.inf:
+            _insert(event.early, num_early, e, arrival_s)
+            num_early += 1
+        else:
+            _insert(event.miss, num_miss, e, event.tokens)
+            num_miss += 1
+    return busy, num_early, num_miss
+
+
+@kernel(inline="always")
+def _insert(experts, size, e, key):  # type: ignore[no-untyped-def]
+    """Insert e into experts[:size], sorted by key [E], behind its equals."""
+    b = size
+    while b > 0 and key[e] < key[experts[b - 1]]:
+        experts[b] = experts[b - 1]
+        b -= 1
+    experts[b] = e
+
+
+@kernel(allocates=False)
+def _issue_prefetches(memory, link, s, layer, gate):  # type: ignore[no-untyped-def]
+    """Send for what is predicted of the layer `depth` ahead, behind the fetches; at the first layer
+    of a step, of those before it too."""
+    last = layer + memory.depth
+    for target in range(layer, last + 1):
+        if target >= len(memory.state.slots) or memory.cpu_layers[target]:
+            continue
+        if target != last and (layer > 0 or target == 0):
+            continue
+        sent = 0
+        for w in range(memory.predicted.shape[2]):
+            e = memory.predicted[s, target, w]
+            if sent == memory.width or link.waiting[0] == len(link.layer):
                 break
-            last[layer, e] = -1 - rank
-            if policy == LRU:
-                prio[layer, e] = -1 - rank
-            if not pinned[layer, e] and num_held[layer] < slots[layer]:
-                held[layer, num_held[layer]] = e
-                num_held[layer] += 1
-                resident[layer, e] = True
-    if policy == LOOKAHEAD:
-        for n in range(min(lookahead, num_steps) * num_layers):
-            for i in range(indptr[n], indptr[n + 1]):
-                prio[n % num_layers, item[i]] += 1.0
-    width = predicted.shape[2]
-    room = max(1, send * (ahead + 1))
-    wait_layer, wait_expert = np.empty(room, np.int64), np.empty(room, np.int64)
-    issued = np.empty(room)
-    head, tail = 0, 0
-    now, link, link_busy = 0.0, 0.0, 0.0
-    miss = np.empty(num_experts, np.int64)
-    early = np.empty(num_experts, np.int64)
-    for s in range(num_steps):
-        begin = now
-        for layer in range(num_layers):
-            n = s * num_layers + layer
-            lo, hi = indptr[n], indptr[n + 1]
-            gate = now + gate_s[layer, tokens[s]]
-            # Prefetches that the link gets to before the gate.
-            while head < tail and max(link, issued[head]) < gate - TIE_S:
-                first = max(link, issued[head])
-                took = load_s[wait_layer[head], wait_expert[head]]
-                link = first + took
-                link_busy += took
-                arrival[wait_layer[head], wait_expert[head]] = link
-                queued[wait_layer[head], wait_expert[head]] = False
-                head += 1
-            kept = head
-            for q in range(head, tail):
-                if wait_layer[q] == layer:
-                    queued[layer, wait_expert[q]] = False
-                else:
-                    wait_layer[kept], wait_expert[kept] = wait_layer[q], wait_expert[q]
-                    issued[kept] = issued[q]
-                    kept += 1
-            for q in range(head, kept):
-                wait_layer[q - head], wait_expert[q - head] = wait_layer[q], wait_expert[q]
-                issued[q - head] = issued[q]
-            head, tail = 0, kept - head
-            # Who has what.
-            busy, num_miss, num_early = gate, 0, 0
-            for i in range(lo, hi):
-                e = item[i]
-                mark[layer, e] = n
-                tokens_of[e] = count[i]
-                if cpu_layers[layer]:
-                    miss[num_miss] = e
-                    num_miss += 1
-                elif resident[layer, e]:
-                    hits[s, layer] += 1
-                    busy += gpu_s[count[i]]
-                elif arrival[layer, e] < np.inf:
-                    early[num_early] = e
-                    num_early += 1
-                else:
-                    miss[num_miss] = e
-                    num_miss += 1
-            working = busy - gate
-            for a in range(num_early):
-                b = a
-                while b > 0 and arrival[layer, early[b]] < arrival[layer, early[b - 1]]:
-                    early[b], early[b - 1] = early[b - 1], early[b]
-                    b -= 1
-            for a in range(num_early):
-                e = early[a]
-                busy = max(busy, arrival[layer, e]) + gpu_s[tokens_of[e]]
-                working += gpu_s[tokens_of[e]]
-            staged[s, layer] = num_early
-            for a in range(num_miss):
-                b = a
-                while b > 0 and tokens_of[miss[b]] < tokens_of[miss[b - 1]]:
-                    miss[b], miss[b - 1] = miss[b - 1], miss[b]
-                    b -= 1
-            cpu_share = 0
-            if cpu_layers[layer]:
-                cpu_share = num_miss
-            elif cpu_auto and num_miss > 0:
-                cpu_share = split_misses(
-                    gate,
-                    link,
-                    busy,
-                    miss[:num_miss],
-                    tokens_of,
-                    gpu_s,
-                    cpu_s,
-                    host_s[layer],
-                    cpu_start,
-                    load_s[layer],
-                )
-            cpu_end = gate + cpu_start if cpu_share > 0 else gate
-            for a in range(cpu_share):
-                cpu_end += host_s[layer, miss[a]] + cpu_s[tokens_of[miss[a]]]
-            for a in range(num_miss - 1, cpu_share - 1, -1):
-                e = miss[a]
-                link = max(link, gate) + load_s[layer, e]
-                link_busy += load_s[layer, e]
-                busy = max(busy, link) + gpu_s[tokens_of[e]]
-                working += gpu_s[tokens_of[e]]
-            on_cpu[s, layer] = cpu_share
-            fetched[s, layer] = num_miss - cpu_share
-            end = max(busy, cpu_end)
-            wait[s, layer] = end - gate - working
-            # Predictions for a later layer leave now, behind the fetches.
-            for target in range(layer, layer + ahead + 1):
-                if target >= num_layers or not (
-                    target == layer + ahead or (layer == 0 and target > 0)
-                ):
-                    continue
-                sent = 0
-                for w in range(width):
-                    e = predicted[s, target, w]
-                    if sent == send or tail == room or cpu_layers[target]:
-                        break
-                    if e < 0 or resident[target, e] or queued[target, e]:
-                        continue
-                    if arrival[target, e] < np.inf:
-                        continue
-                    wait_layer[tail], wait_expert[tail], issued[tail] = target, e, gate
-                    queued[target, e] = True
-                    tail += 1
-                    sent += 1
-            # The policy learns of the event, then of what is now in HBM.
-            if policy == ACTIVATION:
-                observe_requests(
-                    ids[:, layer],
-                    token_ptr[s],
-                    token_ptr[s + 1],
-                    lane,
-                    starts,
-                    prior[layer],
-                    even,
-                    rows[layer],
-                    row_size[layer],
-                    prio[layer],
-                )
-            if policy != STATIC and hi > lo:
-                clock[layer] = observe(
-                    policy,
-                    s,
-                    lo,
-                    hi,
-                    item,
-                    gate_weight,
-                    tokens[s],
-                    alpha,
-                    next_use,
-                    prio[layer],
-                    last[layer],
-                    clock[layer],
-                    uses[layer],
-                    used[layer],
-                )
-                forced = policy != OPTIMUM
-                for a in range(num_early):
-                    num_held[layer] = admit(
-                        early[a],
-                        slots[layer],
-                        forced,
-                        resident[layer],
-                        held[layer],
-                        num_held[layer],
-                        mark[layer],
-                        n,
-                        prio[layer],
-                        last[layer],
-                    )
-                for a in range(num_miss - 1, cpu_share - 1, -1):
-                    num_held[layer] = admit(
-                        miss[a],
-                        slots[layer],
-                        forced,
-                        resident[layer],
-                        held[layer],
-                        num_held[layer],
-                        mark[layer],
-                        n,
-                        prio[layer],
-                        last[layer],
-                    )
-            for w in range(width):
-                e = predicted[s, layer, w]
-                if e >= 0 and arrival[layer, e] < np.inf:
-                    if mark[layer, e] != n:
-                        wasted[s, layer] += 1
-                    arrival[layer, e] = np.inf
-            if policy == LOOKAHEAD and s + lookahead < num_steps:
-                m = n + lookahead * num_layers
-                for i in range(indptr[m], indptr[m + 1]):
-                    prio[layer, item[i]] += 1.0
-            now = end
-        now += tail_s[tokens[s]]
-        step_s[s] = now - begin
-    return (hits, staged, fetched, on_cpu, wasted), wait, step_s, link_busy
+            if e < 0 or link.queued[target, e] or link.arrival_s[target, e] < np.inf:
+                continue
+            if lookup(memory.state, target, e) != ABSENT:
+                continue
+            q = link.waiting[0]
+            link.layer[q], link.expert[q], link.issued_s[q] = target, e, gate
+            link.queued[target, e] = True
+            link.waiting[0] += 1
+            sent += 1
+
+
+@kernel(allocates=False)
+def _empty_staging(memory, link, s, layer):  # type: ignore[no-untyped-def]
+    """Forget what was sent for; the number that the layer did not ask for."""
+    wasted = 0
+    for w in range(memory.predicted.shape[2]):
+        e = memory.predicted[s, layer, w]
+        if e >= 0 and link.arrival_s[layer, e] < np.inf:
+            wasted += memory.state.mark[layer, e] != s
+            link.arrival_s[layer, e] = np.inf
+    return wasted

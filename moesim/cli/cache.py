@@ -76,34 +76,11 @@ def cache(
 
     Example: moesim cache --trace sample:debian-moe --hbm 1.3 --plot cache.png
     """
-    from moesim.cli.output import check_targets, notice, wrote
+    from moesim.cli.output import check_targets, given, notice, wrote
     from moesim.jobs.cache import cache as run
 
     check_targets(out, plot=plot)
-    job = run(
-        trace,
-        model=model,
-        gpu=gpu,
-        hbm=hbm,
-        batch=batch,
-        context=context,
-        policy=policy,
-        prefetch=prefetch,
-        cpu=cpu,
-        expert_dtype=expert_dtype,
-        bits=bits,
-        bit_errors=bit_errors,
-        dram=dram,
-        dram_gb_per_s=dram_gb_per_s,
-        cpu_us=cpu_us,
-        cpu_tflops=cpu_tflops,
-        nvme_gb_per_s=nvme_gb_per_s,
-        ilp=ilp,
-        steps=steps,
-        seed=seed,
-        sweep=plot is not None,
-        progress=_say,
-    )
+    job = run(**given(run, locals(), sweep=plot is not None, progress=_say))
     _say("")
     if out is not None:
         job.save(out)

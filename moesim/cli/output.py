@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from moesim.errors import InputError, plain
-
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def check_targets(*files: Path | None, plot: Path | None = None) -> None:
     """Refuse before the work what could not be written after it."""
-    if plot is not None and plot.suffix.lower() not in PICTURES:
-        raise InputError(
-            f"cannot plot to {plot.name}", f"end the name in {', '.join(PICTURES[:-1])} or .pdf"
-        )
-    for target in (*files, plot):
+    from moesim.draw import check_target
+
+    check_target(plot)
+    for target in files:
         if target is None:
             continue
         if target.is_dir():
@@ -44,3 +44,10 @@ def wrote(*files: Path | None) -> str:
 def say(line: str) -> None:
     """A progress line on standard error."""
     print(line, file=sys.stderr, flush=True)
+
+
+def given(job: Callable[..., Any], options: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
+    """Of a command's options (its `locals()`) those that `job` takes by the same name, and
+    `changed`, those that it wants in another form."""
+    known = signature(job).parameters
+    return {**{name: value for name, value in options.items() if name in known}, **changed}

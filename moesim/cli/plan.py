@@ -97,37 +97,14 @@ def plan(
     Example: moesim plan --trace sample:debian-moe --gpus 8 --plot load.png
     """
     from moesim.cli.interrupt import stoppable
-    from moesim.cli.output import check_targets, notice, wrote
+    from moesim.cli.output import check_targets, given, notice, wrote
     from moesim.cli.progress import progress_bar
     from moesim.jobs.plan import plan as run
 
     check_targets(out, plot=plot)
     with stoppable() as stop, progress_bar("searching layers") as progress:
         result = run(
-            trace,
-            gpus=gpus,
-            cluster=cluster,
-            model=model,
-            solver=solver,
-            objective=objective,
-            redundant_experts=redundant_experts,
-            slots=_slots(slots),
-            phase=phase,
-            batch_tokens=batch_tokens,
-            domain=domain,
-            replica_policy=replica_policy or "split",
-            all_to_all=all_to_all,
-            seed=seed,
-            time_limit=time_limit,
-            ignore_memory=ignore_memory,
-            robust=robust,
-            old_plan=old_plan,
-            steps_between_moves=steps_between_moves,
-            home_ranks=home_ranks,
-            offload=offload,
-            hbm=hbm,
-            progress=progress,
-            stop=stop,
+            **given(run, locals(), slots=_slots(slots), replica_policy=replica_policy or "split")
         )
         interrupted = stop()
     result.save(out)

@@ -179,7 +179,7 @@ def serve(
     Example: moesim serve --requests azure.csv --model deepseek-v3 --gpus 32 --slo
     "ttft<2s,tpot<100ms"
     """
-    from moesim.cli.output import check_targets, notice
+    from moesim.cli.output import check_targets, given, notice
     from moesim.cli.progress import progress_bar
     from moesim.jobs.serve import numbers
     from moesim.jobs.serve import serve as run
@@ -187,48 +187,13 @@ def serve(
     check_targets(plot=plot)
     with progress_bar("serving requests") as progress:
         result = run(
-            requests,
-            model=model,
-            cluster=cluster,
-            gpus=gpus,
-            replicas=replicas,
-            tp=tp,
-            dp=dp,
-            ep=ep,
-            engine=engine,
-            moe_comm=moe_comm,
-            expert_dtype=expert_dtype,
-            kv_dtype=kv_dtype,
-            max_batch_tokens=max_batch_tokens,
-            max_sequences=max_sequences,
-            memory_fraction=memory_fraction,
-            block_size=block_size,
-            prefix_cache=prefix_cache,
-            prefill=prefill,
-            chunk_tokens=chunk_tokens,
-            router=router,
-            decode_gpus=decode_gpus,
-            decode_replicas=decode_replicas,
-            transfer=transfer,
-            speculate=speculate,
-            drafts=drafts,
-            fixed_drafts=fixed_drafts,
-            draft_share=draft_share,
-            priorities=None if priorities is None else numbers(priorities, "priorities"),
-            level=level or (),
-            plan=plan,
-            trace=trace,
-            domain_mix=None if domain_mix is None else _mix(domain_mix),
-            drift_hours=drift_hours,
-            slo=slo,
-            rate_scale=rate_scale,
-            first=first,
-            skip_empty=skip_empty,
-            time_unit=time_unit,
-            block_tokens=block_tokens,
-            until=until,
-            seed=seed,
-            progress=progress,
+            **given(
+                run,
+                locals(),
+                priorities=None if priorities is None else numbers(priorities, "priorities"),
+                level=level or (),
+                domain_mix=None if domain_mix is None else _mix(domain_mix),
+            )
         )
     if plot is not None:
         result.plot(plot)

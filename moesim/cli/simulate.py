@@ -181,7 +181,7 @@ def simulate(
 
     Example: moesim simulate --trace sample:debian-moe --plan plan.json --compare linear,eplb
     """
-    from moesim.cli.output import check_targets, notice
+    from moesim.cli.output import check_targets, given, notice
     from moesim.cli.progress import progress_bar
     from moesim.files import atomic_write
     from moesim.jobs.simulate import simulate as run
@@ -189,50 +189,14 @@ def simulate(
     check_targets(timeline, plot=plot)
     with progress_bar("simulating steps") as progress:
         report = run(
-            trace,
-            plan=plan,
-            cluster=cluster,
-            gpus=gpus,
-            model=model,
-            compare=tuple(n for n in (compare or "").split(",") if n),
-            phase=phase,
-            batch_tokens=batch_tokens,
-            steps=steps,
-            fidelity=fidelity,
-            all_to_all=all_to_all,
-            schedule=schedule,
-            chunks=chunks,
-            reduce=reduce,
-            replica_policy=replica_policy,
-            context_tokens=context_tokens,
-            moe_only=moe_only,
-            slow=slow or (),
-            speed_spread=speed_spread,
-            speed_period=speed_period,
-            capacity_factor=capacity_factor,
-            drop=drop,
-            capacity_scope=capacity_scope,
-            expanded_drop=expanded_drop,
-            drift=drift,
-            fault=fault or (),
-            mtbf=mtbf,
-            repair=repair,
-            on_loss=on_loss,
-            detect=detect,
-            restart=restart,
-            rebalance_every=rebalance_every,
-            rebalance_window=rebalance_window,
-            rebalance_async=rebalance_async,
-            rebalance_plan=rebalance_plan,
-            rebalance_above=rebalance_above,
-            rebalance_solver=rebalance_solver,
-            offload=offload,
-            batching=batching,
-            pool=pool,
-            patience=patience,
-            seed=seed,
-            timeline_steps=timeline_steps if timeline is not None else 0,
-            progress=progress,
+            **given(
+                run,
+                locals(),
+                compare=tuple(n for n in (compare or "").split(",") if n),
+                slow=slow or (),
+                fault=fault or (),
+                timeline_steps=timeline_steps if timeline is not None else 0,
+            )
         )
     if timeline is not None:
         if report.timeline is None:

@@ -110,15 +110,17 @@ def show_topology(
     """
     from moesim.cluster import find_cluster_file, load_cluster
     from moesim.cluster.summary import describe
+    from moesim.draw import check_target
     from moesim.errors import InputError
 
     if as_yaml and as_json:
         raise InputError("--yaml and --json together", "choose one")
+    check_target(plot)
     cluster = load_cluster(name, gpus)
     if plot is not None:
-        from moesim.draw.topology import plot_topology
+        from moesim.draw.topology import topology as drawn
 
-        plot_topology(cluster, plot)
+        drawn(cluster).save(plot)
         typer.echo(f"wrote {plot}", err=True)
     if as_yaml:
         typer.echo(find_cluster_file(name).read_text(encoding="utf-8"), nl=False)

@@ -87,9 +87,9 @@ def info(
         report["offload"] = found.to_dict()
         caching = found.lines()
     if plot is not None:
-        from moesim.draw.trace import plot_load
+        from moesim.draw.trace import expert_load
 
-        plot_load(load, loaded.meta, sample, plot)
+        expert_load(load, loaded.meta, sample).save(plot)
         typer.echo(f"wrote {plot}", err=True)
     if as_json:
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))

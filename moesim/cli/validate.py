@@ -77,7 +77,7 @@ def validate(
 
     Example: moesim validate --plan linear.json --plan eplb.json --trace t.npz --model olmoe
     """
-    from moesim.cli.output import check_targets
+    from moesim.cli.output import check_targets, given
     from moesim.errors import InputError
     from moesim.jobs.validate import validate as run
 
@@ -97,28 +97,7 @@ def validate(
         return validate_cache(
             cache_plan, trace, model, calibration, layers, device, timeout, out, limit, as_json
         )
-    result = run(
-        plan or (),
-        trace=trace,
-        model=model,
-        calibration=calibration,
-        cluster=cluster,
-        tokens=tokens or DEFAULT_TOKENS,
-        batches=batches,
-        layers=layers,
-        mode=mode,
-        dedup=dedup,
-        replica_policy=replica_policy,
-        device=device,
-        timeout=timeout,
-        time_limit=time_limit,
-        measured=measured,
-        repeat=repeat,
-        out=out,
-        max_median_error=max_median_error,
-        max_p90_error=max_p90_error,
-        min_spearman=min_spearman,
-    )
+    result = run(**given(run, locals(), plan=plan or (), tokens=tokens or DEFAULT_TOKENS))
     if plot is not None:
         result.plot(plot)
     typer.echo(json.dumps(result.to_json(), indent=1) if as_json else result.summary())

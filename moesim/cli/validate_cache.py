@@ -12,8 +12,11 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from moesim.caching.plan import CachePlan
     from moesim.replay.schedule import Schedule
     from moesim.replay.shape import ExpertShape
+    from moesim.trace.format import Trace
+    from moesim.types import FloatArray
 
 NUM_TOKENS, WARM_TOKENS = 96, 16
 OUT_OF_TOLERANCE = 1
@@ -79,10 +82,46 @@ def _schedules(plans: Sequence[Path], trace: str, layers: int) -> tuple[list[Sch
     picked = pick_layers(loaded.num_layers, layers)
     tokens = longest_first(loaded, NUM_TOKENS)
     experts = np.asarray(loaded.expert_ids[tokens])[:, picked].astype(np.int64)
+    gates = loaded.gate_weights
+    if gates is not None:
+        gates = np.asarray(gates[tokens])[:, picked]
+    request = np.asarray(loaded.request_ids)[tokens]
+    starts = np.concatenate(([True], request[1:] != request[:-1]))
     layer_ids = tuple(loaded.meta.layer_ids[i] for i in picked)
     read = [load_cache_plan(path) for path in plans]
-    made = [plan_schedule(p, experts, layer_ids, lookahead=n) for p in read for n in (0, 1)]
+    made = [
+        plan_schedule(
+            plan,
+            experts,
+            layer_ids,
+            lookahead=lookahead,
+            gates=gates,
+            starts=starts,
+            frequency=_frequency(loaded, plan),
+        )
+        for plan in read
+        for lookahead in (0, 1)
+    ]
     return made, read[0].model
+
+
+def _frequency(trace: Trace, plan: CachePlan) -> FloatArray:
+    """[L, E] of the requests that the plan was fitted to, or would be if made from this trace."""
+    from moesim.caching.planner import Request, make_workload
+    from moesim.errors import FormatError, MismatchError
+
+    seed = plan.provenance.get("seed", 0)
+    if type(seed) is not int or seed < 0:
+        raise FormatError(
+            "provenance.seed of the cache plan is not a number", "make it again with moesim cache"
+        )
+    if (trace.meta.layer_ids, trace.num_experts) != (plan.layer_ids, plan.num_experts):
+        raise MismatchError(
+            f"the cache plan has {len(plan.layer_ids)} layers of {plan.num_experts} experts, the"
+            f" trace {trace.num_layers} of {trace.num_experts}, or their layer numbers differ",
+            "give the trace of the plan's model",
+        )
+    return make_workload(trace, Request(hbm_gb=1.0, max_steps=1, seed=seed)).frequency
 
 
 def _row(

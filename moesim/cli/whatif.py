@@ -99,31 +99,25 @@ def whatif(
     Example: moesim whatif --evaluator plan --trace sample:debian-moe --gpus 4,8,16 --vary
     solver=linear,eplb
     """
-    from moesim.cli.output import check_targets, notice, wrote
+    from moesim.cli.output import check_targets, given, notice, wrote
     from moesim.cli.progress import progress_bar
     from moesim.studies.job import study as run
 
     beside = journal or out.with_name(f"{out.stem}.journal.jsonl")
     check_targets(out, beside, plot=plot)
-    given = {"trace": trace, "model": model, "cluster": cluster, "gpus": gpus, "requests": requests}
-    fixed, varied = _parameters(given, set_ or [], vary or [])
+    named = {"trace": trace, "model": model, "cluster": cluster, "gpus": gpus, "requests": requests}
+    fixed, varied = _parameters(named, set_ or [], vary or [])
     with progress_bar("evaluating points") as progress:
         result = run(
-            study,
-            evaluator=evaluator,
-            fixed=fixed,
-            vary=varied,
-            slo=slo,
-            minimize=minimize,
-            maximize=maximize,
-            price=price or (),
-            sensitivity=sensitivity,
-            search=search,
-            stop_early=stop_early,
-            max_points=max_points,
-            backend=backend,
-            journal=beside,
-            progress=progress,
+            **given(
+                run,
+                locals(),
+                file=study,
+                fixed=fixed,
+                vary=varied,
+                price=price or (),
+                journal=beside,
+            )
         )
     result.save(out)
     if plot is not None:

@@ -2,7 +2,7 @@
 
 One compiled pass over a batch set gives, for every batch and layer, the tokens of each slot and
 the messages between GPUs; everything that a step costs follows from these two.
-`moesim.cost.reference` holds the slow version.
+`tests.reference.cost` holds the slow version.
 """
 
 from __future__ import annotations

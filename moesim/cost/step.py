@@ -68,6 +68,12 @@ class StepCost:
         return self.dispatch_us + self.compute_us.max(axis=2) + self.combine_us
 
     @property
+    def layer_parts_us(self) -> FloatArray:
+        """[B, L, 3]: dispatch, the slowest GPU's compute, combine; they add up to layer_us."""
+        slowest = self.compute_us.max(axis=2)
+        return np.stack([self.dispatch_us, slowest, self.combine_us], axis=2)
+
+    @property
     def step_us(self) -> FloatArray:
         """[B]: all MoE layers of one forward step, one after the other."""
         return self.layer_us.sum(axis=1)

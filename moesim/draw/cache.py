@@ -1,123 +1,100 @@
-"""Plots of caching plans: speed against memory, hit rate against slots."""
+"""Expert offloading: speed against memory, hits, and where experts are found."""
 
 from __future__ import annotations
 
-from os import PathLike
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from moesim.files import atomic_path
+from moesim.draw.charts import Axes, Bar, Line, bars, lines
+from moesim.draw.colours import GREY, series_of
+from moesim.draw.figures import percent, significant
+from moesim.draw.heatmap import Colours, Side, heat_map
+from moesim.draw.picture import Picture
 
-if TYPE_CHECKING:
-    from moesim.caching.compare import Sweep
-    from moesim.types import FloatArray
-
-_COLOURS = {
-    "this plan": "#1b6ca8",
-    "offline bound": "#444444",
-    "LRU, equal slots, misses fetched": "#c8553d",
-    "most frequent pinned, CPU for the rest": "#588157",
-    "whole layers on the CPU": "#b08900",
-}
+OWN = "this plan"
+BOUND = "offline bound"
+FOUND = (
+    ("hit_rate", "found in memory", 0),
+    ("prefetch_hit_rate", "prefetched", 5),
+    ("cpu_share", "on the CPU", 2),
+)
+"""Share of expert uses, name for readers, series; the rest is fetched on demand."""
 
 
-def plot_speed_by_memory(
-    sweep: Sweep, hbm_gb: float, title: str, path: str | PathLike[str]
-) -> None:
-    """Tokens per second against HBM, one line a way of using it; the suffix gives the format."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), constrained_layout=True)
-    for name, speed in sweep.speed.items():
-        bound = name == "offline bound"
-        axes.plot(
-            sweep.hbm_gb,
-            speed,
-            label=name,
-            color=_COLOURS.get(name),
-            linestyle="--" if bound else "-",
-            linewidth=2.4 if name == "this plan" else 1.5,
-            marker=None if bound else "o",
-            markersize=3.5,
-            zorder=3 if name == "this plan" else 2,
-        )
-    axes.axvline(hbm_gb, color="#999999", linewidth=0.8, linestyle=":")
-    axes.annotate(
-        f"{hbm_gb:.3g} GB",
-        (hbm_gb, 0.02),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        fontsize=8,
-        color="#666666",
+def speed_by_memory(
+    hbm_gb: Sequence[float],
+    speed: Mapping[str, Sequence[float | None]],
+    own_gb: float | None = None,
+    title: str = "Speed against memory",
+) -> Picture:
+    """Tokens per second against GPU memory, a line per way of using it, logarithmic; None or NaN
+    where it does not fit. `own_gb`: the memory that was asked about."""
+    series = dict(series_of([n for n in speed if n != BOUND], OWN)) | {BOUND: GREY}
+    drawn = []
+    for name, values in speed.items():
+        fits = [
+            (float(x), float(v))
+            for x, v in zip(hbm_gb, values, strict=True)
+            if v is not None and np.isfinite(v)
+        ]
+        drawn.append(Line(name, [x for x, _ in fits], [v for _, v in fits], series[name]))
+    axes = Axes(
+        "GPU memory for the model (GB)",
+        "tokens per second",
+        log_y=True,
+        height=220,
+        marks_x=[] if own_gb is None else [(own_gb, f"{own_gb:.3g} GB")],
     )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("HBM given to the model [GB]")
-    axes.set_ylabel("tokens per second")
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.grid(True, which="both", linewidth=0.4, color="#dddddd")
-    axes.legend(fontsize=8, frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130, metadata=_no_date(temporary.suffix))
-    plt.close(figure)
+    return lines(title, drawn, axes)
 
 
-def plot_hit_rates(
-    curves: dict[str, FloatArray],
-    top_k: int,
-    title: str,
-    path: str | PathLike[str],
-    dashed: tuple[str, ...] = (),
-) -> None:
-    """Hit rate against slots a layer; `curves` {name: [E + 1]}; those in `dashed` are bounds."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), constrained_layout=True)
-    colours = plt.get_cmap("tab10")
-    for i, (name, rate) in enumerate(curves.items()):
-        axes.plot(
-            np.arange(len(rate)),
-            rate,
-            label=name,
-            color="#444444" if name == "optimum" else colours(i),
-            linestyle="--" if name in dashed else "-",
-            linewidth=1.6,
-        )
-    axes.axvline(top_k, color="#999999", linewidth=0.8, linestyle=":")
-    axes.annotate(
-        "top-k",
-        (top_k, 0.96),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, 0),
-        textcoords="offset points",
-        fontsize=8,
-        color="#666666",
-    )
-    axes.set_xlim(0, None)
-    axes.set_ylim(0, 1)
-    axes.set_xlabel("slots a layer")
-    axes.set_ylabel("hit rate")
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.grid(True, linewidth=0.4, color="#dddddd")
-    axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower right")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130, metadata=_no_date(temporary.suffix))
-    plt.close(figure)
+def hit_rates(curves: Mapping[str, npt.NDArray[np.float64]], top_k: int, title: str) -> Picture:
+    """Hit rate against slots per layer; `curves` {name: [E + 1]}."""
+    drawn = [
+        Line(name, list(range(len(rate))), rate.tolist(), i % GREY)
+        for i, (name, rate) in enumerate(curves.items())
+    ]
+    axes = Axes("slots per layer", "hit rate", y_range=(0, 1), marks_x=[(top_k, "top-k")])
+    return lines(title, drawn, axes)
 
 
-def _no_date(suffix: str) -> dict[str, None]:
-    """Metadata that keeps the same picture the same bytes."""
-    return (
-        {"Date": None} if suffix == ".svg" else {"CreationDate": None} if suffix == ".pdf" else {}
+def speeds(tokens_per_s: Mapping[str, float], bound: float | None) -> Picture:
+    """Tokens per second of each way with the same memory, and what no policy exceeds."""
+    rows = [
+        Bar(name, [("", 0 if name == OWN else GREY, value)], significant(value))
+        for name, value in tokens_per_s.items()
+    ]
+    mark = None if bound is None else (bound, f"{BOUND} {significant(bound)}")
+    return bars("Speed with the same memory", rows, "tokens per second", mark=mark)
+
+
+def found_shares(shares: Mapping[str, float]) -> list[tuple[str, int, float]]:
+    """(name, series, percent) of where experts are found, adding up to 100."""
+    known = [(label, series, 100 * shares.get(key, 0.0)) for key, label, series in FOUND]
+    return [*known, ("fetched on demand", 1, max(0.0, 100 - sum(v for *_, v in known)))]
+
+
+def where_found(ways: Mapping[str, Mapping[str, float]]) -> Picture:
+    """Where a token's experts are found, by way; {name: shares by the keys of FOUND}."""
+    rows = [
+        Bar(name, found_shares(shares), f"{percent(shares.get('hit_rate', 0.0))} hits")
+        for name, shares in ways.items()
+    ]
+    return bars("Where a token's experts are found", rows, "share of expert uses (%)")
+
+
+def slots_of_layers(
+    layers: Sequence[str], slots: Sequence[float], pinned: Sequence[float]
+) -> Picture:
+    """Room for experts in each layer, and how many of them never leave."""
+    values = np.array([slots, pinned], np.float64)
+    return heat_map(
+        "Slots of each layer",
+        values,
+        Side("", ["slots", "pinned"]),
+        Side("MoE layer", layers),
+        Colours(float(values.max())),
+        "experts",
     )

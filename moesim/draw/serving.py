@@ -1,120 +1,134 @@
-"""A picture of a served run: load and queues over time, and latencies by percentile."""
+"""Served requests: load and queues over time, and latencies as distributions."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from moesim.draw.charts import Axes, Line, lines
+from moesim.draw.figures import significant
+from moesim.draw.picture import Picture, poster
 
-from moesim.files import atomic_path
-
-BLUE, ORANGE, GREEN, GREY = "#1f4e79", "#ed7d31", "#548235", "#7f7f7f"
-LABELS = {"serving": "", "decode": ", decoding engines"}
 LATENCIES = (
-    ("ttft", "time to first token", BLUE),
-    ("tpot", "time per output token", ORANGE),
-    ("e2e", "end to end", GREEN),
+    ("ttft", "Time to first token", 0),
+    ("tpot", "Time per output token", 1),
+    ("e2e", "End to end", 2),
 )
+"""Name, name for readers, series."""
+WIDE = 30.0
+"""Largest over smallest drawn value from which a latency axis is logarithmic."""
+ROLES = {"serving": "", "decode": ", decoding engines"}
+OVER_TIME: tuple[tuple[str, tuple[tuple[str, str, int, float], ...], str], ...] = (
+    (
+        "Tokens per second",
+        (
+            ("output_tokens_per_s", "output tokens", 0, 1.0),
+            ("prompt_tokens_per_s", "prompt tokens", 1, 1.0),
+        ),
+        "tokens per second",
+    ),
+    (
+        "Requests running and waiting",
+        (("running", "running", 0, 1.0), ("waiting", "waiting", 1, 1.0)),
+        "requests",
+    ),
+    (
+        "GPUs and KV cache in use",
+        (("busy", "GPU time in steps", 0, 100.0), ("kv_used", "KV cache", 2, 100.0)),
+        "share (%)",
+    ),
+)
+"""Title, (column, name, series, factor) of each line, and the axis."""
 
 
-def plot_serving(record: dict[str, Any], path: Path) -> None:
-    """Draw a run (`moesim.serving.record.run_record`) into `path` (png, svg or pdf).
+def latency_unit(quantiles_s: Sequence[float]) -> tuple[float, str]:
+    """Factor from seconds and the unit that suits quantiles in ascending order."""
+    return (1e3, "ms") if quantiles_s[-1] < 1 else (1.0, "s")
 
-    Left, over time: output tokens a second, running and waiting requests, shares of GPU time and of
-    the KV cache in use. Right: cumulative distributions of the latencies, with the promises.
-    """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def is_wide(quantiles_s: Sequence[float]) -> bool:
+    """Whether the axis of these quantiles is logarithmic."""
+    low = quantiles_s[max(1, len(quantiles_s) // 100)]
+    return low > 0 and quantiles_s[-1] / low > WIDE
 
-    figure = plt.figure(figsize=(11, 7), layout="constrained")
-    grid = figure.add_gridspec(3, 2, width_ratios=(1.6, 1))
-    left = [figure.add_subplot(grid[0, 0])]
-    left += [figure.add_subplot(grid[i, 0], sharex=left[0]) for i in (1, 2)]
-    right = [figure.add_subplot(grid[i, 1]) for i in range(3)]
-    _over_time(left, record["series"])
-    for axes, (name, label, colour) in zip(right, LATENCIES, strict=True):
-        _distribution(axes, record, name, label, colour)
-    for axes in (*left, *right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    asked = record["requests"]
-    figure.suptitle(
-        f"{asked['num_requests']:,} requests of {_short(asked['source'])} on {record['num_gpus']}"
-        f" GPUs: {_short(record['deployment']['name'])} ({record['basis']})",
-        fontsize=10,
+
+def distribution(
+    name: str, quantiles_s: Sequence[float], limits_s: Sequence[tuple[float, str]]
+) -> Picture:
+    """Cumulative distribution of latency `name` of LATENCIES: quantiles at even shares, seconds,
+    ascending; p50 and p99 are marked, and the promises (limit, name)."""
+    title, series = next((t, s) for n, t, s in LATENCIES if n == name)
+    factor, unit = latency_unit(quantiles_s)
+    last = len(quantiles_s) - 1
+    shares = [100 * i / last for i in range(last + 1)]
+    drawn = Line(title, [v * factor for v in quantiles_s], shares, series)
+    notable = [
+        (float(p), f"p{p} {significant(quantiles_s[round(p / 100 * last)] * factor, 3)} {unit}")
+        for p in (50, 99)
+    ]
+    axes = Axes(
+        f"{title.lower()} ({unit})",
+        "requests up to it (%)",
+        log_x=is_wide(quantiles_s),
+        y_range=(0.0, 100.0),
+        marks_x=[(limit * factor, said) for limit, said in limits_s],
+        marks_y=notable,
     )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-    plt.close(figure)
+    return lines(title, [drawn], axes)
 
 
-def _over_time(axes: list[Any], series: dict[str, dict[str, list[float]]]) -> None:
-    top, middle, bottom = axes
-    styles = {"serving": "-", "decode": "--"}
-    longest = max((columns["time_s"][-1] for columns in series.values()), default=0.0)
-    unit, seconds = ("min", 60.0) if longest > 300 else ("s", 1.0)
-    for role, columns in series.items():
-        time = np.asarray(columns["time_s"]) / seconds
-        style, more = styles[role], LABELS[role]
-        top.plot(time, columns["output_tokens_per_s"], style, color=BLUE, lw=1,
-                 label=f"output tokens/s{more}")  # fmt: skip
-        middle.plot(time, columns["running"], style, color=GREEN, lw=1, label=f"running{more}")
-        middle.plot(time, columns["waiting"], style, color=ORANGE, lw=1, label=f"waiting{more}")
-        bottom.plot(time, np.asarray(columns["busy"]) * 100, style, color=GREY, lw=1,
-                    label=f"GPUs in a step{more}")  # fmt: skip
-        bottom.plot(time, np.asarray(columns["kv_used"]) * 100, style, color=BLUE, lw=1,
-                    label=f"KV cache in use{more}")  # fmt: skip
-    for place, label in ((top, "tokens/s"), (middle, "requests"), (bottom, "%")):
-        place.set_ylabel(label, fontsize=8)
-        place.set_ylim(bottom=0)
-        place.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0))
-    bottom.set_ylim(0, 105)
-    bottom.set_xlabel(f"{unit} since the first request", fontsize=8)
-    for place in (top, middle):
-        place.tick_params(labelbottom=False)
+def time_unit(series: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[float, str]:
+    """Factor from seconds and the unit that suits the longest of the series."""
+    last = max((c["time_s"][-1] for c in series.values() if len(c["time_s"])), default=0.0)
+    return (1 / 60, "min") if last > 600 else (1.0, "s")
 
 
-def _distribution(axes: Any, record: dict[str, Any], name: str, label: str, colour: str) -> None:
-    values = np.asarray(record["cdf"][name])
-    if not len(values):
-        axes.text(0.5, 0.5, f"no {label}", ha="center", transform=axes.transAxes, fontsize=8)
-        axes.set_axis_off()
-        return
-    unit, scale = ("ms", 1e3) if name == "tpot" or np.median(values) < 1 else ("s", 1.0)
-    axes.plot(values * scale, np.linspace(0, 100, len(values)), color=colour, lw=1.6)
-    metrics = record["metrics"]
-    for stat in ("p50", "p99"):
-        value = metrics[f"{name}_{stat}"] * scale
-        late = value > 0.7 * values[-1] * scale
-        axes.plot([value], [float(stat[1:])], "o", color=colour, ms=4)
-        axes.annotate(
-            f"{stat} {value:,.0f}" if value >= 100 else f"{stat} {value:.3g}",
-            (value, float(stat[1:])),
-            textcoords="offset points",
-            xytext=(-6, 4) if late else (6, -9),
-            ha="right" if late else "left",
-            fontsize=8,
-        )
-    for bound in _promises(record, name):
-        if bound * scale < values[-1] * scale * 1.3:
-            axes.axvline(bound * scale, color="#c00000", lw=0.9, ls=":")
-    axes.set_xlabel(f"{label}, {unit}", fontsize=8)
-    axes.set_ylabel("% of requests", fontsize=8)
-    axes.set_ylim(0, 101)
-    axes.set_xlim(left=0)
-    if values[-1] > 4 * metrics[f"{name}_p99"]:
-        axes.set_xlim(0, metrics[f"{name}_p99"] * scale * 1.6)
+def over_time(
+    series: Mapping[str, Mapping[str, Sequence[float]]],
+) -> list[tuple[Picture, list[Line]]]:
+    """What happens over time, with the lines drawn: `series` {role: {column: [bins]}} with time_s
+    and the columns of OVER_TIME, of the same length."""
+    factor, unit = time_unit(series)
+    out = []
+    for title, columns, axis in OVER_TIME:
+        drawn = [
+            Line(
+                name + ROLES.get(role, f", {role}"),
+                [t * factor for t in own["time_s"]],
+                [v * scale for v in own[column]],
+                (number + 3 * k) % 8,
+            )
+            for k, (role, own) in enumerate(series.items())
+            for column, name, number, scale in columns
+            if len(own["time_s"]) > 1
+        ]
+        if drawn:
+            top = max(max(line.y) for line in drawn) * 1.05 or 1.0
+            axes = Axes(f"time ({unit})", axis, y_range=(0.0, top))
+            out.append((lines(title, drawn, axes), drawn))
+    return out
 
 
-def _promises(record: dict[str, Any], name: str) -> list[float]:
-    if record["slo"] is None:
-        return []
-    return [b["limit_s"] for b in record["slo"]["promises"] if b["latency"] == name]
+def promises(record: Mapping[str, Any], name: str) -> list[tuple[float, str]]:
+    """The limits of latency `name` that a run was asked to keep: (seconds, name for readers)."""
+    asked = (record.get("slo") or {}).get("promises") or []
+    return [
+        (float(b["limit_s"]), " ".join(filter(None, ("promise", b.get("stat")))))
+        for b in asked
+        if b["latency"] == name
+    ]
 
 
-def _short(text: str) -> str:
-    """Plain text of one line: `$` would start mathematics."""
-    return (text if len(text) <= 70 else f"{text[:67]}...").replace("$", r"\$")
+def serving_poster(record: Mapping[str, Any]) -> Picture:
+    """A run as `moesim.serving.record.run_record` gives it: latencies above, time below."""
+    asked = record["requests"]
+    top = [
+        distribution(name, record["cdf"][name], promises(record, name))
+        for name, *_ in LATENCIES
+        if len(record["cdf"][name]) > 1
+    ]
+    return poster(
+        f"{asked['num_requests']:,} requests of {asked['source']} on {record['num_gpus']} GPUs",
+        [row for row in (top, [p for p, _ in over_time(record["series"])]) if row],
+        f"{record['deployment']['name']}; predicted, figures {record['basis']}",
+    )

@@ -1,183 +1,160 @@
-"""The picture of a study: its points with the Pareto front, and how the answer takes changes."""
+"""What-if studies: the points with the Pareto front, and what the answer depends on."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from moesim.files import atomic_path
+from moesim.draw.charts import Axes, Interval, Points, intervals, points
+from moesim.draw.figures import significant
+from moesim.draw.picture import Picture, poster
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-FACTORS = {"us": (1e-3, "ms"), "s": (1e3, "ms"), "bytes": (1e-3, "KB")}
-GREY, BLUE, ORANGE, RED = "0.65", "#1f6fb4", "#d9741a", "#b02a2a"
-MAX_LABELS = 14
-MARKERS = "osD^vP*Xhp"
-
-
-def plot_study(data: dict[str, Any], path: Path) -> None:
-    """Draw the result `data` of a study (see `moesim.studies.result`) to `path`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = [r for r in data["sensitivity"]["rows"] if _value_of(data, r) is not None]
-    wide = 2 if rows else 1
-    figure = Figure(figsize=(6.2 * wide, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, wide, squeeze=False)[0]
-    _front(axes[0], data)
-    if rows:
-        _sensitivity(axes[1], data, rows)
-    title = data["name"] or data["question"]["text"]
-    figure.suptitle(_plain(title), fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+MAX_DRAWN = 1500
+WIDE = 20.0
+"""Largest over smallest value from which an axis is logarithmic."""
+LOOKS = {
+    "misses a promise": (7, False),
+    "other points": (5, False),
+    "Pareto front": (0, False),
+    "the answer": (1, True),
+}
+"""Series of each kind of point, and whether it is a ring; in the order that they are drawn."""
 
 
-def _front(ax: Axes, data: dict[str, Any]) -> None:
-    """Points by the two figures of the front; markers by the first varied parameter."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A figure as readers see it: its name, unit and the factor to that unit."""
 
-    x, y = (axis["figure"] for axis in data["pareto"]["axes"])
-    drawn = [
-        p
-        for p in data["points"]
-        if p["status"] == "ok" and None not in (p["figures"].get(x), p["figures"].get(y))
-    ]
-    fx, fy = (FACTORS.get(_unit(data, name), (1.0, ""))[0] for name in (x, y))
-    answer = data["answer"]["point"] if data["answer"] else None
-    by = data["varied"][0] if data["varied"] else None
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for point in drawn:
-        groups.setdefault(point["params"].get(by) if by else None, []).append(point)
-    for i, (value, members) in enumerate(groups.items()):
-        for keeps in (True, False):
-            some = [p for p in members if p["keeps"] is keeps]
-            if not some:
-                continue
-            label = f"{by} {_plain(str(value), 24)}" if by and keeps else None
-            ax.scatter(
-                [p["figures"][x] * fx for p in some],
-                [p["figures"][y] * fy for p in some],
-                marker=MARKERS[i % len(MARKERS)],
-                s=30,
-                color=f"C{i % 10}" if keeps else "none",
-                edgecolors=f"C{i % 10}" if keeps else GREY,
-                linewidths=0.8,
-                label=label if len(groups) <= MAX_LABELS else None,
-                zorder=2,
-            )
-    front = [p for key in data["pareto"]["points"] for p in drawn if p["key"] == key]
-    front.sort(key=lambda p: p["figures"][x])
-    if len(front) > 1:
-        ax.plot(
-            [p["figures"][x] * fx for p in front],
-            [p["figures"][y] * fy for p in front],
-            color="0.3",
-            linewidth=1,
-            zorder=1,
-            label="Pareto front",
-        )
-    for point in drawn:
+    label: str
+    unit: str = ""
+    factor: float = 1.0
+
+    @property
+    def axis(self) -> str:
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    def said(self, value: float) -> str:
+        return significant(value * self.factor) + (f" {self.unit}" if self.unit else "")
+
+
+def scaled(data: Mapping[str, Any], name: str) -> Scaled:
+    """Figure `name` of the study `data`, seconds and microseconds in milliseconds."""
+    figure = data["figures"].get(name, {})
+    label, unit = str(figure.get("label", name)), str(figure.get("unit", ""))
+    factor = {"s": 1e3, "us": 1e-3}.get(unit)
+    return Scaled(label, unit) if factor is None else Scaled(label, "ms", factor)
+
+
+def front_groups(data: Mapping[str, Any]) -> dict[str, list[tuple[float, float, str]]]:
+    """(x, y, parameters in words) of the points of each kind of LOOKS, in its order."""
+    names = [axis["figure"] for axis in data["pareto"]["axes"][:2]]
+    if len(names) < 2:
+        return {}
+    x, y = (scaled(data, name) for name in names)
+    answer = (data.get("answer") or {}).get("point")
+    groups: dict[str, list[tuple[float, float, str]]] = {kind: [] for kind in LOOKS}
+    for point in data["points"]:
+        if point["status"] != "ok" or any(point["figures"].get(n) is None for n in names):
+            continue
+        kind = "other points" if point.get("keeps", True) else "misses a promise"
+        if point.get("pareto"):
+            kind = "Pareto front"
+        said = ", ".join(f"{n} {plain(point['params'].get(n))}" for n in data["varied"])
+        at = (point["figures"][names[0]] * x.factor, point["figures"][names[1]] * y.factor, said)
+        groups[kind].append(at)
         if point["key"] == answer:
-            ax.scatter(
-                [point["figures"][x] * fx],
-                [point["figures"][y] * fy],
-                s=170,
-                facecolors="none",
-                edgecolors=RED,
-                linewidths=1.6,
-                zorder=3,
-                label="the answer",
-            )
-    if any(not p["keeps"] for p in drawn):
-        ax.scatter([], [], s=30, facecolors="none", edgecolors=GREY, label="misses a promise")
-    for bound in data["question"]["slo"]:
-        for name, factor, line in ((x, fx, ax.axvline), (y, fy, ax.axhline)):
-            if bound["figure"] == name:
-                line(bound["limit"] * factor, color=RED, linewidth=0.8, linestyle="--")
-    for name, axis in ((x, ax.xaxis), (y, ax.yaxis)):
-        values = [p["figures"][name] for p in drawn if p["figures"][name] > 0]
-        if len(values) == len(drawn) and drawn and max(values) > 20 * min(values):
-            (ax.set_xscale if axis is ax.xaxis else ax.set_yscale)("log")
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.4g}"))
-            axis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel(_label(data, x))
-    ax.set_ylabel(_label(data, y))
-    ax.grid(alpha=0.25, linewidth=0.5)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=7)
+            groups["the answer"].append(at)
+    return {kind: found[:MAX_DRAWN] for kind, found in groups.items() if found}
 
 
-def _value_of(data: dict[str, Any], row: dict[str, Any]) -> float | None:
-    """The figure that a bar of the sensitivity shows: the tightest promise's, else the goal's, of
-    the answer's own point under the changed input."""
-    value = row["figures"].get(_shown(data))
-    return None if value is None else float(value)
+def front(data: Mapping[str, Any]) -> Picture | None:
+    """Points by the two figures of the front, the front joined, promises as dashed lines; None
+    where the study has no two figures."""
+    groups = front_groups(data)
+    if not groups:
+        return None
+    drawn = [
+        Points(kind, [p[0] for p in own], [p[1] for p in own], *_look(kind, [p[2] for p in own]))
+        for kind, own in groups.items()
+    ]
+    names = [axis["figure"] for axis in data["pareto"]["axes"][:2]]
+    x, y = (scaled(data, name) for name in names)
+    wide = [_wide([v for g in drawn for v in (g.x, g.y)[i]]) for i in (0, 1)]
+    marks: list[list[tuple[float, str]]] = [
+        [
+            (bound["limit"] * figure.factor, "promise")
+            for bound in data["question"]["slo"]
+            if bound["figure"] == name
+        ]
+        for name, figure in zip(names, (x, y), strict=True)
+    ]
+    axes = Axes(x.axis, y.axis, wide[0], wide[1], marks_x=marks[0], marks_y=marks[1])
+    return points("Pareto front", drawn, axes, joined="Pareto front")
 
 
-def _shown(data: dict[str, Any]) -> str:
-    question = data["question"]
-    if data["answer"] is None or not question["slo"]:
+def shown_figure(data: Mapping[str, Any]) -> str:
+    """The figure that the sensitivity shows: the tightest promise's, else the goal's."""
+    question, answer = data["question"], data.get("answer")
+    if not answer or not question["slo"]:
         return str(question["goal"])
-    figures = data["answer"]["figures"]
 
-    def slack(bound: dict[str, Any]) -> float:
-        value = figures.get(bound["figure"])
-        if value is None:
+    def slack(bound: Mapping[str, Any]) -> float:
+        value = answer["figures"].get(bound["figure"])
+        if value is None or not bound["limit"]:
             return float("inf")
         return float(abs(bound["limit"] - value) / abs(bound["limit"]))
 
     return str(min(question["slo"], key=slack)["figure"])
 
 
-def _sensitivity(ax: Axes, data: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """A bar an input, from its lower to its higher value; what changes the answer is marked."""
-    name = _shown(data)
-    factor = FACTORS.get(_unit(data, name), (1.0, ""))[0]
-    base = data["answer"]["figures"][name] * factor
-    inputs = list(dict.fromkeys(r["input"] for r in rows))
-    for i, label in enumerate(reversed(inputs)):
-        own = [r for r in rows if r["input"] == label]
-        if all(abs((_value_of(data, r) or 0.0) * factor - base) < 1e-3 * abs(base) for r in own):
-            same = not any(r["changed"] for r in own)
-            text = "no effect" if same else "no effect here; another answer"
-            ax.annotate(text, (base, i), xytext=(3, 0), textcoords="offset points", fontsize=7)
-            continue
-        for row in own:
-            value = (_value_of(data, row) or 0.0) * factor
-            colour = ORANGE if row["changed"] else BLUE
-            ax.barh(i, value - base, left=base, height=0.6, color=colour, alpha=0.75)
-            change = f"{100 * (row['factor'] - 1):+.0f}%"
-            right = value >= base
-            ax.annotate(
-                change, (value, i), xytext=(3 if right else -3, 0), textcoords="offset points",
-                fontsize=7, va="center", ha="left" if right else "right",
-            )  # fmt: skip
-    ax.set_yticks(range(len(inputs)), list(reversed(inputs)))
-    ax.axvline(base, color="0.3", linewidth=1)
-    for bound in data["question"]["slo"]:
-        if bound["figure"] == name:
-            ax.axvline(bound["limit"] * factor, color=RED, linewidth=0.8, linestyle="--")
-    ax.margins(x=0.15)
-    ax.set_xlabel(f"{_label(data, name)}, of the answer")
-    ax.set_title("orange: another point becomes the answer", fontsize=8)
-    ax.grid(axis="x", alpha=0.25, linewidth=0.5)
+def sensitivity(data: Mapping[str, Any]) -> Picture | None:
+    """How `shown_figure` of the answer's own point changes with each input lower and higher, and
+    whether another point becomes the answer; None where nothing was asked again."""
+    name, answer = shown_figure(data), data.get("answer")
+    if not answer or answer["figures"].get(name) is None:
+        return None
+    figure = scaled(data, name)
+    base = answer["figures"][name] * figure.factor
+    by_input: dict[str, list[Mapping[str, Any]]] = {}
+    for row in data["sensitivity"]["rows"]:
+        by_input.setdefault(row["input"], []).append(row)
+    rows = []
+    for label, tried in by_input.items():
+        own = [r["figures"].get(name) for r in tried]
+        reach = [base, *(v * figure.factor for v in own if v is not None)]
+        changed = any(r["changed"] for r in tried)
+        none = any(r["value"] is None for r in tried)
+        said = "no answer" if none else "another answers" if changed else "still the answer"
+        span = f"{label} x {' or '.join(format(r['factor'], 'g') for r in tried)}"
+        rows.append(Interval(span, base, min(reach), max(reach), 1 if changed else 0, said))
+    if not rows:
+        return None
+    mark = (base, f"the answer: {significant(base, 3)}")
+    return intervals("What the answer depends on", rows, figure.axis, mark=mark)
 
 
-def _unit(data: dict[str, Any], name: str) -> str:
-    return str(data["figures"].get(name, {}).get("unit", ""))
+def study_poster(data: Mapping[str, Any]) -> Picture:
+    """A study's result (see `moesim.studies.result`): its front, and what its answer depends on."""
+    found = [p for p in (front(data), sensitivity(data)) if p is not None]
+    if not found:
+        names = ", ".join(axis["figure"] for axis in data["pareto"]["axes"])
+        found = [points("Pareto front", [], Axes(names, ""))]
+    asked = data["question"]["text"]
+    return poster(data["name"] or asked, [found], asked if data["name"] else "")
 
 
-def _label(data: dict[str, Any], name: str) -> str:
-    figure = data["figures"].get(name, {"label": name, "unit": ""})
-    unit = FACTORS.get(figure["unit"], (1.0, ""))[1]
-    return _plain(figure["label"] + (f", {unit}" if unit else ""))
+def plain(value: Any) -> str:
+    """A JSON value as one line of text."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "".join(ch if ch.isprintable() else " " for ch in text[:2000])
 
 
-def _plain(text: str, length: int = 90) -> str:
-    """Text for a picture: one line, nothing that matplotlib reads as mathematics."""
-    clean = "".join(ch for ch in " ".join(text.split()) if ch.isprintable())[:length]
-    return clean.replace("$", r"\$")
+def _look(kind: str, hints: Sequence[str]) -> tuple[int, Sequence[str], bool]:
+    series, ring = LOOKS[kind]
+    return series, hints, ring
+
+
+def _wide(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) > WIDE

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from os import PathLike
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moesim.cluster import LINK_CLASSES, Cluster
+from moesim.draw.charts import layer, own_look
+from moesim.draw.colours import SOFT, TEXT
+from moesim.draw.picture import Picture, Spec
 from moesim.errors import InputError
-from moesim.files import atomic_path
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 MAX_PLOT_GPUS = 576
 
@@ -55,18 +52,13 @@ _COLOUR = {
 _NODE_GAP = 1.0
 
 
-def plot_topology(cluster: Cluster, path: str | PathLike[str]) -> None:
-    """Draw `cluster` into `path` (the suffix gives the format: png, svg, pdf).
+def topology(cluster: Cluster) -> Picture:
+    """The graph of `cluster` in tiers from the top: spines, leaves, NICs, hosts, PCIe, GPUs,
+    NVSwitches.
 
-    Tiers from the top: spines, leaves, NICs, hosts, PCIe, GPUs, NVSwitches; the two directions of a
-    link are one line, its width growing with the bandwidth. DRAM and NVMe are not drawn. Raises
-    InputError for more than MAX_PLOT_GPUS GPUs or a path that cannot be written.
+    The two directions of a link are one line, its width growing with the bandwidth. DRAM and NVMe
+    are not drawn. Raises InputError for more than MAX_PLOT_GPUS GPUs.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
     if cluster.num_gpus > MAX_PLOT_GPUS:
         raise InputError(
             f"a picture of {cluster.num_gpus} GPUs would be unreadable",
@@ -74,14 +66,56 @@ def plot_topology(cluster: Cluster, path: str | PathLike[str]) -> None:
         )
     where = _positions(cluster)
     span = max(x for x, _ in where.values()) + 1
-    inches = 0.42 if span <= 40 else 0.3
-    width = float(np.clip(2.0 + inches * span, 8.0, 30.0))
-    figure = Figure(figsize=(width, max(5.6, 0.28 * width)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    width = int(np.clip(span * (30 if span <= 40 else 21), 520, 2200))
+    links, rates = _links(cluster, where, 1.0 if span <= 40 else 0.6)
+    tiers = [tier for tier in _TIERS if any(name.startswith(f"{tier}:") for name in where)]
+    heights = [_TIERS[tier] for tier in tiers]
+    x: Spec = {"type": "quantitative", "axis": None, "scale": {"domain": [-0.8, span - 0.2]}}
+    y: Spec = {"type": "quantitative"}
+    y["scale"] = {"domain": [min(heights) - 0.5, max(heights) + 0.5], "nice": False}
+    names = "{" + ", ".join(f"'{_TIERS[t]:g}': '{_NAMES[t]}'" for t in tiers) + "}"
+    y["axis"] = {"values": heights, "labelExpr": f"{names}[format(datum.value, '~g')]"}
+    y["axis"] |= {"grid": False, "title": None, "labelColor": TEXT}
+    kinds = {kind: f"{kind}: {_rates(rates[kind])} GB/s" for kind in LINK_CLASSES if kind in rates}
+    legend = {"orient": "bottom", "symbolType": "stroke", "symbolStrokeWidth": 2}
+    legend["columns"] = len(kinds) if width > 170 * len(kinds) else 2
+    colour: Spec = {"field": "kind", "type": "nominal", "legend": legend}
+    colour["scale"] = {"domain": list(kinds.values()), "range": [_COLOUR[kind] for kind in kinds]}
+    size = float(np.clip(width / span / 2.6, 3.5, 11.0))
+    links = [link | {"kind": kinds[link["kind"]]} for link in links]
+    height = int(np.clip(0.3 * width, 330, 620))
+    high = (11 if size >= 6 else 7) * (max(heights) - min(heights) + 1) / height
+    boxes = [*_boxes(where, size, width / (span + 0.6), high), *_switches(cluster, where, high)]
+    box: Spec = {"x": {**x, "field": "x"}, "y": {**y, "field": "y"}}
+    corners: Spec = {"x": {**x, "field": "left"}, "x2": {"field": "right"}}
+    corners |= {"y": {**y, "field": "low"}, "y2": {"field": "high"}}
+    ends = {"x2": {"field": "x2"}, "y2": {"field": "y2"}}
+    rect = {"type": "rect", "stroke": SOFT, "strokeWidth": 0.5, "cornerRadius": 3}
+    text = {"type": "text", "baseline": "middle"}
+    wide, points = ({"field": f, "type": "quantitative", "scale": None} for f in ("wide", "size"))
+    name, label = {"field": "name"}, {"field": "label"}
+    layers = [
+        layer(
+            links, {"type": "rule", "opacity": 0.75}, **box, **ends, color=colour, strokeWidth=wide
+        ),
+        layer(boxes, rect, **corners, color=own_look("fill"), description=name),
+        layer(boxes, text, **box, text=label, size=points),
+    ]
+    nodes = "node" if cluster.num_nodes == 1 else "nodes"
+    title = f"{cluster.name}: {cluster.num_gpus} GPUs in {cluster.num_nodes} {nodes}"
+    about = f"figures {cluster.basis().kind}"
+    view: Spec = {"title": {"text": title, "subtitle": about}}
+    view |= {"width": width, "height": height, "layer": layers}
+    view["resolve"] = {"scale": {"color": "independent"}}
+    return Picture(title, view, f"{len(boxes)} parts and {len(links)} links, {about}")
+
+
+def _links(
+    cluster: Cluster, where: dict[str, tuple[float, float]], thin: float
+) -> tuple[list[Spec], dict[str, set[float]]]:
+    """Drawn links with ends and width, and the rates of each kind, GB/s."""
     fabric = cluster.fabric
-    lines: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {}
-    widths: dict[str, list[float]] = {}
+    links: list[Spec] = []
     rates: dict[str, set[float]] = {}
     for link, name in enumerate(fabric.link_name):
         source, _, target = name.partition("->")
@@ -93,57 +127,11 @@ def plot_topology(cluster: Cluster, path: str | PathLike[str]) -> None:
         for i, end in enumerate((source, target)):
             if end.startswith("nvswitch:"):
                 ends[i] = (ends[1 - i][0], ends[i][1])
-        lines.setdefault(kind, []).append((ends[0], ends[1]))
-        widths.setdefault(kind, []).append(0.35 * float(np.log2(1 + rate / 8)))
         rates.setdefault(kind, set()).add(rate)
-    thin = 1.0 if span <= 40 else 0.6
-    for kind, segments in lines.items():
-        axes.add_collection(
-            LineCollection(
-                segments,
-                colors=_COLOUR[kind],
-                linewidths=[thin * w for w in widths[kind]],
-                alpha=0.75,
-                zorder=1,
-            )
-        )
-    _draw_boxes(axes, where, span, width)
-    _draw_switches(axes, cluster, where)
-    tiers = [tier for tier in _TIERS if any(name.startswith(f"{tier}:") for name in where)]
-    for tier in tiers:
-        axes.text(
-            -0.005,
-            _TIERS[tier],
-            _NAMES[tier],
-            ha="right",
-            va="center",
-            fontsize=9,
-            transform=axes.get_yaxis_transform(),
-        )
-    heights = [_TIERS[tier] for tier in tiers]
-    axes.set_xlim(-0.8, span - 0.2)
-    axes.set_ylim(min(heights) - 0.5, max(heights) + 0.5)
-    axes.set_axis_off()
-    axes.set_title(
-        f"{cluster.name}: {cluster.num_gpus} GPUs in {cluster.num_nodes} "
-        f"{'node' if cluster.num_nodes == 1 else 'nodes'}, figures {cluster.basis().kind}",
-        fontsize=11,
-    )
-    handles = [
-        Line2D([], [], color=_COLOUR[kind], label=f"{kind}: {_rates(rates[kind])} GB/s")
-        for kind in LINK_CLASSES
-        if kind in rates
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
-    with atomic_path(path) as temporary:
-        try:
-            figure.savefig(
-                temporary, dpi=150, metadata={"Software": None} if _is_png(path) else None
-            )
-        except ValueError as error:
-            raise InputError(
-                f"cannot draw {path}: {error}", "name a file ending in .png, .svg or .pdf"
-            ) from None
+        (x, y), (x2, y2) = ends
+        wide = thin * 0.45 * float(np.log2(1 + rate / 8))
+        links.append({"x": x, "y": y, "x2": x2, "y2": y2, "kind": kind, "wide": wide})
+    return links, rates
 
 
 def _positions(cluster: Cluster) -> dict[str, tuple[float, float]]:
@@ -184,58 +172,50 @@ def _positions(cluster: Cluster) -> dict[str, tuple[float, float]]:
     }
 
 
-def _draw_boxes(
-    axes: Axes, where: dict[str, tuple[float, float]], span: float, width: float
-) -> None:
-    """Vertices as labelled boxes, the label shrinking with the number of GPUs."""
-    size = float(np.clip(72 * width / span / 3.2, 2.5, 8.0))
+def _boxes(
+    where: dict[str, tuple[float, float]], size: float, unit: float, high: float
+) -> list[Spec]:
+    """Vertices as labelled boxes; `unit`: pixels from one GPU to the next; `high`: half a box."""
+    out: list[Spec] = []
     for name, (x, y) in where.items():
         tier, _, label = name.partition(":")
         if tier == "nvswitch":
             continue
         if tier == "pcie":
             label = label.partition(":")[2]
-        axes.text(
-            x,
-            y,
-            label,
-            ha="center",
-            va="center",
-            fontsize=8.0 if tier in ("leaf", "spine") else size,
-            zorder=2,
-            bbox={"boxstyle": "round,pad=0.25", "fc": _FILL[tier], "ec": "#555555", "lw": 0.5},
-        )
+        own = 11.0 if tier in ("leaf", "spine") else size
+        half = (len(label) * own * 0.29 + 4) / unit
+        out.append(_box(name, label, x, y, half, high, _FILL[tier], own))
+    return out
 
 
-def _draw_switches(axes: Axes, cluster: Cluster, where: dict[str, tuple[float, float]]) -> None:
+def _switches(cluster: Cluster, where: dict[str, tuple[float, float]], high: float) -> list[Spec]:
     """NVSwitches as bars under all the GPUs that they join."""
-    from matplotlib.patches import FancyBboxPatch
-
     reach: dict[str, list[float]] = {}
     for link in cluster.fabric.nv_up[cluster.fabric.nv_up >= 0].tolist():
         source, _, target = cluster.fabric.link_name[link].partition("->")
         reach.setdefault(target, []).append(where[source][0])
-    for name, xs in reach.items():
-        y = where[name][1]
-        axes.add_patch(
-            FancyBboxPatch(
-                (min(xs) - 0.3, y - 0.14),
-                max(xs) - min(xs) + 0.6,
-                0.28,
-                boxstyle="round,pad=0,rounding_size=0.1",
-                fc=_FILL["nvswitch"],
-                ec="#555555",
-                lw=0.5,
-                zorder=2,
-            )
+    return [
+        _box(
+            name,
+            name.partition(":")[2],
+            (min(xs) + max(xs)) / 2,
+            where[name][1],
+            (max(xs) - min(xs)) / 2 + 0.3,
+            high,
+            _FILL["nvswitch"],
+            11.0,
         )
-        middle = (min(xs) + max(xs)) / 2
-        axes.text(middle, y, name.partition(":")[2], ha="center", va="center", fontsize=8, zorder=3)
+        for name, xs in reach.items()
+    ]
+
+
+def _box(
+    name: str, label: str, x: float, y: float, half: float, high: float, fill: str, size: float
+) -> Spec:
+    ends = {"left": x - half, "right": x + half, "low": y - high, "high": y + high}
+    return {"name": name, "label": label, "x": x, "y": y, "fill": fill, "size": size, **ends}
 
 
 def _rates(values: Iterable[float]) -> str:
     return " or ".join(f"{value:.4g}" for value in sorted(values))
-
-
-def _is_png(path: str | PathLike[str]) -> bool:
-    return str(path).lower().endswith(".png")

@@ -1,67 +1,55 @@
-"""Predicted against measured layer times of a validation on hardware."""
+"""Validation on hardware: predicted beside measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from os import PathLike
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-
+from moesim.draw.charts import Axes, Bar, Points, bars, points
+from moesim.draw.colours import GREY
+from moesim.draw.picture import Picture
 from moesim.errors import InputError
-from moesim.files import atomic_path
-
-if TYPE_CHECKING:
-    from moesim.replay.compare import Comparison
 
 BAND = 0.10
-_MARKERS = {"graph": "o", "eager": "x"}
+MAX_POINTS = 1500
 
 
-def plot_validation(comparisons: Sequence[Comparison], path: str | PathLike[str]) -> None:
-    """Scatter every layer of every case on log axes, with the diagonal and a band of +-10%.
+def layer_scatter(
+    cases: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[str]]],
+    title: str = "Time of a layer, predicted against measured",
+) -> Picture:
+    """A point per layer on equal logarithmic axes, with the diagonal and a band of +-10%.
 
-    One colour a model, one marker a mode. The suffix of `path` gives the format. Raises InputError
-    when there is nothing to draw.
+    cases: {name: (measured us, predicted us, hint of each)}; of more than MAX_POINTS points one in
+    so many is drawn (see `stride`). Raises InputError when there is nothing to draw.
     """
-    if not any(c.cases for c in comparisons):
+    every = stride(cases)
+    drawn = [
+        Points(name, measured[::every], predicted[::every], i % GREY, hints[::every])
+        for i, (name, (measured, predicted, hints)) in enumerate(cases.items())
+        if len(measured)
+    ]
+    if not drawn:
         raise InputError("there is nothing to plot", "compare a record that holds results")
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    axes = Axes("measured (us)", "predicted (us)", log_x=True, log_y=True)
+    return points(title, drawn, axes, band=BAND)
 
-    figure = Figure(figsize=(6.4, 6.0), layout="constrained")
-    axes = figure.add_subplot()
-    low, high = np.inf, 0.0
-    for number, comparison in enumerate(comparisons):
-        for mode, marker in _MARKERS.items():
-            cases = [c for c in comparison.cases if c.mode == mode]
-            if not cases:
-                continue
-            measured = np.concatenate([c.measured_us for c in cases])
-            predicted = np.concatenate([c.predicted_us for c in cases])
-            low = min(low, measured.min(), predicted.min())
-            high = max(high, measured.max(), predicted.max())
-            axes.scatter(
-                measured,
-                predicted,
-                s=12,
-                marker=marker,
-                alpha=0.5,
-                color=f"C{number % 10}",
-                label=f"{comparison.model}, {mode}",
-                linewidths=0.8,
-            )
-    ends = np.array([low / 1.2, high * 1.2])
-    axes.plot(ends, ends, color="black", linewidth=0.8)
-    axes.fill_between(ends, ends * (1 - BAND), ends * (1 + BAND), color="black", alpha=0.08)
-    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("measured layer time (us)")
-    axes.set_ylabel("predicted layer time (us)")
-    axes.set_title("MoE layer on hardware; band: within 10%")
-    axes.legend(fontsize=7, loc="upper left")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+
+def stride(cases: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[str]]]) -> int:
+    """One layer in so many is drawn."""
+    return max(1, -(-sum(len(measured) for measured, *_ in cases.values()) // MAX_POINTS))
+
+
+def measured_bars(
+    title: str,
+    pairs: Mapping[str, tuple[float, float]],
+    axis: str,
+    unit: str = "",
+    linear: bool = False,
+) -> Picture:
+    """Bars of (measured, predicted) pairs from 0; `linear` marks 1, the linear plan."""
+    rows = []
+    for name, pair in pairs.items():
+        for kind, series, value in zip(("measured", "predicted"), (0, GREY), pair, strict=True):
+            text = f"{value:.3f}" + (f" {unit}" if unit else "")
+            rows.append(Bar(f"{name}, {kind}", [("", series, value)], text))
+    return bars(title, rows, axis, mark=(1.0, "linear") if linear else None)

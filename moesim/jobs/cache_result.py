@@ -27,6 +27,8 @@ from moesim.types import FloatArray
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moesim.draw import Picture
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class CacheJob(Result):
@@ -115,19 +117,13 @@ class CacheJob(Result):
 
         return pd.DataFrame([asdict(row) for row in self.results]).set_index("name")
 
-    def plot(self, path: str | Path | None = None) -> Any:
+    def picture(self) -> Picture:
         """Tokens per second against memory; needs a run with `sweep`."""
-        from moesim.draw.cache import plot_speed_by_memory
+        from moesim.jobs.pictures import cache_picture
 
         if self.sweep is None:
             raise InputError("memory sizes were not swept", "ask with `sweep`")
-        plan, asked = self.plan, self.request
-        title = (
-            f"{plan.model}, {plan.gpu}, batch {asked.batch_size},"
-            f" {asked.context_tokens} tokens of context"
-        )
-        target = Path(path) if path is not None else None
-        return plot_speed_by_memory(self.sweep, asked.hbm_gb, title, target)
+        return cache_picture(self)
 
     def save(self, path: str | Path) -> Path:
         """Write the cache plan file."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from moesim.caching.group import GroupPlan
     from moesim.cost.step import StepModel
+    from moesim.draw import Picture
     from moesim.solvers.base import Solution
 
 SHOWN = (
@@ -240,10 +241,10 @@ class PlanResult(Result):
         data = {c.name: {n: f.value for n, f in c.figures.items()} for c in self.candidates}
         return pd.DataFrame(data).rename_axis("figure")
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        from moesim.draw.plan import plot_load
+    def picture(self) -> Picture:
+        from moesim.jobs.pictures import plan_picture
 
-        return plot_load(self, Path(path) if path is not None else None)
+        return plan_picture(self)
 
     def save(self, path: str | Path) -> Path:
         """Write the plan file."""

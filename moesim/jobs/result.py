@@ -12,6 +12,8 @@ from moesim.files import atomic_write
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moesim.draw import Picture
+
 
 class Result:
     """Base of results; subclasses fill in line, summary, JSON, frame and picture."""
@@ -34,9 +36,16 @@ class Result:
         """The figures as a pandas frame."""
         raise NotImplementedError
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        """The picture; written to `path` (.png, .svg or .pdf) where one is given."""
+    def picture(self) -> Picture:
+        """What `plot` draws."""
         raise NotImplementedError
+
+    def plot(self, path: str | Path | None = None) -> Picture:
+        """The picture; written to `path` (.png, .svg or .pdf) where one is given."""
+        drawn = self.picture()
+        if path is not None:
+            drawn.save(path)
+        return drawn
 
     def save(self, path: str | Path) -> Path:
         """Write the result as the command's --out does; returns the path."""

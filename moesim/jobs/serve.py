@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesim.choices import MoeComm, Router
@@ -32,6 +31,7 @@ from moesim.types import Progress
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moesim.draw import Picture
     from moesim.jobs.inputs import ClusterLike, ModelLike, PlanLike, TraceLike
     from moesim.model.spec import ModelSpec
 
@@ -140,10 +140,10 @@ class ServeResult(Result):
         }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("figure")
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        from moesim.draw.serving import plot_serving
+    def picture(self) -> Picture:
+        from moesim.draw.serving import serving_poster
 
-        return plot_serving(dict(self.record), Path(path) if path is not None else None)
+        return serving_poster(self.record)
 
 
 def serve(

@@ -170,7 +170,7 @@ class _Builder:
         nvme = plan.nvme_mask()
         times = step_times(rates, self.asked.batch_size, self.asked.context_tokens, sizes, nvme)
         if not self.request.home_ranks:
-            times = replace(times, gate_s=0.0 * times.gate_s, tail_s=0.0 * times.tail_s)
+            times = times._replace(gate_s=0.0 * times.gate_s, tail_s=0.0 * times.tail_s)
         frequency = work.frequency * self.hosted[gpu]
         empty: npt.NDArray[np.int16] = np.zeros(
             (self.stream.num_steps, self.request.trace.num_layers, 0), np.int16

@@ -88,6 +88,17 @@ class SimRequest:
             out["slow"] = ", ".join(filter(None, (out.get("slow"), str(window))))
         if self.speed_sigma:
             out["speed spread"] = f"{self.speed_sigma:g}"
+            if math.isfinite(self.speed_period_us):
+                out["speed spread"] += f" every {self.speed_period_us / 1e3:g} ms"
+        given = {
+            "all-to-all": self.all_to_all,
+            "chunks": self.num_chunks,
+            "replica policy": self.replica_policy,
+            "context": None if self.context_tokens is None else f"{self.context_tokens} tokens",
+            "fidelity": self.fidelity if self.fidelity != "event" else None,
+            "batching": self.batching.order if self.batching is not None else None,
+        }
+        out |= {name: str(value) for name, value in given.items() if value is not None}
         if self.schedule != "sequential":
             out["schedule"] = self.schedule
         if self.reduce != 1.0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.choices import Phase
@@ -15,6 +14,7 @@ from moesim.jobs.simulate_request import SimRequest
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moesim.draw import Picture
     from moesim.sim.prepare import Models
     from moesim.sim.result import SimResult
     from moesim.sim.timeline import StepTimeline
@@ -124,14 +124,10 @@ class SimReport(Result):
             }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("placement")
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        from moesim.draw.simulate import plot_simulation
+    def picture(self) -> Picture:
+        from moesim.jobs.pictures import simulation_picture
 
-        cluster = self.request.cluster
-        title = f"{self.request.model.name}, {cluster.num_gpus} GPUs of {cluster.name}"
-        changed = "; ".join(f"{k} {v}" for k, v in self.request.settings().items())
-        title += f" ({changed})" if changed else ""
-        return plot_simulation(self.results, Path(path) if path is not None else None, title)
+        return simulation_picture(self)
 
 
 def _steps(report: SimReport) -> str:

@@ -26,6 +26,8 @@ from moesim.trace.format import load_token_trace
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moesim.draw import Picture
+
 log = logging.getLogger("moesim")
 MODES = ("graph", "eager", "both")
 DEFAULT_TOKENS = (128, 1024, 8192)
@@ -97,13 +99,13 @@ class ValidateResult(Result):
             ]
         return pd.DataFrame(rows)
 
-    def plot(self, path: str | Path | None = None) -> Any:
+    def picture(self) -> Picture:
         """Predicted against measured."""
-        from moesim.draw.validate import plot_validation
+        from moesim.jobs.pictures import validation_picture
 
         if self.found is None:
             raise InputError("nothing was predicted, so there is nothing to draw", "calibrate")
-        return plot_validation([self.found], Path(path) if path is not None else None)
+        return validation_picture([self.found])
 
 
 def validate(

@@ -97,11 +97,13 @@ class Measured:
 
     imbalance, balancedness: [B, L]; gpu_load: [L, G] mean token-choices; fan_out, node_fan_out:
     [B] a token and layer; and, with a step model: inter_node_bytes [B] a token over all layers,
-    step_us, dispatch_us, compute_us, combine_us: [B].
+    step_us, dispatch_us, compute_us, combine_us: [B], and layer_parts_us: [L, 3], dispatch, compute
+    and combine of each layer in the mean main batch.
     """
 
     values: Mapping[str, FloatArray]
     gpu_load: FloatArray
+    layer_parts_us: FloatArray | None = None
 
 
 def measure(
@@ -124,7 +126,7 @@ def measure(
     cells = trace.num_layers * placement.num_gpus**2
     chunk = max(1, min(CHUNK_CELLS // cells // workers, -(-len(batches) // (2 * workers))))
 
-    def part(start: int) -> tuple[dict[str, FloatArray], FloatArray]:
+    def part(start: int) -> tuple[dict[str, FloatArray], FloatArray, FloatArray]:
         stop = min(start + chunk, len(batches))
         span = slice(int(batches.indptr[start]), int(batches.indptr[stop]))
         some = Batches(
@@ -137,6 +139,7 @@ def measure(
         routed = route(trace, some, placement, policy=policy, dedup=dedup, home=home)
         tokens = routed.gpu_tokens(placement.num_gpus)
         per = routed.num_tokens * trace.num_layers
+        main, parts_us = slice(0, max(0, sample.num_main - start)), np.zeros((trace.num_layers, 3))
         values = {
             "imbalance": imbalance(tokens, speed),
             "balancedness": balancedness(tokens, speed),
@@ -145,6 +148,7 @@ def measure(
         }
         if step is not None:
             cost = step.cost(routed)
+            parts_us = cost.layer_parts_us[main].sum(axis=0)
             node = placement.node_of_gpu
             crossing = routed.messages[:, :, node[:, None] != node[None, :]].sum(axis=(1, 2))
             size = step.dispatch_bytes + step.combine_bytes
@@ -155,13 +159,14 @@ def measure(
                 "compute_us": cost.compute_us.max(axis=2).sum(axis=1),
                 "combine_us": cost.combine_us.sum(axis=1),
             }
-        return values, tokens[: max(0, sample.num_main - start)].sum(axis=0)
+        return values, tokens[main].sum(axis=0), parts_us
 
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(part, range(0, len(batches), chunk)))
-    joined = {name: np.concatenate([values[name] for values, _ in parts]) for name in parts[0][0]}
-    load = np.sum([load for _, load in parts], axis=0)
-    return Measured(joined, load / sample.num_main)
+    joined = {name: np.concatenate([values[name] for values, *_ in parts]) for name in parts[0][0]}
+    load = np.sum([load for _, load, _ in parts], axis=0)
+    parts_us = np.sum([us for *_, us in parts], axis=0) / sample.num_main
+    return Measured(joined, load / sample.num_main, None if step is None else parts_us)
 
 
 STATISTICS: dict[str, tuple[str, Callable[[FloatArray], float]]] = {

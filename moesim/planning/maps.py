@@ -14,7 +14,7 @@ import numpy as np
 
 from moesim.compat import placement_fits_trace
 from moesim.cost.routing import Dedup, home_ranks, route
-from moesim.cost.step import build_step_model
+from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import MismatchError
 from moesim.metrics import imbalance
 from moesim.placement import Placement, Plan
@@ -34,11 +34,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacementMap:
     """gpu_load: [L, G] token-choices of a mean batch; messages: [G, G] hidden states that GPU s
-    sends to GPU d in dispatch of a mean step, all layers; busiest: [B * L] max over mean load."""
+    sends to GPU d in dispatch of a mean step, all layers; busiest: [B * L] max over mean load;
+    layer_parts_us: [L, 3] dispatch, compute and combine of a mean batch, where cluster and model
+    are known."""
 
     gpu_load: FloatArray
     messages: FloatArray
     busiest: FloatArray
+    layer_parts_us: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +74,10 @@ def plan_maps(
     num_batches = int(plan.evaluation.get("num_batches") or 16)
     seed = int(options.get("seed") or 0)
     notes: list[str] = []
-    dedup, message_bytes = _messages(options, phase, cluster, model, notes)
+    step = _step(options, phase, cluster, model, notes)
+    given = options.get("dedup")
+    dedup: Dedup = given if given in ("gpu", "node", "none") else "gpu"
+    dedup = dedup if step is None else step.dedup
     index, _ = index_requests(trace, phase)
     tune, held_out = split_requests(index)
     batches = draw_batches(held_out, phase, batch_tokens, num_batches, seed + 1)
@@ -79,10 +85,11 @@ def plan_maps(
     placements[_own_name(plan, placements)] = plan.placement
     speed = None if cluster is None else np.asarray(cluster.speed_factor, np.float64)
     maps = {
-        name: _route(trace, batches, placement, plan, dedup, speed)
+        name: _route(trace, batches, placement, plan, dedup, speed, step)
         for name, placement in placements.items()
     }
     same = trace.content_hash() == plan.provenance.get("trace")
+    message_bytes = None if step is None else step.dispatch_bytes
     return PlanMaps(maps, len(batches), dedup, message_bytes, same, tuple(notes))
 
 
@@ -110,24 +117,21 @@ def _domain_of(trace: Trace, plan: Plan) -> Trace:
     )
 
 
-def _messages(
+def _step(
     options: dict[str, Any],
     phase: Phase,
     cluster: Cluster | None,
     model: ModelSpec | None,
     notes: list[str],
-) -> tuple[Dedup, float | None]:
-    given = options.get("dedup")
+) -> StepModel | None:
     if cluster is None or model is None:
         missing = " and ".join(
             what for what, it in (("cluster", cluster), ("model", model)) if it is None
         )
         notes.append(f"the plan's {missing} is not known here: messages are counted, not bytes")
-        return given if given in ("gpu", "node", "none") else "gpu", None
-    step = build_step_model(
-        cluster, model, phase=phase, all_to_all=options.get("all_to_all"), dedup=given
-    )
-    return step.dedup, step.dispatch_bytes
+        return None
+    named, dedup = options.get("all_to_all"), options.get("dedup")
+    return build_step_model(cluster, model, phase=phase, all_to_all=named, dedup=dedup)
 
 
 def _baselines(
@@ -164,11 +168,13 @@ def _route(
     plan: Plan,
     dedup: Dedup,
     speed: FloatArray | None,
+    step: StepModel | None,
 ) -> PlacementMap:
     """One batch at a time: messages are [layers, GPUs, GPUs]."""
     gpus = placement.num_gpus
     load = np.zeros((trace.num_layers, gpus))
     messages = np.zeros((gpus, gpus))
+    parts_us = np.zeros((trace.num_layers, 3))
     busiest = []
     for b in range(len(batches)):
         tokens = batches[b]
@@ -179,6 +185,12 @@ def _route(
         load += per_gpu[0]
         messages += routed.messages[0].sum(axis=0)
         busiest.append(imbalance(per_gpu, speed)[0])
+        if step is not None:
+            parts_us += step.cost(routed).layer_parts_us[0]
     ratios = np.concatenate(busiest)
-    ratios = ratios[~np.isnan(ratios)]  # layers without load have none
-    return PlacementMap(load / len(batches), messages / len(batches), ratios)
+    return PlacementMap(
+        load / len(batches),
+        messages / len(batches),
+        ratios[~np.isnan(ratios)],  # layers without load have none
+        None if step is None else parts_us / len(batches),
+    )

@@ -5,16 +5,20 @@ Above the cache simulator, so never imported by the part that runs in an engine'
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
 from moesim.caching.plan import CachePlan
+from moesim.caching.planner import setup_of_plan
+from moesim.caching.timeline import policy_state
 from moesim.cost.calibration import Calibration
-from moesim.errors import MismatchError, UnknownNameError
-from moesim.replay.schedule import Schedule, StepCosts, lru_schedule
+from moesim.errors import InputError, MismatchError
+from moesim.replay.make_schedule import follow, lowest_first, token_events, token_stream
+from moesim.replay.schedule import Schedule, StepCosts
 from moesim.replay.shape import ExpertShape
-
-REPLAYED_POLICIES = ("lru",)
+from moesim.types import FloatArray
 
 
 def plan_schedule(
@@ -23,36 +27,55 @@ def plan_schedule(
     layer_ids: tuple[int, ...],
     *,
     lookahead: int = 0,
+    gates: npt.NDArray[np.floating] | None = None,
+    starts: npt.NDArray[np.bool_] | None = None,
+    frequency: FloatArray | None = None,
 ) -> Schedule:
     """The copies of `plan` for one token after another; experts [T, L, K], -1 where none.
 
     layer_ids: [L] absolute numbers of the layers of `experts`, some of the plan's. The plan's slots
-    and pinned experts are kept. `lookahead` stands in for its prefetcher: a perfect one that many
-    steps ahead, 0 for none. Ignored: layers on the CPU, bits, NVMe, the warm start.
-    Raises UnknownNameError for a policy other than LRU, MismatchError for layers or experts that
-    are not the plan's, InputError where a token's experts do not fit.
+    and pinned experts are kept, and its policy decides as in `moesim cache`. `lookahead` stands in
+    for its prefetcher: a perfect one that many steps ahead, 0 for none. gates: [T, L, K] weights of
+    the choices. starts: [T] first tokens of requests. frequency: [L of the plan, E] share of the
+    tuning tokens that chose each expert, with which the caches start warm; without it they start
+    with their lowest experts. Ignored: layers on the CPU, bits, NVMe.
+
+    Raises MismatchError for layers or experts that are not the plan's, InputError for a static
+    cache without `frequency`.
     """
-    if plan.policy not in REPLAYED_POLICIES:
-        raise UnknownNameError(
-            "replayed cache policy",
-            plan.policy,
-            REPLAYED_POLICIES,
-            "make the plan with --policy lru to replay it",
-        )
     missing = sorted(set(layer_ids) - set(plan.layer_ids))
     if missing or experts.max(initial=0) >= plan.num_experts:
         what = f"layer {missing[0]}" if missing else f"{int(experts.max()) + 1} experts"
         raise MismatchError(
-            f"the trace has {what}, the cache plan not", "give the trace of the plan's model"
+            f"the trace has {what}, the cache plan has not", "give the trace of the plan's model"
+        )
+    if plan.policy == "static" and frequency is None:
+        raise InputError(
+            "a static cache holds the experts that were most frequent, and these are not known",
+            "give frequency, the share of the tuning tokens that chose each expert",
         )
     rows = [plan.layer_ids.index(layer) for layer in layer_ids]
-    return lru_schedule(
-        experts,
-        plan.num_experts,
-        [plan.slots[i] for i in rows],
-        lookahead=lookahead,
-        pinned=[plan.pinned[i] for i in rows],
+    part = replace(
+        plan,
+        layer_ids=tuple(layer_ids),
+        slots=tuple(plan.slots[i] for i in rows),
+        pinned=tuple(plan.pinned[i] for i in rows),
+        cpu_layers=(),
+        bits=None,
+        nvme=(),
     )
+    shape = (len(rows), plan.num_experts)
+    known = np.zeros(shape) if frequency is None else frequency[rows]
+    setup = setup_of_plan(part, known)
+    order = lowest_first(setup.slots, setup.pinned) if frequency is None else None
+    rule, asked, state = policy_state(
+        setup,
+        token_events(experts, plan.num_experts, gates),
+        token_stream(len(experts), starts),
+        experts,
+        order,
+    )
+    return follow(plan.policy, rule, asked, state, experts, part.pinned, lookahead)
 
 
 def calibrated_costs(shape: ExpertShape, calibration: Calibration, schedule: Schedule) -> StepCosts:

@@ -22,11 +22,16 @@ from moesim.files import atomic_write
 from moesim.replay.cases import check_trace, longest_first
 from moesim.replay.engine import draw_expert
 from moesim.replay.environment import describe
+from moesim.replay.make_schedule import lru_schedule
 from moesim.replay.memory import MemoryNeed, available_host_bytes, require_memory
 from moesim.replay.numerics import TOLERANCE, NumericsError
 from moesim.replay.ops import TORCH_DTYPES, Kernels, choose, grouped_ffn
 from moesim.replay.process import Context
-from moesim.replay.schedule import Schedule, StepCosts, lru_schedule, predict_tokens_us
+from moesim.replay.schedule import (
+    Schedule,
+    StepCosts,
+    predict_tokens_us,
+)
 from moesim.replay.shape import ExpertShape
 from moesim.replay.streams import Fetch, cycles_of, measure_fetch, queued_us
 from moesim.replay.timing import issue_us, spread, time_calls

@@ -10,12 +10,9 @@ import json
 import os
 import zipfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError
 from moesim.files import atomic_path
@@ -108,100 +105,6 @@ def load_schedule(path: str | os.PathLike[str]) -> Schedule:
         raise FormatError(f"{path}: arrays must hold signed integers", _REMEDY)
     whole = {name: a.astype(np.int64) for name, a in arrays.items()}
     return Schedule(label=str(meta.get("label", "")), **sizes, **whole)  # type: ignore[arg-type]
-
-
-def lru_schedule(
-    experts: npt.NDArray[np.integer],
-    num_experts: int,
-    slots_per_layer: int | Sequence[int],
-    *,
-    lookahead: int = 0,
-    pinned: Sequence[Sequence[int]] | None = None,
-) -> Schedule:
-    """Least recently used, a cache a layer; experts [T, L, K], -1 where none.
-
-    slots_per_layer: of every layer, or of each. pinned: experts of each layer that stay in slots of
-    their own. lookahead: a missing expert's copy is issued that many steps before its step, as a
-    perfect predictor of the next layers would (0: on demand). Copies never start before the slot's
-    last reader. The caches start with the lowest experts that are not pinned. Where a step wants
-    more experts besides the pinned ones than a layer has slots, the rest pass through staging slots
-    and are not kept.
-
-    Raises InputError for a layer whose slots, pinned ones included, are fewer than top-k or more
-    than the experts.
-    """
-    num_layers, top_k = experts.shape[1:]
-    if isinstance(slots_per_layer, int):
-        slots_per_layer = [slots_per_layer] * num_layers
-    fixed = [list(row) for row in pinned or [()] * num_layers]
-    ids = np.asarray(experts, np.int64).reshape(-1, top_k)
-    staging = _most_beyond(ids, num_layers, slots_per_layer, fixed)
-    stride = staging + max(n + len(row) for n, row in zip(slots_per_layer, fixed, strict=True))
-    initial = np.full(num_layers * stride, -1, np.int64)
-    caches: list[OrderedDict[int, int]] = []
-    held: list[dict[int, int]] = []
-    for layer, (size, mine) in enumerate(zip(slots_per_layer, fixed, strict=True)):
-        others = [e for e in range(num_experts) if e not in mine]
-        if size > len(others) or size + len(mine) < top_k:
-            raise InputError(
-                f"layer {layer}: a cache of {size + len(mine)} experts, {len(mine)} of them pinned,"
-                f" top-k {top_k}, {num_experts} experts",
-                f"give {top_k} to {num_experts} slots a layer",
-            )
-        first = layer * stride
-        held.append({expert: first + i for i, expert in enumerate(mine)})
-        begin = first + len(mine)
-        caches.append(OrderedDict((e, begin + i) for i, e in enumerate(others[:size])))
-        for expert, slot in (*held[-1].items(), *caches[-1].items()):
-            initial[slot] = layer * num_experts + expert
-    last_read = np.full(len(initial), -1, np.int64)
-    slots = np.full(ids.shape, -1, np.int64)
-    copies: list[tuple[int, int, int, int]] = []
-    for step, row in enumerate(ids):
-        layer = step % num_layers
-        cache, stay = caches[layer], held[layer]
-        wanted = [int(e) for e in row if e >= 0 and e not in stay]
-        spare = list(range((layer + 1) * stride - staging, (layer + 1) * stride))
-        for k, expert in enumerate(row.tolist()):
-            if expert < 0:
-                continue
-            if expert in stay:
-                slots[step, k] = stay[expert]
-                continue
-            slot = cache.get(expert, -1)
-            if slot < 0:
-                victim = next((e for e in cache if e not in wanted), -1)
-                slot = cache.pop(victim) if victim >= 0 else spare.pop()
-                if victim >= 0:
-                    cache[expert] = slot
-                issue = max(step - lookahead, int(last_read[slot]) + 1, 0)
-                copies.append((issue, step, layer * num_experts + expert, slot))
-            slots[step, k] = slot
-            last_read[slot] = step
-        for expert in wanted:
-            if expert in cache:
-                cache.move_to_end(expert)
-    copies.sort(key=lambda c: (c[0], c[1]))
-    issued, needed, items, into = np.array(copies, np.int64).reshape(-1, 4).T
-    sizes = "-".join(map(str, sorted({min(slots_per_layer), max(slots_per_layer)})))
-    label = f"lru, {sizes} of {num_experts} experts a layer, lookahead {lookahead}"
-    if any(fixed):
-        label = label.replace(" of ", f" and {sum(map(len, fixed)) / num_layers:.3g} pinned of ")
-    return Schedule(
-        label, num_layers, num_experts, stride, ids, slots, issued, needed, items, into, initial
-    )
-
-
-def _most_beyond(
-    ids: IntArray, num_layers: int, sizes: Sequence[int], pinned: Sequence[Sequence[int]]
-) -> int:
-    """The most experts that a step wants beyond its layer's slots and pinned experts."""
-    most = 0
-    for layer in range(num_layers):
-        rows = ids[layer::num_layers]
-        wanted = ((rows >= 0) & ~np.isin(rows, list(pinned[layer]))).sum(axis=1)
-        most = max(most, int(wanted.max(initial=0)) - sizes[layer])
-    return most
 
 
 @dataclass(frozen=True, slots=True)

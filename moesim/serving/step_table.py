@@ -104,16 +104,6 @@ def tables_of(
     )
 
 
-def constant_tables(step_us: float, row_us: float = 0.0) -> StepTables:
-    """Steps of `step_us` and `row_us` for every row of the fullest rank: for tests and theory."""
-    x = np.array([[1.0, 2.0]])
-    none = np.zeros((1, 2))
-    return StepTables(
-        x, x * row_us, x, none[None], none, x, none,
-        np.zeros((1, 1, len(TERM_FIELDS))), np.zeros(1), np.array([float(step_us)]), np.zeros(1),
-    )  # fmt: skip
-
-
 def _padded_to(counts: FloatArray, times: FloatArray, size: int) -> tuple[FloatArray, FloatArray]:
     """`size` points: beyond the last given one times are in proportion to the count, as they are
     when a table is asked beyond its end."""

@@ -2,7 +2,7 @@
 
 All rates rise together; where a link fills up or a flow meets its own limit, the flows concerned
 stop and the others go on (Bertsekas and Gallager, Data Networks, 1992; the model of
-SimGrid's `maxmin` solver, Casanova et al. 2014). `moesim.sim.reference` holds the slow version.
+SimGrid's `maxmin` solver, Casanova et al. 2014). `tests.reference.maxmin` holds the slow version.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ log = logging.getLogger("moesim")
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moesim.draw import Picture
+
 DEFAULT_ROWS = 20
 
 
@@ -63,10 +65,10 @@ class StudyResult(Result):
         ]
         return pd.DataFrame(rows)
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        from moesim.draw.study import plot_study
+    def picture(self) -> Picture:
+        from moesim.draw.study import study_poster
 
-        return plot_study(dict(self.data), Path(path) if path is not None else None)
+        return study_poster(self.data)
 
 
 def study(

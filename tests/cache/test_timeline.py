@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -70,7 +69,7 @@ def test_cpu_takes_what_it_finishes_first(toys: ModuleType) -> None:
     run = run_timeline(trace, stream, setup(1, 3, 2, cpu="auto"), fast)
     assert run.step_s.tolist() == [10.0]
     assert (run.on_cpu.sum(), run.fetched.sum()) == (2, 0)
-    slow = replace(fast, cpu_s=10 * fast.cpu_s)
+    slow = fast._replace(cpu_s=10 * fast.cpu_s)
     run = run_timeline(trace, stream, setup(1, 3, 2, cpu="auto"), slow)
     assert run.step_s.tolist() == [23.0]
     assert (run.on_cpu.sum(), run.fetched.sum()) == (0, 2)

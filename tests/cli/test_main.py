@@ -15,7 +15,7 @@ from moesim.cli.main import COMMANDS, main, run
 from moesim.cli.reference import available_commands, command_tree, walk
 from moesim.errors import FormatError, InfeasibleError, UnknownNameError
 
-HEAVY = ("numpy", "numba", "matplotlib", "networkx", "pandas", "scipy", "torch", "simpy", "pulp")
+HEAVY = ("numpy", "numba", "vl_convert", "networkx", "pandas", "scipy", "torch", "simpy", "pulp")
 JSON_LISTS = (["solver", "list"], ["model", "list"], ["topology", "list"])
 Capture = pytest.CaptureFixture[str]
 

@@ -118,9 +118,10 @@ def test_plot_draws_every_vertex_once(tmp_path: Path) -> None:
     svg = tmp_path / "p.svg"
     run("show", "l40s-pcie", "--plot", str(svg))
     text = svg.read_text()
-    assert text.count("<!-- 15 -->") == 1  # GPU 15 alone has that number
-    assert "<!-- leaf switches -->" in text
-    assert "<!-- NVSwitch -->" not in text
+    assert text.count(">15</text>") == 1  # GPU 15 alone has that number
+    assert text.count('aria-label="gpu:') == 16
+    assert ">leaf switches</text>" in text
+    assert ">NVSwitch</text>" not in text
 
 
 def test_plot_refuses_what_it_cannot_draw(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.cost.reference import least_largest_load
 from moesim.cost.routing import home_ranks, route
 from moesim.placement import Placement
+from tests.reference.cost import least_largest_load
 
 
 def choices(ids: Any) -> Any:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.cost.reference import route_reference
 from moesim.cost.routing import home_ranks, other_ranks, route
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.placement import Placement
+from tests.reference.cost import route_reference
 
 FIELDS = ("slot_tokens", "messages", "gpu_fan_out", "node_fan_out", "num_tokens")
 

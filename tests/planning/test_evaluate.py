@@ -45,7 +45,7 @@ def test_measured_by_hand(build: ModuleType, step: StepModel) -> None:
     """The four tokens of tests/cost/test_routing.py, dedup per GPU, as one main batch of two."""
     trace = build.make_trace([[[1, 2]], [[3, 4]], [[4, 0]], [[0, 3]]] * 3, 6)
     sample = one_sample(build.cut(trace, 4, 4, 4), 1, 2)
-    got = measure(
+    measured = measure(
         trace,
         sample,
         PLACEMENT,
@@ -53,7 +53,9 @@ def test_measured_by_hand(build: ModuleType, step: StepModel) -> None:
         dedup="gpu",
         step=step,
         homes=lambda some: np.resize([1, 1, 0, 0], len(some.token_idx)).astype(np.int32),
-    ).values
+    )
+    got = measured.values
+    assert measured.layer_parts_us == pytest.approx(np.array([[32.0, 6.44, 32.0]]))
     # Choices of the GPUs: 1 2 4 1: mean 2, max 4.
     assert got["imbalance"].tolist() == [[2.0]] * 3
     assert got["balancedness"].tolist() == [[0.5]] * 3
@@ -75,6 +77,7 @@ def test_gpu_load_is_of_the_main_batches(build: ModuleType) -> None:
     # Batches {1, 2} on GPU 1 and {3, 4} on GPU 2: a choice a batch on average.
     assert measured.gpu_load.tolist() == [[0, 1, 1, 0]]
     assert "step_us" not in measured.values
+    assert measured.layer_parts_us is None
 
 
 def test_speeds_count_in_imbalance(drawn: tuple[Trace, Sample]) -> None:

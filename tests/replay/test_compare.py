@@ -228,13 +228,13 @@ def test_noise_from_a_repeated_run() -> None:
 
 
 def test_plot(tmp_path) -> None:
-    from moesim.draw.validate import plot_validation
+    from moesim.jobs.pictures import validation_picture
 
     found = compare(record({"linear": 1.0, "a": 1.1}), predictor())
-    plot_validation([found], tmp_path / "v.png")
+    validation_picture([found]).save(tmp_path / "v.png")
     assert (tmp_path / "v.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(InputError, match="nothing to plot"):
-        plot_validation([replace(found, cases=[])], tmp_path / "w.png")
+        validation_picture([replace(found, cases=[])])
     json.dumps(found.to_json(), allow_nan=False)
 
 

@@ -121,3 +121,24 @@ def test_cache_plan_on_one_rank(inputs, tmp_path, capsys) -> None:
     assert all(c["measured_us"] > 0 and c["predicted_us"] > 0 for c in found["caches"])
     assert run(["validate", "--cache-plan", str(path)]) == 2
     assert "with a trace" in capsys.readouterr().err
+
+
+def test_cache_plans_of_any_policy_are_validated(inputs, tmp_path, capsys) -> None:
+    """A static plan with no slot in one layer, and one by score: both replayed and compared."""
+    from moesim.caching.plan import CachePlan
+
+    command = ["validate", "--trace", str(inputs.trace), "--device", "cpu", "--timeout", "60"]
+    for policy in ("static", "score"):
+        path = tmp_path / f"{policy}.json"
+        CachePlan("tiny", "toy", 8, (0, 1, 2), (0, 1, 4), ((),) * 3, policy=policy).save(path)
+        command += ["--cache-plan", str(path)]
+    command += ["--model", json.dumps(inputs.shape.to_json()), "--max-median-error", "1e9"]
+    assert run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["caches"]
+    assert [c["cache"].split(",")[0] for c in found] == ["static", "static", "score", "score"]
+    for on_demand, ahead in (found[:2], found[2:]):
+        assert on_demand["copies_per_token"] == ahead["copies_per_token"] > 0
+    other = tmp_path / "other.json"
+    CachePlan("tiny", "toy", 8, (3, 4, 5), (2, 2, 2), ((),) * 3).save(other)
+    assert run(["validate", "--trace", str(inputs.trace), "--cache-plan", str(other)]) == 2
+    assert "or their layer numbers differ" in capsys.readouterr().err

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.errors import FormatError, InputError, MismatchError, UnknownNameError
-from moesim.replay.schedule import StepCosts, load_schedule, lru_schedule, predict_tokens_us
+from moesim.caching.events import Stream
+from moesim.caching.plan import CachePlan
+from moesim.caching.planner import setup_of_plan
+from moesim.caching.policies import POLICIES
+from moesim.caching.timeline import run_timeline
+from moesim.caching.timeline_kernel import StepTimes
+from moesim.errors import FormatError, InputError, MismatchError
+from moesim.replay.cache_schedule import plan_schedule
+from moesim.replay.make_schedule import lru_schedule
+from moesim.replay.schedule import StepCosts, load_schedule, predict_tokens_us
+from moesim.trace.format import Trace, TraceMeta
 
 
 def test_lru_by_hand() -> None:
@@ -57,12 +70,13 @@ def test_pinned_experts_and_staging_by_hand() -> None:
     assert schedule.initial.tolist() == [4, 0, 1]
     assert schedule.slots.tolist() == [[1, 0], [2, 1], [0, 2]]
     assert schedule.item.tolist() == [2, 3]
-    # With one slot (expert 0 in slot 1) the second of two misses passes through staging slot 2,
-    # and is gone afterwards.
+    # With one slot (expert 0 in slot 1) the cache keeps the later of two misses, 3, which goes
+    # through staging slot 2 as slot 1 is read too; from then on slot 2 is the cache and slot 1 is
+    # for staging. {3, 4}: nothing to copy; {2, 3}: 2, through slot 1, as 3 is kept again.
     tight = lru_schedule(np.array([[2, 3], [3, 4], [2, 3]])[:, None], 5, 1, pinned=[[4]])
     assert tight.initial.tolist() == [4, 0, -1]
-    assert tight.slots.tolist() == [[1, 2], [1, 0], [2, 1]]
-    assert tight.item.tolist() == [2, 3, 3, 2]
+    assert tight.slots.tolist() == [[1, 2], [2, 0], [1, 2]]
+    assert tight.item.tolist() == [2, 3, 2]
     # Layers may differ: layer 0 has three slots, layer 1 two; each owns three.
     two = lru_schedule(np.array([[[0, 1], [2, 3]]]), 4, [3, 2])
     assert two.initial.tolist() == [0, 1, 2, 4, 5, -1]
@@ -161,11 +175,7 @@ def test_experts_at_the_rows_asked_for(inputs) -> None:
 def test_same_misses_as_the_cache_simulator(seed: int, slots: int) -> None:
     """A cache plan's schedule copies what the cache simulator counts as misses, when both start
     with the same content: lowest experts first, brought in by a first token a slot."""
-    from moesim.caching.events import Stream
-    from moesim.caching.plan import CachePlan
     from moesim.caching.simulate import CacheSettings, hit_curves
-    from moesim.replay.cache_schedule import plan_schedule
-    from moesim.trace.format import Trace, TraceMeta
 
     rng = np.random.default_rng(seed)
     ids = np.argsort(rng.random((40, 2, 8)), axis=2)[:, :, :3].astype(np.int16)
@@ -185,15 +195,101 @@ def test_same_misses_as_the_cache_simulator(seed: int, slots: int) -> None:
     assert len(schedule.item) == misses
 
 
-def test_plans_that_cannot_be_replayed_are_refused() -> None:
-    from moesim.caching.plan import CachePlan
-    from moesim.replay.cache_schedule import plan_schedule
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    policy=st.sampled_from(list(POLICIES)),
+    slots=st.lists(st.integers(0, 6), min_size=2, max_size=2),
+    num_pinned=st.integers(0, 2),
+    lookahead=st.integers(0, 3),
+)
+def test_every_policy_copies_what_the_timeline_fetches(
+    seed: int, policy: str, slots: list[int], num_pinned: int, lookahead: int
+) -> None:
+    """A warm plan of any policy, with pinned experts and with fewer slots than a token chooses
+    experts: each token's copies are the fetches of the cache's own timeline (layers, experts and
+    requests the same), the schedule passes its own check, and a prefetcher changes none of it."""
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((30, 2, 8)), axis=2)[:, :, :3].astype(np.int16)
+    ids[rng.random(ids.shape) < 0.1] = -1
+    gates = rng.random(ids.shape).astype(np.float32)
+    starts = np.arange(30) % 10 == 0
+    frequency = rng.random((2, 8))
+    pinned = tuple(tuple(rng.permutation(8)[:num_pinned].tolist()) for _ in range(2))
+    plan = CachePlan("m", "gpu", 8, (0, 1), tuple(slots), pinned, policy=policy)
+    schedule = plan_schedule(
+        plan, ids, (0, 1), lookahead=lookahead, gates=gates, starts=starts, frequency=frequency
+    )
+    request = np.cumsum(starts).astype(np.int32)
+    trace = Trace(
+        ids,
+        request,
+        np.arange(30, dtype=np.int32) % 10,
+        np.ones(30, np.uint8),
+        TraceMeta("m", 8, 3, (0, 1)),
+        gate_weights=gates,
+    )
+    stream = Stream(np.arange(30), np.arange(31), np.zeros(30, np.int32), starts, 1)
+    flat = np.ones(2)
+    times = StepTimes(
+        np.ones((2, 2)), flat, flat, np.ones((2, 8)), np.zeros((2, 8)), np.zeros(2), 0.0
+    )
+    run = run_timeline(trace, stream, setup_of_plan(plan, frequency), times)
+    assert schedule.copies_per_token.tolist() == run.fetched.sum(axis=1).tolist()
+    assert schedule.label.startswith(f"{policy}, ")
 
+
+def test_offline_policies_by_hand() -> None:
+    """One layer, 3 experts, two slots that start with the soonest used, 1 and 2. Choices 1 2 0 1 2:
+    the optimum copies 0, never used again, through staging slot 2 and keeps the others; Belady has
+    to admit it, in the place of 2 (used last), and copies 2 once more."""
+    plan = CachePlan("m", "gpu", 3, (0,), (2,), ((),), policy="optimum")
+    ids = np.array([1, 2, 0, 1, 2])[:, None, None]
+    schedule = plan_schedule(plan, ids, (0,), frequency=np.ones((1, 3)))
+    assert schedule.initial.tolist() == [1, 2, -1]
+    assert schedule.slots[:, 0].tolist() == [0, 1, 2, 0, 1]
+    assert schedule.item.tolist() == [0]
+    forced = plan_schedule(replace(plan, policy="belady"), ids, (0,), frequency=np.ones((1, 3)))
+    assert forced.slots[:, 0].tolist() == [0, 1, 1, 0, 1]
+    assert forced.item.tolist() == [0, 2]
+
+
+def test_static_by_hand() -> None:
+    """4 experts, two slots that hold the most frequent, 1 and 3, for good: each other expert is
+    copied whenever a token chooses it, through staging slot 2."""
+    plan = CachePlan("m", "gpu", 4, (0,), (2,), ((),), policy="static")
+    ids = np.array([0, 1, 0, 3, 2])[:, None, None]
+    schedule = plan_schedule(plan, ids, (0,), frequency=np.array([[0.1, 0.9, 0.2, 0.8]]))
+    assert schedule.initial.tolist() == [1, 3, -1]
+    assert schedule.slots[:, 0].tolist() == [2, 0, 2, 1, 2]
+    assert schedule.item.tolist() == [0, 0, 2]
+    with pytest.raises(InputError, match="are not known"):
+        plan_schedule(plan, ids, (0,))
+
+
+def test_lru_schedules_need_torch_and_numpy_alone() -> None:
+    """In an engine's container, without numba, the same schedule comes out."""
+    code = (
+        "import container, sys; import numpy as np\n"
+        "from moesim.replay.make_schedule import lru_schedule\n"
+        "made = lru_schedule(np.array([0, 2, 0, 1, 3])[:, None, None], 4, 2)\n"
+        "assert 'numba' not in sys.modules\n"
+        "print(made.slots[:, 0].tolist(), made.item.tolist())"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.stdout.split("\n")[0] == "[0, 1, 0, 1, 0] [2, 1, 3]", done.stderr
+
+
+def test_plans_that_cannot_be_replayed_are_refused() -> None:
     ids = np.zeros((1, 1, 1), int)
-    plan = CachePlan("m", "gpu", 4, (3,), (2,), ((),), policy="lfu")
-    with pytest.raises(UnknownNameError, match="lfu"):
-        plan_schedule(plan, ids, (3,))
-    lru = replace(plan, policy="lru")
+    lru = CachePlan("m", "gpu", 4, (3,), (2,), ((),))
     with pytest.raises(MismatchError, match="layer 2"):
         plan_schedule(lru, ids, (2,))
     with pytest.raises(MismatchError, match="5 experts"):

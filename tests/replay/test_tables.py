@@ -20,7 +20,7 @@ from moesim.cost.calibration_schema import CalibrationFile
 from moesim.replay.cache_schedule import calibrated_costs
 from moesim.replay.calibrate_links import growing, subgroup_sizes
 from moesim.replay.environment import num_nodes_of
-from moesim.replay.schedule import lru_schedule
+from moesim.replay.make_schedule import lru_schedule
 from moesim.replay.shape import ExpertShape
 from moesim.replay.table_lines import link_lines, link_rows
 from moesim.replay.tables import calibration_data, load_raw

@@ -112,9 +112,10 @@ def test_served_requests_with_promises_missed_levels_and_two_roles(
     assert "missed: tpot_p99<50ms" in card.detail
     assert "By priority, the first the most urgent" in titles(found)
     figures = [f for b in found.blocks if isinstance(b, Figures) for f in b.items]
-    tokens = next(f for f in figures if f.title == "Tokens a second")
-    assert len(tokens.legend) == 4
-    assert tokens.legend[2].name == "output tokens, decoding engines"
+    tokens = next(f for f in figures if f.title == "Tokens per second")
+    names = tokens.chart.view["layer"][0]["encoding"]["color"]["scale"]["domain"]
+    assert len(names) == 4
+    assert names[2] == "output tokens, decoding engines"
 
 
 def test_latency_charts_mark_the_promise_and_turn_logarithmic(
@@ -124,8 +125,9 @@ def test_latency_charts_mark_the_promise_and_turn_logarithmic(
     data["cdf"]["tpot"] = [0.001 * 1.1**i for i in range(101)]
     found = section(data, tmp_path)
     figures = {f.title: f for b in found.blocks if isinstance(b, Figures) for f in b.items}
-    assert "promise p99" in figures["Time per output token"].chart
-    assert "logarithmic" in figures["Time per output token"].caption
+    drawn = figures["Time per output token"].chart.svg()
+    assert "promise p99" in drawn
+    assert "time per output token (s), logarithmic" in drawn
     data["cdf"]["tpot"] = [2.0, 1.0, 3.0]
     with pytest.raises(FormatError, match=r"cdf\.tpot must be quantiles in ascending order"):
         section(data, tmp_path)
@@ -144,9 +146,12 @@ def test_faults_drops_and_new_placements_of_a_simulation(
             {"fault": "gpu:2", "at_us": 6e4, "lost_experts": 0, "time_to_recover_us": 1e3},
         ],
     }
+    data["settings"] = {"slow": "3=0.8", "schedule": "chunked"}
     plan["drops"] = {"choices": 100, "dropped": 7, "dropped_share": 0.07, "substituted": 0}
     plan["rebalance"] = {"num_plans": 3, "mode": "async", "bytes_from_gpus": 1e6, "stall_share": 0}
     found = section(data, tmp_path)
+    assert found.title == "Simulated steps on h100-sxm-ib, slow 3=0.8; schedule chunked"
+    assert "Settings: slow 3=0.8; schedule chunked." in found.lead
     assert "available 90.0% of the time, 2 steps run again" in notes(found)
     assert "3 new placements (async)" in notes(found)
     tables = {b.title: b.table for b in found.blocks if isinstance(b, TableBlock)}
@@ -158,7 +163,7 @@ def test_a_cache_plan_alone_says_what_it_lacks(made: SimpleNamespace, tmp_path: 
     whole = json.loads((made.folder / "cache.json").read_text())
     found = section(whole["plan"], tmp_path)
     assert "give moesim cache --json as well" in notes(found)
-    assert cards(found)["tokens a second"]
+    assert cards(found)["tokens/s"]
     del whole["sweep"]
     assert "Speed against memory is left out" in notes(section(whole, tmp_path))
 

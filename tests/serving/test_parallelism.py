@@ -7,15 +7,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from moesim.errors import InputError, UnknownNameError
-from moesim.serving.moe_load import MoeLoad
-from moesim.serving.parallelism import (
+from benchmarks.parallelism_times import (
     WAYS,
     LayerTimes,
     best_way,
     crossovers,
     layer_times,
 )
+from moesim.errors import InputError, UnknownNameError
+from moesim.serving.moe_load import MoeLoad
 
 EVEN = MoeLoad(np.full((1, 4), 0.5), "every token chooses half of four experts")
 

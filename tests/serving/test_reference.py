@@ -8,8 +8,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from moesim.serving.reference import Rank, Service
 from moesim.serving.requests import Requests
+from tests.reference.serving import Rank, Service
 
 STEP = {"step_us": 900.0, "row_us": 11.0, "context_us": 0.13, "pair_us": 0.017, "moe_us": 3.0}
 

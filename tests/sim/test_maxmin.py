@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.sim.maxmin import max_min_rates
-from moesim.sim.reference import max_min_reference
+from tests.reference.maxmin import max_min_reference
 
 FREE = 1e9
 

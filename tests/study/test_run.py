@@ -177,7 +177,7 @@ def test_size_of_the_grid_is_said_and_limited(ask: Ask, toy: Any) -> None:
     grid = {"gpus": {"from": 1, "to": 1000, "step": 1}, "work": [1.0, 2.0, 3.0]}
     with pytest.raises(InputError, match=r"3,000 points \(gpus 1000 x work 3\)") as error:
         make_study({"evaluator": "toy", "grid": grid})
-    assert "--max-points 3000" in error.value.remedy
+    assert "`max_points` 3000" in error.value.remedy
     assert make_study({"evaluator": "toy", "grid": grid}, max_points=3000).space.num_points == 3000
     assert not toy.calls
 

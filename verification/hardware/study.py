@@ -33,9 +33,10 @@ from moesim.cost.calibration import Calibration, load_calibration
 from moesim.replay.cache_schedule import calibrated_costs
 from moesim.replay.cases import longest_first
 from moesim.replay.compare import Comparison, compare, load_measured
+from moesim.replay.make_schedule import lru_schedule
 from moesim.replay.predict import build_predictor
 from moesim.replay.records import read_record
-from moesim.replay.schedule import Schedule, load_schedule, lru_schedule, predict_tokens_us
+from moesim.replay.schedule import Schedule, load_schedule, predict_tokens_us
 from moesim.replay.shape import ExpertShape, parse_shape
 from moesim.replay.tables import load_raw, merge_raw
 from moesim.trace.format import load_token_trace

@@ -6,28 +6,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moesim.report.html.charts import Axes, Line, legend, lines
-from moesim.report.html.heatmap import (
-    MAX_COLUMNS,
-    MAX_ROWS,
-    Colours,
-    Side,
-    heat_map,
-)
-from moesim.report.html.palette import series_of
+from moesim.draw.colours import PARTS
+from moesim.draw.figures import significant
+from moesim.draw.heatmap import MAX_COLUMNS, MAX_ROWS, Colours, Side, heat_map
+from moesim.draw.plan import STEP_PARTS, busiest_gpu, layer_times, load_maps, relative_load
 from moesim.report.html.parts import Block, Figure, Figures, Note, Table
-from moesim.report.html.svg import significant
 
 if TYPE_CHECKING:
     from moesim.placement import Plan
     from moesim.planning.maps import PlanMaps
 
 MAX_TABLE_CELLS = 512
-MAX_REACH = 1.0
 
 
-def map_blocks(plan: Plan, maps: PlanMaps) -> list[Block]:
-    """Heat maps before and after, side by side on one colour scale."""
+def map_blocks(plan: Plan, maps: PlanMaps, basis: str) -> list[Block]:
+    """Load, predicted time and traffic before and after, side by side on one scale; `basis` is the
+    badge of predicted times."""
     names = list(maps.maps)
     blocks: list[Block] = []
     if not maps.same_trace:
@@ -39,19 +33,15 @@ def map_blocks(plan: Plan, maps: PlanMaps) -> list[Block]:
         )
     blocks += [Note(text[0].upper() + text[1:] + ".") for text in maps.notes]
     blocks.append(Figures(_loads(names, plan, maps)))
+    blocks.append(Figures(_times(plan, maps, basis)))
     if plan.placement.num_gpus > 1:
         blocks.append(Figures(_traffic(names, plan, maps)))
     return blocks
 
 
 def _loads(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
-    relative = {}
-    for name in names:
-        load = maps.maps[name].gpu_load
-        mean = load.mean(axis=1, keepdims=True)
-        relative[name] = np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
-    reach = max(0.05, *(float(np.abs(r - 1).max()) for r in relative.values()))
-    colours = Colours(min(MAX_REACH, reach), 1.0)
+    loads = {name: maps.maps[name].gpu_load for name in names}
+    drawn = load_maps(loads, plan.layer_ids)
     gpus = [str(g) for g in range(plan.placement.num_gpus)]
     layers = [str(x) for x in plan.layer_ids]
     caption = (
@@ -62,21 +52,35 @@ def _loads(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
         caption += " GPUs and layers are drawn in groups, each cell the largest of its group."
     return [
         Figure(
-            f"Load by layer and GPU: {name}",
-            heat_map(
-                f"Load by layer and GPU: {name}",
-                relative[name],
-                Side("MoE layer", layers),
-                Side("GPU", gpus),
-                colours,
-                "x the mean load",
-            ),
-            _load_table(relative[name], layers, gpus),
+            drawn[name].title,
+            drawn[name],
+            _load_table(relative_load(loads[name]), layers, gpus),
             caption,
             "counted",
         )
         for name in names
     ]
+
+
+def _times(plan: Plan, maps: PlanMaps, basis: str) -> list[Figure]:
+    """Predicted time of each layer by its parts, where cluster and model are known."""
+    parts = {
+        name: own.layer_parts_us
+        for name, own in maps.maps.items()
+        if own.layer_parts_us is not None
+    }
+    if not parts:
+        return []
+    columns = ["layer", *(f"{PARTS[p][0]} (us)" for p in STEP_PARTS), "total (us)"]
+    out = []
+    for name, picture in layer_times(parts, plan.layer_ids).items():
+        rows = [
+            [str(layer), *(significant(us) for us in (*own, sum(own)))]
+            for layer, own in zip(plan.layer_ids, parts[name].tolist(), strict=True)
+        ]
+        caption = "A mean batch; dispatch, then the slowest GPU's experts, then combine."
+        out.append(Figure(picture.title, picture, Table(columns, rows), caption, basis))
+    return out
 
 
 def _load_table(relative: np.ndarray, layers: list[str], gpus: list[str]) -> Table:
@@ -101,9 +105,9 @@ def _load_table(relative: np.ndarray, layers: list[str], gpus: list[str]) -> Tab
 
 
 def _traffic(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
-    size, unit = 1.0, "hidden states a step"
+    size, unit = 1.0, "hidden states per step"
     if maps.message_bytes is not None:
-        size, unit = maps.message_bytes / 1e6, "MB a step"
+        size, unit = maps.message_bytes / 1e6, "MB per step"
     values = {name: maps.maps[name].messages * size for name in names}
     apart = ~np.eye(plan.placement.num_gpus, dtype=bool)
     most = max(float(v.max()) for v in values.values())
@@ -117,7 +121,7 @@ def _traffic(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
         total = float(values[name].sum())
         caption = (
             f"Dispatch of a mean step over all layers, {significant(total)} {unit} in all; a hidden"
-            f" state is sent once a {sent}. Combine sends as many back."
+            f" state is sent once per {sent}. Combine sends as many back."
         )
         if low:
             caption += " The colours do not begin at 0."
@@ -136,6 +140,7 @@ def _traffic(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
                     unit,
                     combine="mean",
                     square=True,
+                    most=(MAX_COLUMNS, MAX_COLUMNS),
                 ),
                 _traffic_table(values[name], gpus, unit),
                 caption,
@@ -162,27 +167,16 @@ def _traffic_table(values: np.ndarray, gpus: list[str], unit: str) -> Table:
 
 def busiest_figure(maps: PlanMaps) -> Figure:
     """How the load of the busiest GPU is distributed over batches and layers."""
-    names = list(maps.maps)
-    own = names[-1]
-    series = series_of(names, own)
-    drawn, rows = [], []
-    for name in names:
-        ordered = np.sort(maps.maps[name].busiest)
-        share = np.arange(1, len(ordered) + 1) / len(ordered) * 100
-        drawn.append(Line(name, ordered.tolist(), share.tolist(), series[name], step=True))
-        quantiles = np.percentile(ordered, (10, 50, 90, 99, 100))
-        rows.append([name, *(f"{q:.3f}" for q in quantiles)])
-    title = "Busiest GPU of a batch and layer"
-    axes = Axes(
-        "busiest GPU's load / mean load",
-        "share of batches and layers (%)",
-        y_range=(0.0, 100.0),
-    )
+    busiest = {name: own.busiest for name, own in maps.maps.items()}
+    rows = [
+        [name, *(f"{q:.3f}" for q in np.percentile(values, (10, 50, 90, 99, 100)))]
+        for name, values in busiest.items()
+    ]
+    picture = busiest_gpu(busiest)
     return Figure(
-        title,
-        lines(title, drawn, axes),
+        picture.title,
+        picture,
         Table(["placement", "p10", "p50", "p90", "p99", "largest"], rows),
         "A layer waits for its busiest GPU, so what counts is the batch, not the average load.",
         "counted",
-        legend([(n, series[n]) for n in names], "line"),
     )

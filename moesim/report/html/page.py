@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from moesim.draw.colours import DARK
 from moesim.errors import InputError
 from moesim.report.html.cache_section import cache_section
+from moesim.report.html.inline import dark_style, inline
 from moesim.report.html.map_section import busiest_figure, map_blocks
 from moesim.report.html.parts import BASES, Figure, Figures, Note, Section
 from moesim.report.html.plan_section import plan_section, plan_views
@@ -66,13 +68,14 @@ def make_page(runs: Sequence[Run], passed: Sequence[str], trace: Trace | None = 
             reason = found if isinstance(found, str) else ""
             if not isinstance(found, str):
                 _first_figures(section).append(busiest_figure(found))
-                section.blocks += map_blocks(view.plan, found)
+                section.blocks += map_blocks(view.plan, found, view.basis)
         if reason:
             text = f"Maps of load and traffic are left out: {reason}."
             section.blocks.append(Note(text, left_out=True))
         sections.append(section)
     for kind, make in SECTIONS.items():
         sections += [make(run) for run in runs if run.format == kind]
+    _tell_apart(sections)
     sections.append(provenance_section(runs, passed))
     for i, section in enumerate(sections, 1):
         section.anchor = f"s{i}"
@@ -90,6 +93,14 @@ def make_page(runs: Sequence[Run], passed: Sequence[str], trace: Trace | None = 
             "report fewer runs at once",
         )
     return Page(html, tuple(s.title for s in sections), tuple(left_out))
+
+
+def _tell_apart(sections: Sequence[Section]) -> None:
+    """Where two sections have one title, each names its files in it."""
+    seen = [section.title for section in sections]
+    for section in sections:
+        if seen.count(section.title) > 1:
+            section.title += f" ({', '.join(section.sources)})"
 
 
 def _first_figures(section: Section) -> list[Figure]:
@@ -111,6 +122,7 @@ def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
 
     folder = files("moesim.report.html")
     style = _squeezed(folder.joinpath("style.css").read_text(encoding="utf-8"))
+    style += dark_style(DARK.items())
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -123,6 +135,7 @@ def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
         sections=sections,
         has_headline=any(section.headline for section in sections),
         bases=BASES,
+        inline=inline,
         version=version("moesim"),
         num_files=len(runs),
     )

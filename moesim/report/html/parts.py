@@ -1,22 +1,34 @@
-"""What a page is made of. The template turns these into HTML; every text in them is escaped there,
-except what is Markup, which only moesim.report.html makes."""
+"""What a page is made of. The template turns these into HTML and escapes every text in them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from markupsafe import Markup
+from moesim.draw import Picture
 
-Basis = Literal["measured", "datasheet", "assumed", "counted"]
-BASES: dict[str, tuple[str, str]] = {
-    "counted": ("◆", "counted from the routing trace; no hardware figure is in it"),
-    "measured": ("●", "rests on measurements of hardware alone"),
-    "datasheet": ("◐", "rests, at its weakest, on a maker's datasheet"),
-    "assumed": ("○", "rests, at its weakest, on an assumption"),
+_PREDICTED = {
+    "measured": "predicted, from measured parts",
+    "datasheet": "predicted, from datasheet figures",
+    "assumed": "predicted, from assumptions",
 }
-"""Sign and meaning of each basis, strongest first."""
+BASES: dict[str, tuple[str, str, str]] = {
+    "counted": ("◆", "counted", "counted from the routing trace; no hardware figure is in it"),
+    "measured": ("●", "measured", "measured on hardware"),
+    _PREDICTED["measured"]: (
+        *("◕", "parts"),
+        "computed by the cost model; every part that it was computed from is measured",
+    ),
+    _PREDICTED["datasheet"]: (
+        *("◐", "datasheet"),
+        "computed by the cost model; at its weakest it rests on a maker's datasheet",
+    ),
+    _PREDICTED["assumed"]: (
+        *("○", "assumed"),
+        "computed by the cost model; at its weakest it rests on an assumption",
+    ),
+}
+"""What a badge says: sign, style and meaning, strongest first."""
 MAX_ROWS = 200
 
 
@@ -40,23 +52,14 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class LegendItem:
-    """A name and the drawing that stands for it in a chart."""
-
-    name: str
-    swatch: Markup
-
-
-@dataclass(frozen=True, slots=True)
 class Figure:
     """A chart with its name, the same data as a table, and what it rests on."""
 
     title: str
-    chart: Markup
+    chart: Picture
     table: Table
     caption: str = ""
     basis: str = ""
-    legend: Sequence[LegendItem] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,11 @@ class Note:
 
     text: str
     left_out: bool = False
+
+
+def predicted(basis: str) -> str:
+    """The badge of a prediction that rests, at its weakest, on `basis`."""
+    return _PREDICTED.get(basis, f"predicted, from {basis} figures")
 
 
 Block = Figures | TableBlock | Cards | Note

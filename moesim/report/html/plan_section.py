@@ -6,46 +6,57 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from moesim.draw.charts import Interval, intervals
+from moesim.draw.colours import PARTS, series_of
+from moesim.draw.figures import minus, percent, significant
+from moesim.draw.plan import STEP_PARTS
+from moesim.draw.simulate import breakdown
 from moesim.errors import FormatError
 from moesim.placement import Plan, parse_plan
-from moesim.report.html.charts import Bar, Interval, bars, intervals, legend, percent
 from moesim.report.html.fields import Fields
-from moesim.report.html.palette import PARTS, series_of
-from moesim.report.html.parts import Card, Cards, Figure, Figures, Note, Section, Table, TableBlock
+from moesim.report.html.parts import (
+    Card,
+    Cards,
+    Figure,
+    Figures,
+    Note,
+    Section,
+    Table,
+    TableBlock,
+    predicted,
+)
 from moesim.report.html.runs import Run
-from moesim.report.html.svg import minus, significant
 
 FIGURES: tuple[tuple[str, str, str, float], ...] = (
-    ("step_us", "MoE time a step", "ms", 1e-3),
-    ("step_us_p99", "MoE time a step, p99", "ms", 1e-3),
+    ("step_us", "MoE time per step", "ms", 1e-3),
+    ("step_us_p99", "MoE time per step, p99", "ms", 1e-3),
     ("imbalance", "imbalance: busiest GPU over mean", "", 1.0),
     ("imbalance_p99", "imbalance, p99", "", 1.0),
     ("balancedness", "balancedness: mean over busiest GPU", "", 1.0),
     ("balancedness_worst_layer", "balancedness, worst layer", "", 1.0),
     ("fan_out", "GPUs a token is sent to", "GPUs", 1.0),
     ("node_fan_out", "nodes a token is sent to", "nodes", 1.0),
-    ("inter_node_bytes", "bytes between nodes a token", "KB", 1e-3),
-    ("dispatch_us", "dispatch a step", "ms", 1e-3),
-    ("compute_us", "routed experts a step", "ms", 1e-3),
-    ("combine_us", "combine a step", "ms", 1e-3),
+    ("inter_node_bytes", "bytes between nodes per token", "KB", 1e-3),
+    ("dispatch_us", "dispatch per step", "ms", 1e-3),
+    ("compute_us", "routed experts per step", "ms", 1e-3),
+    ("combine_us", "combine per step", "ms", 1e-3),
 )
 """Figure, name for readers, unit, factor."""
 DRAWN = ("step_us", "imbalance", "fan_out", "inter_node_bytes")
 GOAL = {"balance": "imbalance", "traffic": "fan_out", "time": "step_us"}
 SHORT = {
-    "step_us": "MoE time a step",
+    "step_us": "MoE time per step",
     "step_us_p99": "MoE time, p99",
     "dispatch_us": "dispatch",
     "compute_us": "routed experts",
     "combine_us": "combine",
     "imbalance": "imbalance",
     "imbalance_p99": "imbalance, p99",
-    "fan_out": "GPUs a token",
+    "fan_out": "GPUs per token",
     "node_fan_out": "nodes a token",
     "inter_node_bytes": "inter-node bytes",
 }
 """Figures of which less is better, by their short names."""
-STEP_PARTS = ("dispatch", "compute", "combine")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +75,7 @@ class PlanView:
 
     @property
     def basis(self) -> str:
-        return self.evaluation.text("basis", "") or "assumed"
+        return predicted(self.evaluation.text("basis", "") or "assumed")
 
     @property
     def title(self) -> str:
@@ -245,7 +256,7 @@ def _interval_figures(
                 label[0].upper() + label[1:],
                 intervals(label, rows, _axis(label, unit)),
                 _interval_table(rows, unit),
-                "Mean and 95% interval; the axis does not begin at 0.",
+                "Mean and 95% interval.",
                 basis,
             )
         )
@@ -282,7 +293,7 @@ def _paired(
     return [
         Figure(
             title,
-            intervals(title, rows, "difference (%)", mark=(0.0, "no difference"), compact=True),
+            intervals(title, rows, "difference (%)", mark=(0.0, "no difference")),
             _interval_table(rows, "%"),
             "Paired batch by batch, 95% interval. To the left is better.",
             view.basis,
@@ -291,34 +302,22 @@ def _paired(
 
 
 def _step_parts(
-    view: PlanView,
-    names: list[str],
-    found: dict[str, dict[str, tuple[float, float, float]]],
+    view: PlanView, names: list[str], found: dict[str, dict[str, tuple[float, float, float]]]
 ) -> Figure | None:
     if not all(f"{part}_us" in found[n] for n in names for part in STEP_PARTS):
         return None
-    rows, table = [], []
-    for n in names:
-        values = [found[n][f"{part}_us"][0] / 1e3 for part in STEP_PARTS]
-        total = sum(values)
-        rows.append(
-            Bar(
-                n,
-                [
-                    (PARTS[part][0], PARTS[part][1], value)
-                    for part, value in zip(STEP_PARTS, values, strict=True)
-                ],
-                f"{significant(total)} ms",
-            )
-        )
-        table.append([n, *(significant(v) for v in values), significant(total)])
+    parts_us = {n: {p: found[n][f"{p}_us"][0] for p in STEP_PARTS} for n in names}
+    title = "Where the MoE time of a step goes"
+    table = [
+        [n, *(significant(us / 1e3) for us in (*parts.values(), sum(parts.values())))]
+        for n, parts in parts_us.items()
+    ]
     return Figure(
-        "Where the MoE time of a step goes",
-        bars("Where the MoE time of a step goes", rows, "time a step (ms)"),
+        title,
+        breakdown(title, parts_us, "time per step (ms)"),
         Table(["placement", *(f"{PARTS[p][0]} (ms)" for p in STEP_PARTS), "total (ms)"], table),
         "The closed-form cost: dispatch, experts, combine, each waiting for the slowest.",
         view.basis,
-        legend([PARTS[p] for p in STEP_PARTS]),
     )
 
 
@@ -358,7 +357,7 @@ def _table(
 
 def _bound_text(view: PlanView) -> str:
     head = view.head
-    unit = "max/mean load" if head.text("objective", "") == "balance" else "us a layer"
+    unit = "max/mean load" if head.text("objective", "") == "balance" else "us per layer"
     text = (
         f"On the tuning data the plan's objective is {significant(head.number('objective_value'))}"
         f" {unit}; no placement is below {significant(head.number('bound'))}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from moesim.draw.study import plain
 from moesim.report.html.fields import Fields
 from moesim.report.html.parts import BASES, Note, Section, Table, TableBlock
-from moesim.report.html.runs import Run, plain
+from moesim.report.html.runs import Run
 
 HASH = 16
 
@@ -30,7 +31,7 @@ def provenance_section(runs: Sequence[Run], passed: Sequence[str]) -> Section:
             section.blocks.append(TableBlock(run.name, table))
     if passed:
         section.blocks.append(Note("Passed over: " + "; ".join(passed) + ".", left_out=True))
-    meanings = [[f"{sign} {name}", meaning] for name, (sign, meaning) in BASES.items()]
+    meanings = [[f"{sign} {name}", meaning] for name, (sign, _, meaning) in BASES.items()]
     table = Table(["basis", "a figure so marked"], meanings, frozenset({1}))
     section.blocks.append(TableBlock("What figures rest on", table))
     return section
@@ -47,14 +48,14 @@ def _origin(run: Run) -> list[tuple[str, str]]:
             found += _flat(source)
     evaluation = data.maybe("evaluation")
     if evaluation is not None and evaluation.has("basis"):
-        found.append(("weakest basis", evaluation.text("basis")))
-    for key, name in (("basis", "weakest basis"), ("cluster", "cluster"), ("seed", "seed")):
+        found.append(("predictions rest on", evaluation.text("basis")))
+    for key, name in (("basis", "predictions rest on"), ("cluster", "cluster"), ("seed", "seed")):
         if key in data.raw and data.raw[key] is not None:
             found.append((name, plain(data.raw[key])))
     for key in ("predictions", "rates", "notices", "notes"):
         if isinstance(data.raw.get(key), list):
             found.append((key, "; ".join(plain(x) for x in data.raw[key])))
-    for key in ("defaults", "environment"):
+    for key in ("settings", "defaults", "environment"):
         value = data.raw.get(key)
         if isinstance(value, dict):
             found.append((key, _pairs(value)))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.report.html.fields import Fields, printable
@@ -172,14 +170,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deep"
     return str(error)[:80]
-
-
-def as_paths(names: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    return [Path(name) for name in names]
-
-
-def plain(value: Any) -> str:
-    """A JSON value as one line of text."""
-    if isinstance(value, str):
-        return printable(value)
-    return printable(json.dumps(value, ensure_ascii=False))

@@ -5,47 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from moesim.report.html.charts import Axes, Line, legend, lines, percent
+from moesim.draw.figures import percent, significant
+from moesim.draw.serving import (
+    LATENCIES,
+    OVER_TIME,
+    distribution,
+    latency_unit,
+    over_time,
+    promises,
+    time_unit,
+)
 from moesim.report.html.fields import Fields
-from moesim.report.html.parts import Card, Cards, Figure, Figures, Note, Section, Table, TableBlock
+from moesim.report.html.parts import (
+    Card,
+    Cards,
+    Figure,
+    Figures,
+    Note,
+    Section,
+    Table,
+    TableBlock,
+    predicted,
+)
 from moesim.report.html.runs import Run
-from moesim.report.html.svg import significant
 
-LATENCIES = (
-    ("ttft", "Time to first token", 0),
-    ("tpot", "Time per output token", 1),
-    ("e2e", "End to end", 2),
-)
 STATS = ("mean", "p50", "p90", "p95", "p99", "max")
-WIDE = 30.0
-"""Largest over smallest drawn value from which a latency axis is logarithmic."""
-ROLES = {"serving": "", "decode": ", decoding engines"}
-OVER_TIME: tuple[tuple[str, tuple[tuple[str, str, int, float], ...], str], ...] = (
-    (
-        "Tokens a second",
-        (
-            ("output_tokens_per_s", "output tokens", 0, 1.0),
-            ("prompt_tokens_per_s", "prompt tokens", 1, 1.0),
-        ),
-        "tokens a second",
-    ),
-    (
-        "Requests running and waiting",
-        (("running", "running", 0, 1.0), ("waiting", "waiting", 1, 1.0)),
-        "requests",
-    ),
-    (
-        "GPUs and KV cache in use",
-        (("busy", "GPU time in steps", 0, 100.0), ("kv_used", "KV cache", 2, 100.0)),
-        "share (%)",
-    ),
-)
-"""Title, (column, name, series, factor) of each line, and the axis."""
 METRICS = (
-    ("requests_per_s", "requests finished a second", 1.0),
-    ("output_tokens_per_s", "output tokens a second", 1.0),
-    ("output_tokens_per_s_per_gpu", "output tokens a second a GPU", 1.0),
-    ("total_tokens_per_s_per_gpu", "prompt and output tokens a second a GPU", 1.0),
+    ("requests_per_s", "requests finished per second", 1.0),
+    ("output_tokens_per_s", "output tokens per second", 1.0),
+    ("output_tokens_per_s_per_gpu", "output tokens/s per GPU", 1.0),
+    ("total_tokens_per_s_per_gpu", "prompt and output tokens/s per GPU", 1.0),
     ("gpu_utilisation", "GPU time in steps (%)", 100.0),
     ("rank_balance", "ranks' mean over slowest (%)", 100.0),
     ("kv_used_mean", "KV cache in use, mean (%)", 100.0),
@@ -61,7 +50,7 @@ METRICS = (
     ("shortened", "requests shortened", 1.0),
     ("demoted", "requests demoted", 1.0),
     ("prefix_hit_share", "prompt tokens found in the prefix cache (%)", 100.0),
-    ("drafts_mean", "drafted tokens a step, mean", 1.0),
+    ("drafts_mean", "drafted tokens per step, mean", 1.0),
     ("drafts_accepted_share", "drafted tokens accepted (%)", 100.0),
     ("decode_kv_used_mean", "KV cache of decoding engines, mean (%)", 100.0),
     ("decode_kv_used_peak", "KV cache of decoding engines, peak (%)", 100.0),
@@ -72,7 +61,7 @@ METRICS = (
 def serving_section(run: Run) -> Section:
     """One `moesim simulate --requests --json`."""
     data = run.data
-    metrics, basis = data.child("metrics"), data.text("basis", "assumed")
+    metrics, basis = data.child("metrics"), predicted(data.text("basis", "assumed"))
     where = (data.maybe("deployment") or Fields({}, run.name)).text("name", "the deployment")
     section = Section(f"Requests served by {where}", sources=(run.name,))
     section.lead = _lead(data)
@@ -132,7 +121,7 @@ def _cards(data: Fields, metrics: Fields, basis: str) -> list[Card]:
     if metrics.has("output_tokens_per_s_per_gpu"):
         gpus = data.whole("num_gpus", 0)
         rate = significant(metrics.number("output_tokens_per_s_per_gpu"), 3)
-        cards.append(Card("output tokens a second a GPU", rate, f"on {gpus} GPUs", basis))
+        cards.append(Card("output tokens/s per GPU", rate, f"on {gpus} GPUs", basis))
     return cards
 
 
@@ -142,52 +131,34 @@ def _timed(seconds: float) -> tuple[float, str]:
 
 def _distributions(data: Fields, basis: str) -> list[Figure]:
     quantiles = data.child("cdf")
-    limits = _limits(data)
+    _checked_promises(data)
     out = []
-    for name, title, series in LATENCIES:
+    for name, title, _ in LATENCIES:
         values = quantiles.numbers(name)
         if len(values) < 2:
             continue
         if any(b < a for a, b in pairwise(values)):
             raise quantiles.bad(name, "quantiles in ascending order")
-        factor, unit = (1e3, "ms") if values[-1] < 1 else (1.0, "s")
-        shares = [100 * i / (len(values) - 1) for i in range(len(values))]
-        drawn = Line(title, [v * factor for v in values], shares, series)
-        low = values[max(1, len(values) // 100)]
-        wide = low > 0 and values[-1] / low > WIDE
-        marks = [(limit * factor, said) for latency, limit, said in limits if latency == name]
-        axes = Axes(
-            f"{title.lower()} ({unit})",
-            "requests up to it (%)",
-            log_x=wide,
-            y_range=(0.0, 100.0),
-            marks_x=marks,
-        )
+        factor, unit = latency_unit(values)
         rows = [
-            [f"{share:g}%", significant(value * factor)]
-            for share, value in zip(shares, values, strict=True)
+            [f"{100 * i / (len(values) - 1):g}%", significant(value * factor)]
+            for i, value in enumerate(values)
         ]
+        caption = "Of finished requests."
+        drawn = distribution(name, values, promises(data.raw, name))
         out.append(
-            Figure(
-                title,
-                lines(title, [drawn], axes),
-                Table(["requests", f"up to ({unit})"], rows),
-                "Of finished requests." + (" The axis is logarithmic." if wide else ""),
-                basis,
-            )
+            Figure(title, drawn, Table(["requests", f"up to ({unit})"], rows), caption, basis)
         )
     return out
 
 
-def _limits(data: Fields) -> list[tuple[str, float, str]]:
+def _checked_promises(data: Fields) -> None:
+    """Raise FormatError unless the promises are those that a run writes."""
     slo = data.maybe("slo")
-    if slo is None:
-        return []
-    return [
-        (b.text("latency"), b.number("limit_s"), f"promise{' ' + stat if stat else ''}")
-        for b in slo.children("promises")
-        for stat in (b.text("stat", ""),)
-    ]
+    for bound in slo.children("promises") if slo is not None else ():
+        bound.text("latency")
+        bound.number("limit_s")
+        bound.text("stat", "")
 
 
 def _latencies(metrics: Fields, basis: str) -> TableBlock:
@@ -205,43 +176,28 @@ def _latencies(metrics: Fields, basis: str) -> TableBlock:
 
 def _over_time(data: Fields, basis: str) -> list[Figure]:
     roles = dict(data.child("series").members())
-    last = max((t[-1] for r in roles.values() if (t := r.numbers("time_s"))), default=0.0)
-    factor, unit = (1 / 60, "min") if last > 600 else (1.0, "s")
+    columns = ["time_s", *(column for _, some, _ in OVER_TIME for column, *_ in some)]
+    series = {role: {c: own.numbers(c) for c in columns} for role, own in roles.items()}
+    for role, own in series.items():
+        for column, values in own.items():
+            if len(values) != len(own["time_s"]):
+                raise roles[role].bad(column, "as long as time_s")
+    _, unit = time_unit(series)
     out = []
-    for title, columns, axis in OVER_TIME:
-        drawn, names = [], []
+    for picture, drawn in over_time(series):
         table: dict[float, list[str]] = {}
-        for k, (role, series) in enumerate(roles.items()):
-            times = [t * factor for t in series.numbers("time_s")]
-            for column, name, number, scale in columns:
-                values = [v * scale for v in series.numbers(column)]
-                if len(values) != len(times):
-                    raise series.bad(column, "as long as time_s")
-                if len(values) < 2:
-                    continue
-                said = name + ROLES.get(role, f", {role}")
-                drawn.append(Line(said, times, values, (number + 3 * k) % 8))
-                names.append(said)
-                stride = max(1, len(times) // 40)
-                for at, value in list(zip(times, values, strict=True))[::stride]:
-                    table.setdefault(at, []).append(significant(value, 3))
-        if not drawn:
-            continue
+        for line in drawn:
+            stride = max(1, len(line.x) // 40)
+            for at, value in list(zip(line.x, line.y, strict=True))[::stride]:
+                table.setdefault(at, []).append(significant(value, 3))
         rows = [
             [significant(at, 3), *row]
             for at, row in sorted(table.items())
-            if len(row) == len(names)
+            if len(row) == len(drawn)
         ]
-        out.append(
-            Figure(
-                title,
-                lines(title, drawn, Axes(f"time ({unit})", axis)),
-                Table([f"time ({unit})", *names], rows),
-                f"Means over {significant(data.number('bin_s', 0.0), 3)} s.",
-                basis,
-                legend([(line.name, line.series) for line in drawn], "line"),
-            )
-        )
+        caption = f"Means over {significant(data.number('bin_s', 0.0), 3)} s."
+        columns = [f"time ({unit})", *(line.name for line in drawn)]
+        out.append(Figure(picture.title, picture, Table(columns, rows), caption, basis))
     return out
 
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moesim.report.html.charts import Bar, Interval, bars, intervals, legend, percent
+from moesim.draw.colours import PARTS
+from moesim.draw.figures import minus, percent, significant
+from moesim.draw.simulate import breakdown, gpus_busy, step_times, used_parts
+from moesim.draw.study import plain
 from moesim.report.html.fields import Fields
-from moesim.report.html.palette import PARTS, series_of
 from moesim.report.html.parts import (
     Block,
     Card,
@@ -19,9 +21,9 @@ from moesim.report.html.parts import (
     Section,
     Table,
     TableBlock,
+    predicted,
 )
 from moesim.report.html.runs import Run
-from moesim.report.html.svg import minus, significant
 
 MAX_TABLE_GPUS = 64
 MAX_LINKS = 3
@@ -34,10 +36,12 @@ def simulation_section(run: Run) -> Section:
     if not plans:
         raise data.bad("plans", "an object that names at least one plan")
     names = list(plans)
-    series = series_of(names, names[0])
-    basis = data.text("basis", "assumed")
+    basis = predicted(data.text("basis", "assumed"))
     gpus, cluster = data.whole("num_gpus", 0), data.text("cluster", "")
-    section = Section(f"Simulated steps on {cluster or 'the cluster'}", sources=(run.name,))
+    asked = data.maybe("settings")
+    settings = "" if asked is None else "; ".join(f"{plain(k)} {asked.text(k)}" for k in asked.raw)
+    title = f"Simulated steps on {cluster or 'the cluster'}" + (f", {settings}" if settings else "")
+    section = Section(title, sources=(run.name,))
     first = plans[names[0]]
     section.lead = (
         f"{first.whole('num_steps', 0)} {data.text('phase', '')} steps of"
@@ -46,6 +50,8 @@ def simulation_section(run: Run) -> Section:
         f" {first.text('fidelity', '')} simulation, schedule {first.text('schedule', '')},"
         f" all-to-all {first.text('all_to_all', '')}."
     )
+    if settings:
+        section.lead += f" Settings: {settings}."
     cards = _cards(names, plans, basis)
     section.headline = cards[:1]
     section.blocks += [
@@ -53,8 +59,8 @@ def simulation_section(run: Run) -> Section:
         Figures(
             [
                 _breakdown(names, plans, basis),
-                _times(names, plans, series, basis),
-                *_busy(names, plans, series, basis),
+                _times(names, plans, basis),
+                *_busy(names, plans, basis),
             ]
         ),
         _links(names, plans, basis),
@@ -75,7 +81,9 @@ def _cards(names: Sequence[str], plans: Mapping[str, Fields], basis: str) -> lis
     sent = sum(parts.number(p, 0.0) for p in ("dispatch", "combine", "other"))
     return [
         Card(f"mean step, {names[0]}", f"{significant(mean / 1e3)} ms", "; ".join(others), basis),
-        Card("tokens a second", f"{own.number('tokens_per_s'):,.0f}", "of the whole group", basis),
+        Card(
+            "tokens per second", f"{own.number('tokens_per_s'):,.0f}", "of the whole group", basis
+        ),
         Card(
             "spent on communication",
             percent(sent / mean if mean else 0.0),
@@ -87,104 +95,68 @@ def _cards(names: Sequence[str], plans: Mapping[str, Fields], basis: str) -> lis
 
 
 def _breakdown(names: Sequence[str], plans: Mapping[str, Fields], basis: str) -> Figure:
-    used = [
-        part
-        for part in PARTS
-        if any(plans[n].child("breakdown_us").number(part, 0.0) > 0 for n in names)
-    ]
-    rows, table = [], []
+    parts_us = {}
     for n in names:
-        values = [plans[n].child("breakdown_us").number(part, 0.0) / 1e3 for part in used]
-        total = significant(sum(values))
-        rows.append(
-            Bar(n, [(*PARTS[p], v) for p, v in zip(used, values, strict=True)], f"{total} ms")
-        )
-        table.append([n, *(significant(v) for v in values), total])
+        own = plans[n].child("breakdown_us")
+        parts_us[n] = {part: own.number(part, 0.0) for part in PARTS}
+    used = used_parts(parts_us)
+    table = [
+        [n, *(significant(us / 1e3) for us in (*(parts[p] for p in used), sum(parts.values())))]
+        for n, parts in parts_us.items()
+    ]
     title = "Where the time of a step goes"
     return Figure(
         title,
-        bars(title, rows, "mean step (ms)"),
+        breakdown(title, parts_us, "mean step (ms)"),
         Table(["plan", *(f"{PARTS[p][0]} (ms)" for p in used), "total (ms)"], table),
         "Parts as the slowest rank of each layer sees them; they add up to the mean step.",
         basis,
-        legend([PARTS[p] for p in used]),
     )
 
 
-def _times(
-    names: Sequence[str], plans: Mapping[str, Fields], series: Mapping[str, int], basis: str
-) -> Figure:
-    rows, table = [], []
+def _times(names: Sequence[str], plans: Mapping[str, Fields], basis: str) -> Figure:
+    spread, table = {}, []
     for n in names:
         step = plans[n].child("step_us")
-        mean, p50, p99 = (step.number(k) / 1e3 for k in ("mean", "p50", "p99"))
-        largest = step.number("max", p99 * 1e3) / 1e3
-        rows.append(
-            Interval(n, mean, p50, p99, series[n], f"{significant(mean)} ms"),
-        )
-        table.append([n, *(significant(x) for x in (mean, p50, p99, largest))])
-    title = "How long a step takes"
+        mean, p50, p99 = (step.number(k) for k in ("mean", "p50", "p99"))
+        spread[n] = (mean, p50, p99)
+        times = (*spread[n], step.number("max", p99))
+        table.append([n, *(significant(us / 1e3) for us in times)])
+    picture = step_times(spread)
     return Figure(
-        title,
-        intervals(title, rows, "step (ms)"),
+        picture.title,
+        picture,
         Table(["plan", "mean (ms)", "p50 (ms)", "p99 (ms)", "largest (ms)"], table),
-        "Mark: mean. Line: from the median to the 99th percentile of steps. The axis does not"
-        " begin at 0.",
+        "Mark: mean. Line: from the median to the 99th percentile of steps.",
         basis,
     )
 
 
-def _busy(
-    names: Sequence[str], plans: Mapping[str, Fields], series: Mapping[str, int], basis: str
-) -> list[Figure]:
+def _busy(names: Sequence[str], plans: Mapping[str, Fields], basis: str) -> list[Figure]:
     busy = {n: plans[n].numbers("gpu_busy") for n in names}
     counts = {len(v) for v in busy.values()}
     if len(counts) != 1 or counts == {0}:
         return []
-    values = np.array([busy[n] for n in names])
-    num_gpus = values.shape[1]
-    gpus = [str(g) for g in range(num_gpus)]
-    if num_gpus <= MAX_TABLE_GPUS:
-        table = Table(
-            ["GPU", *names], [[g, *(percent(v[i]) for v in values)] for i, g in enumerate(gpus)]
-        )
+    if counts.pop() <= MAX_TABLE_GPUS:
+        rows = [
+            [str(g), *map(percent, shares)]
+            for g, shares in enumerate(zip(*busy.values(), strict=True))
+        ]
+        table = Table(["GPU", *names], rows)
     else:
-        table = Table(
-            ["plan", "mean", "least", "GPU", "most", "GPU"],
-            [
-                [
-                    n,
-                    percent(float(v.mean())),
-                    percent(float(v.min())),
-                    gpus[int(v.argmin())],
-                    percent(float(v.max())),
-                    gpus[int(v.argmax())],
-                ]
-                for n, v in zip(names, values, strict=True)
-            ],
-        )
-    title = "GPUs busy with kernels"
-    rows = [
-        Interval(
-            n,
-            100 * float(v.mean()),
-            100 * float(v.min()),
-            100 * float(v.max()),
-            series[n],
-            percent(float(v.mean())),
-        )
-        for n, v in zip(names, values, strict=True)
-    ]
-    return [
-        Figure(
-            title,
-            intervals(title, rows, "share of all time (%)"),
-            table,
-            "Mark: mean of all GPUs. Line: from the least to the most busy GPU. The rest is"
-            " communication and waiting.",
-            basis,
-        )
-    ]
+        rows = []
+        for n, shares in busy.items():
+            values = np.array(shares)
+            low, high = int(values.argmin()), int(values.argmax())
+            ends = (percent(shares[low]), str(low), percent(shares[high]), str(high))
+            rows.append([n, percent(float(values.mean())), *ends])
+        table = Table(["plan", "mean", "least", "GPU", "most", "GPU"], rows)
+    picture = gpus_busy(busy)
+    caption = (
+        "Mark: mean of all GPUs. Line: from the least to the most busy GPU. The rest is"
+        " communication and waiting."
+    )
+    return [Figure(picture.title, picture, table, caption, basis)]
 
 
 def _links(names: Sequence[str], plans: Mapping[str, Fields], basis: str) -> Block:

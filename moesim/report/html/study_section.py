@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from moesim.report.html.charts import Axes, Interval, Points, intervals, legend, points
+from moesim.draw.figures import significant
+from moesim.draw.study import Scaled, front, front_groups, plain, scaled, sensitivity, shown_figure
 from moesim.report.html.fields import Fields
 from moesim.report.html.parts import (
     Block,
@@ -17,66 +17,70 @@ from moesim.report.html.parts import (
     Section,
     Table,
     TableBlock,
+    predicted,
 )
-from moesim.report.html.runs import Run, plain
-from moesim.report.html.svg import significant
-
-MAX_DRAWN = 1500
-
-
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """A figure as readers see it: its name, unit and the factor to that unit."""
-
-    label: str
-    unit: str
-    factor: float
-
-    @property
-    def axis(self) -> str:
-        return f"{self.label} ({self.unit})" if self.unit else self.label
-
-    def said(self, value: float) -> str:
-        return significant(value * self.factor) + (f" {self.unit}" if self.unit else "")
+from moesim.report.html.runs import Run
 
 
 def study_section(run: Run) -> Section:
     """One `moesim whatif --json`, or the file that it wrote."""
     data = run.data
-    name, basis = data.text("name", ""), data.text("basis", "assumed")
+    name, basis = data.text("name", ""), predicted(data.text("basis", "assumed"))
     question = data.child("question")
     asked = question.text("text", "") if question.flag("asked") else ""
     title = name or asked or data.text("evaluator", "what if")
     section = Section(f"Study: {title}", sources=(run.name,))
     found = [p for p in data.children("points") if p.text("status", "") == "ok"]
-    about = _about(data)
+    _check_drawn(data, found)
     section.lead = _lead(data, question, found)
     answer = data.maybe("answer")
-    cards = _cards(data, question, answer, found, about, basis)
+    cards = _cards(data, question, answer, found, basis)
     section.headline = cards[:1]
     section.blocks.append(Cards(cards))
-    figures = [*_front(data, answer, found, about, basis), *_sensitivity(data, about, basis)]
+    figures = [*_front(data, basis), *_sensitivity(data, basis)]
     section.blocks.append(Figures(figures))
-    section.blocks.append(_table(data, question, found, about, basis))
+    section.blocks.append(_table(data, question, found, basis))
     section.blocks += _not_answered(data)
     section.blocks += _prices(data)
     section.blocks += [Note(text) for text in data.texts("notices")]
     return section
 
 
-def _about(data: Fields) -> Mapping[str, Scaled]:
-    out = {}
-    for name, figure in data.child("figures").members():
-        unit, label = figure.text("unit", ""), figure.text("label", name)
-        if unit == "s":
-            out[name] = Scaled(label, "ms", 1e3)
-        else:
-            out[name] = Scaled(label, unit, 1.0)
-    return out
+def _check_drawn(data: Fields, found: Sequence[Fields]) -> None:
+    """Raise FormatError unless what `moesim.draw.study` takes has the types that a study writes."""
+    for _, figure in data.child("figures").members():
+        figure.text("unit", "")
+        figure.text("label", "")
+    question, answer = data.child("question"), data.maybe("answer")
+    names = [a.text("figure") for a in data.child("pareto").children("axes")]
+    names.append(question.text("goal", ""))
+    for bound in question.children("slo"):
+        names.append(bound.text("figure"))
+        bound.number("limit")
+    for point in [*found, *([answer] if answer is not None else [])]:
+        _check_figures(point, names)
+        point.child("params")
+    for point in found:
+        point.text("key")
+        point.flag("keeps", True)
+        point.flag("pareto")
+    for row in data.child("sensitivity").children("rows"):
+        _check_figures(row, names)
+        row.text("input")
+        row.number("factor")
+        row.flag("changed")
+        row.number("value", 0.0)
+    data.texts("varied")
 
 
-def _named(name: str, about: Mapping[str, Scaled]) -> Scaled:
-    return about.get(name, Scaled(name, "", 1.0))
+def _check_figures(holder: Fields, names: Sequence[str]) -> None:
+    figures = holder.child("figures")
+    for name in names:
+        figures.number(name, 0.0)
+
+
+def _named(name: str, data: Fields) -> Scaled:
+    return scaled(data.raw, name)
 
 
 def _lead(data: Fields, question: Fields, found: Sequence[Fields]) -> str:
@@ -92,12 +96,7 @@ def _lead(data: Fields, question: Fields, found: Sequence[Fields]) -> str:
 
 
 def _cards(
-    data: Fields,
-    question: Fields,
-    answer: Fields | None,
-    found: Sequence[Fields],
-    about: Mapping[str, Scaled],
-    basis: str,
+    data: Fields, question: Fields, answer: Fields | None, found: Sequence[Fields], basis: str
 ) -> list[Card]:
     cards = []
     goal = question.text("goal", "")
@@ -105,8 +104,8 @@ def _cards(
         params = answer.child("params")
         detail = ", ".join(f"{plain(k)} {plain(v)}" for k, v in params.raw.items())
         value = answer.number("value") if answer.has("value") else None
-        shown = _named(goal, about).said(value) if value is not None else "see below"
-        cards.append(Card(f"answer: {_named(goal, about).label}", shown, detail, basis))
+        shown = _named(goal, data).said(value) if value is not None else "see below"
+        cards.append(Card(f"answer: {_named(goal, data).label}", shown, detail, basis))
     elif question.flag("asked"):
         nearest = data.maybe("nearest")
         missed = ", ".join(nearest.texts("missed")) if nearest is not None else ""
@@ -130,126 +129,57 @@ def _cards(
     return cards
 
 
-def _front(
-    data: Fields,
-    answer: Fields | None,
-    found: Sequence[Fields],
-    about: Mapping[str, Scaled],
-    basis: str,
-) -> list[Figure]:
-    axes = data.child("pareto").children("axes")
-    if len(axes) < 2 or not found:
+def _front(data: Fields, basis: str) -> list[Figure]:
+    picture = front(data.raw)
+    if picture is None:
         return []
-    names = [a.text("figure") for a in axes[:2]]
-    x, y = (_named(n, about) for n in names)
-    chosen = answer.text("point", "") if answer is not None else ""
-    groups: dict[str, list[tuple[float, float, str]]] = {}
-    varied = data.texts("varied")
-    for point in found:
-        figures = point.child("figures")
-        if not all(figures.has(n) for n in names):
-            continue
-        kind = "other points" if point.flag("keeps", True) else "misses a promise"
-        if point.flag("pareto"):
-            kind = "Pareto front"
-        px, py = (figures.number(n) * s.factor for n, s in zip(names, (x, y), strict=True))
-        params = point.child("params").raw
-        said = ", ".join(f"{n} {plain(params.get(n))}" for n in varied)
-        groups.setdefault(kind, []).append((px, py, said))
-        if point.text("key", "") == chosen:
-            groups.setdefault("the answer", []).append((px, py, said))
-    if not groups:
-        return []
-    looks = {
-        "misses a promise": (7, False),
-        "other points": (5, False),
-        "the answer": (1, True),
-        "Pareto front": (0, False),
-    }
-    drawn = []
-    for name, (series, big) in looks.items():
-        own = groups.get(name, [])[:MAX_DRAWN]
-        if own:
-            xs, ys, hints = ([p[i] for p in own] for i in range(3))
-            drawn.append(Points(name, xs, ys, series, hints, big))  # type: ignore[arg-type]
-    wide = [
-        _wide(values)
-        for values in ([v for g in drawn for v in g.x], [v for g in drawn for v in g.y])
-    ]
+    axes = data.child("pareto").children("axes")[:2]
+    scales = [_named(a.text("figure"), data) for a in axes]
     better = [
         f"{'higher' if a.text('better', '') == 'high' else 'lower'} {s.label}"
-        for a, s in zip(axes, (x, y), strict=False)
+        for a, s in zip(axes, scales, strict=True)
     ]
     rows = [
-        [g.name, hint, significant(px), significant(py)]
-        for g in reversed(drawn)
-        for px, py, hint in zip(g.x, g.y, g.hints, strict=False)
+        [kind, said, significant(x), significant(y)]
+        for kind, own in reversed(front_groups(data.raw).items())
+        for x, y, said in own
     ]
-    title = "Pareto front"
-    front = drawn[-1].name == "Pareto front"
-    return [
-        Figure(
-            title,
-            points(title, drawn, Axes(x.axis, y.axis, log_x=wide[0], log_y=wide[1]), front=front),
-            Table(["", "point", x.axis, y.axis], rows, frozenset({1})),
-            f"Better: {' and '.join(better)}. No point of the front is worse than another in both.",
-            basis,
-            legend([(g.name, g.series) for g in drawn], "point"),
-        )
-    ]
+    table = Table(["", "point", *(s.axis for s in scales)], rows, frozenset({1}))
+    caption = (
+        f"Better: {' and '.join(better)}. No point of the front is worse than another in both."
+    )
+    return [Figure(picture.title, picture, table, caption, basis)]
 
 
-def _wide(values: Sequence[float]) -> bool:
-    return min(values) > 0 and max(values) / min(values) > 20
-
-
-def _sensitivity(data: Fields, about: Mapping[str, Scaled], basis: str) -> list[Figure]:
-    goal = _named(data.child("question").text("goal", ""), about)
-    answer = data.maybe("answer")
-    if answer is None or not answer.has("value"):
+def _sensitivity(data: Fields, basis: str) -> list[Figure]:
+    picture = sensitivity(data.raw)
+    if picture is None:
         return []
-    base = answer.number("value") * goal.factor
-    by_input: dict[str, list[Fields]] = {}
-    for row in data.child("sensitivity").children("rows"):
-        by_input.setdefault(row.text("input"), []).append(row)
-    rows, table = [], []
-    for name, tried in by_input.items():
-        values = [r.number("value") * goal.factor for r in tried if r.has("value")]
-        none = len(values) < len(tried)
-        changed = any(r.flag("changed") for r in tried)
-        said = "no answer" if none else "another" if changed else "same"
-        reach = [base, *values]
-        rows.append(Interval(name, base, min(reach), max(reach), 1 if changed else 0, said))
-        table += [
-            [
-                f"{name} x {r.number('factor'):g}",
-                "none" if not r.has("value") else significant(r.number("value") * goal.factor),
-                "another point" if r.flag("changed") else "the same point",
-            ]
-            for r in tried
+    name = shown_figure(data.raw)
+    shown, goal = _named(name, data), _named(data.child("question").text("goal", ""), data)
+    rows = [
+        [
+            f"{row.text('input')} x {row.number('factor'):g}",
+            _value(row.child("figures"), name, shown),
+            _value(row, "value", goal),
+            "another point" if row.flag("changed") else "the same point",
         ]
-    if not rows:
-        return []
-    title = "What the answer depends on"
-    return [
-        Figure(
-            title,
-            intervals(title, rows, goal.axis, mark=(base, "answer"), compact=True),
-            Table(["input", goal.axis, "answer"], table, frozenset({2})),
-            "The answer's value with each input lower and higher; at the right whether the same"
-            " point answers.",
-            basis,
-        )
+        for row in data.child("sensitivity").children("rows")
     ]
+    columns = ["input", f"{shown.axis} of the answer", f"best {goal.axis}", "answer"]
+    caption = (
+        f"{shown.label} of the answer's own point with each input lower and higher; at the right"
+        " whether it is still the answer."
+    )
+    table = Table(columns, rows, frozenset({3}))
+    return [Figure(picture.title, picture, table, caption[:1].upper() + caption[1:], basis)]
 
 
-def _table(
-    data: Fields,
-    question: Fields,
-    found: Sequence[Fields],
-    about: Mapping[str, Scaled],
-    basis: str,
-) -> TableBlock:
+def _value(holder: Fields, name: str, figure: Scaled) -> str:
+    return significant(holder.number(name) * figure.factor) if holder.has(name) else "none"
+
+
+def _table(data: Fields, question: Fields, found: Sequence[Fields], basis: str) -> TableBlock:
     varied = data.texts("varied")
     wanted = [question.text("goal", "")]
     wanted += [b.text("figure") for b in question.children("slo")]
@@ -266,11 +196,11 @@ def _table(
         if not point.flag("keeps", True):
             marks = "misses " + ", ".join(point.texts("missed"))
         cells = [
-            significant(figures.number(n) * _named(n, about).factor) if figures.has(n) else "–"
+            significant(figures.number(n) * _named(n, data).factor) if figures.has(n) else "–"
             for n in shown
         ]
         rows.append([*_values(params, varied), *cells, marks])
-    columns = [*(varied or ["point"]), *(_named(n, about).axis for n in shown), ""]
+    columns = [*(varied or ["point"]), *(_named(n, data).axis for n in shown), ""]
     texts = frozenset({len(columns) - 1, *range(1, len(varied))})
     return TableBlock("Points evaluated", Table(columns, rows, texts), basis)
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moesim.report.html.charts import Axes, Bar, Points, bars, legend, percent, points
+from moesim.draw.figures import percent, significant
+from moesim.draw.validate import BAND, layer_scatter, measured_bars, stride
 from moesim.report.html.fields import Fields
-from moesim.report.html.palette import series_of
 from moesim.report.html.parts import Card, Cards, Figure, Figures, Note, Section, Table, TableBlock
 from moesim.report.html.runs import Run
-from moesim.report.html.svg import significant
-
-BAND = 0.10
-MAX_POINTS = 1500
 
 
 def validation_section(run: Run) -> Section:
@@ -80,24 +76,12 @@ def _scatter(data: Fields) -> Figure:
                 percent(errors[len(errors) // 2] if errors else 0.0),
             ]
         )
-    series = {name: i % 7 for i, name in enumerate(groups)}
-    total = sum(len(xs) for xs, *_ in groups.values())
-    stride = max(1, -(-total // MAX_POINTS))
-    drawn = [
-        Points(name, xs[::stride], ys[::stride], series[name], hints[::stride])
-        for name, (xs, ys, hints) in groups.items()
-        if xs
-    ]
-    title = "Time of a layer, predicted against measured"
-    thinned = f" One layer in {stride} is drawn." if stride > 1 else ""
+    every = stride(groups)
+    thinned = f" One layer in {every} is drawn." if every > 1 else ""
+    picture = layer_scatter(groups)
     return Figure(
-        title,
-        points(
-            title,
-            drawn,
-            Axes("measured (us)", "predicted (us)", log_x=True, log_y=True),
-            band=BAND,
-        ),
+        picture.title,
+        picture,
         Table(
             ["plan", "case", "batch", "measured (us)", "predicted (us)", "median error"],
             rows,
@@ -105,7 +89,6 @@ def _scatter(data: Fields) -> Figure:
         ),
         f"A point a layer; on the line the two agree, in the band within {BAND:.0%}.{thinned}",
         "measured",
-        legend([(g.name, g.series) for g in drawn], "point"),
     )
 
 
@@ -115,29 +98,21 @@ def _speedups(data: Fields) -> list[Figure]:
         speedup = group.maybe("speedup")
         if speedup is None or len(speedup.raw) < 2:
             continue
-        rows, table = [], []
+        pairs = {}
         for name in speedup.raw:
             pair = speedup.numbers(name)
             if len(pair) != 2:
                 raise speedup.bad(name, "[measured, predicted]")
-            text = f"{pair[0]:.3f} / {pair[1]:.3f}"
-            rows.append(Bar(f"{name}, measured", [("", 0, pair[0])], f"{pair[0]:.3f}"))
-            rows.append(Bar(f"{name}, predicted", [("", 7, pair[1])], f"{pair[1]:.3f}"))
-            table.append([name, *text.split(" / ")])
+            pairs[name] = (pair[0], pair[1])
         title = (
             f"Faster than linear: {group.whole('tokens_per_rank', 0):,} tokens,"
             f" {group.text('mode', '')}"
         )
-        out.append(
-            Figure(
-                title,
-                bars(title, rows, "times as fast as the linear plan", mark=(1.0, "linear")),
-                Table(["plan", "measured", "predicted"], table),
-                "",
-                "measured",
-                legend([("measured", 0), ("predicted", 7)]),
-            )
-        )
+        axis = "times as fast as the linear plan"
+        rows = [[name, f"{real:.3f}", f"{said:.3f}"] for name, (real, said) in pairs.items()]
+        table = Table(["plan", "measured", "predicted"], rows)
+        drawn = measured_bars(title, pairs, axis, linear=True)
+        out.append(Figure(title, drawn, table, "", "measured"))
     return out
 
 
@@ -174,26 +149,14 @@ def cache_validation_section(run: Run) -> Section:
 
 
 def _cache_bars(rows: Sequence[Fields]) -> Figures:
-    names = [r.text("cache") for r in rows]
-    colour = series_of(["measured", "predicted"], "measured")
-    drawn, table = [], []
-    for name, r in zip(names, rows, strict=True):
-        pair = {k: r.number(f"{k}_us") / 1e3 for k in ("measured", "predicted")}
-        drawn += [
-            Bar(f"{name}, {k}", [("", colour[k], v)], f"{significant(v)} ms")
-            for k, v in pair.items()
-        ]
+    pairs, table = {}, []
+    for r in rows:
+        name = r.text("cache")
+        pairs[name] = (r.number("measured_us") / 1e3, r.number("predicted_us") / 1e3)
         copies = significant(r.number("copies_per_token", 0.0), 3)
         error = percent(r.number("error", 0.0))
-        table.append([name, copies, *(significant(v) for v in pair.values()), error])
+        table.append([name, copies, *map(significant, pairs[name]), error])
     title = "Time of a token, predicted and measured"
-    columns = ["cache", "copies a token", "measured (ms)", "predicted (ms)", "error"]
-    figure = Figure(
-        title,
-        bars(title, drawn, "time a token (ms)"),
-        Table(columns, table),
-        "",
-        "measured",
-        legend([(k, s) for k, s in colour.items()]),
-    )
-    return Figures([figure])
+    columns = ["cache", "copies per token", "measured (ms)", "predicted (ms)", "error"]
+    drawn = measured_bars(title, pairs, "time per token (ms)", "ms")
+    return Figures([Figure(title, drawn, Table(columns, table), "", "measured")])

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from moesim.caching.timeline import Setup, StepTimes
-from moesim.caching.timeline_kernel import split_misses
+from moesim.caching.timeline import Setup
+from moesim.caching.timeline_kernel import StepTimes, split_misses
 from moesim.sim.engine import Engine, Task
 from moesim.sim.offload.contents import Contents
 from moesim.sim.offload.copies import Copy, CopyStream, HostPaths
@@ -122,7 +122,7 @@ class GpuMemory:
         hits, early, missed = [], [], []
         for e in items:
             copy = self._staged.get((layer, e))
-            if self.contents.resident[layer, e]:
+            if self.contents.holds(layer, e):
                 hits.append(e)
             elif copy is not None and copy.start_us >= 0.0:
                 early.append(copy)
@@ -155,10 +155,9 @@ class GpuMemory:
         tokens[list(count)] = list(count.values())
         return int(
             split_misses(
-                0.0, link, busy, np.array(missed), tokens, gpu_s, self.times.cpu_s,
-                self.times.host_s[layer], self.times.cpu_start_s, self.times.load_s[layer],
+                self.times._replace(gpu_s=gpu_s), layer, 0.0, link, busy, np.array(missed), tokens
             )
-        )  # fmt: skip
+        )
 
     def _run(
         self,
@@ -229,7 +228,7 @@ class GpuMemory:
             for e in self.predicted[self._step, target].tolist():
                 if sent == setup.width or setup.cpu_layers[target]:
                     break
-                if e < 0 or self.contents.resident[target, e] or (target, e) in self._staged:
+                if e < 0 or self.contents.holds(target, e) or (target, e) in self._staged:
                     continue
                 self._staged[target, e] = self._copy(target, e, ahead=True)
                 sent += 1

@@ -12,7 +12,8 @@ import simpy
 
 from moesim.caching.events import Events, Stream
 from moesim.caching.rates import Rates
-from moesim.caching.timeline import Setup, StepTimes, all_events
+from moesim.caching.timeline import Setup, all_events
+from moesim.caching.timeline_kernel import StepTimes
 from moesim.cost.routing import Routed
 from moesim.placement import Placement
 from moesim.sim.capacity import Drops
