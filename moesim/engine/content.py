@@ -1,9 +1,9 @@
 """The file that a plug-in replays: routing, the order of its rows, and the placement.
 
 A `.npz` of `table` [L, T, K] uint8 or int16 (what the router is to answer in each of the trace's
-layers), `layer_of` [M] (the trace layer of each MoE layer of the model), `prefill_order`, `prefill_starts`,
-`decode_order`, `decode_starts` (see `schedule`), `physical_to_logical` [M, P] where there is a
-placement, and `meta`, JSON.
+layers), `layer_of` [M] (the trace layer of each MoE layer of the model), `prefill_order`,
+`prefill_starts`, `decode_order`, `decode_starts` (see `schedule`), `physical_to_logical` [M, P]
+where there is a placement, and `meta`, JSON.
 
 placement "none": the engine's own. "renumbered": a plan without replicas; the table holds slots
 instead of experts, so that the engine's linear placement is the plan. "eplb": the table holds

@@ -21,7 +21,7 @@ def _kernels() -> Any:
     import triton.language as tl
 
     @triton.jit(do_not_specialize=["n"])
-    def route(table, rows, ids, weights, n, share, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803, E501
+    def route(table, rows, ids, weights, n, share, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         mask = i < n * K
         real = tl.load(rows)
@@ -33,7 +33,7 @@ def _kernels() -> Any:
         tl.store(weights + i, tl.zeros([BLOCK], tl.float32) + share, mask=mask)
 
     @triton.jit(do_not_specialize=["n"])
-    def count(ids, rows, counts, n, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803, E501
+    def count(ids, rows, counts, n, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         wanted = (i < n * K) & (i // K < tl.load(rows)) & (tl.load(rows + 1) != 0)
         slot = tl.load(ids + i, mask=wanted, other=0)
