@@ -35,6 +35,7 @@ MODELS = {
     m.key: m
     for m in (
         Model("qwen3-30b", "Qwen3-30B-A3B", "synth:qwen3-30b"),
+        Model("qwen3-30b-compile", "Qwen3-30B-A3B", "synth:qwen3-30b", compile=True),
         Model("gpt-oss-20b", "GPT-OSS-20B", "shared:gpt-oss-20b"),
         Model("dsv2-lite", "DeepSeek-V2-Lite", "shared:deepseek-v2-lite"),
         Model("olmoe", "OLMoE-1B-7B", "sample:debian-olmoe", repeat_layers=True),

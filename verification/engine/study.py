@@ -37,6 +37,8 @@ from cases import (
 
 GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 EAGER_STEPS = 5
+EAGER_ROUNDS = 3
+PROFILED = (PREFILL[5], DECODE[3], DECODE[5], DECODE[7])
 
 
 def variants(content):
@@ -58,30 +60,34 @@ def variants(content):
 class Engine:
     """The LLM, its worker, and the clock of its steps."""
 
-    def __init__(self, folder: Path, model, smoke: bool) -> None:
-        self.began = time.time()
+    def __init__(self, folder: Path, model, turn: Path | None) -> None:
         from vllm import LLM, SamplingParams
+        from vllm.engine.arg_utils import EngineArgs
 
         self.sampling = SamplingParams
-        self.imported_s = time.time() - self.began
         config = {"mode": 3 if model.compile else 0, "cudagraph_capture_sizes": GRAPHS}
         if not model.compile:
             config["cudagraph_mode"] = "FULL_DECODE_ONLY"
-        self.llm = LLM(
-            model=str(folder / model.key),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            max_model_len=MAX_MODEL_LEN,
-            max_num_batched_tokens=MAX_BATCH_TOKENS,
-            max_num_seqs=MAX_SEQUENCES,
-            gpu_memory_utilization=MEMORY_FRACTION,
-            enable_prefix_caching=False,
-            seed=0,
-            kernel_config={"moe_backend": "triton", "enable_flashinfer_autotune": False},
-            compilation_config=config,
-            worker_extension_cls="moesim.engine.vllm.WorkerExtension",
-        )
+        kwargs = {
+            "model": str(folder / model.key),
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "dtype": "bfloat16",
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_batched_tokens": MAX_BATCH_TOKENS,
+            "max_num_seqs": MAX_SEQUENCES,
+            "gpu_memory_utilization": MEMORY_FRACTION,
+            "enable_prefix_caching": False,
+            "seed": 0,
+            "kernel_config": {"moe_backend": "triton", "enable_flashinfer_autotune": False},
+            "compilation_config": config,
+            "worker_extension_cls": "moesim.engine.vllm.WorkerExtension",
+        }
+        EngineArgs(**kwargs).create_engine_config()  # fills vLLM's cache of model classes
+        while turn and not turn.exists():
+            time.sleep(0.1)
+        self.began = time.time()
+        self.llm = LLM(**kwargs)
         self.up_s = time.time() - self.began
         self.engine = self.llm.llm_engine
         found = []
@@ -203,6 +209,8 @@ def decode(engine: Engine, replay, contents, case: Case, rounds: int) -> dict:
     ways = [(r, "graph", STEPS) for r in ROUTINGS] + [("trace", "eager", EAGER_STEPS)]
     for number in range(rounds):
         for routing, mode, steps in ways:
+            if mode == "eager" and number >= EAGER_ROUNDS:
+                continue
             torch.cuda.synchronize()
             replay.swap(contents[routing])
             dispatcher.keys_initialized = mode == "graph"
@@ -219,6 +227,28 @@ def decode(engine: Engine, replay, contents, case: Case, rounds: int) -> dict:
     engine.drain()
     columns = ["round", "routing", "mode", "wall_ms", "[gpu_ms, host_ms]"]
     return {"columns": columns, "prefill_s": prefill_s, "rows": rows}
+
+
+def profile(engine: Engine, replay, contents, case: Case) -> list[list]:
+    """[kernel, microseconds, launches] of one prefill step or three decode steps."""
+    from torch.profiler import ProfilerActivity, profile as profiler
+
+    replay.swap(contents["trace"])
+    names = engine.add(case, 1 if case.phase == "prefill" else 200)
+    if case.phase == "decode":
+        for _ in range(-(-case.requests * case.prompt // MAX_BATCH_TOKENS) + 6):
+            engine.engine.step()
+    with profiler(activities=[ProfilerActivity.CUDA]) as found:
+        if case.phase == "prefill":
+            engine.drain()
+        else:
+            for _ in range(3):
+                engine.engine.step()
+        engine.gpu_ms()
+    engine.engine.abort_request(names)
+    engine.drain()
+    rows = [[e.key[:160], round(e.device_time_total, 2), e.count] for e in found.key_averages()]
+    return sorted((r for r in rows if r[1] > 0), key=lambda r: -r[1])[:40]
 
 
 def check(engine: Engine, replay, contents) -> dict:
@@ -243,6 +273,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--budget", type=float, default=1e9, help="seconds once the engine is up")
     parser.add_argument("--turn", type=Path, help="wait for this file before using the GPU")
+    parser.add_argument("--only", default="", help="cases whose key ends so")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     model = MODELS[args.model]
@@ -256,9 +287,7 @@ def main() -> None:
     import vllm.entrypoints.llm
     import vllm.v1.worker.gpu_worker
 
-    while args.turn and not args.turn.exists():
-        time.sleep(0.1)
-    engine = Engine(args.folder, model, args.smoke)
+    engine = Engine(args.folder, model, args.turn)
     from moesim.engine.vllm_hooks import current
 
     config = engine.engine.vllm_config
@@ -267,7 +296,6 @@ def main() -> None:
         "vllm": vllm.__version__,
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(),
-        "import_s": engine.imported_s,
         "up_s": engine.up_s,
         "async_scheduling": str(config.scheduler_config.async_scheduling),
         "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
@@ -283,7 +311,7 @@ def main() -> None:
     began = time.time()
     rounds = 2 if args.smoke else ROUNDS
     cases = (PREFILL[1:2] + DECODE[1:2]) if args.smoke else (*PREFILL, *DECODE)
-    for case in cases:
+    for case in (c for c in cases if c.key.endswith(args.only)):
         left = args.budget - (time.time() - began)
         if left < 0:
             record.setdefault("left_out", []).append(case.key)
@@ -299,6 +327,12 @@ def main() -> None:
         finally:
             args.out.write_text(json.dumps(record))
         print("DONE", model.key, case.key, round(time.time() - start, 1), "s", flush=True)
+    for case in PROFILED:
+        try:
+            record.setdefault("profile", {})[case.key] = profile(engine, replay, contents, case)
+        except Exception as error:
+            print("ERROR profile", repr(error)[:300], flush=True)
+            break
     args.out.write_text(json.dumps(record))
     print("END", model.key, round(time.time() - engine.began, 1), "s", flush=True)
 
