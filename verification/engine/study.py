@@ -231,7 +231,8 @@ def decode(engine: Engine, replay, contents, case: Case, rounds: int) -> dict:
 
 def profile(engine: Engine, replay, contents, case: Case) -> list[list]:
     """[kernel, microseconds, launches] of one prefill step or three decode steps."""
-    from torch.profiler import ProfilerActivity, profile as profiler
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
 
     replay.swap(contents["trace"])
     names = engine.add(case, 1 if case.phase == "prefill" else 200)
