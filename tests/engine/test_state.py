@@ -1,4 +1,4 @@
-"""The replay of one worker, on the CPU: what routers answer, padding, counts, swaps."""
+"""The replay of one worker, on the CPU: what routers answer, padding, counts (INV-1), swaps."""
 
 from __future__ import annotations
 
