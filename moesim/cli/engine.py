@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from moesim.cli.options import JsonOption, ModelOption, SeedOption, TraceOption
+
 app = typer.Typer(help="Serving engines: replay a routing trace inside one.", no_args_is_help=True)
 
 
@@ -18,18 +20,13 @@ def _group() -> None:
 
 @app.command("replay")
 def replay(
-    trace: Annotated[
-        str, typer.Option("--trace", metavar="TRACE", help="Trace file, folder, or sample:NAME.")
-    ],
+    trace: TraceOption,
     engine: Annotated[str, typer.Option("--engine", help="Serving engine: vllm.")] = "vllm",
     plan: Annotated[
         Path | None,
         typer.Option("--plan", help="Placement to serve with [default: the engine's own, 1 GPU]."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Preset or config.json [default: the trace's model]."),
-    ] = None,
+    model: ModelOption = None,
     num_hidden_layers: Annotated[
         int | None,
         typer.Option(min=1, help="Cut the model to its first layers [default: all]."),
@@ -38,11 +35,11 @@ def replay(
         bool,
         typer.Option("--repeat-layers", help="Repeat a trace that has fewer layers."),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same rows for each request.")] = 0,
+    seed: SeedOption = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path(
         "engine-replay"
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write what a vLLM of your own needs to serve a recorded routing, with a plan's placement.
 
@@ -54,7 +51,7 @@ def replay(
     from moesim.engine.folder import write_replay
     from moesim.engine.launch import environment
     from moesim.errors import InputError, UnknownNameError
-    from moesim.plan import load_plan
+    from moesim.placement import load_plan
     from moesim.trace.format import load_token_trace
 
     if engine != "vllm":

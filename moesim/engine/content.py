@@ -25,7 +25,7 @@ from moesim.engine.schedule import PhaseRows, RowSchedule
 from moesim.errors import FormatError, InputError, MismatchError
 
 if TYPE_CHECKING:
-    from moesim.plan import Plan
+    from moesim.placement import Plan
     from moesim.trace.format import Trace
 
 FORMAT = "moesim-engine-replay"

@@ -12,7 +12,7 @@ from moesim.engine.model_folder import hf_config, spec_of, write_model_folder
 from moesim.errors import MismatchError
 
 if TYPE_CHECKING:
-    from moesim.plan import Plan
+    from moesim.placement import Plan
     from moesim.trace.format import Trace
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from moesim.engine.content import build_content, load_content, save_content
 from moesim.errors import FormatError, InputError, MismatchError
-from moesim.plan import Placement, Plan
+from moesim.placement import Placement, Plan
 
 IDS = np.array([[[0, 1], [2, 3]], [[2, 0], [1, 3]], [[3, 2], [0, 1]]])
 """3 tokens, 2 layers, top-2 of 4 experts."""

@@ -16,7 +16,7 @@ from moesim.engine.launch import arguments, options, script
 from moesim.engine.model_folder import ARCHITECTURES, hf_config, spec_of
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.model.names import load_model, preset_config, preset_names
-from moesim.plan import Placement, Plan
+from moesim.placement import Placement, Plan
 
 KNOWN = [n for n in preset_names() if preset_config(n)["model_type"] in ARCHITECTURES]
 

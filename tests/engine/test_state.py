@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the plug-in needs torch")
 
 from moesim.engine.content import Content, build_content  # noqa: E402
 from moesim.engine.state import Replay  # noqa: E402
-from moesim.plan import Placement, Plan  # noqa: E402
+from moesim.placement import Placement, Plan  # noqa: E402
 
 IDS = np.array([[[0, 1], [2, 3]], [[2, 0], [1, 3]], [[3, 2], [0, 1]]])
 

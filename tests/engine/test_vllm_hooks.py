@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moesim.errors import InputError, MismatchError
-from moesim.plan import Placement, Plan
+from moesim.placement import Placement, Plan
 
 torch = pytest.importorskip("torch", reason="the plug-in needs torch")
 

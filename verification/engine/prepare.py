@@ -19,7 +19,7 @@ from cases import MODELS, Model
 
 from moesim.engine.content import build_content, save_content
 from moesim.engine.model_folder import hf_config, spec_of, write_model_folder
-from moesim.plan import Placement, Plan
+from moesim.placement import Placement, Plan
 from moesim.trace.format import Trace, load_token_trace
 
 SYNTH_TOKENS = 20_000
@@ -55,7 +55,7 @@ def plans_of(trace: Trace, model: Model, gpus: int) -> dict[str, Plan]:
     made: dict[str, Plan] = {}
     import tempfile
 
-    from moesim.plan import load_plan
+    from moesim.placement import load_plan
     from moesim.trace.format import save_trace
 
     with tempfile.TemporaryDirectory() as name:

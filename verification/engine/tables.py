@@ -97,7 +97,9 @@ def errors_table(records: list[dict[str, Any]], predicted: dict[str, Any]) -> st
 
 def steps_table(records: list[dict[str, Any]], predicted: dict[str, Any]) -> str:
     """Every case with the trace's routing, and the ratio of the other routings to it."""
-    lines = ["| run | step | measured, ms (95%) | predicted | uniform / trace, measured | predicted"]
+    lines = [
+        "| run | step | measured, ms (95%) | predicted | uniform / trace, measured | predicted"
+    ]
     lines[0] += " | same / trace, measured | predicted | without graphs |"
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     for record in records:
@@ -256,7 +258,9 @@ def main() -> None:
     for name, table in tables.items():
         marks = (f"<!-- begin {name} -->\n", f"<!-- end {name} -->")
         pattern = re.escape(marks[0]) + r".*?" + re.escape(marks[1])
-        text, count = re.subn(pattern, lambda _, t=table, m=marks: m[0] + t + "\n" + m[1], text, flags=re.S)  # noqa: E501
+        text, count = re.subn(
+            pattern, lambda _, t=table, m=marks: m[0] + t + "\n" + m[1], text, flags=re.S
+        )
         if count != 1:
             raise SystemExit(f"no marks for {name}")
     page.write_text(text)
