@@ -56,6 +56,23 @@ TEXTS = {
         "self.moe_config = moe_config",
         "def do_naive_dispatch_combine",
     ],
+    "vllm/engine/arg_utils.py": [
+        '"--worker-extension-cls"',
+        '"--skip-tokenizer-init"',
+        '"--load-format"',
+        '"--dtype"',
+        '"--enable-prefix-caching"',
+        '"--data-parallel-size"',
+        '"--enable-expert-parallel"',
+        '"--enable-eplb"',
+        '"--eplb-config"',
+    ],
+    "vllm/config/parallel.py": [
+        "    num_redundant_experts: int",
+        "    step_interval: int",
+        "    use_async: bool",
+    ],
+    "vllm/benchmarks/latency.py": ['"--disable-detokenize"', '"--batch-size"'],
     "vllm/plugins/__init__.py": ['"vllm.general_plugins"'],
     "vllm/config/compilation.py": ["static_all_moe_layers", "static_forward_context"],
 }
