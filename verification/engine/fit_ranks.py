@@ -1,4 +1,4 @@
-"""Expert kernels fitted to what ranks took in the engine: held-out errors, and orders of placements.
+"""Expert kernels fitted to what ranks took in the engine: held-out errors, orders of placements.
 
     python verification/engine/fit_ranks.py reports/engine-vllm FOLDER
 
@@ -24,8 +24,6 @@ from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.fitting import ExpertFit
 
 SEEN = ("linear", "eplb", "eplb+")
-    "vLLM 0.23.0's fused_experts (Triton, bf16), 1 x NVIDIA H200, torch 2.11.0+cu130, 2026-11-30"
-)
 
 
 @dataclass(frozen=True, eq=False)
