@@ -34,7 +34,7 @@ from moesim.engine.model_folder import hf_config, spec_of
 from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import Deployment, deploy
 from moesim.serving.memory import gpu_memory
-from moesim.serving.step_cost import StepCost
+from moesim.serving.step_cost import EngineStepCost
 from moesim.trace.format import Trace
 
 
@@ -94,7 +94,7 @@ def main() -> None:
         trace = trace_of(model, args.data, args.folder)
         steps: dict[str, dict[str, object]] = {}
         for routing in ROUTINGS:
-            cost = StepCost(deployment(key, routed(trace, routing)))
+            cost = EngineStepCost(deployment(key, routed(trace, routing)))
             for case in (*PREFILL, *DECODE):
                 parts = cost.breakdown(shape_of(case))
                 step = {name: round(float(v.sum()) / 1e3, 4) for name, v in parts.items()}
