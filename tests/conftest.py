@@ -1,4 +1,4 @@
-"""Hands every test the builders of small traces, placements and clusters."""
+"""Hands every test the builders of small traces, placements and clusters; marks `engines` tests."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def build() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "engines: run parts of serving engines' own code; downloads their wheels"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "engines" in (config.option.markexpr or ""):
+        return
+    skip = pytest.mark.skip(reason="downloads serving engines; run with -m engines")
+    for item in items:
+        if "engines" in item.keywords:
+            item.add_marker(skip)

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "whatif": ("whatif", "whatif", "Ask a question of many deployments at once."),
     "cache": ("cache", "cache", "Plan what stays in GPU memory when not all experts fit."),
     "export": ("export", "export", "Write a plan in a serving engine's format."),
+    "engine": ("engine", "app", "Serving engines: replay a routing trace inside one."),
     "import-plan": ("import_plan", "import_plan", "Read an engine's placement back as a plan."),
     "calibrate": ("calibrate", "calibrate", "Measure this machine's links and GPUs."),
     "validate": ("validate", "validate", "Replay plans on real GPUs, predicted beside measured."),

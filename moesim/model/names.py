@@ -72,6 +72,15 @@ def preset_aliases(name: str) -> tuple[str, ...]:
     return tuple(_presets()[preset].get("aliases", ()))
 
 
+def preset_config(name: str) -> Mapping[str, Any]:
+    """The Hugging Face config that a preset holds; UnknownNameError where there is none."""
+    preset = _names().get(name.casefold())
+    if preset is None:
+        raise UnknownNameError("model", name, preset_names())
+    config: Mapping[str, Any] = _presets()[preset]["config"]
+    return config
+
+
 def _from_folder(folder: Path) -> ModelSpec:
     config = folder / "config.json"
     if not config.exists():

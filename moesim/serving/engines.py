@@ -20,6 +20,9 @@ class EngineProfile:
     sampling, output), whatever the batch. sequence_host_us: the same for every sequence of it.
     kernel_us: GPU time of one small kernel (norm, rotary embedding, quantisation, cache write) at a
     single row; what it moves is counted apart.
+    rotary_gb_per_s, cache_write_ns: rate at which rotary embedding reads and writes queries and
+    keys, and a token's cache write in one layer; both of grouped attention, beyond `kernel_us`, and
+    not counted where None and 0.
     eager_layer_us: host time to enqueue one layer where no CUDA graph is replayed; a step with
     prompt tokens takes at least that many microseconds a layer.
     request_ms, prompt_token_us: time of a request outside the engine's steps (HTTP, scheduler
@@ -46,6 +49,8 @@ class EngineProfile:
     max_sequences: int
     runtime_gb: float
     memory_fraction: float
+    rotary_gb_per_s: float | None = None
+    cache_write_ns: float = 0.0
     basis: Basis = "assumed"
     source: str = ""
 
@@ -64,7 +69,7 @@ ENGINES: Mapping[str, EngineProfile] = {
             sequence_host_us=0.0,
             kernel_us=3.8,
             eager_layer_us=480.0,
-            request_ms=57.0,
+            request_ms=56.0,
             prompt_token_us=0.0,
             steps_ahead=1,
             prefill_policy="mixed",
@@ -72,8 +77,11 @@ ENGINES: Mapping[str, EngineProfile] = {
             max_sequences=1024,
             runtime_gb=3.0,
             memory_fraction=0.9,
+            rotary_gb_per_s=1900.0,
+            cache_write_ns=8.2,
             basis="measured",
-            source=FITTED,
+            source=f"{FITTED}; rotary_gb_per_s, cache_write_ns: kernels of vLLM 0.23.0 on an H200"
+            " (reports/engine-vllm)",
         ),
         EngineProfile(
             name="sglang",

@@ -319,7 +319,9 @@ class EngineStepCost:
         moved = 8.0 * rows * hidden * ELEMENT_BYTES / self._hbm
         parts = {
             "projections": model.num_kv_layers * self._projections_us(rows),
-            "elementwise": d.engine.kernel_us * self._small_kernels() + layers * moved,
+            "elementwise": d.engine.kernel_us * self._small_kernels()
+            + layers * moved
+            + model.num_kv_layers * rows * self._rotary_and_cache_us(),
             "router": moe_layers * router.time_us(rows, model.num_experts, hidden),
         }
         if model.shared_intermediate_size:
@@ -335,6 +337,20 @@ class EngineStepCost:
             )
         parts["communication"] = self._tp_comm_us(rows)
         return parts
+
+    def _rotary_and_cache_us(self) -> float:
+        """Of one token in one layer of grouped attention, beyond the kernels' fixed time; a latent
+        attention module is measured with them."""
+        attention, engine = self.deployment.model.attention, self.deployment.engine
+        if attention.kind == "mla":
+            return 0.0
+        time = engine.cache_write_ns / 1e3
+        if engine.rotary_gb_per_s is not None:
+            tp = self.deployment.tp
+            heads = ceil(attention.num_heads / tp) + ceil(attention.num_kv_heads / tp)
+            moved = 2.0 * heads * attention.head_dim * ELEMENT_BYTES
+            time += moved / engine.rotary_gb_per_s / 1e3
+        return time
 
     def _small_kernels(self) -> int:
         """Small kernels of all layers: two norms each; rotary embedding and cache write of grouped

@@ -64,18 +64,3 @@ def uneven_plan() -> Plan:
     """Experts 0..4 on 2 GPUs of 3 slots, one slot empty."""
     table = np.array([[4, 1, 0, 3, 2, EMPTY]], np.int32)
     return Plan("", (0,), Placement(table, 2, 1, 5))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "engines: run parts of serving engines' own code; downloads their wheels"
-    )
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "engines" in (config.option.markexpr or ""):
-        return
-    skip = pytest.mark.skip(reason="downloads serving engines; run with -m engines")
-    for item in items:
-        if "engines" in item.keywords:
-            item.add_marker(skip)
