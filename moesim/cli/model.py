@@ -106,7 +106,7 @@ def show_model(
 
 
 def _rows(spec: ModelSpec) -> list[tuple[str, str]]:
-    from moesim.model.spec import WEIGHT_BYTES
+    from moesim.model.dtypes import WEIGHT_BYTES
 
     attention = spec.attention
     heads = f"{attention.num_heads} heads of {attention.head_dim}"

@@ -7,7 +7,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from moesim.errors import InfeasibleError
-from moesim.model.spec import KV_BYTES, WEIGHT_BYTES
+from moesim.model.dtypes import KV_BYTES, WEIGHT_BYTES
 
 if TYPE_CHECKING:
     from moesim.serving.deployment import Deployment

@@ -1,0 +1,422 @@
+"""Quantisation methods that engines serve, each read into a plan: which scheme covers what.
+
+Forms are those of vLLM (vllm/model_executor/layers/quantization/) and SGLang
+(python/sglang/srt/layers/quantization/), of compressed-tensors (vllm-project/compressed-tensors),
+AutoAWQ, GPTQModel, auto-round, AMD Quark and NVIDIA ModelOpt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moesim.errors import FormatError
+from moesim.model.dtypes import WEIGHT_BYTES
+from moesim.model.hf.keys import shown
+from moesim.model.hf.patterns import Patterns
+from moesim.model.hf.tensors import Named
+
+SKIP_KEYS = (
+    "modules_to_not_convert",
+    "ignore",
+    "ignored_layers",
+    "exclude_modules",
+    "exclude",
+    "llm_int8_skip_modules",
+)
+_REFUSED = "no engine that moesim knows serves it, or its sizes are not known"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are stored: the type that kernels know, and bytes per weight with scales."""
+
+    label: str
+    bytes_per_weight: float
+
+
+@dataclass
+class Plan:
+    """What is stored how. In this order: `skipped` keeps its 16 bits, the first of `own` that names
+    a tensor gives its scheme, routed experts have `experts`, all other matrices `default` (None:
+    16 bits). Tables and routers keep 16 bits unless `own` names them, or `head` for the head."""
+
+    default: Scheme | None
+    skipped: Patterns = field(default_factory=lambda: Patterns(""))
+    own: list[tuple[Patterns, Scheme | None]] = field(default_factory=list)
+    experts: Scheme | None = None
+    only_experts: bool = False
+    only: Patterns | None = None
+    head: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def scheme(self, tensor: Named) -> Scheme | None:
+        """How a tensor is stored; None: in the file's 16 bits."""
+        if self.skipped.covers(tensor):
+            return None
+        for patterns, scheme in self.own:
+            if patterns.covers(tensor):
+                return scheme
+        if not tensor.quantised:
+            head = self.head and "lm_head" in tensor.names
+            return self.default if head else None
+        if tensor.tensor_class == "experts" and self.experts is not None:
+            return self.experts
+        if self.only_experts and tensor.tensor_class != "experts":
+            return None
+        if self.only is not None and not self.only.covers(tensor):
+            return None
+        return self.default
+
+    def unused(self, num_layers: int) -> list[str]:
+        """Entries that name nothing known."""
+        out = self.skipped.unused(num_layers)
+        for patterns, _ in self.own:
+            out += patterns.unused(num_layers)
+        return out
+
+
+def refusal(where: str, what: str) -> FormatError:
+    """The error for a method or form that is not read."""
+    return FormatError(
+        f"{where}: quantization_config: {what} is not read: {_REFUSED}",
+        f"methods that are read: {', '.join(sorted(METHODS))}; docs/models.md describes them",
+    )
+
+
+def skipped(quant: Mapping[str, Any], where: str) -> Patterns:
+    """Modules that keep 16 bits, under whichever key."""
+    found: list[object] = []
+    for key in SKIP_KEYS:
+        value = quant.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, list):
+            raise FormatError(
+                f"{where}: quantization_config.{key} is {shown(value)}", "it must be a list"
+            )
+        found += value
+    return Patterns.of(found, where)
+
+
+def _bits(quant: Mapping[str, Any], where: str, key: str = "bits") -> int:
+    value = quant.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value not in (2, 3, 4, 8, 16):
+        raise refusal(where, f"{key} {shown(value)}")
+    if value in (2, 3):
+        raise refusal(where, f"{value}-bit weights")
+    return value
+
+
+def _group(value: object, where: str) -> int:
+    """Weights per scale; 0: one scale a channel or tensor."""
+    if value in (None, -1, 0):
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
+        raise refusal(where, f"group_size {shown(value)}")
+    return value
+
+
+def integer(bits: int, group: int, *, zeros: bool, scale_bits: int = 16) -> Scheme:
+    """Integers with a scale a group, and with `zeros` a zero point of as many bits."""
+    extra = (scale_bits + (bits if zeros else 0)) / group if group else 0.0
+    return Scheme("int8" if bits == 8 else "int4", (bits + extra) / 8)
+
+
+FP8_BLOCK = Scheme("fp8", WEIGHT_BYTES["fp8"])
+FP8 = Scheme("fp8", 1.0)
+MXFP8 = Scheme("mxfp8", WEIGHT_BYTES["mxfp8"])
+MXFP4 = Scheme("mxfp4", WEIGHT_BYTES["mxfp4"])
+NVFP4 = Scheme("nvfp4", WEIGHT_BYTES["nvfp4"])
+INT8 = Scheme("int8", 1.0)
+
+
+def _fp8_scheme(quant: Mapping[str, Any], where: str) -> Scheme:
+    block = quant.get("weight_block_size")
+    if block is None:
+        return FP8
+    good = isinstance(block, list) and len(block) == 2
+    if not good or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in block):
+        raise refusal(where, f"weight_block_size {shown(block)}")
+    return Scheme("fp8", 1.0 + 4 / (block[0] * block[1]))
+
+
+def fp8(quant: Mapping[str, Any], where: str) -> Plan:
+    """fp8 with one scale a block, channel or tensor. With ModelOpt's quantized_layers the listed
+    layers are stored in another way, the others as the model's makers did (DeepSeek-V4-NVFP4: its
+    `ignore` speaks of the second step only)."""
+    scheme = _fp8_scheme(quant, where)
+    if quant.get("quantized_layers"):
+        return Plan(scheme, own=_listed(quant["quantized_layers"], where))
+    return Plan(scheme, skipped(quant, where))
+
+
+def mxfp4(quant: Mapping[str, Any], where: str) -> Plan:
+    """OpenAI's mxfp4: routed experts alone, whatever the list of other modules says."""
+    return Plan(MXFP4, skipped(quant, where), only_experts=True)
+
+
+def mxfp8(quant: Mapping[str, Any], where: str) -> Plan:
+    return Plan(MXFP8, skipped(quant, where))
+
+
+def w4afp8(quant: Mapping[str, Any], where: str) -> Plan:
+    """SGLang's W4AFP8: experts of 4-bit integers in groups of 128, the rest fp8 in blocks."""
+    group = _group(quant.get("group_size", 128), where)
+    return Plan(FP8_BLOCK, skipped(quant, where), experts=integer(4, group, zeros=False))
+
+
+def w8a8_int8(quant: Mapping[str, Any], where: str) -> Plan:
+    return Plan(INT8, skipped(quant, where))
+
+
+def block_int8(quant: Mapping[str, Any], where: str) -> Plan:
+    scheme = _fp8_scheme(quant, where)
+    return Plan(Scheme("int8", scheme.bytes_per_weight), skipped(quant, where))
+
+
+def awq(quant: Mapping[str, Any], where: str) -> Plan:
+    """4-bit integers; 16-bit scale and packed zero point a group, without zero_point too."""
+    bits = _bits(quant, where, "bits" if "bits" in quant else "w_bit")
+    group = _group(quant.get("group_size", quant.get("q_group_size", 128)), where)
+    return Plan(integer(bits, group, zeros=True), skipped(quant, where))
+
+
+def gptq(quant: Mapping[str, Any], where: str) -> Plan:
+    """Integers with a 16-bit scale and a packed zero point a group. `dynamic`: "-:" leaves modules
+    out, "+:" or nothing gives them other bits. modules_in_block_to_quantize: these alone."""
+    bits, group = _bits(quant, where), _group(quant.get("group_size", -1), where)
+    plan = Plan(integer(bits, group, zeros=True), skipped(quant, where))
+    plan.head = quant.get("lm_head") is True
+    dynamic = quant.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise refusal(where, f"dynamic {shown(dynamic)}")
+    for key, value in dynamic.items():
+        sign, _, pattern = key.partition(":") if key[:2] in ("-:", "+:") else ("+", "", key)
+        if sign == "-":
+            plan.skipped.add("re:" + pattern)
+            continue
+        over = {**quant, **(value if isinstance(value, dict) else {})}
+        other = integer(_bits(over, where), _group(over.get("group_size"), where), zeros=True)
+        plan.own.append((Patterns.of(["re:" + pattern], where), other))
+    listed = quant.get("modules_in_block_to_quantize")
+    if listed:
+        flat = [name for part in listed for name in (part if isinstance(part, list) else [part])]
+        plan.only = Patterns.of(flat, where)
+    return plan
+
+
+def auto_round(quant: Mapping[str, Any], where: str) -> Plan:
+    """Integers as GPTQ packs them, or MX and NV floats; extra_config gives modules other bits."""
+    kind = str(quant.get("data_type", "int")).lower()
+
+    def scheme(entry: Mapping[str, Any]) -> Scheme | None:
+        bits = _bits(entry, where)
+        if bits == 16:
+            return None
+        if kind.startswith(("mx_fp", "mxfp")):
+            return MXFP4 if bits == 4 else MXFP8
+        if kind.startswith(("nv_fp", "nvfp")):
+            return NVFP4
+        if kind.startswith("fp"):
+            return FP8
+        if kind != "int":
+            raise refusal(where, f"data_type {shown(kind)}")
+        group = _group(entry.get("group_size", -1), where)
+        return integer(bits, group, zeros=True)
+
+    plan = Plan(scheme(quant), skipped(quant, where))
+    extra = quant.get("extra_config") or {}
+    if not isinstance(extra, dict):
+        raise refusal(where, f"extra_config {shown(extra)}")
+    for name, entry in extra.items():
+        if isinstance(entry, dict) and "bits" in entry:
+            pattern = name if not set("^$\\(|+") & set(name) and ".*" not in name else f"re:{name}"
+            plan.own.append((Patterns.of([pattern], where), scheme({**quant, **entry})))
+    return plan
+
+
+def bitsandbytes(quant: Mapping[str, Any], where: str) -> Plan:
+    """8-bit integers a row, or 4 bits with a 32-bit scale for 64 weights; with
+    bnb_4bit_use_double_quant 8 bits for 64 and 32 for 256 of those (QLoRA, arXiv:2305.14314)."""
+    if quant.get("load_in_8bit") is True:
+        return Plan(INT8, skipped(quant, where))
+    kind = quant.get("bnb_4bit_quant_type", "fp4")
+    if quant.get("load_in_4bit") is not True or kind not in ("nf4", "fp4"):
+        raise refusal(where, f"bitsandbytes with bnb_4bit_quant_type {shown(kind)}")
+    double = quant.get("bnb_4bit_use_double_quant") is True
+    scale = (8 + 32 / 256) / 64 if double else 32 / 64
+    return Plan(Scheme("nf4", (4 + scale) / 8), skipped(quant, where))
+
+
+def _weights(weights: object, where: str) -> Scheme | None:
+    """A scheme of compressed-tensors: type, bits, group, whether with zero points."""
+    if weights is None:
+        return None
+    if not isinstance(weights, dict):
+        raise refusal(where, f"weights {shown(weights)}")
+    kind, bits, group = weights.get("type"), weights.get("num_bits"), weights.get("group_size")
+    strategy = weights.get("strategy")
+    if kind == "float" and bits == 8:
+        block = weights.get("block_structure")
+        if isinstance(block, str) and "x" in block:
+            block = [int(part) for part in block.split("x") if part.isdecimal()]
+        if strategy == "block":
+            return _fp8_scheme({"weight_block_size": block or [128, 128]}, where)
+        return MXFP8 if group == 32 else FP8
+    if kind == "float" and bits == 4 and group in (16, 32):
+        return NVFP4 if group == 16 else MXFP4
+    if kind == "int" and bits in (4, 8):
+        size = _group(group if strategy not in ("channel", "tensor") else None, where)
+        return integer(bits, size, zeros=weights.get("symmetric") is False)
+    raise refusal(where, f"weights of type {shown(kind)}, {shown(bits)} bits, groups {shown(group)}")
+
+
+def compressed_tensors(quant: Mapping[str, Any], where: str) -> Plan:
+    """Groups of targets: a module's name or pattern before the class "Linear"."""
+    if quant.get("sparsity_config"):
+        raise refusal(where, "sparsity_config")
+    plan = Plan(None, skipped(quant, where))
+    groups = quant.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise refusal(where, f"config_groups {shown(groups)}")
+    for name, group in groups.items():
+        if not isinstance(group, dict):
+            raise refusal(where, f"config_groups.{name} {shown(group)}")
+        scheme = _weights(group.get("weights"), where)
+        targets = group.get("targets", ["Linear"])
+        if not isinstance(targets, list):
+            raise refusal(where, f"targets {shown(targets)}")
+        classes = {"Linear", "FusedMoE", "LinearBase", "ReplicatedLinear"}
+        named = Patterns.of([entry for entry in targets if entry not in classes], where)
+        if named:
+            plan.own.append((named, scheme))
+        if "Linear" in targets:
+            plan.default, plan.head = scheme, True
+        if "FusedMoE" in targets:
+            plan.experts = scheme
+    return plan
+
+
+_QUARK = {
+    "fp8_e4m3": FP8, "fp8_e5m2": FP8, "int8": INT8, "mxfp4": MXFP4, "mx": MXFP4, "mxfp8": MXFP8,
+}  # fmt: skip
+
+
+def _quark_scheme(entry: object, where: str) -> Scheme | None:
+    weight = entry.get("weight") if isinstance(entry, dict) else None
+    if isinstance(weight, list):
+        weight = weight[0] if weight else None
+    if weight is None:
+        return None
+    if not isinstance(weight, dict):
+        raise refusal(where, f"weight {shown(weight)}")
+    kind, group = weight.get("dtype"), weight.get("group_size")
+    if kind == "fp4" and group == 32:
+        return MXFP4
+    if kind == "fp4" and group == 16:
+        return NVFP4
+    if kind in ("int4", "uint4"):
+        return integer(4, _group(group, where), zeros=kind == "uint4")
+    if kind in _QUARK and isinstance(kind, str):
+        return _QUARK[kind]
+    raise refusal(where, f"quark weights of dtype {shown(kind)}, groups {shown(group)}")
+
+
+def quark(quant: Mapping[str, Any], where: str) -> Plan:
+    """AMD Quark: a global scheme, others by pattern or module class, modules left out."""
+    plan = Plan(_quark_scheme(quant.get("global_quant_config"), where), skipped(quant, where))
+    plan.head = plan.default is not None
+    if "global_quant_config" not in quant:
+        raise refusal(where, "quark without global_quant_config")
+    layers = quant.get("layer_quant_config") or {}
+    if not isinstance(layers, dict):
+        raise refusal(where, f"layer_quant_config {shown(layers)}")
+    for pattern, entry in layers.items():
+        plan.own.append((Patterns.of([pattern], where), _quark_scheme(entry, where)))
+    return plan
+
+
+_ALGORITHMS: Mapping[str, Scheme] = {
+    "FP8": FP8,
+    "FP8_PER_CHANNEL_PER_TOKEN": FP8,
+    "FP8_PB_WO": FP8_BLOCK,
+    "FP8_BLOCK_SCALES": FP8_BLOCK,
+    "NVFP4": NVFP4,
+    "NVFP4_AWQ": NVFP4,
+    "W4A16_NVFP4": NVFP4,
+    "W4A8_NVFP4_FP8": NVFP4,
+    "MXFP8": MXFP8,
+    "W4A8_MXFP4_FP8": MXFP4,
+    "MXFP4": MXFP4,
+    "W4A16_MXFP4": MXFP4,
+    "W4A16_AWQ": integer(4, 128, zeros=False),
+    "INT4_AWQ": integer(4, 128, zeros=False),
+    "W4A8_AWQ": integer(4, 128, zeros=False),
+    "W8A16": INT8,
+    "W8A8_SQ_PER_CHANNEL": INT8,
+}
+"""ModelOpt's algorithms; AWQ's groups are 128 where group_size says nothing."""
+
+
+def _algorithm(entry: Mapping[str, Any], where: str) -> Scheme:
+    name = entry.get("quant_algo")
+    found = _ALGORITHMS.get(name.upper()) if isinstance(name, str) else None
+    if found is None:
+        raise refusal(where, f"quant_algo {shown(name)}")
+    if found.label == "int4":
+        return integer(4, _group(entry.get("group_size", 128), where), zeros=False)
+    return found
+
+
+def _listed(layers: object, where: str) -> list[tuple[Patterns, Scheme | None]]:
+    """quantized_layers: names, each with its algorithm; gathered by algorithm."""
+    if not isinstance(layers, dict):
+        raise refusal(where, f"quantized_layers {shown(layers)}")
+    found: dict[Scheme, Patterns] = {}
+    for name, entry in layers.items():
+        if not isinstance(entry, dict):
+            raise refusal(where, f"quantized_layers.{name} {shown(entry)}")
+        found.setdefault(_algorithm(entry, where), Patterns(where)).add(name)
+    return [(patterns, scheme) for scheme, patterns in found.items()]
+
+
+def modelopt(quant: Mapping[str, Any], where: str) -> Plan:
+    """NVIDIA ModelOpt: one algorithm and modules left out, or MIXED_PRECISION with a list."""
+    left_out = skipped(quant, where)
+    if str(quant.get("quant_algo")).upper() == "MIXED_PRECISION":
+        if not quant.get("quantized_layers"):
+            if quant.get("config_groups"):
+                return compressed_tensors(quant, where)
+            raise refusal(where, "MIXED_PRECISION without quantized_layers (hf_quant_config.json)")
+        return Plan(None, left_out, own=_listed(quant["quantized_layers"], where))
+    return Plan(_algorithm(quant, where), left_out)
+
+
+Method = Callable[[Mapping[str, Any], str], Plan]
+METHODS: Mapping[str, Method] = {
+    "fp8": fp8,
+    "deepseek-v4-fp8": fp8,
+    "fbgemm-fp8": fp8,
+    "ptpc-fp8": fp8,
+    "w8a8-fp8": fp8,
+    "mxfp4": mxfp4,
+    "mxfp8": mxfp8,
+    "w4afp8": w4afp8,
+    "w8a8-int8": w8a8_int8,
+    "blockwise-int8": block_int8,
+    "awq": awq,
+    "awq-marlin": awq,
+    "gptq": gptq,
+    "gptq-marlin": gptq,
+    "auto-round": auto_round,
+    "intel/auto-round": auto_round,
+    "bitsandbytes": bitsandbytes,
+    "compressed-tensors": compressed_tensors,
+    "quark": quark,
+    "modelopt": modelopt,
+    "modelopt-fp4": modelopt,
+    "modelopt-mixed": modelopt,
+}
+"""Values of quant_method, with "-" for "_"."""
