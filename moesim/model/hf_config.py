@@ -31,7 +31,9 @@ def read_hf_config(path: Path, name: str | None = None) -> Reading:
     config = _read_json(path)
     beside = path.parent / "hf_quant_config.json"
     inner = [config.get(key) for key in NESTED]
-    told = any(isinstance(part, dict) and part.get("quantization_config") for part in (config, *inner))
+    told = any(
+        isinstance(part, dict) and part.get("quantization_config") for part in (config, *inner)
+    )
     if not told and path.name == "config.json" and beside.is_file():
         quantization = _read_json(beside).get("quantization")
         if not isinstance(quantization, dict):

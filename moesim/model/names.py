@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import FormatError, InputError, UnknownNameError
-from moesim.model.hf.reader import Reading, read_config
-from moesim.model.hf_config import read_hf_config
 from moesim.model.attention import AttentionSpec
 from moesim.model.dtypes import KV_BYTES, TOKEN_BYTES, WEIGHT_BYTES, bytes_per
+from moesim.model.hf.reader import Reading, read_config
+from moesim.model.hf_config import read_hf_config
 from moesim.model.spec import ModelSpec
 
 __all__ = [
@@ -21,8 +21,8 @@ __all__ = [
     "WEIGHT_BYTES",
     "AttentionSpec",
     "ModelSpec",
-    "bytes_per",
     "Reading",
+    "bytes_per",
     "load_model",
     "load_reading",
     "preset_aliases",

@@ -173,6 +173,17 @@ class ModelSpec:
         return self.num_hidden_layers - self.num_moe_layers - len(self.no_ffn_layer_ids)
 
     @property
+    def num_mixing_layers(self) -> int:
+        """Layers with attention or what stands in its place."""
+        return self.num_hidden_layers - len(self.attention.absent_layer_ids)
+
+    @property
+    def real_top_k(self) -> int:
+        """Experts per token that compute something: the mean where a router has zero experts."""
+        share = self.num_experts / (self.num_experts + self.num_zero_experts)
+        return max(1, round(self.top_k * share))
+
+    @property
     def expert_hidden(self) -> int:
         """Width of what an expert reads and writes, and of a row on the wire."""
         return self.expert_hidden_size or self.hidden_size

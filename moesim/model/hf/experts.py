@@ -119,9 +119,7 @@ def nemotron(keys: Keys, shape: Shape) -> FeedForward:
 
 def jamba(keys: Keys, shape: Shape) -> FeedForward:
     """Jamba: layers whose number leaves expert_layer_offset divided by expert_layer_period."""
-    absent = [
-        name for name in ("expert_layer_period", "expert_layer_offset") if not keys.has(name)
-    ]
+    absent = [name for name in ("expert_layer_period", "expert_layer_offset") if not keys.has(name)]
     if absent:
         raise missing(keys, absent)
     period = keys.number("expert_layer_period")

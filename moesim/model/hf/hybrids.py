@@ -42,8 +42,8 @@ def state_element(keys: Keys, *names: str) -> int:
 def delta_net(keys: Keys, shape: Shape, _: str) -> Layers:
     """Qwen3-Next, 3.5 and 3.6: Gated DeltaNet but for every full_attention_interval-th layer, or as
     layer_types says; the softmax layers gate their output."""
-    names = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")
-    names += ("linear_value_head_dim", "linear_conv_kernel_dim")
+    names = [f"linear_num_{part}_heads" for part in ("key", "value")]
+    names += ["linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"]
     absent = [name for name in names if not keys.has(name)]
     if not keys.has("layer_types", "full_attention_interval"):
         absent.append("layer_types")
@@ -126,9 +126,7 @@ def grouped_layers(keys: Keys, shape: Shape, _: str) -> Layers:
     width = keys.optional("head_dim", shape.hidden // shape.heads, low=1)
     linear = mixers.lightning(shape.hidden, shape.heads, width, "attention")
     whole = shape.layers // size * size
-    every = [
-        full if (i + 1) % size == 0 or i >= whole else linear for i in range(shape.layers)
-    ]
+    every = [full if (i + 1) % size == 0 or i >= whole else linear for i in range(shape.layers)]
     return Layers(list(every), mtp=full)
 
 

@@ -12,55 +12,51 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from moesim.errors import FormatError
-from moesim.model.checks import MAX_LAYERS, MAX_SIZE
+from moesim.model.checks import MAX_SIZE
 
 _HARMLESS_NAMES = frozenset(
     """
-    add_cross_attention attention_bias attention_dropout attention_value_scale attn_implementation
-    attn_logit_softcap attn_logit_softcapping attn_res_block_size attn_temperature_tuning
-    attn_temperature_scale attn_temperature_len attn_pdrop add_qkv_bias attn_scale
-    attn_bias attn_qkv_bias architectures auto_map batch_size bf16 bos_token_id
-    chunk_size chunk_size_feed_forward clip_qkv crop_size cross_attention_hidden_size d_conv_bias
-    decoder_start_token_id dtype embd_pdrop emb_pdrop ep_size expert_dtype
-    final_logit_softcapping finetuning_task floor_scale fp16 fp32_residual fused_qkv
-    gate_lower_bound gradient_checkpointing group_norm_size hc_eps hc_sinkhorn_iters
-    hidden_act hidden_activation hidden_dropout hidden_dropout_prob 
-    ffn_act_fn index_share_for_mtp_iteration initial_context_length input_jitter_noise
-    kv_cache_scheme latent_moe_use_norm layer_norm_eps layer_norm_epsilon layernorm_epsilon
+    activation_situ_beta activation_situ_linear_beta add_cross_attention
+    add_full_attention_sink_bias add_qkv_bias add_swa_attention_sink_bias architectures
+    attention_bias attention_dropout attention_multiplier attention_value_scale attn_bias
+    attn_implementation attn_logit_softcap attn_logit_softcapping attn_pdrop attn_qkv_bias
+    attn_res_block_size attn_scale attn_temperature_len attn_temperature_scale
+    attn_temperature_tuning auto_map batch_size bf16 bos_token_id cache_dtype chunk_size
+    chunk_size_feed_forward clip_qkv crop_size cross_attention_hidden_size d_conv_bias
+    decoder_start_token_id dtype dual_chunk_attention_config emb_pdrop embd_pdrop
+    embedding_multiplier embedding_multiplier_scale ep_size expert_dtype ffn_act_fn
+    final_logit_softcapping finetuning_task floor_scale fp16 fp32_lm_head fp32_residual fused_qkv
+    gate_lower_bound gradient_checkpointing group_norm_size hc_eps hc_sinkhorn_iters hidden_act
+    hidden_activation hidden_dropout hidden_dropout_prob index_share_for_mtp_iteration
+    initial_context_length input_jitter_noise is_decoder is_encoder_decoder kv_cache_scheme
+    latent_moe_use_norm layer_norm_eps layer_norm_epsilon layernorm_epsilon
     layernorm_full_attention_alpha layernorm_full_attention_beta layernorm_linear_attention_alpha
     layernorm_linear_attention_beta layernorm_mlp_alpha layernorm_mlp_beta linear_silu
-    mamba_chunk_size mamba_proj_bias mamba_conv_bias mamba_inner_layernorms mamba_hidden_act
-    max_position_embeddings max_seq_len max_sequence_length max_window_layers mla_use_nope
-    mlp_bias mlp_hidden_act
-    model_max_length model_type moe_aux_loss_coeff moe_dropout_prob 
-    moe_jitter_eps moe_loss_weight moe_normalize_expert_weights moe_renormalize
-    moe_router_activation moe_router_activation_func moe_router_dtype moe_router_enable_expert_bias
-    moe_router_enable_shared_expert moe_router_norm_min moe_router_scaling_factor
-    moe_router_topk_scaling_factor moe_shared_expert_overlap moe_use_aux_free moe_z_loss_coef
-    mtp_loss_scaling_factor mtp_use_dedicated_embeddings mup_enabled need_fp32_gate nope_layers
-    no_rope_layer_interval no_rope_layers norm_expert_weight norm_topk_prob
-    num_beam_groups num_beams num_logits_to_keep num_return_sequences num_reward_heads
-    output_attentions output_hidden_states output_router_logits out_proj_bias
-    pretraining_tp qk_head_dim qk_layernorm qk_norm qk_norm_type query_pre_attn_scalar
-    rescale_prenorm_residual residual_in_fp32 residual_multiplier resid_pdrop route_norm
-    route_scale routed_scaling_factor router_aux_loss_coef router_aux_loss_factor router_bias
-    router_dtype router_jitter_noise router_logit_softcapping router_scaling_factor
+    lm_head_dtype logits_scaling mamba_chunk_size mamba_conv_bias mamba_hidden_act
+    mamba_inner_layernorms mamba_proj_bias max_position_embeddings max_seq_len max_sequence_length
+    max_window_layers mla_use_nope mlp_bias mlp_gate_bias mlp_hidden_act model_max_length
+    model_type moe_aux_loss_coeff moe_dropout_prob moe_jitter_eps moe_loss_weight
+    moe_normalize_expert_weights moe_renormalize moe_router_activation moe_router_activation_func
+    moe_router_dtype moe_router_enable_expert_bias moe_router_enable_shared_expert
+    moe_router_norm_min moe_router_scaling_factor moe_router_topk_scaling_factor
+    moe_shared_expert_overlap moe_use_aux_free moe_z_loss_coef mtp_loss_scaling_factor
+    mtp_use_dedicated_embeddings mup_enabled need_fp32_gate no_rope_layer_interval no_rope_layers
+    nope_layers norm_expert_weight norm_topk_prob num_beam_groups num_beams num_labels
+    num_logits_to_keep num_return_sequences num_reward_heads out_proj_bias output_attentions
+    output_hidden_states output_multiplier_scale output_router_logits pretraining_tp qk_head_dim
+    qk_layernorm qk_norm qk_norm_type query_pre_attn_scalar rescale_prenorm_residual resid_pdrop
+    residual_in_fp32 residual_multiplier residual_scaling route_norm route_scale
+    routed_scaling_factor router_aux_loss_coef router_aux_loss_factor router_bias router_dtype
+    router_jitter_noise router_logit_scaling router_logit_softcapping router_scaling_factor
     router_type router_z_loss_coef score_func score_function scoring_func seq_aux seq_length
     swiglu_alpha swiglu_limit swiglu_limits swiglu_limits_shared task_specific_params
     tie_encoder_decoder tie_word_embeddings time_step_floor time_step_limit time_step_max
     time_step_min tokenizer_class torch_dtype torchscript transformers_version type_vocab_size
-    use_bias use_bidirectional_attention use_cache use_conv_bias use_expert_bias
-    use_grouped_topk use_mamba_kernels use_mla_gate_norm use_moe_router_bias use_qk_norm
-    use_qkv_bias use_rmsnorm use_rope_layers use_routing_bias use_gemma_norm use_kernel
-    z_loss_coef     
-    add_swa_attention_sink_bias add_full_attention_sink_bias activation_situ_beta
-    activation_situ_linear_beta embedding_multiplier attention_multiplier logits_scaling
-    residual_scaling embedding_multiplier_scale output_multiplier_scale mlp_gate_bias
-     cache_dtype  
-       num_labels is_decoder
-    is_encoder_decoder use_fp32_lm_head lm_head_dtype fp32_lm_head router_logit_scaling
-    yarn_only_types dual_chunk_attention_config
-    """.split()
+    use_bias use_bidirectional_attention use_cache use_conv_bias use_expert_bias use_fp32_lm_head
+    use_gemma_norm use_grouped_topk use_kernel use_mamba_kernels use_mla_gate_norm
+    use_moe_router_bias use_qk_norm use_qkv_bias use_rmsnorm use_rope_layers use_routing_bias
+    yarn_only_types z_loss_coef
+    """.split()  # noqa: SIM905
 )
 """Names with no effect on the size of weights, caches or states."""
 
@@ -89,7 +85,7 @@ _STRUCTURAL_WORDS = frozenset(
     dim dims width size num n skip skipped cla conv zero mixer hybrid linear global local swa
     sliding topk offset start end step replace interleave compress compression ratios ngram neighbor
     split depth recurrent residual nope gated glu heterogeneous every
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 
@@ -261,5 +257,3 @@ class Keys:
                 yield self.path + name, name, value
         for keys in self.inner_keys.values():
             yield from keys.left_over()
-
-

@@ -88,7 +88,9 @@ def gated(width_per_head: bool = False) -> Builder:
 def latent_mixer(keys: Keys, shape: Shape, indexer: Indexer | None = None, **more: object) -> Mixer:
     """The latent attention that kv_lora_rank and its companions describe."""
     absent = [
-        name for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim") if not keys.has(name)
+        name
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        if not keys.has(name)
     ]
     absent += ["q_lora_rank"] if "q_lora_rank" not in keys.data else []
     if absent:
@@ -139,7 +141,9 @@ def layer_kinds(keys: Keys, shape: Shape, window_rule: str) -> tuple[int, list[s
         window = 0
     every = ["full"] * shape.layers
     chunk = keys.optional("attention_chunk_size", 0)
-    notes = [f"chunked attention of {chunk} tokens in part of the layers, cached in full"] * bool(chunk)
+    notes = [f"chunked attention of {chunk} tokens in part of the layers, cached in full"] * bool(
+        chunk
+    )
     if keys.has("layer_types"):
         extra = keys.optional("num_nextn_predict_layers", 0) if keys.has("layer_types") else 0
         kinds = keys.flags("layer_types", shape.layers, LAYER_TYPES, shape.layers + extra)

@@ -270,7 +270,9 @@ def _weights(weights: object, where: str) -> Scheme | None:
     if kind == "int" and bits in (4, 8):
         size = _group(group if strategy not in ("channel", "tensor") else None, where)
         return integer(bits, size, zeros=weights.get("symmetric") is False)
-    raise refusal(where, f"weights of type {shown(kind)}, {shown(bits)} bits, groups {shown(group)}")
+    raise refusal(
+        where, f"weights of type {shown(kind)}, {shown(bits)} bits, groups {shown(group)}"
+    )
 
 
 def compressed_tensors(quant: Mapping[str, Any], where: str) -> Plan:

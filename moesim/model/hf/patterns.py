@@ -88,7 +88,9 @@ class Patterns:
             if found is not None:
                 layer, mark, rest = found.groups()
                 if mark == "*" or set("*?[") & set(rest):
-                    self.by_layer.append((layer, mark == "*", ("*" + rest) if mark == "*" else rest))
+                    self.by_layer.append(
+                        (layer, mark == "*", ("*" + rest) if mark == "*" else rest)
+                    )
                 else:
                     self.exact.setdefault(int(layer), set()).add(rest)
             elif set("*?[") & set(entry):

@@ -11,7 +11,7 @@ from moesim.model.attention import AttentionSpec, LayerKind
 from moesim.model.checks import MAX_LAYERS
 from moesim.model.hf import experts, shape
 from moesim.model.hf.experts import FeedForward
-from moesim.model.hf.families import ALIASES, BY_ARCHITECTURE, FAMILIES, UNKNOWN, Family
+from moesim.model.hf.families import ALIASES, BY_ARCHITECTURE, FAMILIES, UNKNOWN
 from moesim.model.hf.keys import Keys, harmless, shown, structural
 from moesim.model.hf.layers import Layers
 from moesim.model.hf.mixers import Mixer
@@ -21,7 +21,12 @@ from moesim.model.hf.tensors import layer_tensors
 from moesim.model.spec import ModelSpec
 
 NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
-MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_num_layers", "num_mtp_modules")
+MTP_KEYS = (
+    "num_nextn_predict_layers",
+    "mtp_num_hidden_layers",
+    "mtp_num_layers",
+    "num_mtp_modules",
+)
 _SAME_ELSEWHERE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
 _DOC = "docs/models.md lists the architectures that are read"
 
@@ -76,10 +81,10 @@ class _Reader:
             if isinstance(value, str) and value:
                 text = "".join(char for char in value if char.isprintable())[:80]
                 named.append(ALIASES.get(text, text.removesuffix("_text")))
-            classes = keys.get("architectures")
-            for entry in classes if isinstance(classes, list) else []:
-                if isinstance(entry, str) and entry in BY_ARCHITECTURE:
-                    named.append(BY_ARCHITECTURE[entry])
+            given = keys.get("architectures")
+            classes = given if isinstance(given, list) else []
+            texts = [entry for entry in classes if isinstance(entry, str)]
+            named += [BY_ARCHITECTURE[entry] for entry in texts if entry in BY_ARCHITECTURE]
         return next((entry for entry in named if entry in FAMILIES), (named or [""])[0])
 
     def reading(self, name: str, source: str, note: str) -> Reading:
@@ -167,10 +172,8 @@ class _Reader:
         return ("intermediate_size", "moe_intermediate_size")
 
     def _width(self) -> int | None:
-        family = self.family
-        names = (family.width,)
-        if family.width == "intermediate_size":
-            names = self._width_keys()
+        plain = self.family.width == "intermediate_size"
+        names = self._width_keys() if plain else (self.family.width,)
         return self.keys.first_of(names, per_layer=True)
 
     def _fields(
@@ -386,7 +389,10 @@ def _kinds(mixers: list[Mixer | None]) -> tuple[LayerKind, ...]:
             groups.setdefault(mixer, []).append(layer)
     order = {"full": 0, "window": 1, "linear": 2}
     kinds = [
-        (order[mixer.role], LayerKind(mixer.name, tuple(ids), mixer.params, mixer.caches, mixer.state_bytes))
+        (
+            order[mixer.role],
+            LayerKind(mixer.name, tuple(ids), mixer.params, mixer.caches, mixer.state_bytes),
+        )
         for mixer, ids in groups.items()
     ]
     return tuple(kind for _, kind in sorted(kinds, key=lambda entry: entry[0]))
@@ -398,10 +404,10 @@ def _sizes_of(kind: LayerKind) -> tuple[object, ...]:
 
 def _flat_dbrx(config: Mapping[str, Any]) -> dict[str, Any]:
     """DBRX keeps its sizes in two inner objects (transformers/dbrx)."""
-    names = {"kv_n_heads": "num_key_value_heads"}
+    names: dict[str, str] = {"kv_n_heads": "num_key_value_heads"}
     flat = {key: value for key, value in config.items() if key not in ("attn_config", "ffn_config")}
     for part in ("attn_config", "ffn_config"):
         inner = config.get(part)
-        for key, value in inner.items() if isinstance(inner, dict) else ():
-            flat[names.get(key, key)] = value
+        if isinstance(inner, dict):
+            flat |= {names.get(str(key), str(key)): value for key, value in inner.items()}
     return flat

@@ -36,7 +36,9 @@ def stored_types(keys: Keys, outer: Keys, spec: ModelSpec, tensors: list[Named])
     left out: under 0.1%. Raises FormatError for a type or method that is not known, by its name.
     """
     base = _float_type(keys, outer)
-    quant = next((k.get("quantization_config") for k in (keys, outer) if k.has("quantization_config")), None)
+    quant = next(
+        (k.get("quantization_config") for k in (keys, outer) if k.has("quantization_config")), None
+    )
     plan = Plan(default=None)
     if quant is not None:
         if not isinstance(quant, dict) or not quant:
@@ -72,7 +74,7 @@ def _plan(quant: Mapping[str, Any], where: str) -> Plan:
     method = quant.get("quant_method")
     if method is None and "quant_algo" in quant:
         method = "modelopt"
-    name = method.replace("_", "-").lower() if isinstance(method, str) else None
+    name = method.replace("_", "-").lower() if isinstance(method, str) else ""
     if name not in METHODS:
         raise refusal(where, f"quant_method {shown(method)}")
     return METHODS[name](quant, where)
@@ -88,9 +90,7 @@ def _own_experts(plan: Plan, value: object, keys: Keys) -> Plan:
     return plan
 
 
-def _averaged(
-    plan: Plan, base: str, spec: ModelSpec, tensors: list[Named], where: str
-) -> Stored:
+def _averaged(plan: Plan, base: str, spec: ModelSpec, tensors: list[Named], where: str) -> Stored:
     params: dict[str, float] = {}
     total: dict[str, float] = {}
     labels: dict[str, dict[str, float]] = {}
@@ -125,5 +125,3 @@ def _averaged(
 
 def _most(weights: Mapping[str, float], base: str) -> str:
     return max(weights, key=lambda label: weights[label]) if weights else base
-
-

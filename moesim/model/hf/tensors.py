@@ -38,8 +38,12 @@ def layer_tensors(spec: ModelSpec, mixers: list[Mixer | None], family: Family) -
         if layer in moe:
             out += _moe(spec, layer, family)
         elif layer not in none:
-            out += _ffn("dense", layer, spec.dense_ffn_params, spec.ffn_matrices, (family.dense_module,))
-    out.append(Named("tables", -1, ("embed_tokens", "embeddings", "wte"), spec.embedding_params, False))
+            out += _ffn(
+                "dense", layer, spec.dense_ffn_params, spec.ffn_matrices, (family.dense_module,)
+            )
+    out.append(
+        Named("tables", -1, ("embed_tokens", "embeddings", "wte"), spec.embedding_params, False)
+    )
     if spec.lm_head_params:
         out.append(Named("tables", -1, ("lm_head", "head", "output"), spec.lm_head_params, False))
     if spec.other_params:
@@ -55,7 +59,11 @@ def _moe(spec: ModelSpec, layer: int, family: Family) -> Iterator[Named]:
     module = family.experts_module
     experts = spec.num_experts * spec.expert_params
     yield from _ffn(
-        "experts", layer, experts, spec.ffn_matrices, (_join(module, "experts.0"), _join(module, "experts"))
+        "experts",
+        layer,
+        experts,
+        spec.ffn_matrices,
+        (_join(module, "experts.0"), _join(module, "experts")),
     )
     router = tuple(_join(module, name) for name in ("gate", "router", "router.proj"))
     yield Named("router", layer, router, spec.router_params, False)
