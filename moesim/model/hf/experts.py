@@ -96,6 +96,8 @@ def ernie(keys: Keys, shape: Shape) -> FeedForward:
 
 def step(keys: Keys, shape: Shape) -> FeedForward:
     """Step-3.5: moe_layers_enum, a list or text of numbers with commas."""
+    keys.must_be("use_moe", True)
+    keys.must_be("moe_every_n_layer", 1)
     if keys.has("moe_layers_enum"):
         entries = keys.data["moe_layers_enum"]
         keys.optional("first_k_dense_replace", 0)
@@ -134,7 +136,12 @@ SHARED_COUNTS = (
     "moe_num_shared_experts",
     "num_shared_expert",
 )
-SHARED_WIDTHS = ("shared_expert_intermediate_size", "share_expert_dim", "shared_intermediate_size")
+SHARED_WIDTHS = (
+    "shared_expert_intermediate_size",
+    "share_expert_dim",
+    "share_expert_dims",
+    "shared_intermediate_size",
+)
 
 
 def shared(keys: Keys, expert_width: int) -> tuple[int, int]:
@@ -145,7 +152,7 @@ def shared(keys: Keys, expert_width: int) -> tuple[int, int]:
     1408 as 5632). Where a file gives both a count and a block (MiniMax-M3, Step-3.7), the block's
     width is the layer's.
     """
-    block = keys.first_of(SHARED_WIDTHS, 0) or 0
+    block = keys.first_of(SHARED_WIDTHS, 0, per_layer=True) or 0
     each = keys.optional("moe_shared_expert_intermediate_size", expert_width, low=0)
     count = keys.first_of(SHARED_COUNTS, 0, MAX_EXPERTS, per_layer=True)
     for name in SHARED_COUNTS:

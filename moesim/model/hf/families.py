@@ -132,7 +132,7 @@ FAMILIES: Mapping[str, Family] = {
     "glm_moe_dsa": _DEEPSEEK,
     "dots1": _DEEPSEEK,
     "solar_open": _DEEPSEEK,
-    "exaone_moe": Family(needs=(("first_k_dense_replace", "mlp_layer_types"),)),
+    "exaone_moe": Family(needs=_FIRST_DENSE),
     "deepseek_v4": _V4,
     "deepseek_ref": _V4,
     "kimi_linear": _KIMI_LINEAR,
@@ -163,7 +163,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "ernie4_5_moe": Family(moe=experts.ernie, mtp="dense"),
     "hunyuan_v1_moe": _HUNYUAN,
-    "hunyuan": _HUNYUAN,
+    "hunyuan": replace(_HUNYUAN, width=_WIDTH),
     "longcat_flash": _LONGCAT,
     "longcat_flash_ngram": _LONGCAT,
     "step3p5": _STEP,
@@ -174,16 +174,24 @@ FAMILIES: Mapping[str, Family] = {
     "bailing_moe_v2_5": replace(_BAILING, needs=("layer_group_size", *_FIRST_DENSE)),
     "bailing_hybrid": replace(_BAILING, needs=("layer_group_size", *_FIRST_DENSE)),
     "afmoe": Family(
-        layers=layers.gated(),
+        layers=layers.gated,
         moe=experts.dense_first("num_dense_layers"),
         needs=("num_dense_layers", "num_shared_experts"),
         window="interval",
+    ),
+    "lfm2_moe": Family(
+        layers=hybrids.convolutions,
+        moe=experts.dense_first("num_dense_layers"),
+        needs=("num_dense_layers", "conv_L_cache"),
+        experts_module="feed_forward",
+        dense_module="feed_forward",
     ),
     "jamba": Family(
         layers=hybrids.jamba, moe=experts.jamba, width=_WIDTH, experts_module="feed_forward"
     ),
     "dbrx": Family(width="ffn_hidden_size", experts_module="ffn"),
     "grok": Family(
+        layers=layers.all_global,
         dense_beside=1,
         needs=("moe_intermediate_size", "intermediate_size", "residual_moe"),
         experts_module="block_sparse_moe",

@@ -204,6 +204,16 @@ def granite(keys: Keys, shape: Shape, _: str) -> Layers:
     return Layers([mamba if kind == "mamba" else full for kind in each])
 
 
+def convolutions(keys: Keys, shape: Shape, _: str) -> Layers:
+    """LFM2 (transformers/lfm2_moe): layer_types names "conv" and "full_attention"."""
+    full = softmax(keys, shape)
+    if not keys.has("layer_types"):
+        raise missing(keys, ["layer_types"])
+    conv = mixers.short_convolution(shape.hidden, keys.number("conv_L_cache"))
+    known = {"conv": conv, "full_attention": full}
+    return Layers(keys.flags("layer_types", shape.layers, known))
+
+
 def jamba(keys: Keys, shape: Shape, _: str) -> Layers:
     """Jamba (transformers/jamba): softmax in layers whose number leaves attn_layer_offset when
     divided by attn_layer_period, Mamba in the others."""

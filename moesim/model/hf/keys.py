@@ -18,16 +18,16 @@ _HARMLESS_NAMES = frozenset(
     """
     activation_situ_beta activation_situ_linear_beta add_cross_attention
     add_full_attention_sink_bias add_qkv_bias add_swa_attention_sink_bias architectures
-    attention_bias attention_dropout attention_multiplier attention_value_scale attn_bias
-    attn_implementation attn_logit_softcap attn_logit_softcapping attn_pdrop attn_qkv_bias
-    attn_res_block_size attn_scale attn_temperature_len attn_temperature_scale
+    att_impl_type attention_bias attention_dropout attention_multiplier attention_value_scale
+    attn_bias attn_factor attn_implementation attn_logit_softcap attn_logit_softcapping attn_pdrop
+    attn_qkv_bias attn_res_block_size attn_scale attn_temperature_len attn_temperature_scale
     attn_temperature_tuning auto_map batch_size bf16 bos_token_id cache_dtype chunk_size
     chunk_size_feed_forward clip_qkv crop_size cross_attention_hidden_size d_conv_bias
     decoder_start_token_id dtype dual_chunk_attention_config emb_pdrop embd_pdrop
-    embedding_multiplier embedding_multiplier_scale ep_size expert_dtype ffn_act_fn
-    final_logit_softcapping finetuning_task floor_scale fp16 fp32_lm_head fp32_residual fused_qkv
-    gate_lower_bound gradient_checkpointing group_norm_size hc_eps hc_sinkhorn_iters hidden_act
-    hidden_activation hidden_dropout hidden_dropout_prob index_share_for_mtp_iteration
+    embedding_multiplier embedding_multiplier_scale ep_size expert_dtype extrapolation_factor
+    ffn_act_fn final_logit_softcapping finetuning_task floor_scale fp16 fp32_lm_head fp32_residual
+    fused_qkv gate_lower_bound gradient_checkpointing group_norm_size hc_eps hc_sinkhorn_iters
+    hidden_act hidden_activation hidden_dropout hidden_dropout_prob index_share_for_mtp_iteration
     initial_context_length input_jitter_noise is_decoder is_encoder_decoder kv_cache_scheme
     latent_moe_use_norm layer_norm_eps layer_norm_epsilon layernorm_epsilon
     layernorm_full_attention_alpha layernorm_full_attention_beta layernorm_linear_attention_alpha
@@ -38,12 +38,13 @@ _HARMLESS_NAMES = frozenset(
     model_type moe_aux_loss_coeff moe_dropout_prob moe_jitter_eps moe_loss_weight
     moe_normalize_expert_weights moe_renormalize moe_router_activation moe_router_activation_func
     moe_router_dtype moe_router_enable_expert_bias moe_router_enable_shared_expert
-    moe_router_norm_min moe_router_scaling_factor moe_router_topk_scaling_factor
-    moe_shared_expert_overlap moe_use_aux_free moe_z_loss_coef mtp_loss_scaling_factor
-    mtp_use_dedicated_embeddings mup_enabled need_fp32_gate no_rope_layer_interval no_rope_layers
-    nope_layers norm_expert_weight norm_topk_prob num_beam_groups num_beams num_labels
-    num_logits_to_keep num_return_sequences num_reward_heads out_proj_bias output_attentions
-    output_hidden_states output_multiplier_scale output_router_logits pretraining_tp qk_head_dim
+    moe_router_norm_min moe_router_num_groups moe_router_scaling_factor
+    moe_router_topk_scaling_factor moe_shared_expert_overlap moe_use_aux_free moe_z_loss_coef
+    mtp_loss_scaling_factor mtp_use_dedicated_embeddings mup_enabled need_fp32_gate
+    no_rope_layer_interval no_rope_layers nope_layers norm_expert_weight norm_topk_prob
+    normalization_function num_beam_groups num_beams num_labels num_logits_to_keep
+    num_return_sequences num_reward_heads out_proj_bias output_attentions output_hidden_states
+    output_multiplier_scale output_router_logits position_embedding_type pretraining_tp qk_head_dim
     qk_layernorm qk_norm qk_norm_type query_pre_attn_scalar rescale_prenorm_residual resid_pdrop
     residual_in_fp32 residual_multiplier residual_scaling route_norm route_scale
     routed_scaling_factor router_aux_loss_coef router_aux_loss_factor router_bias router_dtype
@@ -183,6 +184,14 @@ class Keys:
         self.get(name)
         return Keys({name: first}, self.where, self.path).number(name, low, high)
 
+    def must_be(self, name: str, value: object) -> None:
+        """Refuse a file in which this key has another value than the one that is read."""
+        if self.get(name) not in (None, value):
+            raise self.error(
+                f"{self.path}{name} is {shown(self.data[name])}: only {value!r} is read",
+                "docs/models.md lists what is read of each architecture",
+            )
+
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name)
         if value is None:
@@ -246,6 +255,9 @@ class Keys:
     def all_read(self) -> dict[str, Any]:
         """Every key that was read, with its path."""
         out = {path: value for path, value in self.read.items() if not isinstance(value, dict)}
+        for path, value in self.read.items():
+            if isinstance(value, dict) and path.endswith("quantization_config"):
+                out[path] = value.get("quant_method", value.get("quant_algo"))
         for keys in self.inner_keys.values():
             out |= keys.all_read()
         return out
@@ -254,6 +266,7 @@ class Keys:
         """(path, name, value) of every key that nobody asked for and that is not switched off."""
         for name, value in self.data.items():
             if self.path + name not in self.read and value not in (None, False, [], {}, ""):
-                yield self.path + name, name, value
+                text = "".join(char for char in name if char.isprintable())[:80]
+                yield self.path + text, name, value
         for keys in self.inner_keys.values():
             yield from keys.left_over()

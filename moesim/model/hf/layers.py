@@ -68,21 +68,24 @@ def all_softmax(keys: Keys, shape: Shape, rule: str) -> Layers:
     return common(keys, shape, rule)
 
 
-def gated(width_per_head: bool = False) -> Builder:
-    """Grouped attention whose output a projection gates: of all channels, or one number a head."""
+def all_global(keys: Keys, shape: Shape, rule: str) -> Layers:
+    """Grok: sliding_window_size -1 and global_attn_every_n 1, no layer slides."""
+    keys.must_be("sliding_window_size", -1)
+    keys.must_be("global_attn_every_n", 1)
+    return common(keys, shape, rule)
 
-    def build(keys: Keys, shape: Shape, window_rule: str) -> Layers:
-        window, kinds, notes = layer_kinds(keys, shape, window_rule)
-        width = head_dim(keys, shape)
-        gate = shape.heads * (1 if width_per_head else width)
-        args = (shape.hidden, shape.heads, kv_heads(keys, shape), width)
-        made = {
-            "full": mixers.grouped(*args, gate_width=gate),
-            "window": mixers.grouped(*args, gate_width=gate, window=window),
-        }
-        return Layers([made[kind] for kind in kinds], notes=notes)
 
-    return build
+def gated(keys: Keys, shape: Shape, window_rule: str) -> Layers:
+    """Trinity (transformers/afmoe): a projection gates every channel of attention's output."""
+    window, kinds, notes = layer_kinds(keys, shape, window_rule)
+    width = head_dim(keys, shape)
+    gate = shape.heads * width
+    args = (shape.hidden, shape.heads, kv_heads(keys, shape), width)
+    made = {
+        "full": mixers.grouped(*args, gate_width=gate),
+        "window": mixers.grouped(*args, gate_width=gate, window=window),
+    }
+    return Layers([made[kind] for kind in kinds], notes=notes)
 
 
 def latent_mixer(keys: Keys, shape: Shape, indexer: Indexer | None = None, **more: object) -> Mixer:
@@ -145,7 +148,8 @@ def layer_kinds(keys: Keys, shape: Shape, window_rule: str) -> tuple[int, list[s
         chunk
     )
     if keys.has("layer_types"):
-        extra = keys.optional("num_nextn_predict_layers", 0) if keys.has("layer_types") else 0
+        keys.get("sliding_window_pattern")
+        extra = keys.optional("num_nextn_predict_layers", 0)
         kinds = keys.flags("layer_types", shape.layers, LAYER_TYPES, shape.layers + extra)
     elif not window:
         kinds = every
@@ -299,8 +303,7 @@ def block_sparse(keys: Keys, shape: Shape, rule: str) -> Layers:
     layers an indexer of a query a KV head and one key, cached in the KV cache's type."""
     out = common(keys, shape, rule)
     sparse = keys.inner("sparse_attention_config")
-    if keys.flag("attention_output_gate"):
-        raise keys.error("attention_output_gate true is not read", "see docs/models.md")
+    keys.must_be("attention_output_gate", False)
     if not sparse.flag("use_sparse_attention", bool(sparse.data)):
         return out
     for name in list(sparse.data):

@@ -301,6 +301,18 @@ def lightning(hidden: int, heads: int, head_dim: int, module: str = "self_attn")
     return Mixer("lightning attention", "linear", module, tensors, state_bytes=state)
 
 
+def short_convolution(hidden: int, kernel: int) -> Mixer:
+    """A gated convolution (transformers/lfm2): projection to two gates and a channel, convolution,
+    output."""
+    tensors = (
+        Tensor(("in_proj",), 3 * hidden * hidden),
+        Tensor(("conv",), hidden * kernel, False),
+        Tensor(("out_proj",), hidden * hidden),
+    )
+    state = hidden * (kernel - 1) * CONV_BYTES
+    return Mixer("short convolution", "linear", "conv", tensors, state_bytes=state)
+
+
 def mamba2(
     hidden: int,
     *,

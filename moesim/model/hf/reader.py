@@ -12,7 +12,7 @@ from moesim.model.checks import MAX_LAYERS
 from moesim.model.hf import experts, shape
 from moesim.model.hf.experts import FeedForward
 from moesim.model.hf.families import ALIASES, BY_ARCHITECTURE, FAMILIES, UNKNOWN
-from moesim.model.hf.keys import Keys, harmless, shown, structural
+from moesim.model.hf.keys import Keys, shown, structural
 from moesim.model.hf.layers import Layers
 from moesim.model.hf.mixers import Mixer
 from moesim.model.hf.shape import Shape, missing
@@ -210,8 +210,7 @@ class _Reader:
                 raise missing(keys, [family.dense_width], self.architecture)
             dense_width = keys.number(family.dense_width)
         keys.get(family.dense_width)
-        if family.dense_beside and self.architecture == "grok":
-            keys.flag("residual_moe", True)
+        keys.must_be("residual_moe", True)
         other = self._other_params(sizes)
         self._mlp_gated()
         built: dict[str, Any] = {
@@ -340,7 +339,7 @@ class _Reader:
             path
             for keys in (self.keys, self.outer)
             for path, name, _ in keys.left_over()
-            if path not in noted and (harmless(name) or not structural(name))
+            if path not in noted and name not in NESTED and not structural(name)
         }
         return tuple(sorted(rest)), tuple(noted)
 

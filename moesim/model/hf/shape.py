@@ -72,7 +72,7 @@ def kv_heads(keys: Keys, shape: Shape) -> int:
 
 def head_dim(keys: Keys, shape: Shape) -> int:
     """Width of a head: `head_dim`, or an equal share of the hidden size."""
-    found = keys.optional("head_dim", 0, low=1)
+    found = keys.first_of(("head_dim", "attention_head_dim"))
     if not found and shape.hidden % shape.heads:
         raise keys.error(
             f"hidden_size {shape.hidden} is no multiple of num_attention_heads {shape.heads}, "
