@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import FormatError, InputError
+from moesim.model.hf.keys import printable
 from moesim.model.hf.reader import NESTED, Reading, read_config
 from moesim.model.spec import ModelSpec
 
@@ -48,12 +49,8 @@ def read_hf_config(path: Path, name: str | None = None) -> Reading:
 def _default_name(config: Mapping[str, Any], path: Path) -> str:
     saved = config.get("_name_or_path")
     if isinstance(saved, str) and saved.count("/") == 1 and not saved.startswith(("/", ".", "~")):
-        return _printable(saved)
-    return _printable(path.resolve().parent.name if path.name == "config.json" else path.stem)
-
-
-def _printable(text: str) -> str:
-    return "".join(char for char in text if char.isprintable())[:200]
+        return printable(saved, 200)
+    return printable(path.resolve().parent.name if path.name == "config.json" else path.stem, 200)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

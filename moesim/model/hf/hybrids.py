@@ -123,8 +123,7 @@ def grouped_layers(keys: Keys, shape: Shape, _: str) -> Layers:
     size = keys.optional("layer_group_size", 1, low=1)
     if size == 1:
         return Layers([full] * shape.layers)
-    width = keys.optional("head_dim", shape.hidden // shape.heads, low=1)
-    linear = mixers.lightning(shape.hidden, shape.heads, width, "attention")
+    linear = mixers.lightning(shape.hidden, shape.heads, head_dim(keys, shape), "attention")
     whole = shape.layers // size * size
     every = [full if (i + 1) % size == 0 or i >= whole else linear for i in range(shape.layers)]
     return Layers(list(every), mtp=full)

@@ -101,6 +101,11 @@ def structural(name: str) -> bool:
     return not harmless(name) and any(word in _STRUCTURAL_WORDS for word in words)
 
 
+def printable(text: str, length: int = 80) -> str:
+    """Text out of a file without control characters, cut to `length`."""
+    return "".join(char for char in text if char.isprintable())[:length]
+
+
 def shown(value: object) -> str:
     """A value as error messages print it: short, without control characters."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
@@ -266,7 +271,6 @@ class Keys:
         """(path, name, value) of every key that nobody asked for and that is not switched off."""
         for name, value in self.data.items():
             if self.path + name not in self.read and value not in (None, False, [], {}, ""):
-                text = "".join(char for char in name if char.isprintable())[:80]
-                yield self.path + text, name, value
+                yield self.path + printable(name), name, value
         for keys in self.inner_keys.values():
             yield from keys.left_over()

@@ -12,7 +12,7 @@ from moesim.model.checks import MAX_LAYERS
 from moesim.model.hf import experts, shape
 from moesim.model.hf.experts import FeedForward
 from moesim.model.hf.families import ALIASES, BY_ARCHITECTURE, FAMILIES, UNKNOWN
-from moesim.model.hf.keys import Keys, shown, structural
+from moesim.model.hf.keys import Keys, printable, shown, structural
 from moesim.model.hf.layers import Layers
 from moesim.model.hf.mixers import Mixer
 from moesim.model.hf.shape import Shape, missing
@@ -79,7 +79,7 @@ class _Reader:
         for keys in (self.keys, self.outer):
             value = keys.get("model_type")
             if isinstance(value, str) and value:
-                text = "".join(char for char in value if char.isprintable())[:80]
+                text = printable(value)
                 named.append(ALIASES.get(text, text.removesuffix("_text")))
             given = keys.get("architectures")
             classes = given if isinstance(given, list) else []
@@ -164,8 +164,15 @@ class _Reader:
             latent = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
             absent += [key for key in latent if not keys.has(key)]
             absent += ["q_lora_rank"] if "q_lora_rank" not in keys.data else []
+        absent = list(dict.fromkeys(absent))
+        if absent and not family.known:
+            raise keys.error(
+                f"architecture {self.architecture!r} is not known, and by common key names the "
+                f"file lacks {', '.join(absent)}",
+                _DOC,
+            )
         if absent:
-            raise missing(keys, list(dict.fromkeys(absent)), self.architecture)
+            raise missing(keys, absent, self.architecture)
         return Shape.of(keys)
 
     def _width_keys(self) -> tuple[str, ...]:
