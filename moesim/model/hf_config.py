@@ -30,20 +30,26 @@ def read_hf_config(path: Path, name: str | None = None) -> Reading:
     say how weights are stored (ModelOpt checkpoints).
     """
     config = _read_json(path)
-    beside = path.parent / "hf_quant_config.json"
-    inner = [config.get(key) for key in NESTED]
-    told = any(
-        isinstance(part, dict) and part.get("quantization_config") for part in (config, *inner)
-    )
-    if not told and path.name == "config.json" and beside.is_file():
-        quantization = _read_json(beside).get("quantization")
-        if not isinstance(quantization, dict):
-            raise FormatError(f"{beside}: no object 'quantization'", "restore the file")
-        config = {**config, "quantization_config": {"quant_method": "modelopt", **quantization}}
+    if path.name == "config.json":
+        config = with_quantisation(config, path.with_name("hf_quant_config.json"))
     where = str(path)
     return read_config(
         config, where, name or _default_name(config, path), f"config.json at {where}"
     )
+
+
+def with_quantisation(config: Mapping[str, Any], beside: Path) -> Mapping[str, Any]:
+    """The config, with what ModelOpt's second file says where it says nothing itself."""
+    inner = [config.get(key) for key in NESTED]
+    told = any(
+        isinstance(part, dict) and part.get("quantization_config") for part in (config, *inner)
+    )
+    if told or not beside.is_file():
+        return config
+    quantization = _read_json(beside).get("quantization")
+    if not isinstance(quantization, dict):
+        raise FormatError(f"{beside}: no object 'quantization'", "restore the file")
+    return {**config, "quantization_config": {"quant_method": "modelopt", **quantization}}
 
 
 def _default_name(config: Mapping[str, Any], path: Path) -> str:
