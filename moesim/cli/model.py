@@ -117,6 +117,7 @@ def _rows(reading: Reading) -> list[tuple[str, str]]:
         ("vocabulary", f"{spec.vocab_size:,}{', tied' if spec.tie_word_embeddings else ''}"),
         ("total params", _count(spec.total_params)),
         ("active params", f"{_count(spec.active_params)} per token, vocabulary tables counted"),
+        ("  fewer tables", _fewer_tables(spec)),
         *_size_rows(spec),
         ("source", spec.source),
     ]
@@ -126,6 +127,13 @@ def _rows(reading: Reading) -> list[tuple[str, str]]:
     if notes:
         rows.append(("note", "; ".join(notes)))
     return rows + _key_rows(reading)
+
+
+def _fewer_tables(spec: ModelSpec) -> str:
+    """Active parameters as those cards count them that leave tables out."""
+    head = _count(spec.active_params - spec.lookup_params)
+    none = _count(spec.active_params - spec.embedding_params - spec.lm_head_params)
+    return f"{head} without looking up the embedding, {none} without embedding and head"
 
 
 def _other_layers(spec: ModelSpec) -> str:

@@ -57,6 +57,12 @@ class LayerKind:
     caches: tuple[Cache, ...] = ()
     state_bytes: int = 0
 
+    @property
+    def rings(self) -> tuple[Cache, ...]:
+        """Windows that a layer keeps beside a cache of all the past: of one size per sequence."""
+        endless = any(not cache.window for cache in self.caches)
+        return tuple(cache for cache in self.caches if endless and cache.window)
+
     def __post_init__(self) -> None:
         owner = f"layers of {self.name!r:.60}"
         check_int(owner, "params", self.params, 0, MAX_PARAMS)

@@ -270,6 +270,11 @@ class ModelSpec:
         return 0 if self.tie_word_embeddings else self.embedding_params
 
     @property
+    def lookup_params(self) -> int:
+        """Weights of the embedding table where it is looked up only, not the output head too."""
+        return 0 if self.tie_word_embeddings else self.embedding_params
+
+    @property
     def router_params(self) -> int:
         """Weights of one layer's router: hidden_size x choices, zero experts among them."""
         return self.hidden_size * (self.num_experts + self.num_zero_experts)
@@ -334,7 +339,7 @@ class ModelSpec:
 
         Where a router has zero experts, the mean over choices taken evenly. Most model cards count
         so. Those of GPT-OSS and DeepSeek-V2-Lite leave the embedding table out (subtract
-        `embedding_params`), those of GLM-4.5 and MiniMax-M2 both tables.
+        `lookup_params`), those of GLM-4.5 and MiniMax-M2 both tables.
         """
         real = self.top_k * self.num_experts / (self.num_experts + self.num_zero_experts)
         return self.non_expert_params + round(self.num_moe_layers * real * self.expert_params)
@@ -375,6 +380,10 @@ class ModelSpec:
             "num_moe_layers": self.num_moe_layers,
             "total_params": self.total_params,
             "active_params": self.active_params,
+            "active_params_without_embedding": self.active_params - self.lookup_params,
+            "active_params_without_tables": self.active_params
+            - self.embedding_params
+            - self.lm_head_params,
             "routed_expert_params": self.routed_expert_params,
             "non_expert_params": self.non_expert_params,
             "embedding_params": self.embedding_params,

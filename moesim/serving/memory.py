@@ -61,7 +61,8 @@ def kv_bytes_per_token_per_gpu(deployment: Deployment) -> float:
     Grouped-query attention: the KV heads are cut over tp, and held more than once where tp exceeds
     them. Latent attention: the latent has no heads to cut, so every tp rank holds it whole; so it
     is with indexers' keys and compressed entries. Layers are cut over pp, taken as evenly mixed.
-    Windowed layers count in full (see `ModelSpec.kv_bytes` for their limit).
+    Layers with nothing but a window count in full (see `ModelSpec.kv_bytes` for their limit);
+    windows beside a cache of all the past (DeepSeek-V4) are part of the states.
     """
     model, tp = deployment.model, deployment.tp
     element = KV_BYTES[deployment.kv_dtype]
@@ -69,7 +70,7 @@ def kv_bytes_per_token_per_gpu(deployment: Deployment) -> float:
     layers = 0
     for kind in model.layer_kinds:
         layers += len(kind.layer_ids) if kind.caches else 0
-        for cache in kind.caches:
+        for cache in (cache for cache in kind.caches if cache not in kind.rings):
             cut = ceil(cache.heads / tp) / cache.heads if cache.heads else 1.0
             entry = cache.entry_bytes(element) / cache.tokens_per_entry
             total += len(kind.layer_ids) * entry * cut
@@ -80,10 +81,17 @@ def state_bytes_per_gpu(deployment: Deployment, left: float) -> float:
     """Bytes set aside for states of linear attention and state spaces, of `left` bytes.
 
     Those of `max_sequences` sequences, heads cut over tp and layers over pp, but at most half of
-    what is left (SGLang gives 47%: mamba_full_memory_ratio 0.9); fewer sequences run then.
+    what is left (SGLang gives 47%: mamba_full_memory_ratio 0.9); fewer sequences run then. Windows
+    beside a cache of all the past are whole on every tp rank.
     """
     model = deployment.model
-    own = model.state_bytes / (deployment.tp * deployment.pp) * deployment.max_sequences
+    element = KV_BYTES[deployment.kv_dtype]
+    rings = sum(
+        len(kind.layer_ids) * cache.window * cache.entry_bytes(element)
+        for kind in model.layer_kinds
+        for cache in kind.rings
+    )
+    own = (model.state_bytes / deployment.tp + rings) / deployment.pp * deployment.max_sequences
     return min(own, max(0.0, left) / 2)
 
 

@@ -1,4 +1,4 @@
-"""Read a folder of config.json files and print what moesim makes of them beside what makers publish.
+"""Read a folder of config.json files and print their sizes beside what makers publish.
 
     git clone https://github.com/ai-dynamo/aiconfigurator && git -C aiconfigurator checkout 095f58a
     python verification/models/check_configs.py \
@@ -75,10 +75,10 @@ def agrees(mine: float, printed: str) -> bool:
 def counted(spec: ModelSpec, tables: str) -> float:
     """Active parameters in billions, with the tables that the published figure contains."""
     active = spec.active_params
-    if tables in ("head", "none") and not spec.tie_word_embeddings:
-        active -= spec.embedding_params
+    if tables == "head":
+        active -= spec.lookup_params
     if tables == "none":
-        active -= spec.lm_head_params
+        active -= spec.embedding_params + spec.lm_head_params
     return active / 1e9
 
 
@@ -129,10 +129,10 @@ def row(name: str, reading: Reading, figures: Figures | None) -> tuple[list[str]
 def main(folder: Path) -> int:
     figures = published()
     bad = count = 0
-    print(
-        "| file | total | active | KV cache per token | state | further-token layers | stored | source | |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    heads = ("file", "total", "active", "KV cache per token", "state", "further tokens", "stored")
+    heads += ("source", "")
+    print("| " + " | ".join(heads) + " |")
+    print("|---" * len(heads) + "|")
     for name, path in files(folder).items():
         try:
             cells, good = row(name, read(name, path), figures.get(name))

@@ -10,6 +10,8 @@ from moesim.model.hf.keys import Keys
 from moesim.model.hf.mixers import Indexer, Mixer
 from moesim.model.hf.shape import Shape, head_dim, kv_heads, missing
 
+SPARSE = "sparse attention: sizes are exact, step times count the whole context"
+
 LAYER_TYPES = {
     "full_attention": "full",
     "attention": "full",
@@ -40,7 +42,7 @@ Builder = Callable[[Keys, Shape, str], Layers]
 def common(keys: Keys, shape: Shape, window_rule: str) -> Layers:
     """Softmax attention in all layers, grouped or latent, some of them with a window."""
     if keys.has("kv_lora_rank"):
-        return Layers(latent_layers(keys, shape))
+        return Layers(latent_layers(keys, shape), notes=[SPARSE] * keys.has("index_topk"))
     window, kinds, notes = layer_kinds(keys, shape, window_rule)
     made = {
         kind: mixers.grouped(
@@ -323,6 +325,7 @@ def block_sparse(keys: Keys, shape: Shape, rule: str) -> Layers:
         indexer=indexer,
         name="block-sparse attention",
     )
+    out.notes.append(SPARSE)
     on = sparse.flags("sparse_attention_freq", shape.layers, {0: 0, 1: 1})
     out.mixers = [made if has else plain for has, plain in zip(on, out.mixers, strict=True)]
     return out
@@ -384,7 +387,7 @@ def deepseek_v4(keys: Keys, shape: Shape, _: str) -> Layers:
     else:
         absent.append("compress_ratios")
         each = [128, 128] + [4 if layer % 2 else 128 for layer in range(shape.layers - 2)]
-    notes = []
+    notes = [SPARSE]
     if absent:
         notes.append(f"not in the file, DeepseekV4Config's defaults taken: {', '.join(absent)}")
     return Layers([made[ratio] for ratio in each[: shape.layers]], mtp=made[0], notes=notes)
