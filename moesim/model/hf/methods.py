@@ -288,7 +288,7 @@ def compressed_tensors(quant: Mapping[str, Any], where: str) -> Plan:
             raise refusal(where, f"config_groups.{name} {shown(group)}")
         scheme = _weights(group.get("weights"), where)
         targets = group.get("targets", ["Linear"])
-        if not isinstance(targets, list):
+        if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
             raise refusal(where, f"targets {shown(targets)}")
         classes = {"Linear", "FusedMoE", "LinearBase", "ReplicatedLinear"}
         named = Patterns.of([entry for entry in targets if entry not in classes], where)
@@ -321,7 +321,7 @@ def _quark_scheme(entry: object, where: str) -> Scheme | None:
         return NVFP4
     if kind in ("int4", "uint4"):
         return integer(4, _group(group, where), zeros=kind == "uint4")
-    if kind in _QUARK and isinstance(kind, str):
+    if isinstance(kind, str) and kind in _QUARK:
         return _QUARK[kind]
     raise refusal(where, f"quark weights of dtype {shown(kind)}, groups {shown(group)}")
 
