@@ -84,7 +84,7 @@ def show_model(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Show one model's shape, the sizes that follow from it, and which keys were read.
+    """Show one model: its shape, its sizes, the keys read.
 
     Examples: moesim model show DeepSeek-V3; moesim model show ./my-model/config.json --json
     """

@@ -37,7 +37,7 @@ class Scheme:
 
 
 @dataclass
-class Plan:
+class StoragePlan:
     """What is stored how. In this order: `skipped` keeps its 16 bits, the first of `own` that names
     a tensor gives its scheme, routed experts have `experts`, all other matrices `default` (None:
     16 bits). Tables and routers keep 16 bits unless `own` names them, or `head` for the head."""
@@ -142,52 +142,52 @@ def _fp8_scheme(quant: Mapping[str, Any], where: str) -> Scheme:
     return Scheme("fp8", 1.0 + 4 / (block[0] * block[1]))
 
 
-def fp8(quant: Mapping[str, Any], where: str) -> Plan:
+def fp8(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """fp8 with one scale a block, channel or tensor. With ModelOpt's quantized_layers the listed
     layers are stored in another way, the others as the model's makers did (DeepSeek-V4-NVFP4: its
     `ignore` speaks of the second step only)."""
     scheme = _fp8_scheme(quant, where)
     if quant.get("quantized_layers"):
-        return Plan(scheme, own=_listed(quant["quantized_layers"], where))
-    return Plan(scheme, skipped(quant, where))
+        return StoragePlan(scheme, own=_listed(quant["quantized_layers"], where))
+    return StoragePlan(scheme, skipped(quant, where))
 
 
-def mxfp4(quant: Mapping[str, Any], where: str) -> Plan:
+def mxfp4(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """OpenAI's mxfp4: routed experts alone, whatever the list of other modules says."""
-    return Plan(MXFP4, skipped(quant, where), only_experts=True)
+    return StoragePlan(MXFP4, skipped(quant, where), only_experts=True)
 
 
-def mxfp8(quant: Mapping[str, Any], where: str) -> Plan:
-    return Plan(MXFP8, skipped(quant, where))
+def mxfp8(quant: Mapping[str, Any], where: str) -> StoragePlan:
+    return StoragePlan(MXFP8, skipped(quant, where))
 
 
-def w4afp8(quant: Mapping[str, Any], where: str) -> Plan:
+def w4afp8(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """SGLang's W4AFP8: experts of 4-bit integers in groups of 128, the rest fp8 in blocks."""
     group = _group(quant.get("group_size", 128), where)
-    return Plan(FP8_BLOCK, skipped(quant, where), experts=integer(4, group, zeros=False))
+    return StoragePlan(FP8_BLOCK, skipped(quant, where), experts=integer(4, group, zeros=False))
 
 
-def w8a8_int8(quant: Mapping[str, Any], where: str) -> Plan:
-    return Plan(INT8, skipped(quant, where))
+def w8a8_int8(quant: Mapping[str, Any], where: str) -> StoragePlan:
+    return StoragePlan(INT8, skipped(quant, where))
 
 
-def block_int8(quant: Mapping[str, Any], where: str) -> Plan:
+def block_int8(quant: Mapping[str, Any], where: str) -> StoragePlan:
     scheme = _fp8_scheme(quant, where)
-    return Plan(Scheme("int8", scheme.bytes_per_weight), skipped(quant, where))
+    return StoragePlan(Scheme("int8", scheme.bytes_per_weight), skipped(quant, where))
 
 
-def awq(quant: Mapping[str, Any], where: str) -> Plan:
+def awq(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """4-bit integers; 16-bit scale and packed zero point a group, without zero_point too."""
     bits = _bits(quant, where, "bits" if "bits" in quant else "w_bit")
     group = _group(quant.get("group_size", quant.get("q_group_size", 128)), where)
-    return Plan(integer(bits, group, zeros=True), skipped(quant, where))
+    return StoragePlan(integer(bits, group, zeros=True), skipped(quant, where))
 
 
-def gptq(quant: Mapping[str, Any], where: str) -> Plan:
+def gptq(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """Integers with a 16-bit scale and a packed zero point a group. `dynamic`: "-:" leaves modules
     out, "+:" or nothing gives them other bits. modules_in_block_to_quantize: these alone."""
     bits, group = _bits(quant, where), _group(quant.get("group_size", -1), where)
-    plan = Plan(integer(bits, group, zeros=True), skipped(quant, where))
+    plan = StoragePlan(integer(bits, group, zeros=True), skipped(quant, where))
     plan.head = quant.get("lm_head") is True
     dynamic = quant.get("dynamic") or {}
     if not isinstance(dynamic, dict):
@@ -207,7 +207,7 @@ def gptq(quant: Mapping[str, Any], where: str) -> Plan:
     return plan
 
 
-def auto_round(quant: Mapping[str, Any], where: str) -> Plan:
+def auto_round(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """Integers as GPTQ packs them, or MX and NV floats; extra_config gives modules other bits."""
     kind = str(quant.get("data_type", "int")).lower()
 
@@ -226,7 +226,7 @@ def auto_round(quant: Mapping[str, Any], where: str) -> Plan:
         group = _group(entry.get("group_size", -1), where)
         return integer(bits, group, zeros=True)
 
-    plan = Plan(scheme(quant), skipped(quant, where))
+    plan = StoragePlan(scheme(quant), skipped(quant, where))
     extra = quant.get("extra_config") or {}
     if not isinstance(extra, dict):
         raise refusal(where, f"extra_config {shown(extra)}")
@@ -237,17 +237,17 @@ def auto_round(quant: Mapping[str, Any], where: str) -> Plan:
     return plan
 
 
-def bitsandbytes(quant: Mapping[str, Any], where: str) -> Plan:
+def bitsandbytes(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """8-bit integers a row, or 4 bits with a 32-bit scale for 64 weights; with
     bnb_4bit_use_double_quant 8 bits for 64 and 32 for 256 of those (QLoRA, arXiv:2305.14314)."""
     if quant.get("load_in_8bit") is True:
-        return Plan(INT8, skipped(quant, where))
+        return StoragePlan(INT8, skipped(quant, where))
     kind = quant.get("bnb_4bit_quant_type", "fp4")
     if quant.get("load_in_4bit") is not True or kind not in ("nf4", "fp4"):
         raise refusal(where, f"bitsandbytes with bnb_4bit_quant_type {shown(kind)}")
     double = quant.get("bnb_4bit_use_double_quant") is True
     scale = (8 + 32 / 256) / 64 if double else 32 / 64
-    return Plan(Scheme("nf4", (4 + scale) / 8), skipped(quant, where))
+    return StoragePlan(Scheme("nf4", (4 + scale) / 8), skipped(quant, where))
 
 
 def _weights(weights: object, where: str) -> Scheme | None:
@@ -275,11 +275,11 @@ def _weights(weights: object, where: str) -> Scheme | None:
     )
 
 
-def compressed_tensors(quant: Mapping[str, Any], where: str) -> Plan:
+def compressed_tensors(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """Groups of targets: a module's name or pattern before the class "Linear"."""
     if quant.get("sparsity_config"):
         raise refusal(where, "sparsity_config")
-    plan = Plan(None, skipped(quant, where))
+    plan = StoragePlan(None, skipped(quant, where))
     groups = quant.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise refusal(where, f"config_groups {shown(groups)}")
@@ -326,9 +326,11 @@ def _quark_scheme(entry: object, where: str) -> Scheme | None:
     raise refusal(where, f"quark weights of dtype {shown(kind)}, groups {shown(group)}")
 
 
-def quark(quant: Mapping[str, Any], where: str) -> Plan:
+def quark(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """AMD Quark: a global scheme, others by pattern or module class, modules left out."""
-    plan = Plan(_quark_scheme(quant.get("global_quant_config"), where), skipped(quant, where))
+    plan = StoragePlan(
+        _quark_scheme(quant.get("global_quant_config"), where), skipped(quant, where)
+    )
     plan.head = plan.default is not None
     if "global_quant_config" not in quant:
         raise refusal(where, "quark without global_quant_config")
@@ -384,7 +386,7 @@ def _listed(layers: object, where: str) -> list[tuple[Patterns, Scheme | None]]:
     return [(patterns, scheme) for scheme, patterns in found.items()]
 
 
-def modelopt(quant: Mapping[str, Any], where: str) -> Plan:
+def modelopt(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """NVIDIA ModelOpt: one algorithm and modules left out, or MIXED_PRECISION with a list."""
     left_out = skipped(quant, where)
     if str(quant.get("quant_algo")).upper() == "MIXED_PRECISION":
@@ -392,11 +394,11 @@ def modelopt(quant: Mapping[str, Any], where: str) -> Plan:
             if quant.get("config_groups"):
                 return compressed_tensors(quant, where)
             raise refusal(where, "MIXED_PRECISION without quantized_layers (hf_quant_config.json)")
-        return Plan(None, left_out, own=_listed(quant["quantized_layers"], where))
-    return Plan(_algorithm(quant, where), left_out)
+        return StoragePlan(None, left_out, own=_listed(quant["quantized_layers"], where))
+    return StoragePlan(_algorithm(quant, where), left_out)
 
 
-Method = Callable[[Mapping[str, Any], str], Plan]
+Method = Callable[[Mapping[str, Any], str], StoragePlan]
 METHODS: Mapping[str, Method] = {
     "fp8": fp8,
     "deepseek-v4-fp8": fp8,

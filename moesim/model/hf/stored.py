@@ -10,7 +10,7 @@ from typing import Any
 from moesim.errors import FormatError
 from moesim.model.dtypes import WEIGHT_BYTES
 from moesim.model.hf.keys import Keys, shown
-from moesim.model.hf.methods import METHODS, Plan, Scheme, refusal
+from moesim.model.hf.methods import METHODS, Scheme, StoragePlan, refusal
 from moesim.model.hf.tensors import Named
 from moesim.model.spec import ModelSpec
 
@@ -39,7 +39,7 @@ def stored_types(keys: Keys, outer: Keys, spec: ModelSpec, tensors: list[Named])
     quant = next(
         (k.get("quantization_config") for k in (keys, outer) if k.has("quantization_config")), None
     )
-    plan = Plan(default=None)
+    plan = StoragePlan(default=None)
     if quant is not None:
         if not isinstance(quant, dict) or not quant:
             raise FormatError(
@@ -70,7 +70,7 @@ def _float_type(keys: Keys, outer: Keys) -> str:
     return "bf16"
 
 
-def _plan(quant: Mapping[str, Any], where: str) -> Plan:
+def _plan(quant: Mapping[str, Any], where: str) -> StoragePlan:
     method = quant.get("quant_method")
     if method is None and "quant_algo" in quant:
         method = "modelopt"
@@ -80,7 +80,7 @@ def _plan(quant: Mapping[str, Any], where: str) -> Plan:
     return METHODS[name](quant, where)
 
 
-def _own_experts(plan: Plan, value: object, keys: Keys) -> Plan:
+def _own_experts(plan: StoragePlan, value: object, keys: Keys) -> StoragePlan:
     """DeepSeek-V4's expert_dtype: fp4 in groups of 32, or fp8 like the rest."""
     known = {"fp4": "mxfp4", "mxfp4": "mxfp4", "fp8": "fp8", "nvfp4": "nvfp4", "bf16": "bf16"}
     if not isinstance(value, str) or value not in known:
@@ -90,7 +90,9 @@ def _own_experts(plan: Plan, value: object, keys: Keys) -> Plan:
     return plan
 
 
-def _averaged(plan: Plan, base: str, spec: ModelSpec, tensors: list[Named], where: str) -> Stored:
+def _averaged(
+    plan: StoragePlan, base: str, spec: ModelSpec, tensors: list[Named], where: str
+) -> Stored:
     params: dict[str, float] = {}
     total: dict[str, float] = {}
     labels: dict[str, dict[str, float]] = {}
