@@ -529,6 +529,40 @@ def test_ling_linear_layers_in_groups() -> None:
     assert made.state_bytes == 2 * 4 * 16 * 16 * 4
 
 
+def test_ling_3_has_kimi_delta_attention_of_full_rank_and_gates_of_a_number_a_head() -> None:
+    ling = {
+        "model_type": "bailing_hybrid",
+        "num_hidden_layers": 4,
+        "intermediate_size": 100,
+        "head_dim": 16,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 12,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "layer_group_size": 4,
+        "short_conv_kernel_size": 4,
+        "no_kda_lora": True,
+        "kda_safe_gate": True,
+        "kda_lower_bound": -5,
+        "gated_attention_proj_granularity_type": "head_wise",
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+    }
+    made = spec(ling)
+    linear = 5 * H * 64 + H * 4 + 3 * 64 * 4 + 64 * H
+    full = H * 4 * 24 + H * 40 + 32 * 4 * 32 + 4 * 16 * H + H * 4
+    assert made.attention_params == 3 * linear + full
+    assert made.shared_intermediate_size == 12
+    assert made.note == ""
+    with pytest.raises(FormatError, match="granularity"):
+        spec(ling, gated_attention_proj_granularity_type="element_wise")
+
+
 def test_dbrx_and_grok_by_their_own_words() -> None:
     dbrx = {
         "model_type": "dbrx",

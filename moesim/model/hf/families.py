@@ -164,6 +164,7 @@ FAMILIES: Mapping[str, Family] = {
     "ernie4_5_moe": Family(moe=experts.ernie, mtp="dense"),
     "hunyuan_v1_moe": _HUNYUAN,
     "hunyuan": replace(_HUNYUAN, width=_WIDTH),
+    "hy_v3": Family(needs=("first_k_dense_replace", "num_shared_experts")),
     "longcat_flash": _LONGCAT,
     "longcat_flash_ngram": _LONGCAT,
     "step3p5": _STEP,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moesim.model.hf import mixers
-from moesim.model.hf.keys import Keys
+from moesim.model.hf.keys import Keys, shown
 from moesim.model.hf.layers import Layers, latent_mixer
 from moesim.model.hf.mixers import STATE_DTYPES, Mixer
 from moesim.model.hf.shape import Shape, head_dim, kv_heads, missing
@@ -81,14 +81,16 @@ def kimi_linear(keys: Keys, shape: Shape, _: str) -> Layers:
     if gated is None and full_rank:  # Kimi-K3's file as published says true
         notes.append("mla_use_output_gate not given: read as true, as in Kimi-K3")
     gate = full_rank if gated is None else keys.flag("mla_use_output_gate")
-    full = latent_mixer(keys, shape, gate=gate)
+    full = latent_mixer(
+        keys, shape, gate_width=shape.heads * keys.optional("v_head_dim", 0) if gate else 0
+    )
     config.get("gate_lower_bound")
     linear = mixers.kimi_delta(
         shape.hidden,
         config.number("num_heads"),
         config.number("head_dim"),
         config.number("short_conv_kernel_size"),
-        full_rank,
+        full_gate=full_rank,
     )
     chosen = set(config.layer_list("kda_layers", shape.layers, base=1))
     others = set(config.layer_list("full_attn_layers", shape.layers, base=1))
@@ -116,14 +118,36 @@ def lightning(keys: Keys, shape: Shape, _: str) -> Layers:
 
 
 def grouped_layers(keys: Keys, shape: Shape, _: str) -> Layers:
-    """Ring-linear, Ling and Ring 2.5 (vllm: models/bailing_moe_linear.py): in every group of
-    layer_group_size layers, and in what is left at the end, the last is softmax, the others linear
-    attention with as many KV heads as heads."""
-    full = softmax(keys, shape)
+    """Ling and Ring (vllm: models/bailing_moe_linear.py): in every group of layer_group_size
+    layers, and in what is left at the end, the last is softmax, the others linear attention with as
+    many KV heads as heads: lightning attention up to 2.6, Kimi Delta Attention in 3.0."""
+    gates = {None: 0, "head_wise": shape.heads}
+    granularity = keys.get("gated_attention_proj_granularity_type")
+    if not isinstance(granularity, str | None) or granularity not in gates:
+        raise keys.error(
+            f"gated_attention_proj_granularity_type is {shown(granularity)}, not head_wise",
+            "docs/models.md lists what is read of each architecture",
+        )
+    latent = keys.has("kv_lora_rank")
+    gate = gates[granularity]
+    full = (
+        latent_mixer(keys, shape, gate_width=gate)
+        if latent
+        else softmax(keys, shape, gate_width=gate)
+    )
     size = keys.optional("layer_group_size", 1, low=1)
     if size == 1:
         return Layers([full] * shape.layers)
-    linear = mixers.lightning(shape.hidden, shape.heads, head_dim(keys, shape), "attention")
+    width = head_dim(keys, shape)
+    if keys.has("short_conv_kernel_size"):
+        whole_rank = keys.flag("no_kda_lora")
+        keys.get("kda_safe_gate"), keys.get("kda_lower_bound")
+        kernel = keys.number("short_conv_kernel_size")
+        linear = mixers.kimi_delta(
+            shape.hidden, shape.heads, width, kernel, full_gate=whole_rank, full_decay=whole_rank
+        )
+    else:
+        linear = mixers.lightning(shape.hidden, shape.heads, width, "attention")
     whole = shape.layers // size * size
     every = [full if (i + 1) % size == 0 or i >= whole else linear for i in range(shape.layers)]
     return Layers(list(every), mtp=full)

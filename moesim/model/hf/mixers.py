@@ -141,13 +141,14 @@ def latent(
     nope: int,
     rope: int,
     value: int,
-    gate: bool = False,
+    gate_width: int = 0,
     indexer: Indexer | None = None,
     blocks: int = 1,
     name: str = "latent attention",
 ) -> Mixer:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1; transformers/
-    deepseek_v3). gate: Kimi-K3's output gate. blocks: attention blocks in one layer (LongCat)."""
+    deepseek_v3). gate_width: a projection that gates the output (Kimi-K3: every channel; Ling 3.0:
+    a number a head). blocks: attention blocks in one layer (LongCat)."""
     width = nope + rope
     if q_rank:
         fused = "fused_qkv_a_proj_with_mqa"
@@ -162,8 +163,8 @@ def latent(
         Tensor(("kv_b_proj",), kv_rank * heads * (nope + value)),
         Tensor(("o_proj", "dense"), heads * value * hidden),
     ]
-    if gate:
-        tensors.append(Tensor(("g_proj",), hidden * heads * value))
+    if gate_width:
+        tensors.append(Tensor(("g_proj",), hidden * gate_width))
     kept = [Cache(kv_rank + rope)]
     if indexer is not None:
         tensors += indexer.tensors(hidden)
@@ -180,7 +181,12 @@ def latent(
         "v_head_dim": value,
         "per_layer": blocks,
     }
-    many = tuple(Tensor(t.names, t.params * blocks, t.quantised) for t in tensors)
+    many = tuple(
+        Tensor((*t.names, *(f"0.{name}" for name in t.names)), t.params * blocks, t.quantised)
+        if blocks > 1
+        else t
+        for t in tensors
+    )
     return Mixer(name, "full", "self_attn", many, tuple(kept) * blocks, softmax=softmax)
 
 
@@ -266,18 +272,28 @@ def gated_delta(
     return Mixer("gated DeltaNet", "linear", "linear_attn", tensors, state_bytes=state)
 
 
-def kimi_delta(hidden: int, heads: int, head_dim: int, kernel: int, full_gate: bool) -> Mixer:
+def kimi_delta(
+    hidden: int,
+    heads: int,
+    head_dim: int,
+    kernel: int,
+    *,
+    full_gate: bool = False,
+    full_decay: bool = False,
+) -> Mixer:
     """Kimi Delta Attention (arXiv:2510.26692; vllm: models/kimi_linear.py, layers/kda.py): queries,
-    keys, values with a convolution each, a decay of low rank, one number a head, an output gate of
-    low rank (full rank in Kimi-K3), output. The recurrent state is kept in 32 bits."""
+    keys, values with a convolution each, a decay of low rank (full rank in Ling 3.0), one number a
+    head, an output gate of low rank (full rank in Kimi-K3 and Ling 3.0), output. The recurrent
+    state is kept in 32 bits."""
     width = heads * head_dim
     low_rank = hidden * head_dim + head_dim * width
     gate = hidden * width if full_gate else low_rank
+    decay = hidden * width if full_decay else low_rank
     tensors = (
         Tensor(("q_proj",), hidden * width),
         Tensor(("k_proj",), hidden * width),
         Tensor(("v_proj",), hidden * width),
-        Tensor(("f_a_proj", "f_b_proj"), low_rank),
+        Tensor(("f_proj", "f_a_proj", "f_b_proj"), decay),
         Tensor(("g_proj", "g_a_proj", "g_b_proj"), gate),
         Tensor(("b_proj",), hidden * heads),
         Tensor(("q_conv1d", "k_conv1d", "v_conv1d"), 3 * width * kernel, False),

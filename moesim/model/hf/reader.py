@@ -179,7 +179,7 @@ class _Reader:
 
     def _width(self) -> int | None:
         plain = self.family.width == "intermediate_size"
-        names = self._width_keys() if plain else (self.family.width,)
+        names = self._width_keys() if plain else (self.family.width, "expert_hidden_dim")
         return self.keys.first_of(names, per_layer=True)
 
     def _fields(

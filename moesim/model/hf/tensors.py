@@ -68,7 +68,8 @@ def _moe(spec: ModelSpec, layer: int, family: Family) -> Iterator[Named]:
     router = tuple(_join(module, name) for name in ("gate", "router", "router.proj"))
     yield Named("router", layer, router, spec.router_params, False)
     if spec.shared_expert_params:
-        places = tuple(_join(module, name) for name in _SHARED) if module else ("mlp",)
+        inside = tuple(_join(module, name) for name in _SHARED)
+        places = (*inside, *_SHARED) if module else ("mlp",)
         yield from _ffn("shared", layer, spec.shared_expert_params, spec.ffn_matrices, places)
     if spec.latent_params:
         names = ("fc1_latent_proj", "fc2_latent_proj", "routed_expert_down_proj")
