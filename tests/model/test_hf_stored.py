@@ -227,6 +227,15 @@ def test_quark_schemes_by_pattern() -> None:
     assert (spec.expert_dtype, spec.dense_dtype) == ("mxfp4", "fp8")
 
 
+def test_quark_stages_end_in_what_is_stored() -> None:
+    stages = [{"dtype": "fp8_e4m3"}, {"dtype": "int4", "qscheme": "per_channel"}]
+    spec = read({"quant_method": "quark", "global_quant_config": {"weight": stages}})
+    assert (spec.expert_dtype, bits(spec, "experts")) == ("int4", 4)
+    experts = {"*mlp.experts": {"weight": {"dtype": "fp4", "qscheme": "per_group"}}}
+    spec = read({"quant_method": "quark", "global_quant_config": {}, "layer_quant_config": experts})
+    assert (spec.expert_dtype, spec.dense_dtype) == ("mxfp4", "bf16")
+
+
 def test_deepseek_v4_experts_have_a_type_of_their_own() -> None:
     config = {
         **{key: value for key, value in SHAPE.items() if key != "mlp_only_layers"},

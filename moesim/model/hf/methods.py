@@ -23,6 +23,7 @@ SKIP_KEYS = (
     "ignored_layers",
     "exclude_modules",
     "exclude",
+    "exclude_layers",
     "llm_int8_skip_modules",
 )
 _REFUSED = "no engine that moesim knows serves it, or its sizes are not known"
@@ -308,17 +309,15 @@ _QUARK = {
 
 def _quark_scheme(entry: object, where: str) -> Scheme | None:
     weight = entry.get("weight") if isinstance(entry, dict) else None
-    if isinstance(weight, list):
-        weight = weight[0] if weight else None
+    if isinstance(weight, list):  # stages one after another: the last is what is stored
+        weight = weight[-1] if weight else None
     if weight is None:
         return None
     if not isinstance(weight, dict):
         raise refusal(where, f"weight {shown(weight)}")
     kind, group = weight.get("dtype"), weight.get("group_size")
-    if kind == "fp4" and group == 32:
-        return MXFP4
-    if kind == "fp4" and group == 16:
-        return NVFP4
+    if kind in ("fp4", "fp4_e2m1") and group in (None, 16, 32):
+        return NVFP4 if group == 16 else MXFP4
     if kind in ("int4", "uint4"):
         return integer(4, _group(group, where), zeros=kind == "uint4")
     if isinstance(kind, str) and kind in _QUARK:
@@ -328,12 +327,12 @@ def _quark_scheme(entry: object, where: str) -> Scheme | None:
 
 def quark(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """AMD Quark: a global scheme, others by pattern or module class, modules left out."""
-    plan = StoragePlan(
-        _quark_scheme(quant.get("global_quant_config"), where), skipped(quant, where)
-    )
-    plan.head = plan.default is not None
     if "global_quant_config" not in quant:
         raise refusal(where, "quark without global_quant_config")
+    scheme = _quark_scheme(quant["global_quant_config"], where)
+    plan = StoragePlan(scheme, skipped(quant, where), head=scheme is not None)
+    if quant.get("layer_type_quant_config"):
+        raise refusal(where, "quark's layer_type_quant_config")
     layers = quant.get("layer_quant_config") or {}
     if not isinstance(layers, dict):
         raise refusal(where, f"layer_quant_config {shown(layers)}")
@@ -415,6 +414,7 @@ METHODS: Mapping[str, Method] = {
     "gptq": gptq,
     "gptq-marlin": gptq,
     "auto-round": auto_round,
+    "autoround": auto_round,
     "intel/auto-round": auto_round,
     "bitsandbytes": bitsandbytes,
     "compressed-tensors": compressed_tensors,
