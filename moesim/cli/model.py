@@ -204,7 +204,8 @@ def _size_rows(spec: ModelSpec) -> list[tuple[str, str]]:
     if spec.mtp_layers:
         experts = f", {spec.mtp_moe_layers} with experts" if spec.mtp_moe_layers else ""
         more = f"{_count(spec.mtp_params)} params more, not in the totals"
-        rows.append(("further tokens", f"{spec.mtp_layers} layers{experts}: {more}"))
+        plural = "s" if spec.mtp_layers > 1 else ""
+        rows.append(("further tokens", f"{spec.mtp_layers} layer{plural}{experts}: {more}"))
     cached = f"{_bytes(spec.kv_bytes_per_token())} per token in bf16"
     beyond = spec.kv_bytes_per_token_beyond_windows()
     if beyond != spec.kv_bytes_per_token():

@@ -79,6 +79,8 @@ class Patterns:
         return out
 
     def add(self, entry: str) -> None:
+        if not entry.startswith("re:"):
+            entry = entry.removesuffix(".weight").rstrip(".") or entry
         if entry in ("Linear", "*"):
             self.linear = True
         elif entry.startswith("re:"):
