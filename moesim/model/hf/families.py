@@ -166,7 +166,6 @@ FAMILIES: Mapping[str, Family] = {
     "hunyuan": replace(_HUNYUAN, width=_WIDTH),
     "hy_v3": Family(needs=("first_k_dense_replace", "num_shared_experts")),
     "longcat_flash": _LONGCAT,
-    "longcat_flash_ngram": _LONGCAT,
     "step3p5": _STEP,
     "step3p7": _STEP,
     "bailing_moe": _BAILING,

@@ -8,129 +8,25 @@ AutoAWQ, GPTQModel, auto-round, AMD Quark and NVIDIA ModelOpt.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from moesim.errors import FormatError
-from moesim.model.dtypes import WEIGHT_BYTES
 from moesim.model.hf.keys import shown
 from moesim.model.hf.patterns import Patterns
-from moesim.model.hf.tensors import Named
-
-SKIP_KEYS = (
-    "modules_to_not_convert",
-    "ignore",
-    "ignored_layers",
-    "exclude_modules",
-    "exclude",
-    "exclude_layers",
-    "llm_int8_skip_modules",
+from moesim.model.hf.schemes import (
+    FP8,
+    FP8_BLOCK,
+    INT8,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    Scheme,
+    StoragePlan,
+    group_size,
+    integer,
+    refusal,
+    skipped,
+    weight_bits,
 )
-_REFUSED = "no engine that moesim knows serves it, or its sizes are not known"
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How weights are stored: the type that kernels know, and bytes per weight with scales."""
-
-    label: str
-    bytes_per_weight: float
-
-
-@dataclass
-class StoragePlan:
-    """What is stored how. In this order: `skipped` keeps its 16 bits, the first of `own` that names
-    a tensor gives its scheme, routed experts have `experts`, all other matrices `default` (None:
-    16 bits). Tables and routers keep 16 bits unless `own` names them, or `head` for the head."""
-
-    default: Scheme | None
-    skipped: Patterns = field(default_factory=lambda: Patterns(""))
-    own: list[tuple[Patterns, Scheme | None]] = field(default_factory=list)
-    experts: Scheme | None = None
-    only_experts: bool = False
-    only: Patterns | None = None
-    head: bool = False
-    notes: list[str] = field(default_factory=list)
-
-    def scheme(self, tensor: Named) -> Scheme | None:
-        """How a tensor is stored; None: in the file's 16 bits."""
-        if self.skipped.covers(tensor):
-            return None
-        for patterns, scheme in self.own:
-            if patterns.covers(tensor):
-                return scheme
-        if not tensor.quantised:
-            head = self.head and "lm_head" in tensor.names
-            return self.default if head else None
-        if tensor.tensor_class == "experts" and self.experts is not None:
-            return self.experts
-        if self.only_experts and tensor.tensor_class != "experts":
-            return None
-        if self.only is not None and not self.only.covers(tensor):
-            return None
-        return self.default
-
-    def unused(self, num_layers: int) -> list[str]:
-        """Entries that name nothing known."""
-        out = self.skipped.unused(num_layers)
-        for patterns, _ in self.own:
-            out += patterns.unused(num_layers)
-        return out
-
-
-def refusal(where: str, what: str) -> FormatError:
-    """The error for a method or form that is not read."""
-    return FormatError(
-        f"{where}: quantization_config: {what} is not read: {_REFUSED}",
-        f"methods that are read: {', '.join(sorted(METHODS))}; docs/models.md describes them",
-    )
-
-
-def skipped(quant: Mapping[str, Any], where: str) -> Patterns:
-    """Modules that keep 16 bits, under whichever key."""
-    found: list[object] = []
-    for key in SKIP_KEYS:
-        value = quant.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, list):
-            raise FormatError(
-                f"{where}: quantization_config.{key} is {shown(value)}", "it must be a list"
-            )
-        found += value
-    return Patterns.of(found, where)
-
-
-def _bits(quant: Mapping[str, Any], where: str, key: str = "bits") -> int:
-    value = quant.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value not in (2, 3, 4, 8, 16):
-        raise refusal(where, f"{key} {shown(value)}")
-    if value in (2, 3):
-        raise refusal(where, f"{value}-bit weights")
-    return value
-
-
-def _group(value: object, where: str) -> int:
-    """Weights per scale; 0: one scale a channel or tensor."""
-    if value in (None, -1, 0):
-        return 0
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
-        raise refusal(where, f"group_size {shown(value)}")
-    return value
-
-
-def integer(bits: int, group: int, *, zeros: bool, scale_bits: int = 16) -> Scheme:
-    """Integers with a scale a group, and with `zeros` a zero point of as many bits."""
-    extra = (scale_bits + (bits if zeros else 0)) / group if group else 0.0
-    return Scheme("int8" if bits == 8 else "int4", (bits + extra) / 8)
-
-
-FP8_BLOCK = Scheme("fp8", WEIGHT_BYTES["fp8"])
-FP8 = Scheme("fp8", 1.0)
-MXFP8 = Scheme("mxfp8", WEIGHT_BYTES["mxfp8"])
-MXFP4 = Scheme("mxfp4", WEIGHT_BYTES["mxfp4"])
-NVFP4 = Scheme("nvfp4", WEIGHT_BYTES["nvfp4"])
-INT8 = Scheme("int8", 1.0)
 
 
 def _fp8_scheme(quant: Mapping[str, Any], where: str) -> Scheme:
@@ -164,7 +60,7 @@ def mxfp8(quant: Mapping[str, Any], where: str) -> StoragePlan:
 
 def w4afp8(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """SGLang's W4AFP8: experts of 4-bit integers in groups of 128, the rest fp8 in blocks."""
-    group = _group(quant.get("group_size", 128), where)
+    group = group_size(quant.get("group_size", 128), where)
     return StoragePlan(FP8_BLOCK, skipped(quant, where), experts=integer(4, group, zeros=False))
 
 
@@ -179,15 +75,15 @@ def block_int8(quant: Mapping[str, Any], where: str) -> StoragePlan:
 
 def awq(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """4-bit integers; 16-bit scale and packed zero point a group, without zero_point too."""
-    bits = _bits(quant, where, "bits" if "bits" in quant else "w_bit")
-    group = _group(quant.get("group_size", quant.get("q_group_size", 128)), where)
+    bits = weight_bits(quant, where, "bits" if "bits" in quant else "w_bit")
+    group = group_size(quant.get("group_size", quant.get("q_group_size", 128)), where)
     return StoragePlan(integer(bits, group, zeros=True), skipped(quant, where))
 
 
 def gptq(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """Integers with a 16-bit scale and a packed zero point a group. `dynamic`: "-:" leaves modules
     out, "+:" or nothing gives them other bits. modules_in_block_to_quantize: these alone."""
-    bits, group = _bits(quant, where), _group(quant.get("group_size", -1), where)
+    bits, group = weight_bits(quant, where), group_size(quant.get("group_size", -1), where)
     plan = StoragePlan(integer(bits, group, zeros=True), skipped(quant, where))
     plan.head = quant.get("lm_head") is True
     dynamic = quant.get("dynamic") or {}
@@ -199,7 +95,9 @@ def gptq(quant: Mapping[str, Any], where: str) -> StoragePlan:
             plan.skipped.add("re:" + pattern)
             continue
         over = {**quant, **(value if isinstance(value, dict) else {})}
-        other = integer(_bits(over, where), _group(over.get("group_size"), where), zeros=True)
+        other = integer(
+            weight_bits(over, where), group_size(over.get("group_size"), where), zeros=True
+        )
         plan.own.append((Patterns.of(["re:" + pattern], where), other))
     listed = quant.get("modules_in_block_to_quantize")
     if listed:
@@ -213,7 +111,7 @@ def auto_round(quant: Mapping[str, Any], where: str) -> StoragePlan:
     kind = str(quant.get("data_type", "int")).lower()
 
     def scheme(entry: Mapping[str, Any]) -> Scheme | None:
-        bits = _bits(entry, where)
+        bits = weight_bits(entry, where)
         if bits == 16:
             return None
         if kind.startswith(("mx_fp", "mxfp")):
@@ -224,7 +122,7 @@ def auto_round(quant: Mapping[str, Any], where: str) -> StoragePlan:
             return FP8
         if kind != "int":
             raise refusal(where, f"data_type {shown(kind)}")
-        group = _group(entry.get("group_size", -1), where)
+        group = group_size(entry.get("group_size", -1), where)
         return integer(bits, group, zeros=True)
 
     plan = StoragePlan(scheme(quant), skipped(quant, where))
@@ -269,7 +167,7 @@ def _weights(weights: object, where: str) -> Scheme | None:
     if kind == "float" and bits == 4 and group in (16, 32):
         return NVFP4 if group == 16 else MXFP4
     if kind == "int" and bits in (4, 8):
-        size = _group(group if strategy not in ("channel", "tensor") else None, where)
+        size = group_size(group if strategy not in ("channel", "tensor") else None, where)
         return integer(bits, size, zeros=weights.get("symmetric") is False)
     raise refusal(
         where, f"weights of type {shown(kind)}, {shown(bits)} bits, groups {shown(group)}"
@@ -319,7 +217,7 @@ def _quark_scheme(entry: object, where: str) -> Scheme | None:
     if kind in ("fp4", "fp4_e2m1") and group in (None, 16, 32):
         return NVFP4 if group == 16 else MXFP4
     if kind in ("int4", "uint4"):
-        return integer(4, _group(group, where), zeros=kind == "uint4")
+        return integer(4, group_size(group, where), zeros=kind == "uint4")
     if isinstance(kind, str) and kind in _QUARK:
         return _QUARK[kind]
     raise refusal(where, f"quark weights of dtype {shown(kind)}, groups {shown(group)}")
@@ -369,7 +267,7 @@ def _algorithm(entry: Mapping[str, Any], where: str) -> Scheme:
     if found is None:
         raise refusal(where, f"quant_algo {shown(name)}")
     if found.label == "int4":
-        return integer(4, _group(entry.get("group_size", 128), where), zeros=False)
+        return integer(4, group_size(entry.get("group_size", 128), where), zeros=False)
     return found
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from moesim.errors import FormatError
 from moesim.model.dtypes import WEIGHT_BYTES
 from moesim.model.hf.keys import Keys, shown
-from moesim.model.hf.methods import METHODS, Scheme, StoragePlan, refusal
+from moesim.model.hf.methods import METHODS
+from moesim.model.hf.schemes import Scheme, StoragePlan, refusal
 from moesim.model.hf.tensors import Named
 from moesim.model.spec import ModelSpec
 
