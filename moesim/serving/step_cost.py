@@ -320,7 +320,7 @@ class EngineStepCost:
         parts = {
             "projections": model.num_kv_layers * self._projections_us(rows),
             "elementwise": d.engine.kernel_us * self._small_kernels() + layers * moved,
-            "router": moe_layers * router.time_us(rows, model.num_experts, hidden),
+            "router": moe_layers * router.time_us(rows, model.router_params // hidden, hidden),
         }
         if model.shared_intermediate_size:
             parts["shared_experts"] = moe_layers * self._ffn_us(

@@ -139,7 +139,7 @@ class HomeModel:
             if spec.linear_layer_ids:
                 width = max(1, spec.linear_layer_params // hidden)
                 linear[:, at] = dense.gemm_us(tokens, width, hidden, dtype)
-            gate[:, at] = dense.gemm_us(tokens, model.num_experts, hidden)
+            gate[:, at] = dense.gemm_us(tokens, model.router_params // hidden, hidden)
             dense_ffn[:, at] = self._ffn_us(dense, tokens, model.dense_intermediate_size)
             shared[:, at] = self._ffn_us(dense, tokens, model.shared_intermediate_size)
             shared[:, at] += model.moe_dense_ffns * dense_ffn[:, at]

@@ -327,6 +327,7 @@ STEP = {
     "moe_intermediate_size": 24,
     "share_expert_dim": 24,
     "moe_layers_enum": "1,2",
+    "use_head_wise_attn_gate": True,
     "sliding_window": 8,
     "layer_types": [
         "full_attention",

@@ -243,7 +243,7 @@ def step(keys: Keys, shape: Shape, rule: str) -> Layers:
     number a head. layer_types goes on with the multi-token-prediction layers."""
     window, kinds, notes = layer_kinds(keys, shape, rule)
     other = keys.inner("attention_other_setting")
-    gate = keys.flag("use_head_wise_attn_gate", True)
+    gate = keys.flag("use_head_wise_attn_gate")
     width = head_dim(keys, shape)
     usual = kv_heads(keys, shape)
     many = keys.optional("num_sliding_attention_heads", 0) or other.optional(
