@@ -126,7 +126,7 @@ class _Layer:
         self.model, self.cluster, self.calibration, self.load = model, cluster, calibration, load
         self.gpus, self.nodes = cluster.num_gpus, cluster.num_nodes
         self.kernel = calibration.expert_ffn(
-            model.expert_dtype, shape=(model.hidden_size, model.moe_intermediate_size)
+            model.expert_dtype, shape=(model.expert_hidden, model.moe_intermediate_size)
         )
         self.bases: list[Basis] = [self.kernel.basis]
         self.notes = [f"experts: {self.kernel.basis} ({self.kernel.source or self.kernel.kernel})"]
@@ -146,7 +146,7 @@ class _Layer:
                 self.load,
                 self.kernel,
                 float(count),
-                model.hidden_size,
+                model.expert_hidden,
                 width,
                 model.ffn_matrices,
                 gpu_of_slot,
@@ -179,16 +179,16 @@ class _Layer:
 
     def _all_to_all(self, tokens: FloatArray) -> tuple[FloatArray, tuple[str, ...]]:
         model, gpus, nodes = self.model, self.gpus, self.nodes
-        row = model.hidden_size * BYTES_PER_ELEMENT["bf16"]
-        copies_gpu = gpus * (1.0 - (1.0 - 1.0 / gpus) ** model.top_k)
-        copies_node = nodes * (1.0 - (1.0 - 1.0 / nodes) ** model.top_k)
+        row = model.expert_hidden * BYTES_PER_ELEMENT["bf16"]
+        copies_gpu = gpus * (1.0 - (1.0 - 1.0 / gpus) ** model.real_top_k)
+        copies_node = nodes * (1.0 - (1.0 - 1.0 / nodes) ** model.real_top_k)
         times = []
         names = [n for n in LIBRARIES if KINDS_OF[n][0] in self.calibration.collectives.kinds]
         names = names or ["nccl"]
         if "all_to_all" in self.calibration.collectives.kinds and "nccl" not in names:
             names.insert(0, "nccl")
         for name in names:
-            copies = float(model.top_k) if name == "deepep_ll" else copies_gpu
+            copies = float(model.real_top_k) if name == "deepep_ll" else copies_gpu
             over = copies_node if name == "deepep" else copies
             sent = tokens * copies * (gpus - 1) / gpus * row
             nic = tokens * over * (nodes - 1) / nodes * row

@@ -142,7 +142,7 @@ def step_times(
     if on_nvme is not None:
         load = np.where(on_nvme, rates.nvme_s(size), load)
         host = np.where(on_nvme, rates.read_s(size), host)
-    tables = rates.experts.expert_time_us(n, model.hidden_size, model.moe_intermediate_size)
+    tables = rates.experts.expert_time_us(n, model.expert_hidden, model.moe_intermediate_size)
     moved = rates.transfer_s(np.array(float(max_tokens * model.token_bytes())))
     return StepTimes(
         _gate_s(rates, n * home_share, context_tokens),
@@ -166,9 +166,8 @@ def _gate_s(rates: Rates, n: FloatArray, context_tokens: int) -> FloatArray:
     """[L, M + 1]: from the start of each MoE layer (or of the dense layers before it) to the
     moment when the host knows the chosen experts."""
     model, gpu = rates.model, rates.gpu
-    attention = model.attention
-    per_layer = attention.layer_params(model.hidden_size)
-    moe = set(model.moe_layer_ids)
+    mixing = {layer: kind.params for kind in model.layer_kinds for layer in kind.layer_ids}
+    moe, without = set(model.moe_layer_ids), set(model.no_ffn_layer_ids)
     kv_read = (
         n
         * model.kv_bytes(context_tokens)
@@ -182,14 +181,13 @@ def _gate_s(rates: Rates, n: FloatArray, context_tokens: int) -> FloatArray:
     row = 0
     pending = np.zeros(len(n))
     for layer in range(model.num_hidden_layers):
-        weights = (
-            attention.linear_layer_params if layer in attention.linear_layer_ids else per_layer
-        )
-        pending = pending + _dense_s(rates, weights, n) + kv_read + launch
+        pending = pending + _dense_s(rates, mixing.get(layer, 0), n) + kv_read + launch
         if layer not in moe:
-            pending = pending + _dense_s(rates, model.dense_ffn_params, n)
+            if layer not in without:
+                pending = pending + _dense_s(rates, model.dense_ffn_params, n)
             continue
-        shared = model.router_params + model.shared_expert_params
+        shared = model.router_params + model.shared_expert_params + model.latent_params
+        shared += model.moe_dense_ffns * model.dense_ffn_params
         out[row] = pending + _dense_s(rates, shared, n) + float(known) + expert_launch
         row += 1
         pending = np.zeros(len(n))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from moesim.model.hf.reader import Reading
     from moesim.model.spec import ModelSpec
 
 app = typer.Typer(help="Model shapes: presets and Hugging Face config.json.", no_args_is_help=True)
@@ -83,31 +84,84 @@ def show_model(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Show one model's shape and the sizes that follow from it.
+    """Show one model: its shape, its sizes, the keys read.
 
     Examples: moesim model show DeepSeek-V3; moesim model show ./my-model/config.json --json
     """
-    from moesim.model.names import load_model
+    from moesim.model.names import load_reading
 
-    spec = load_model(name)
+    reading = load_reading(name)
     if as_json:
-        typer.echo(json.dumps(spec.to_dict(), indent=2))
+        typer.echo(json.dumps(reading.spec.to_dict(), indent=2))
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(spec.name), show_header=False, title_justify="left")
+    table = Table(title=Text(reading.spec.name), show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in _rows(spec):
+    for label, value in _rows(reading):
         table.add_row(label, Text(value))
     Console().print(table)
 
 
-def _rows(spec: ModelSpec) -> list[tuple[str, str]]:
-    from moesim.model.spec import WEIGHT_BYTES
+def _rows(reading: Reading) -> list[tuple[str, str]]:
+    spec = reading.spec
+    rows = [
+        ("architecture", spec.architecture or "unknown"),
+        ("layers", f"{spec.num_hidden_layers}, MoE in {_layers(spec)}{_other_layers(spec)}"),
+        ("hidden size", f"{spec.hidden_size:,}"),
+        *_expert_rows(spec),
+        *_attention_rows(spec),
+        ("vocabulary", f"{spec.vocab_size:,}{', tied' if spec.tie_word_embeddings else ''}"),
+        ("total params", _count(spec.total_params)),
+        ("active params", f"{_count(spec.active_params)} per token, vocabulary tables counted"),
+        ("  fewer tables", _fewer_tables(spec)),
+        *_size_rows(spec),
+        ("source", spec.source),
+    ]
+    notes = [note for note in (spec.note, spec.attention.note) if note]
+    if spec.attention.note in spec.note:
+        notes = notes[:1]
+    if notes:
+        rows.append(("note", "; ".join(notes)))
+    return rows + _key_rows(reading)
 
+
+def _fewer_tables(spec: ModelSpec) -> str:
+    """Active parameters as those cards count them that leave tables out."""
+    head = _count(spec.active_params - spec.lookup_params)
+    none = _count(spec.active_params - spec.embedding_params - spec.lm_head_params)
+    return f"{head} without looking up the embedding, {none} without embedding and head"
+
+
+def _other_layers(spec: ModelSpec) -> str:
+    parts = []
+    if spec.hash_layer_ids:
+        parts.append(f"{len(spec.hash_layer_ids)} of them by hash of the token")
+    if spec.no_ffn_layer_ids:
+        parts.append(f"{len(spec.no_ffn_layer_ids)} without feed-forward part")
+    return "".join(f", {part}" for part in parts)
+
+
+def _expert_rows(spec: ModelSpec) -> list[tuple[str, str]]:
+    zero = f" and {spec.num_zero_experts} that compute nothing" if spec.num_zero_experts else ""
+    latent = f" on {spec.expert_hidden:,} latent channels" if spec.expert_hidden_size else ""
+    width = f"{spec.num_experts}{zero} of width {spec.moe_intermediate_size:,}{latent}"
+    rows = [("experts", f"{width}, top-{spec.top_k}")]
+    if spec.n_group > 1:
+        rows.append(("expert groups", f"{spec.topk_group} of {spec.n_group}"))
+    if spec.num_shared_experts:
+        wide = f"{spec.shared_intermediate_size:,} wide in all"
+        rows.append(("shared experts", f"{spec.num_shared_experts}, {wide}"))
+    if spec.num_dense_ffns:
+        beside = f", {spec.moe_dense_ffns} beside the experts" if spec.moe_dense_ffns else ""
+        rows.append(("dense layers", f"width {spec.dense_intermediate_size:,}{beside}"))
+    return rows
+
+
+def _attention_rows(spec: ModelSpec) -> list[tuple[str, str]]:
     attention = spec.attention
     heads = f"{attention.num_heads} heads of {attention.head_dim}"
     if attention.kind == "mla":
@@ -122,37 +176,19 @@ def _rows(spec: ModelSpec) -> list[tuple[str, str]]:
         )
     if attention.linear_layer_ids:
         heads += f"; {len(attention.linear_layer_ids)} layers of linear attention"
-    rows = [
-        ("architecture", spec.architecture or "unknown"),
-        ("layers", f"{spec.num_hidden_layers}, MoE in {_layers(spec)}"),
-        ("hidden size", f"{spec.hidden_size:,}"),
-        (
-            "experts",
-            f"{spec.num_experts} of width {spec.moe_intermediate_size:,}, top-{spec.top_k}",
-        ),
-    ]
-    if spec.n_group > 1:
-        rows.append(("expert groups", f"{spec.topk_group} of {spec.n_group}"))
-    if spec.num_shared_experts:
-        rows.append(
-            (
-                "shared experts",
-                f"{spec.num_shared_experts}, {spec.shared_intermediate_size:,} wide in all",
-            )
-        )
-    if spec.dense_intermediate_size:
-        rows.append(("dense layers", f"width {spec.dense_intermediate_size:,}"))
-    rows += [
-        ("attention", f"{attention.kind}: {heads}"),
-        ("vocabulary", f"{spec.vocab_size:,}{', tied' if spec.tie_word_embeddings else ''}"),
-        ("total params", _count(spec.total_params)),
-        ("active params", f"{_count(spec.active_params)} a token, vocabulary tables counted"),
-        (
-            "one expert",
-            f"{_count(spec.expert_params)} params, {_count(spec.expert_flops_per_token)} "
-            "flops a token",
-        ),
-    ]
+    rows = [("attention", f"{attention.kind}: {heads}")]
+    for kind in spec.layer_kinds if len(spec.layer_kinds) > 1 else ():
+        state = f", state {_bytes(kind.state_bytes)} per sequence" if kind.state_bytes else ""
+        size = f"{len(kind.layer_ids)} layers of {_count(kind.params)} params"
+        rows.append((f"  {kind.name}", f"{size}{state}"))
+    return rows
+
+
+def _size_rows(spec: ModelSpec) -> list[tuple[str, str]]:
+    from moesim.model.dtypes import WEIGHT_BYTES
+
+    flops = _count(spec.expert_flops_per_token)
+    rows = [("one expert", f"{_count(spec.expert_params)} params, {flops} flops per token")]
     for dtype in WEIGHT_BYTES:
         if dtype == "fp16" != spec.expert_dtype:
             continue  # as long as bf16
@@ -161,12 +197,43 @@ def _rows(spec: ModelSpec) -> list[tuple[str, str]]:
     rows += [
         ("all weights", f"{_bytes(spec.weight_bytes())} as stored"),
         ("  not experts", f"{_bytes(spec.non_expert_bytes())} ({spec.dense_dtype})"),
-        ("hidden state", f"{_bytes(spec.token_bytes())} a token in bf16"),
-        ("KV cache", f"{_bytes(spec.kv_bytes_per_token())} a token in bf16"),
-        ("source", spec.source),
     ]
-    notes = [note for note in (spec.note, attention.note) if note]
-    return rows + ([("note", "; ".join(notes))] if notes else [])
+    if spec.stored:
+        classes = ", ".join(f"{name} {value * 8:.4g}" for name, value in spec.stored)
+        rows.append(("  bits per weight", f"{classes}; other classes as their type"))
+    if spec.mtp_layers:
+        experts = f", {spec.mtp_moe_layers} with experts" if spec.mtp_moe_layers else ""
+        more = f"{_count(spec.mtp_params)} params more, not in the totals"
+        plural = "s" if spec.mtp_layers > 1 else ""
+        rows.append(("further tokens", f"{spec.mtp_layers} layer{plural}{experts}: {more}"))
+    cached = f"{_bytes(spec.kv_bytes_per_token())} per token in bf16"
+    beyond = spec.kv_bytes_per_token_beyond_windows()
+    if beyond != spec.kv_bytes_per_token():
+        cached += f", {_bytes(beyond)} beyond the windows"
+    rows += [
+        ("hidden state", f"{_bytes(spec.token_bytes())} per token in bf16"),
+        ("KV cache", cached),
+    ]
+    if spec.state_bytes:
+        rows.append(("state", f"{_bytes(spec.state_bytes)} per sequence, whatever its length"))
+    return rows
+
+
+def _key_rows(reading: Reading) -> list[tuple[str, str]]:
+    """What was read of the file, what was noted, and what has no effect on sizes."""
+    rows = [("keys read", ", ".join(f"{key} {_short(v)}" for key, v in reading.read.items()))]
+    if reading.noted:
+        rows.append(("not understood", ", ".join(reading.noted)))
+    if reading.harmless:
+        some = ", ".join(reading.harmless[:60])
+        more = len(reading.harmless) - 60
+        rows.append(("no effect on sizes", some + (f" and {more} more" if more > 0 else "")))
+    return rows
+
+
+def _short(value: object) -> str:
+    text = "".join(char for char in str(value) if char.isprintable())
+    return text if len(text) <= 30 else text[:27] + "..."
 
 
 def _layers(spec: ModelSpec) -> str:

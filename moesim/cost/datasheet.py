@@ -53,7 +53,10 @@ _COMPUTE: dict[str, tuple[tuple[str, float], ...]] = {
     "fp8": (("fp8", 1.0), ("bf16", 1.0)),
     "mxfp4": (("fp4", 1.0), ("bf16", 1.0)),
     "nvfp4": (("fp4", 1.0), ("bf16", 1.0)),
+    "mxfp8": (("fp8", 1.0), ("bf16", 1.0)),
+    "int8": (("bf16", 1.0),),
     "int4": (("bf16", 1.0),),
+    "nf4": (("bf16", 1.0),),
 }
 _GROUP_SIZES = tuple(2**k for k in range(1, 11))
 _COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter")

@@ -26,7 +26,7 @@ from moesim.errors import UnknownNameError
 from moesim.types import FloatArray
 
 if TYPE_CHECKING:
-    from moesim.model.spec import AttentionSpec
+    from moesim.model.attention import AttentionSpec
 
 KV_ELEMENT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
 GEMM_SHARPNESS = 2.0

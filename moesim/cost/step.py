@@ -248,7 +248,7 @@ def build_step_model(
     first = of_type[slowest]
     library = all_to_all or _default_library(first, cluster.num_nodes, phase)
     curves = [_curve(first, kind, cluster, eager=eager) for kind in KINDS_OF[library]]
-    shape = (model.hidden_size, model.moe_intermediate_size)
+    shape = (model.expert_hidden, model.moe_intermediate_size)
     dtype = expert_dtype or model.expert_dtype
     experts = tuple(_expert_model(of_type[name], dtype, shape) for name in types)
     routes = cluster.routes()
@@ -261,9 +261,9 @@ def build_step_model(
         f"experts on {n}: {m.basis} ({m.source or m.kernel})"
         for n, m in zip(types, experts, strict=True)
     ]
-    token = model.hidden_size
+    token = model.expert_hidden
     return StepModel(
-        hidden_size=model.hidden_size,
+        hidden_size=model.expert_hidden,
         intermediate_size=model.moe_intermediate_size,
         all_to_all=library,
         dedup=dedup or DEDUP_OF[library],

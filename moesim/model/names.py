@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import FormatError, InputError, UnknownNameError
-from moesim.model.hf_config import read_hf_config, spec_from_config
-from moesim.model.spec import (
-    KV_BYTES,
-    TOKEN_BYTES,
-    WEIGHT_BYTES,
-    AttentionSpec,
-    ModelSpec,
-    bytes_per,
-)
+from moesim.model.attention import AttentionSpec
+from moesim.model.dtypes import KV_BYTES, TOKEN_BYTES, WEIGHT_BYTES, bytes_per
+from moesim.model.hf.reader import Reading, read_config
+from moesim.model.hf_config import read_hf_config
+from moesim.model.spec import ModelSpec
 
 __all__ = [
     "KV_BYTES",
@@ -25,8 +21,10 @@ __all__ = [
     "WEIGHT_BYTES",
     "AttentionSpec",
     "ModelSpec",
+    "Reading",
     "bytes_per",
     "load_model",
+    "load_reading",
     "preset_aliases",
     "preset_names",
 ]
@@ -39,6 +37,11 @@ def load_model(name_or_path: str) -> ModelSpec:
     UnknownNameError with the nearest known name, InputError for a path that cannot be read, and
     FormatError for a file that is not the configuration of a MoE model.
     """
+    return load_reading(name_or_path).spec
+
+
+def load_reading(name_or_path: str) -> Reading:
+    """As `load_model`, with the keys that were read and those that were not."""
     preset = _names().get(name_or_path.casefold())
     if preset is not None:
         return _preset(preset)
@@ -81,7 +84,7 @@ def preset_config(name: str) -> Mapping[str, Any]:
     return config
 
 
-def _from_folder(folder: Path) -> ModelSpec:
+def _from_folder(folder: Path) -> Reading:
     config = folder / "config.json"
     if not config.exists():
         raise InputError(f"no config.json in {folder}", "name the folder that holds the model")
@@ -119,9 +122,9 @@ def _aliases() -> list[str]:
 
 
 @cache
-def _preset(name: str) -> ModelSpec:
+def _preset(name: str) -> Reading:
     preset = _presets()[name]
-    return spec_from_config(
+    return read_config(
         preset["config"],
         where=f"preset {name}",
         name=name,

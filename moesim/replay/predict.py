@@ -17,7 +17,7 @@ from moesim.cost.calibration import Calibration
 from moesim.cost.routing import Routed
 from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InputError
-from moesim.model.spec import AttentionSpec, ModelSpec
+from moesim.model.names import AttentionSpec, ModelSpec
 from moesim.replay.shape import ExpertShape
 from moesim.types import FloatArray, IntArray
 

@@ -41,7 +41,7 @@ def shape_of(model: str, notify: Callable[[str], None]) -> ExpertShape:
         notify(f"{spec.name} stores experts as {spec.expert_dtype}; replayed as {REPLAYED_DTYPE}")
     return ExpertShape(
         spec.name,
-        spec.hidden_size,
+        spec.expert_hidden,
         spec.moe_intermediate_size,
         spec.num_experts,
         spec.top_k,

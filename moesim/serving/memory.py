@@ -7,7 +7,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from moesim.errors import InfeasibleError
-from moesim.model.spec import KV_BYTES, WEIGHT_BYTES
+from moesim.model.dtypes import KV_BYTES
 
 if TYPE_CHECKING:
     from moesim.serving.deployment import Deployment
@@ -24,8 +24,9 @@ class EngineMemory:
 
     total_bytes: the GPU's memory; usable_bytes: the engine's share of it. expert_weight_bytes,
     other_weight_bytes, activation_bytes, runtime_bytes: what is taken before the KV cache;
-    kv_cache_bytes: what is left, not below 0. kv_bytes_per_token: of one cached token on this GPU;
-    kv_token_capacity: tokens that one DP rank's cache holds.
+    state_bytes: states of linear attention and state spaces; kv_cache_bytes: what is left, not
+    below 0. kv_bytes_per_token: of one cached token on this GPU; kv_token_capacity: tokens that one
+    DP rank's cache holds.
     """
 
     total_bytes: float
@@ -35,6 +36,7 @@ class EngineMemory:
     activation_bytes: float
     runtime_bytes: float
     kv_bytes_per_token: float
+    state_bytes: float = 0.0
 
     @property
     def weight_bytes(self) -> float:
@@ -44,7 +46,7 @@ class EngineMemory:
     @property
     def kv_cache_bytes(self) -> float:
         """Bytes left for the KV cache."""
-        taken = self.weight_bytes + self.activation_bytes + self.runtime_bytes
+        taken = self.weight_bytes + self.activation_bytes + self.runtime_bytes + self.state_bytes
         return max(0.0, self.usable_bytes - taken)
 
     @property
@@ -57,16 +59,40 @@ def kv_bytes_per_token_per_gpu(deployment: Deployment) -> float:
     """Bytes that one cached token takes on each GPU of its DP rank.
 
     Grouped-query attention: the KV heads are cut over tp, and held more than once where tp exceeds
-    them. Latent attention: the latent has no heads to cut, so every tp rank holds it whole. Layers
-    are cut over pp. Windowed layers count in full (see `ModelSpec.kv_bytes` for their limit).
+    them. Latent attention: the latent has no heads to cut, so every tp rank holds it whole; so it
+    is with indexers' keys and compressed entries. Layers are cut over pp, taken as evenly mixed.
+    Layers with nothing but a window count in full (see `ModelSpec.kv_bytes` for their limit);
+    windows beside a cache of all the past (DeepSeek-V4) are part of the states.
+    """
+    model, tp = deployment.model, deployment.tp
+    element = KV_BYTES[deployment.kv_dtype]
+    total = 0.0
+    layers = 0
+    for kind in model.layer_kinds:
+        layers += len(kind.layer_ids) if kind.caches else 0
+        for cache in (cache for cache in kind.caches if cache not in kind.rings):
+            cut = ceil(cache.heads / tp) / cache.heads if cache.heads else 1.0
+            entry = cache.entry_bytes(element) / cache.tokens_per_entry
+            total += len(kind.layer_ids) * entry * cut
+    return total / layers * ceil(layers / deployment.pp)
+
+
+def state_bytes_per_gpu(deployment: Deployment, left: float) -> float:
+    """Bytes set aside for states of linear attention and state spaces, of `left` bytes.
+
+    Those of `max_sequences` sequences, heads cut over tp and layers over pp, but at most half of
+    what is left (SGLang gives 47%: mamba_full_memory_ratio 0.9); fewer sequences run then. Windows
+    beside a cache of all the past are whole on every tp rank.
     """
     model = deployment.model
-    elements = model.attention.kv_elements_per_layer
-    if model.attention.kind == "gqa":
-        kv_heads = model.attention.num_kv_heads
-        elements = elements // kv_heads * ceil(kv_heads / deployment.tp)
-    layers = ceil(model.num_kv_layers / deployment.pp)
-    return elements * layers * KV_BYTES[deployment.kv_dtype]
+    element = KV_BYTES[deployment.kv_dtype]
+    rings = sum(
+        len(kind.layer_ids) * cache.window * cache.entry_bytes(element)
+        for kind in model.layer_kinds
+        for cache in kind.rings
+    )
+    own = (model.state_bytes / deployment.tp + rings) / deployment.pp * deployment.max_sequences
+    return min(own, max(0.0, left) / 2)
 
 
 def gpu_memory(deployment: Deployment) -> EngineMemory:
@@ -74,8 +100,9 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
 
     Weights: experts by slots (of the plan, else experts / ep) and moe_tp; attention, dense and
     shared layers cut by tp (shared experts and dense layers too); routers whole; embedding table
-    and head cut by tp, both counted. Activations: the widest layer's rows of a full step, and
-    logits of `max_sequences` rows in float32. Ignored: fragmentation and page rounding.
+    and head cut by tp, both counted; multi-token-prediction layers left out. Activations: the
+    widest layer's rows of a full step, and logits of `max_sequences` rows in float32. Ignored:
+    fragmentation and page rounding.
     """
     model, tp, pp = deployment.model, deployment.tp, deployment.pp
     moe_layers = ceil(model.num_moe_layers / pp)
@@ -86,33 +113,40 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
     )
     experts = moe_layers * slots * model.expert_bytes(deployment.expert_dtype) / deployment.moe_tp
     share = 1.0 / (tp * pp)
-    dense = model.attention_params + model.num_moe_layers * model.shared_expert_params
-    dense += (model.num_hidden_layers - model.num_moe_layers) * model.dense_ffn_params
-    dense_bytes = WEIGHT_BYTES[deployment.dense_dtype]
-    wide = max(2.0, dense_bytes)
+    dtype = deployment.dense_dtype
+    params = model.params_by_class
+    cut = ("attention", "shared", "dense", "latent", "other")
+    dense = sum(params[name] * model.bytes_per_weight(name, dtype) for name in cut)
+    wide = model.bytes_per_weight("tables", dtype)
     tables = (
         max(model.embedding_params, model.lm_head_params)
         if pp > 1
         else (model.embedding_params + model.lm_head_params)
     )
-    other = dense * dense_bytes * share + moe_layers * model.router_params * wide
-    other += tables * wide / tp
+    router = model.bytes_per_weight("router", dtype)
+    other = dense * share + moe_layers * model.router_params * router + tables * wide / tp
     rows = deployment.max_batch_tokens
     width = 4 * model.hidden_size + max(
-        model.top_k * (model.hidden_size + 2 * model.moe_intermediate_size / deployment.moe_tp),
+        model.real_top_k
+        * (model.expert_hidden + 2 * model.moe_intermediate_size / deployment.moe_tp),
         2 * model.dense_intermediate_size / tp,
     )
     activations = rows * width * ACTIVATION_BYTES
     activations += deployment.max_sequences * model.vocab_size * 4.0 / tp
     total = min(gpu.hbm_gb for gpu in deployment.cluster.gpus) * HBM_BYTES_PER_GB
+    runtime = deployment.engine.runtime_gb * GB
+    usable = total * deployment.memory_fraction
     return EngineMemory(
         total_bytes=total,
-        usable_bytes=total * deployment.memory_fraction,
+        usable_bytes=usable,
         expert_weight_bytes=experts,
         other_weight_bytes=other,
         activation_bytes=activations,
-        runtime_bytes=deployment.engine.runtime_gb * GB,
+        runtime_bytes=runtime,
         kv_bytes_per_token=kv_bytes_per_token_per_gpu(deployment),
+        state_bytes=state_bytes_per_gpu(
+            deployment, usable - experts - other - activations - runtime
+        ),
     )
 
 
@@ -121,9 +155,10 @@ def require_fit(deployment: Deployment, min_tokens: int = 1) -> EngineMemory:
     memory = gpu_memory(deployment)
     if memory.kv_token_capacity < min_tokens:
         taken = memory.weight_bytes + memory.activation_bytes + memory.runtime_bytes
+        taken += memory.state_bytes
         raise InfeasibleError(
             f"{deployment.name}: a GPU has {memory.usable_bytes / GB:.1f} GB for the engine, "
-            f"weights take {memory.weight_bytes / GB:.1f}, activations and runtime "
+            f"weights take {memory.weight_bytes / GB:.1f}, activations, states and runtime "
             f"{(taken - memory.weight_bytes) / GB:.1f}; the KV cache holds "
             f"{memory.kv_token_capacity:,} tokens, {min_tokens:,} are needed",
             "use more GPUs, a narrower weight or KV precision, or a smaller max_batch_tokens",

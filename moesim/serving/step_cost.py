@@ -322,7 +322,7 @@ class EngineStepCost:
             "elementwise": d.engine.kernel_us * self._small_kernels()
             + layers * moved
             + model.num_kv_layers * rows * self._rotary_and_cache_us(),
-            "router": moe_layers * router.time_us(rows, model.num_experts, hidden),
+            "router": moe_layers * router.time_us(rows, model.router_params // hidden, hidden),
         }
         if model.shared_intermediate_size:
             parts["shared_experts"] = moe_layers * self._ffn_us(
@@ -331,10 +331,13 @@ class EngineStepCost:
         linear = len(model.attention.linear_layer_ids)
         if linear:
             parts["linear_attention"] = linear * self._linear_attention_us(rows)
-        if layers > moe_layers:
-            parts["dense_ffn"] = (layers - moe_layers) * self._ffn_us(
+        if model.num_dense_ffns:
+            parts["dense_ffn"] = model.num_dense_ffns * self._ffn_us(
                 rows, model.dense_intermediate_size
             )
+        if model.latent_params:
+            latent = router.time_us(rows, 2 * model.expert_hidden, hidden)
+            parts["latent_projections"] = moe_layers * latent
         parts["communication"] = self._tp_comm_us(rows)
         return parts
 
@@ -362,8 +365,9 @@ class EngineStepCost:
         count = 2 * model.num_hidden_layers + 2 * model.num_moe_layers
         if model.attention.kind != "mla":
             count += (2 + quantised) * model.num_kv_layers
-        dense = model.num_hidden_layers - model.num_moe_layers
-        with_ffn = dense + (model.num_moe_layers if model.shared_intermediate_size else 0)
+        with_ffn = model.num_dense_ffns + (
+            model.num_moe_layers if model.shared_intermediate_size else 0
+        )
         return count + (1 + quantised) * with_ffn
 
     def _ffn_us(self, rows: FloatArray, width: int) -> FloatArray:
@@ -403,8 +407,7 @@ class EngineStepCost:
         d, model = self.deployment, self.deployment.model
         if d.tp == 1:
             return np.zeros_like(rows)
-        dense_layers = model.num_hidden_layers - model.num_moe_layers
-        count = model.num_hidden_layers + dense_layers + 1
+        count = model.num_mixing_layers + model.num_dense_ffns + 1
         curve = self._curve("all_reduce", d.tp)
         return np.asarray(count * curve.time_us(rows * model.hidden_size * ELEMENT_BYTES))
 
@@ -432,7 +435,7 @@ class EngineStepCost:
         """Popularity of the experts: the trace's, or assumed."""
         d, model = self.deployment, self.deployment.model
         if d.trace is None:
-            return assumed_load(model.num_experts, model.top_k).spread(d.imbalance_scale)
+            return assumed_load(model.num_experts, model.real_top_k).spread(d.imbalance_scale)
         return load_of_trace(d.trace).spread(d.imbalance_scale)
 
     def _expert_layer_us(self, num_tokens: float, load: MoeLoad) -> float:
@@ -443,7 +446,7 @@ class EngineStepCost:
             load,
             kernel,
             num_tokens,
-            model.hidden_size,
+            model.expert_hidden,
             width,
             model.ffn_matrices,
             gpu_of_slot,
@@ -454,7 +457,7 @@ class EngineStepCost:
         return (
             kernel.layer_launch_us()
             + work
-            + kernel.token_overhead_us(local, model.top_k, model.hidden_size)
+            + kernel.token_overhead_us(local, model.real_top_k, model.expert_hidden)
         )
 
     def _slots(self, num_layers: int) -> tuple[np.ndarray, np.ndarray, FloatArray]:
@@ -485,15 +488,16 @@ class EngineStepCost:
             share = tokens * row * (group - 1) / group
             gather = self._curve("all_gather", group).time_us(share)
             return np.asarray(gather + self._curve("reduce_scatter", group).time_us(share))
+        row = model.expert_hidden * ELEMENT_BYTES
         dispatch, combine = (self._curve(kind, group) for kind in KINDS_OF[d.moe_comm])
         per_gpu = tokens / group
-        fan_out = group * (1.0 - (1.0 - 1.0 / group) ** model.top_k)
+        fan_out = group * (1.0 - (1.0 - 1.0 / group) ** model.real_top_k)
         nodes = max(1, ceil(group / d.cluster.gpus_per_node))
-        other_nodes = nodes * (1.0 - (1.0 - 1.0 / nodes) ** model.top_k) * (nodes - 1) / nodes
-        copies = float(model.top_k) if d.moe_comm == "deepep_ll" else fan_out
+        other_nodes = nodes * (1.0 - (1.0 - 1.0 / nodes) ** model.real_top_k) * (nodes - 1) / nodes
+        copies = float(model.real_top_k) if d.moe_comm == "deepep_ll" else fan_out
         sent = per_gpu * copies * (group - 1) / group
         nic = per_gpu * (copies * (nodes - 1) / nodes if d.moe_comm != "deepep" else other_nodes)
-        there = model.hidden_size * BYTES_PER_ELEMENT["fp8" if "deepep" in d.moe_comm else "bf16"]
+        there = model.expert_hidden * BYTES_PER_ELEMENT["fp8" if "deepep" in d.moe_comm else "bf16"]
         time = dispatch.time_us(sent * there, nic * there)
         return np.asarray(time + combine.time_us(sent * row, nic * row), dtype=np.float64)
 
@@ -503,7 +507,7 @@ class EngineStepCost:
         known = {dtype for dtype, _ in self.calibration.experts}
         wanted = names.get(d.expert_dtype, (d.expert_dtype,))
         dtype = next((n for n in wanted if n in known), wanted[-1])
-        shape = (d.model.hidden_size, d.model.moe_intermediate_size)
+        shape = (d.model.expert_hidden, d.model.moe_intermediate_size)
         own = f"{d.engine.name}_{'ep' if d.ep > 1 else 'tp'}"
         kernel = own if (dtype, own) in self.calibration.experts else None
         model = self.calibration.expert_ffn(dtype, kernel, shape=shape)

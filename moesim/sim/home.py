@@ -139,9 +139,12 @@ class HomeModel:
             if spec.linear_layer_ids:
                 width = max(1, spec.linear_layer_params // hidden)
                 linear[:, at] = dense.gemm_us(tokens, width, hidden, dtype)
-            gate[:, at] = dense.gemm_us(tokens, model.num_experts, hidden)
-            shared[:, at] = self._ffn_us(dense, tokens, model.shared_intermediate_size)
+            gate[:, at] = dense.gemm_us(tokens, model.router_params // hidden, hidden)
             dense_ffn[:, at] = self._ffn_us(dense, tokens, model.dense_intermediate_size)
+            shared[:, at] = self._ffn_us(dense, tokens, model.shared_intermediate_size)
+            shared[:, at] += model.moe_dense_ffns * dense_ffn[:, at]
+            if model.latent_params:
+                shared[:, at] += dense.gemm_us(tokens, 2 * model.expert_hidden, hidden)
             head[:, at] = dense.gemm_us(rows.heads[:, at], model.vocab_size, hidden)
             if self.reduce < 1.0:
                 narrow = max(1, round(hidden * self.reduce))
@@ -149,13 +152,17 @@ class HomeModel:
                 up[:, at] = dense.gemm_us(tokens, hidden, narrow, dtype)
 
         def attention(layer_id: int) -> FloatArray:
+            if layer_id in spec.absent_layer_ids:
+                return np.zeros_like(full)
             if layer_id in spec.linear_layer_ids:
                 return linear
             return windowed if layer_id in spec.window_layer_ids else full
 
         per_layer = np.stack([attention(i) for i in self.layer_ids], axis=1)
         dense_layers = set(range(model.num_hidden_layers)) - set(model.moe_layer_ids)
-        once = head + sum((attention(i) + dense_ffn for i in sorted(dense_layers)), 0.0)
+        without = set(model.no_ffn_layer_ids)
+        own = (attention(i) + (0.0 if i in without else dense_ffn) for i in sorted(dense_layers))
+        once = head + sum(own, 0.0)
         parts = (per_layer, gate, shared, once, down, up)
         return HomeTimes(*(part / self.speed for part in parts))
 

@@ -84,6 +84,38 @@ def test_show_reads_a_config_and_prints_markup_as_it_is(tmp_path: Path) -> None:
     assert "is not known" in result.stdout
 
 
+def test_show_says_what_was_read_what_was_not_and_what_has_no_effect(tmp_path: Path) -> None:
+    config = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "rope_theta": 1e6,
+        "expert_\x1b[31mlayers": 3,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = runner.invoke(app, ["show", str(tmp_path)], env={"COLUMNS": "200"}).stdout
+    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if "│" in line}
+    assert "num_experts 8" in shown
+    assert "rope_theta" in rows["no effect on sizes"]
+    assert "expert_[31mlayers" in rows["not understood"]
+    assert "\x1b" not in shown
+
+
+def test_show_states_windows_and_layers_for_further_tokens() -> None:
+    shown = runner.invoke(app, ["show", "Qwen3.5-397B-A17B"], env={"COLUMNS": "120"}).stdout
+    assert "192 MB per sequence" in shown
+    assert "gated DeltaNet" in shown
+    assert "1 layer, 1 with experts: 6.60B params more" in shown
+    flash = runner.invoke(app, ["show", "DeepSeek-V4-Flash"], env={"COLUMNS": "120"}).stdout
+    assert "3 of them by hash of the token" in flash
+    assert "6.23 kB beyond the windows" in flash
+
+
 def test_errors_reach_the_caller_as_ours(tmp_path: Path) -> None:
     result = runner.invoke(app, ["show", "mixtral-8x8b"])
     assert isinstance(result.exception, UnknownNameError)

@@ -19,7 +19,7 @@ from moesim.cost.routing import Routed
 from moesim.cost.step import build_step_model
 from moesim.cost.tile_waves import Tile, TileWaves
 from moesim.errors import FormatError
-from moesim.model.spec import AttentionSpec, ModelSpec
+from moesim.model.names import AttentionSpec, ModelSpec
 
 # h = i = 1000: an expert is a GEMM of 2000 columns and one of 1000, both 1000 deep. In bf16 a small
 # tile, 100 columns wide, reads 0.2 MB. Ten run at once: a wave reads 2 MB, at 1000 GB/s 2 us; its

@@ -101,3 +101,46 @@ def test_the_smallest_gpu_of_a_mixed_cluster_counts() -> None:
     memory = gpu_memory(deploy("Qwen3-30B-A3B", mixed, tp=8))
     assert memory.total_bytes == 80 * 2**30
     assert load_model("Qwen3-30B-A3B").kv_bytes_per_token() == 98_304
+
+
+def test_states_of_linear_attention_are_set_aside_before_the_cache() -> None:
+    # Qwen3.5-35B-A3B: 30 layers of convolution (8192 channels x 3 x 2 bytes) and 32 heads of
+    # 128 x 128 in 4 bytes; 10 layers of 2 KV heads of 256. 64 sequences, cut over 2 GPUs.
+    state = 30 * (8192 * 3 * 2 + 32 * 128 * 128 * 4)
+    deployment = deploy("Qwen3.5-35B-A3B", "h200-sxm-ib", tp=2, max_sequences=64)
+    memory = gpu_memory(deployment)
+    assert memory.state_bytes == 64 * state / 2
+    assert memory.kv_bytes_per_token == 10 * 2 * 1 * 256 * 2
+    taken = memory.weight_bytes + memory.activation_bytes + memory.runtime_bytes
+    assert memory.kv_cache_bytes == memory.usable_bytes - taken - memory.state_bytes
+    # However many sequences, states take at most half of what is left.
+    many = gpu_memory(deploy("Qwen3.5-35B-A3B", "h200-sxm-ib", tp=2, max_sequences=100_000))
+    assert many.state_bytes == pytest.approx(many.kv_cache_bytes)
+
+
+def test_windows_beside_compressed_entries_are_part_of_the_states() -> None:
+    # DeepSeek-V4-Flash: windows of 128 x 512 elements in 41 layers that have compressed entries
+    # too; 2 layers have the window alone, and count in full.
+    memory = gpu_memory(deploy("DeepSeek-V4-Flash", "h200-sxm-ib", tp=8, max_sequences=16))
+    assert memory.state_bytes == 16 * 41 * 128 * 512 * 2
+    growing = 2 * 1024 + 20 * 1024 / 128 + 21 * (1024 + 132) / 4
+    assert memory.kv_bytes_per_token == pytest.approx(growing)
+
+
+def test_stored_bytes_by_class_and_another_type_for_all() -> None:
+    # Half of attention's weights in 8 bits, the other half in 16: 1.5 bytes a weight.
+    model = load_model("Mixtral-8x7B")
+    mixed = replace(model, stored=(("attention", 1.5),))
+    plain = gpu_memory(deploy(model, tp=2))
+    attention = 32 * 2 * 4096 * 128 * 40
+    less = plain.other_weight_bytes - gpu_memory(deploy(mixed, tp=2)).other_weight_bytes
+    assert less == attention * 0.5 / 2
+    other = gpu_memory(deploy(mixed, tp=2, dense_dtype="fp32"))
+    assert other.other_weight_bytes > plain.other_weight_bytes * 1.9
+
+
+def test_latent_experts_and_layers_without_feed_forward_part() -> None:
+    # Nemotron-3-Super: 40 MoE layers of 512 experts of 2 x 1024 x 2688 in fp8 without block scales.
+    memory = gpu_memory(deploy("Nemotron-3-Super", "h200-sxm-ib", tp=2))
+    assert memory.expert_weight_bytes == 40 * 512 * 2 * 1024 * 2688 / 2
+    assert memory.kv_bytes_per_token == 8 * 2 * 1 * 128 * 2

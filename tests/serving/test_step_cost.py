@@ -265,3 +265,25 @@ def test_skewed_routing_over_few_gpus_costs_more_than_even() -> None:
         times.append(layer_us(load, kernel, 8192, 2048, 768, 3, gpu, expert, np.ones(expert.shape)))
     assert times == sorted(times)
     assert model.top_k == 8
+
+
+def test_parts_beside_and_around_the_experts_by_hand() -> None:
+    # Two dense parts of width 4096 in each of 32 MoE layers: up 2 x 4096 wide, down, two GEMMs;
+    # latent experts of 1024: a projection each way, timed as one GEMM of 2048 columns.
+    model = replace(
+        load_model("Mixtral-8x7B"),
+        dense_intermediate_size=4096,
+        moe_dense_ffns=2,
+        expert_hidden_size=1024,
+    )
+    deployment = replace(toy(), model=model)
+    parts = EngineStepCost(deployment).breakdown(BatchShape.of(4, 4000))
+    ffn = gemm_us(4, 2 * 4096, 4096) + gemm_us(4, 4096, 4096)
+    assert parts["dense_ffn"] == pytest.approx(64 * ffn, rel=1e-3)
+    assert parts["latent_projections"] == pytest.approx(32 * gemm_us(4, 2048, 4096), rel=1e-3)
+    # Of 8 real and 8 zero experts a token's two choices are one real one.
+    zero = replace(load_model("Mixtral-8x7B"), num_zero_experts=8)
+    half = EngineStepCost(replace(toy(), model=zero)).breakdown(BatchShape.of(4, 4000))
+    one = replace(load_model("Mixtral-8x7B"), top_k=1)
+    same = EngineStepCost(replace(toy(), model=one)).breakdown(BatchShape.of(4, 4000))
+    assert half["experts"] == same["experts"]

@@ -1,4 +1,4 @@
-"""ModelSpec arithmetic and presets. Reading config.json is in test_hf_config.py."""
+"""ModelSpec arithmetic and presets. Reading config.json is in the other files of this folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.errors import FormatError, InputError, UnknownNameError
+from moesim.model.attention import Cache, LayerKind
 from moesim.model.names import (
     KV_BYTES,
     TOKEN_BYTES,
@@ -24,7 +25,7 @@ from moesim.model.names import (
     preset_names,
 )
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 # (preset, total, active, tables, source), in billions as printed. `tables`: which vocabulary
 # tables the published active count contains: both, the output head only, or none.
@@ -45,8 +46,23 @@ PUBLISHED = [
     ("Llama-4-Maverick", "400", "17", "both", "ai.meta.com/blog/llama-4-multimodal-intelligence"),
     ("GLM-4.5", "355", "32", "none", "arXiv:2508.06471 table 1"),
     ("GLM-4.5-Air", "106", "12", "none", "arXiv:2508.06471 table 1"),
-    ("GLM-5", "744", "40", "head", "GLM-5 report, architecture table"),
+    ("GLM-5", "744", "40", "none", "GLM-5 report, architecture table"),
     ("MiniMax-M2", "230", "10", "none", "its model card"),
+    ("DeepSeek-V3.2", "671", "37", "head", "its model card; indexers add 0.85 to V3's 37.6"),
+    ("DeepSeek-V4-Flash", "284", "13", "head", "its model card"),
+    ("DeepSeek-V4-Pro", "1600", "49", "head", "its model card"),
+    ("Qwen3-Coder-480B-A35B", "480", "35", "both", "its model card"),
+    ("Qwen3.5-35B-A3B", "35", "3", "head", "its name"),
+    ("Qwen3.5-122B-A10B", "122", "10", "both", "its name"),
+    ("Qwen3.5-397B-A17B", "397", "17", "both", "its name"),
+    ("Kimi-K3", "2780", "104", "both", "its model card"),
+    ("GLM-5.2", "744", "40", "none", "the model card of GLM-5"),
+    ("MiniMax-M3", "428", "23", "none", "its model card, with its vision tower"),
+    ("MiMo-V2-Flash", "309", "15", "head", "its model card"),
+    ("Nemotron-3-Nano", "31.6", "3.6", "both", "its technical report"),
+    ("Nemotron-3-Super", "120", "12", "head", "its technical report, abstract"),
+    ("Nemotron-3-Ultra", "550", "55", "head", "research.nvidia.com/labs/nemotron"),
+    ("Gemma-4-26B-A4B", "25.2", "3.8", "both", "its model card"),
     ("PhiMoE", "41.9", "6.6", "both", "the model card of Phi-3.5-MoE-instruct"),
     ("Granite-3.0-1B-A400M", "1.3", "0.4", "none", "its model card"),
     ("Granite-3.0-3B-A800M", "3.3", "0.8", "none", "its model card"),
@@ -67,10 +83,10 @@ def test_parameter_counts_agree_with_the_published_ones(
 ) -> None:
     spec = load_model(name)
     counted = spec.active_params
-    if tables in ("head", "none"):
-        counted -= spec.embedding_params
+    if tables == "head":
+        counted -= spec.lookup_params
     if tables == "none":
-        counted -= spec.lm_head_params
+        counted -= spec.embedding_params + spec.lm_head_params
     assert _agrees(spec.total_params / 1e9, total), source
     assert _agrees(counted / 1e9, active), source
 
@@ -82,6 +98,25 @@ def test_stored_sizes_agree_with_the_checkpoints() -> None:
     # granite-3.0-3b-a800m-instruct: safetensors of 5.00 + 1.75 GB, which hold the tied table twice.
     granite = load_model("Granite-3.0-3B-A800M")
     assert granite.weight_bytes() + 2 * granite.embedding_params == pytest.approx(6.75e9, rel=0.01)
+
+
+def test_layers_for_further_tokens_of_deepseek_v3() -> None:
+    # README_WEIGHTS.md of DeepSeek-V3: 11.5B of its own beside the shared tables.
+    v3 = load_model("DeepSeek-V3")
+    assert (v3.mtp_layers, v3.mtp_moe_layers) == (1, 1)
+    assert v3.mtp_params / 1e9 == pytest.approx(11.5, rel=0.02)
+    assert load_model("Kimi-K2").mtp_params == 0
+
+
+def test_the_cache_of_deepseek_v4_pro_at_a_million_tokens() -> None:
+    # Published: 9.62 GiB a sequence in bf16, with indexers' keys in bf16 too (moesim: fp8, 132
+    # bytes for 128, as engines keep them); 1 / 8.7 of DeepSeek-V3.2's, counted in the same way.
+    tokens, gib = 1 << 20, 2**30
+    pro, v32 = load_model("DeepSeek-V4-Pro"), load_model("DeepSeek-V3.2")
+    own = pro.kv_bytes(tokens) + 30 * tokens // 4 * (256 - 132)
+    assert own / gib == pytest.approx(9.62, rel=0.002)
+    theirs = v32.kv_bytes(tokens) + 61 * tokens * (256 - 132)
+    assert theirs / own == pytest.approx(8.7, rel=0.005)
 
 
 def test_expert_sizes_by_hand() -> None:
@@ -308,16 +343,27 @@ def test_specs_are_frozen_and_hashable() -> None:
     assert hash(spec) == hash(dataclasses.replace(spec))
 
 
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where the specs have tuples, of tuples in `stored`."""
+    return {
+        key: tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        if isinstance(value, list)
+        else value
+        for key, value in fields.items()
+    }
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_to_dict_survives_json_and_rebuilds_the_spec(name: str) -> None:
     spec = load_model(name)
     fields = json.loads(json.dumps(spec.to_dict()))
     derived = fields.pop("derived")
     attention = fields.pop("attention")
-    for key in ("window_layer_ids", "linear_layer_ids"):
-        attention[key] = tuple(attention[key])
-    fields["moe_layer_ids"] = tuple(fields["moe_layer_ids"])
-    assert ModelSpec(attention=AttentionSpec(**attention), **fields) == spec
+    attention["kinds"] = [
+        LayerKind(**{**_tuples(kind), "caches": tuple(Cache(**cache) for cache in kind["caches"])})
+        for kind in attention["kinds"]
+    ]
+    assert ModelSpec(attention=AttentionSpec(**_tuples(attention)), **_tuples(fields)) == spec
     assert derived["total_params"] == spec.total_params
     assert derived["expert_bytes"][spec.expert_dtype] == spec.expert_bytes()
     assert derived["kv_bytes_per_token"].keys() == KV_BYTES.keys()

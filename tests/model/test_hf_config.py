@@ -269,7 +269,8 @@ def test_stored_types(changes: dict[str, Any], expert: str, dense: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": {"quant_method": "gptq", "bits": 3}},
+        {"quantization_config": {"quant_method": "aqlm"}},
         {"quantization_config": {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}},
         {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}},
         {"quantization_config": {"quant_method": ["fp8"]}},
@@ -304,8 +305,8 @@ def test_an_unknown_architecture_says_all_that_is_missing() -> None:
         read({"model_type": "brand_new_moe", "num_experts": 8, "hidden_size": 64})
     for key in ("num_hidden_layers", "moe_intermediate_size", "num_experts_per_tok", "vocab_size"):
         assert key in caught.value.cause
-    assert "brand_new_moe" in caught.value.cause
-    assert "mixtral" in caught.value.remedy
+    assert "'brand_new_moe' is not known" in caught.value.cause
+    assert "docs/models.md" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -313,7 +314,7 @@ def test_an_unknown_architecture_says_all_that_is_missing() -> None:
 )
 def test_unknown_hybrids_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(FormatError, match=next(iter(changes))):
-        read(QWEN3, model_type="nemotron_h", **changes)
+        read(QWEN3, model_type="brand_new_hybrid", **changes)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +340,13 @@ def test_a_missing_key_is_named(config: dict[str, Any], key: str) -> None:
 
 def test_a_dense_model_is_refused() -> None:
     with pytest.raises(FormatError, match="not a Mixture-of-Experts model"):
-        read({**BASE, "model_type": "llama", "intermediate_size": 96})
+        read({**without(BASE, "num_experts_per_tok"), "model_type": "llama"})
+
+
+def test_a_model_that_speaks_of_experts_in_unknown_words_is_not_called_dense() -> None:
+    config = {**without(BASE, "num_experts_per_tok"), "model_type": "new", "expert_total": 8}
+    with pytest.raises(FormatError, match="expert_total"):
+        read(config)
 
 
 @pytest.mark.parametrize(

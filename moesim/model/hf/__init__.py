@@ -1,0 +1,1 @@
+"""Reading Hugging Face `config.json`: keys, layers by family, stored types."""
