@@ -131,4 +131,4 @@ def test_deployments_that_fit() -> None:
     few = fitting_deployment(load_model("Mixtral-8x7B"), load_cluster("h100-sxm-ib", 16))
     assert (few.ep, few.moe_tp) == (8, 2)
     with pytest.raises(InputError, match="does not divide"):
-        fitting_deployment(load_model("Mixtral-8x7B"), load_cluster("h100-sxm-ib", 17))
+        fitting_deployment(load_model("Mixtral-8x7B"), load_cluster("h100-sxm-ib", 24))
