@@ -134,7 +134,9 @@ def test_a_known_model_brings_predicted_times(tmp_path: Path, capsys: Capture) -
     shown = json.loads(capsys.readouterr().out)
     assert shown["objective"] == "time"
     assert shown["basis"] in ("measured", "datasheet", "assumed")
-    assert shown["notices"] == ["the trace covers 2 of Mixtral-8x7B's 32 MoE layers"]
+    assert shown["notices"] == [
+        "the trace covers 2 of Mixtral-8x7B's 32 MoE layers; figures are of those"
+    ]
     figures = shown["evaluation"]["plans"]["greedy"]
     parts = sum(figures[f"{part}_us"]["value"] for part in ("dispatch", "compute", "combine"))
     assert figures["step_us"]["value"] == pytest.approx(parts)
@@ -268,9 +270,9 @@ ERRORS: dict[str, tuple[list[str], int, str, str]] = {
         "needs 93",
         "more GPUs",
     ),
-    "no time": (["--time-limit", "nan"], 2, "not a number of seconds", "such as 60"),
-    "endless time": (["--time-limit", "inf"], 2, "not a number of seconds", "such as 60"),
-    "negative time": (["--time-limit", "-1"], 2, "not a number of seconds", "such as 60"),
+    "no time": (["--time-limit", "nan"], 2, "a time limit of", "such as 60"),
+    "endless time": (["--time-limit", "inf"], 2, "a time limit of", "such as 60"),
+    "negative time": (["--time-limit", "-1"], 2, "a time limit of", "such as 60"),
     "no folder": (["--out", "missing/plan.json"], 2, "no folder missing", "that exists"),
     "out is a folder": (["--out", "."], 2, "is a directory", "name a file"),
     "no folder for the plot": (["--plot", "missing/a.png"], 2, "no folder", "that exists"),
