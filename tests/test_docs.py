@@ -16,16 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from typer.main import get_command
 
-from moesim.cli.main import VARIANTS, build_app
-from moesim.cli.plan import ROWS
 from moesim.cli.reference import command_tree, help_text, main, reference_pages, walk
 from moesim.errors import FormatError
+from moesim.figures import figure
+from moesim.jobs.plan_result import BETWEEN_NODES, PARTS_OF_STEP, SHOWN
 from moesim.placement import Placement, parse_plan
 from moesim.planning.evaluate import STATISTICS
 from moesim.solvers.base import Problem
-from moesim.solvers.registry import solver_names
+from moesim.solvers.registry import SOLVERS
 from moesim.studies.file import StudyFile, check_study
 from moesim.studies.registry import EVALUATORS, get_evaluator
 from moesim.trace.format import TOKEN_DTYPES, load_token_trace
@@ -127,16 +126,7 @@ def leaf(words: list[str]) -> tuple[Any, list[str], list[str]]:
     while words and words[0] in getattr(command, "commands", {}):
         path.append(words[0])
         command, words = command.commands[words[0]], words[1:]
-    flag = VARIANTS.get(path[-1], ("",))[0]
-    if flag in words:
-        command = variant(path[-1], flag)
     return command, path, words
-
-
-@cache
-def variant(name: str, flag: str) -> Any:
-    """What `name` is when called with `flag`."""
-    return get_command(build_app([name], [flag])).commands[name]  # type: ignore[attr-defined]
 
 
 def options_of(command: Any) -> set[str]:
@@ -210,11 +200,12 @@ def test_the_demo_block_is_what_plan_prints() -> None:
     check_parses(demo[0])
     block = fences(ROOT / "README.md", "text")[0].splitlines()
     starts = ["defaults taken: ", "debian-moe: ", "held-out: ", "held-out figure "]
-    one_node = [r for r in ROWS if r[0] not in ("node_fan_out", "inter_node_bytes")]
-    starts += [f"{label} " for _, label, _, _ in one_node]
+    shown = [name for name in SHOWN if name not in BETWEEN_NODES]
+    starts += [f"{'  ' * (name in PARTS_OF_STEP)}{figure(name).heading}" for name in shown]
     starts += [
         "local_search against eplb: ",
-        "tuning objective: ",
+        "better: ",
+        "what the search minimised: ",
         "predicted times rest on ",
         "wrote ",
     ]
@@ -359,15 +350,15 @@ def test_glossary_has_every_axis_and_every_figure() -> None:
     for letter in "TBLEPGNK":
         assert re.search(rf"\| `{letter}` \|", glossary), letter
     printed = table_terms("Figures of a plan")
-    for _, label, _, _ in ROWS:
-        assert label in printed, label
+    for name in SHOWN:
+        assert figure(name).heading in printed, name
     for name in STATISTICS:
         assert f"`{name}`" in glossary, name
 
 
 def test_every_solver_is_in_the_choice_guide() -> None:
     guide = text_of(ROOT / "docs" / "how-to-choose-a-solver.md")
-    for name in solver_names():
+    for name in SOLVERS.own:
         assert f"| `{name}` |" in guide, name
         assert f"- **`{name}`**" in guide, name
 

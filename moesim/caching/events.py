@@ -67,7 +67,7 @@ class Events:
 
 def decode_stream(requests: RequestIndex, batch_size: int = 1, seed: int = 0) -> Stream:
     """Requests decoded by continuous batching: `batch_size` lanes, each with one request at a
-    time, one token a step; a lane whose request ends takes the next one in seeded random order.
+    time, one token per step; a lane whose request ends takes the next one in seeded random order.
 
     The last steps may have fewer tokens than lanes. Raises InputError for a batch below 1 or an
     index without tokens.

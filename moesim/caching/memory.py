@@ -73,7 +73,7 @@ def memory_budget(
             f" KV cache {kv / 1e9:.1f} GB, workspace {WORKSPACE_BYTES / 1e9:.1f} GB and the"
             f" {model.top_k} experts of one token in one layer {model.top_k * slot / 1e9:.1f} GB"
             f" need {need / 1e9:.1f} GB",
-            "give more HBM, a shorter context, a smaller batch, or fewer bits an expert",
+            "give more HBM, a shorter context, a smaller batch, or fewer bits per expert",
         )
     total = model.num_moe_layers * model.num_experts if num_experts is None else num_experts
     return MemoryBudget(hbm, dense, kv, WORKSPACE_BYTES, slot, min(total, left // slot), total)
@@ -89,6 +89,6 @@ def check_host(total: int, dram_gb: float, nvme_gb: float, expert_bytes: float) 
         raise InfeasibleError(
             f"{total} experts of {expert_bytes / 1e6:.1f} MB ({total * expert_bytes / 1e9:.1f} GB)"
             f" do not fit {dram_gb:g} GB of DRAM and {nvme_gb:g} GB of NVMe",
-            "give more DRAM or NVMe, or fewer bits an expert",
+            "give more DRAM or NVMe, or fewer bits per expert",
         )
     return in_dram

@@ -430,7 +430,7 @@ _CPU_NAMES = {"none": "off", "auto": "on"}
 
 
 def label(prefetch: Prefetch | None) -> str:
-    """A short name: predictor, layers ahead, experts a layer, least score."""
+    """A short name: predictor, layers ahead, experts per layer, least score."""
     if prefetch is None:
         return "none"
     return f"{prefetch.predictor} {prefetch.depth}x{prefetch.width}>{prefetch.min_score:g}"

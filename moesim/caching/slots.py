@@ -35,7 +35,7 @@ def allocate_slots(cost: FloatArray, budget: int, least: int = 0) -> tuple[IntAr
     if num_layers * least > budget:
         raise InfeasibleError(
             f"{budget} slots are fewer than {least} for each of {num_layers} layers",
-            "give more memory or ask for fewer slots a layer",
+            "give more memory or ask for fewer slots per layer",
         )
     return _solve(table, min(budget, num_layers * most), least)
 

@@ -24,7 +24,7 @@ def calibrate(
     section: Annotated[
         list[str] | None, typer.Option(help="Only this part, e.g. ffn; repeat.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Largest batch, tokens a rank.", min=1)] = 8192,
+    max_tokens: Annotated[int, typer.Option(help="Largest batch, tokens per rank.", min=1)] = 8192,
     max_bytes: Annotated[int, typer.Option(help="Largest message or copy.", min=1)] = 512 << 20,
     time_limit: Annotated[float, typer.Option(help="Stop in good order after (s).")] = 240.0,
     timeout: Annotated[float, typer.Option(help="Seconds without progress.")] = 120.0,

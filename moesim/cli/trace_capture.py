@@ -19,7 +19,7 @@ def capture(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="What to write: .npz, or a folder.")],
     max_new_tokens: Annotated[
-        int, typer.Option(help="Decode tokens a request; 0 records prefill alone.")
+        int, typer.Option(help="Decode tokens per request; 0 records prefill alone.")
     ] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts that run together.")] = 8,
     max_prompt_tokens: Annotated[int, typer.Option(help="Cut prompts to so many tokens.")] = 2048,

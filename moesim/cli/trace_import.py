@@ -68,10 +68,10 @@ def import_trace(
     from moesim.errors import InputError
     from moesim.jobs.import_trace import import_files
     from moesim.trace.format import save_trace
-    from moesim.trace.importers.registry import MODULES, importer
+    from moesim.trace.importers.registry import IMPORTERS, importer
 
     if list_formats:
-        titles = {name: importer(name).TITLE for name in MODULES}
+        titles = {name: importer(name).TITLE for name in IMPORTERS.names()}
         if as_json:
             typer.echo(json.dumps(titles, indent=2))
         else:

@@ -69,7 +69,7 @@ def merge(
     traces: Annotated[list[str], typer.Argument(help="Two or more traces, in this order.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="What to write: .npz, or a folder.")],
 ) -> None:
-    """Join traces of one model. Requests are numbered anew, domains of one name become one.
+    """Join traces of one model. Requests are numbered from 0 again, domains of one name become one.
 
     Example: moesim trace merge monday.npz tuesday.npz --out week.npz
     """

@@ -51,10 +51,10 @@ def synth(
         float | None, typer.Option(help="How much requests differ.", show_default="0.4")
     ] = None,
     prompt_tokens: Annotated[
-        float | None, typer.Option(help="Mean prefill tokens a request.", show_default="512")
+        float | None, typer.Option(help="Mean prefill tokens per request.", show_default="512")
     ] = None,
     output_tokens: Annotated[
-        float | None, typer.Option(help="Mean decode tokens a request.", show_default="0")
+        float | None, typer.Option(help="Mean decode tokens per request.", show_default="0")
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,

@@ -151,7 +151,7 @@ def _about(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print(rows: list[dict[str, Any]], record: dict[str, Any], good: bool) -> None:
-    typer.echo(f"one {record['environment']['device']}, microseconds a token")
+    typer.echo(f"one {record['environment']['device']}, microseconds per token")
     typer.echo(f"{'cache':<62}{'copies':>8}{'measured':>11}{'predicted':>11}")
     for row in rows:
         typer.echo(

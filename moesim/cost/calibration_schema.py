@@ -104,7 +104,7 @@ Sharpness = Annotated[float, Field(ge=1, le=64)]
 
 class TileEntry(_Strict):
     """Rows and columns of an output that one cluster of thread blocks computes at a time, for
-    layers of at most `mean_tokens` tokens a slot (none: of any more)."""
+    layers of at most `mean_tokens` tokens per slot (none: of any more)."""
 
     rows: PositiveInt
     columns: PositiveInt

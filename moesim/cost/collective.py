@@ -2,7 +2,7 @@
 
 Byte convention, for every kind but `all_reduce`: the largest, over ranks, of the bytes that a rank
 sends to *other* ranks (what stays on the rank does not count). So an even all-to-all of a buffer
-of S bytes a rank over n ranks counts S (n - 1) / n, and so does an all-gather whose gathered
+of S bytes per rank over n ranks counts S (n - 1) / n, and so does an all-gather whose gathered
 result, or a reduce-scatter whose input, is S. An `all_reduce` counts the whole tensor.
 
 Where a group spans nodes two figures matter: the bytes a rank sends to other ranks of its node

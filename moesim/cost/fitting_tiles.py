@@ -16,7 +16,7 @@ from moesim.types import FloatArray
 SMALL = Tile(rows=128, columns=128, up_to_mean=128.0)
 LARGE = Tile(rows=256, columns=256)
 BLOCKS_A_CLUSTER = 2
-"""torch's grouped GEMM on Hopper: blocks of 64 x 128 up to a mean of 128 tokens a slot, then of
+"""torch's grouped GEMM on Hopper: blocks of 64 x 128 up to a mean of 128 tokens per slot, then of
 128 x 256, in clusters of two along the rows, one block a multiprocessor
 (pytorch aten/src/ATen/native/cuda/GroupMM.cu @06c0cf0)."""
 

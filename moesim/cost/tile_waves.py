@@ -17,7 +17,7 @@ _ROUNDING = 1e-9  # of a wave: below this a quotient counts as whole
 class Tile:
     """What one cluster of thread blocks computes at a time: `rows` x `columns` of an output.
 
-    `up_to_mean`: the kernel takes this tile for layers of at most so many tokens a slot, idle slots
+    `up_to_mean`: the kernel takes this tile for layers of at most that many tokens per slot, idle
     included; None for the tile of all larger ones. `empty_adds`: how much longer a tile without
     rows would take, as a share of a full one's time; in between, in proportion.
     """
@@ -44,7 +44,7 @@ class TileWaves:
     def tiles_by_mean(
         self, mean_tokens: FloatArray
     ) -> Iterator[tuple[Tile, npt.NDArray[np.bool_]]]:
-        """Each tile with where the kernel takes it, for layers of these mean tokens a slot."""
+        """Each tile with where the kernel takes it, for layers of these mean tokens per slot."""
         whole, left = np.floor(mean_tokens), np.ones(np.shape(mean_tokens), dtype=bool)
         for tile in self.tiles:
             taken = left if tile.up_to_mean is None else left & (whole <= tile.up_to_mean)

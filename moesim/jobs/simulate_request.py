@@ -45,7 +45,7 @@ class SimRequest:
     with as many slots. home_ranks: whether attention, gate and dense layers count. drift: steps
     take the trace's domains one after the other. num_chunks: None tries DEGREES. reduce: share of
     the hidden size that is exchanged (BigMac). slow, speed_*: see GpuSpeeds. rebalance: the first
-    placement is simulated once more, placing anew with `rebalance_solver` on the way.
+    placement is simulated once more, with new placements by `rebalance_solver` on the way.
     network_scale: all links are taken as so many times faster, for what-if studies. caches: one
     cache plan a GPU, where experts do not all fit; the steps are then those of a decode stream.
     batching: how its batches are formed, None for a request a place of the batch.

@@ -309,6 +309,7 @@ def _check_closed_form(request: SimRequest) -> None:
 def build_models(
     request: SimRequest, phase: Phase, defaults: dict[str, str]
 ) -> tuple[Models, tuple[str, ...]]:
+    """Cost models of a run, and notes on what they rest on; choices made go to `defaults`."""
     cluster, model = request.cluster, request.model
     step, links, exchange = build_exchange(
         request.all_to_all,

@@ -186,8 +186,8 @@ def unequal_steps(expert_load: npt.NDArray[np.int64]) -> list[str]:
     if high < UNEQUAL * low:
         return []
     return [
-        f"steps differ in size ({low:.0f} to {high:.0f} choices a layer, 10th and 90th percentile)"
-        " and count alike: small ones are never even"
+        f"steps differ in size ({low:.0f} to {high:.0f} choices per layer, 10th and 90th"
+        " percentile) and count alike: small ones are never even"
     ]
 
 

@@ -70,7 +70,7 @@ def check_same_shape(old: Placement, problem: Problem) -> None:
     have_slots, want_slots = slots_in_use(old), problem.capacity
     if old.slots_per_gpu != int(want_slots.max()) or (have_slots > want_slots).any():
         raise MismatchError(
-            f"the plan in use has {old.slots_per_gpu} slots a GPU, the new one"
+            f"the plan in use has {old.slots_per_gpu} slots per GPU, the new one"
             f" {int(want_slots.max())}, or their GPUs differ",
             "leave out `slots` and `redundant_experts` to keep the slots that there are",
         )

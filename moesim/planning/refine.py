@@ -175,7 +175,7 @@ def refine(
             out.lines.append(
                 f"move: {moving.num_moves} of {total} expert slots ({moved.changed_layers} layers),"
                 f" {moving.bytes_from_gpus / 1e9:.2f} GB, {moving.us / 1e3:.2f} ms on the links;"
-                f" saves {gain:.1f} us a step (tuning data), paid back after"
+                f" saves {gain:.1f} us per step (tuning data), paid back after"
                 f" {moving.us / gain:,.0f} of {moved.steps:g} steps"
             )
             out.lines.append(

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `calibrate`."""
     parser.add_argument("--shape", action="append", default=[], help="JSON text or file; repeat")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="largest batch, tokens a rank")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="largest batch per rank")
     parser.add_argument("--max-bytes", type=int, default=512 << 20, help="largest message or copy")
     parser.add_argument("--section", action="append", default=[], help="only these; repeat")
     parser.add_argument("--ffn", choices=("auto", "grouped_mm", "loop"), default="auto")
@@ -50,7 +50,7 @@ def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", required=True, help="token-level trace")
     parser.add_argument("--shape", required=True, help="model shape, JSON text or file")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[128, 1024, 8192], help="tokens a rank"
+        "--tokens", type=int, nargs="+", default=[128, 1024, 8192], help="tokens per rank"
     )
     parser.add_argument("--batches", type=int, default=2, help="batches of each size")
     parser.add_argument("--layers", type=int, default=8, help="layers of the trace (0: all)")

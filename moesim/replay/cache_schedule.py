@@ -79,7 +79,7 @@ def plan_schedule(
 
 
 def calibrated_costs(shape: ExpertShape, calibration: Calibration, schedule: Schedule) -> StepCosts:
-    """What one GPU's calibration says of a schedule of one token a step.
+    """What one GPU's calibration says of a schedule of one token per step.
 
     A copy is gate and up, then down, as the replay sends them, by the copy measured for one GPU
     where there is one. A step gathers the token's row for each expert and runs the experts, all

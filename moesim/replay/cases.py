@@ -22,7 +22,7 @@ DECODE_UP_TO = 1024
 
 @dataclass(frozen=True, slots=True)
 class NamedPlan:
-    """A plan with the name it goes by in results: its file's stem."""
+    """A plan with its name in results: its file's stem."""
 
     name: str
     plan: Plan
@@ -59,8 +59,8 @@ def load_plans(
 def check_trace(shape: ExpertShape, trace: Trace) -> None:
     """Raise MismatchError unless trace and model shape agree in experts and top-k."""
     for what, have, want in (
-        ("experts a layer", trace.num_experts, shape.num_experts),
-        ("experts a token", trace.top_k, shape.top_k),
+        ("experts per layer", trace.num_experts, shape.num_experts),
+        ("experts per token", trace.top_k, shape.top_k),
     ):
         if have != want:
             raise MismatchError(
@@ -111,8 +111,9 @@ def build_batches(
 ) -> tuple[list[Batch], str]:
     """Batches of exactly `tokens_per_rank * num_ranks` tokens, and a notice (empty if none).
 
-    phase: "auto" draws decode batches up to 1,024 tokens a rank and prefill batches above. Prefill
-    packs whole requests, draws again where the trace has too few tokens, and cuts the last request.
+    phase: "auto" draws decode batches up to 1,024 tokens per rank and prefill batches above.
+    Prefill packs whole requests, draws again where the trace has too few tokens, and cuts the
+    last request.
     held_out: draw from the held-out half of the requests alone.
     """
     if tokens_per_rank < 1:

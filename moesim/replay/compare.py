@@ -134,7 +134,7 @@ class Comparison:
             if not p90 <= self.tolerance.p90_error:
                 out.append(f"{mode}: p90 error {p90:.1%} above {self.tolerance.p90_error:.0%}")
         out += [
-            f"{g.mode}: order of plans at {g.tokens_per_rank} tokens a rank: Spearman"
+            f"{g.mode}: order of plans at {g.tokens_per_rank} tokens per rank: Spearman"
             f" {g.spearman:.2f} below {self.tolerance.spearman:g}"
             for g in self.groups
             if g.spearman is not None and not g.spearman >= self.tolerance.spearman

@@ -68,7 +68,7 @@ class ReplayEngine:
     """A rank's experts of one layer in `num_sets` copies, and the step that replays layers.
 
     Weights are drawn per logical expert from a seed, so that replicas agree on every rank. A plan
-    with fewer slots a rank than `slots_per_rank` uses the first of them.
+    with fewer slots per rank than `slots_per_rank` uses the first of them.
     """
 
     def __init__(

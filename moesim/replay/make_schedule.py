@@ -55,7 +55,7 @@ def lru_schedule(
             raise InputError(
                 f"layer {layer}: a cache of {size + len(mine)} experts, {len(mine)} of them pinned,"
                 f" top-k {top_k}, {num_experts} experts",
-                f"give {top_k} to {num_experts} slots a layer",
+                f"give {top_k} to {num_experts} slots per layer",
             )
     slots = np.array(slots_per_layer, np.int64)
     mask = np.zeros((num_layers, num_experts), bool)
@@ -153,7 +153,7 @@ def follow(
     issued, needed, items, into = np.array(copies, np.int64).reshape(-1, 4).T
     sizes = "-".join(map(str, sorted({min(slots), max(slots)})))
     beside = f" and {sum(map(len, pinned)) / num_layers:.3g} pinned" if any(pinned) else ""
-    label = f"{policy}, {sizes}{beside} of {num_experts} experts a layer, lookahead {lookahead}"
+    label = f"{policy}, {sizes}{beside} of {num_experts} experts per layer, lookahead {lookahead}"
     return Schedule(
         label, num_layers, num_experts, stride, ids, read, issued, needed, items, into, initial
     )

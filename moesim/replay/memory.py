@@ -79,7 +79,7 @@ def require_memory(ctx: Context, need: MemoryNeed, limit_bytes: int | None, what
         f"{what} needs {_gb(wanted)} on each GPU ({_gb(need.weight_bytes)} weights,"
         f" {_gb(need.activation_bytes)} activations, {_gb(need.runtime_bytes)} runtime), but rank"
         f" {int(short)} has {_gb(there)}",
-        "use more GPUs, fewer slots, fewer tokens a rank (--tokens) or --weight-sets 1",
+        "use more GPUs, fewer slots, fewer tokens per rank (--tokens) or --weight-sets 1",
     )
 
 

@@ -274,7 +274,7 @@ def offload(
         result = _replay(ctx, cache, schedule, kernels, options, fetch)
         record["results"].append(result)
         ctx.rank0_print(
-            f"{schedule.label}: {result['token_us']['mean']:.0f} us a token,"
+            f"{schedule.label}: {result['token_us']['mean']:.0f} us per token,"
             f" predicted {result['predicted_us']:.0f}"
         )
         if out_path is not None:

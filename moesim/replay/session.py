@@ -23,8 +23,8 @@ class CalibrateOptions:
     """What to measure.
 
     shapes: experts, replayed at their real sizes. max_tokens_per_rank: FFN and permutation cases go
-    up to what a batch of so many tokens a rank brings. ffn_rows: mean rows a slot of the FFN cases
-    instead of the built-in ones. max_bytes: largest collective and copy.
+    up to what a batch of so many tokens per rank brings. ffn_rows: mean rows per slot of the FFN
+    cases instead of the built-in ones. max_bytes: largest collective and copy.
     budget_s: timing of one case. sections: empty for all.
     """
 

@@ -257,7 +257,7 @@ def _check(
     kernels: Kernels,
     options: ValidateOptions,
 ) -> dict[str, Any]:
-    label = f"plan {unit.entry.name}, {unit.batch.tokens_per_rank} tokens a rank"
+    label = f"plan {unit.entry.name}, {unit.batch.tokens_per_rank} tokens per rank"
     layer = int(layers[0])
     found = check_layer(
         engine,

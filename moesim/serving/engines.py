@@ -24,7 +24,7 @@ class EngineProfile:
     keys, and a token's cache write in one layer; both of grouped attention, beyond `kernel_us`, and
     not counted where None and 0.
     eager_layer_us: host time to enqueue one layer where no CUDA graph is replayed; a step with
-    prompt tokens takes at least that many microseconds a layer.
+    prompt tokens takes at least that many microseconds per layer.
     request_ms, prompt_token_us: time of a request outside the engine's steps (HTTP, scheduler
     queues, first answer back), and of tokenising, a prompt token.
     steps_ahead: steps already decided on when a request arrives (1 where scheduling overlaps the

@@ -199,7 +199,7 @@ def _num_instances(config: ServingConfig) -> list[int]:
 
 
 def _series(clock: Clock, gpus: list[int], config: ServingConfig) -> dict[str, Any]:
-    """Rates and time averages by role: tokens a second, share of time in steps, sequences running
+    """Rates and time averages by role: tokens/s, share of time in steps, sequences running
     and requests waiting on all instances, share of the KV cache in use, mean step."""
     width_s = float(clock.bin_us[0]) / 1e6
     used = int(np.flatnonzero(clock.series.sum(axis=(0, 2)) > 0).max(initial=0)) + 1

@@ -74,7 +74,7 @@ class Tally:
 
     def straggler_figures(self) -> dict[str, Any]:
         """Share of layers that each GPU was the last of, and mean waiting that uneven tokens cause
-        at nominal speed, microseconds a step."""
+        at nominal speed, microseconds per step."""
         last = self.last if self.last is not None else np.zeros(self.models.num_gpus)
         return {
             "last_share": (last / max(1, int(last.sum()))).tolist(),

@@ -5,7 +5,7 @@ that every token is served exactly once (INV-1). Tokens whose home rank is down 
 turn; what their caches held is taken as recovered by other means (not modelled). Faults that happen
 while a recovery is under way are looked at when it is over.
 
-Experts may be placed anew on the way (`rebalance`): on the GPUs that are up, from the loads of the
+Experts may be placed again on the way (`rebalance`): on the GPUs that are up, from the loads of the
 last steps. A fault, or a GPU that is back, ends an asynchronous move that is under way: layers that
 have arrived stay, the others are planned again when it is time.
 """
@@ -114,7 +114,7 @@ class FaultRun:
         if self.recovery.on_loss == "replan" and self.planner is None:
             raise InputError("a new plan is wanted, but there is no planner", "give a planner")
         if self.rebalance is not None and self.window_planner is None:
-            raise InputError("placing anew is wanted, but there is no planner", "give a planner")
+            raise InputError("a new placement is wanted, but there is no planner", "give a planner")
         if self.schedule.coherent:
             raise InputError(
                 f"faults with the {self.schedule.name} schedule", "use `schedule` sequential"
@@ -171,7 +171,7 @@ class FaultRun:
         return self.tally.result(engine, extra)
 
     def _place_anew(self, anew: Rebalancer, batch: Batches, done: int, total: int) -> None:
-        """Count a step's loads; begin to place anew on the GPUs that are up if it is time."""
+        """Count a step's loads; begin to place again on the GPUs that are up if it is time."""
         anew.record(load_counts(self.trace, batch))
         if done % anew.policy.every_steps or done == total or not anew.due(self.tally.balancedness):
             return
@@ -183,7 +183,7 @@ class FaultRun:
         anew.begin(self.held, anew.wanted(capacity))
 
     def _take_up(self) -> None:
-        """Serve from layers that have been placed anew."""
+        """Serve from layers that have been placed again."""
         if self.anew is None or not self.anew.arrived:
             return
         table = slot_table(self.current)

@@ -25,7 +25,7 @@ ON_LOSS: dict[str, str] = {
     "fail": "a lost expert ends the run (verdict no)",
     "wait": "serving stops until the GPU is back",
     "reload": "lost experts are loaded from host memory into spare slots of other GPUs",
-    "replan": "the solver places all experts anew on the GPUs that are left",
+    "replan": "the solver places all experts again on the GPUs that are left",
 }
 
 

@@ -1,4 +1,4 @@
-"""Placing experts anew while serving, from the loads of the last steps.
+"""New placements while serving, from the loads of the last steps.
 
 The scheme of EPLB in serving engines (vLLM `EplbConfig`: window_size, step_interval, use_async;
 SGLang `--eplb-rebalance-num-iterations`, and `--eplb-min-rebalancing-utilization-threshold`, which
@@ -42,7 +42,7 @@ a placement."""
 
 @dataclass(frozen=True, slots=True)
 class Rebalance:
-    """When and how to place anew; times in microseconds.
+    """When and how to place again; times in microseconds.
 
     every_steps: steps between two plans; window_steps: steps whose loads count. plan_us: computing
     a plan (vLLM pull request 28369 measured 80 ms before and 10 ms after its rewrite on DeepSeek-
@@ -72,7 +72,7 @@ class Rebalance:
 
 @dataclass(slots=True, eq=False)
 class Rebalancer:
-    """The part of a run that places anew: a window of loads, a plan under way, what it cost.
+    """The part of a run that places again: a window of loads, a plan under way, what it cost.
 
     `arrived` holds layers whose weights are all there: (layer, slots [G, S]), to be taken up by
     whoever runs the steps.
@@ -108,7 +108,7 @@ class Rebalancer:
         return slot_table(self.planner(np.array(self.window, np.float32), capacity))
 
     def due(self, balancedness: list[float]) -> bool:
-        """Whether to place anew now, by the balancedness of all steps so far."""
+        """Whether to place again now, by the balancedness of all steps so far."""
         recent = balancedness[-len(self.window) :]
         if self.moving or float(np.mean(recent)) >= self.policy.threshold:
             self.num_skipped += 1
@@ -157,7 +157,7 @@ class Rebalancer:
         self.num_abandoned += 1
 
     def figures(self, balancedness: list[float]) -> dict[str, Any]:
-        """What placing anew did and cost up to now."""
+        """What new placements did and cost up to now."""
         return {
             "mode": "async" if self.policy.asynchronous else "sync",
             "every_steps": self.policy.every_steps,
@@ -174,7 +174,7 @@ class Rebalancer:
 
 @dataclass(slots=True, eq=False)
 class RebalanceRun:
-    """All state of a run that places anew; `run` goes through the batches."""
+    """All state of a run that places again; `run` goes through the batches."""
 
     models: Models
     schedule: Schedule
@@ -190,7 +190,7 @@ class RebalanceRun:
     slots: Table = field(init=False)
 
     def run(self, batches: Batches, progress: Progress | None = None) -> SimResult:
-        """Serve every batch, placing anew on the way.
+        """Serve every batch, placing again on the way.
 
         Raises MismatchError where the planner's placement has other slots.
         """
@@ -218,7 +218,7 @@ class RebalanceRun:
                 target = anew.wanted(capacity)
                 if target.shape != self.slots.shape:
                     raise MismatchError(
-                        f"the new placement has {target.shape[2]} slots a GPU,"
+                        f"the new placement has {target.shape[2]} slots per GPU,"
                         f" {self.slots.shape[2]} exist",
                         "plan for the slots that there are",
                     )

@@ -34,7 +34,7 @@ class GpuSpeeds:
     """Speed of every GPU in time, as a factor on top of the cluster's own; a `SpeedModel`.
 
     The factors of all `windows` that hold multiply. `sigma` > 0 adds a log-normal factor of median
-    1 for each GPU, drawn once, or anew every `period_us`. Work in progress goes on at the new
+    1 for each GPU, drawn once, or again every `period_us`. Work in progress goes on at the new
     speed. Only kernels are affected, not links.
 
     Raises InputError for a GPU that does not exist or a factor that is not finite and positive.

@@ -72,7 +72,8 @@ def parse_prices(texts: list[str]) -> dict[str, float]:
             price = math.nan
         if not name or not 0 < price < 1e6:
             raise InputError(
-                f"`price` {text[:80]} is no price", "write dollars a GPU-hour: h100-sxm=2.5, or 2.5"
+                f"`price` {text[:80]} is no price",
+                "write dollars per GPU-hour: h100-sxm=2.5, or 2.5",
             )
         if name in out:
             raise InputError(f"`price` names {name} twice", "keep one of the two")

@@ -88,9 +88,9 @@ def _figures(results: Results) -> dict[str, dict[str, str]]:
         for f in results.study.evaluator.figures
     }
     out["gpus"] = {"label": "GPUs", "unit": "", "better": "low"}
-    out[COST] = {"label": "dollars an hour", "unit": "", "better": "low"}
+    out[COST] = {"label": "dollars per hour", "unit": "", "better": "low"}
     if results.study.evaluator.throughput:
-        out[PER_TOKEN] = {"label": "dollars a million tokens", "unit": "", "better": "low"}
+        out[PER_TOKEN] = {"label": "dollars per million tokens", "unit": "", "better": "low"}
     return out
 
 

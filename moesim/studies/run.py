@@ -171,7 +171,7 @@ def _check_prices(study: Study, outcomes: Sequence[Outcome]) -> None:
     if unknown:
         raise InputError(
             f"minimize cost: the price of {unknown[0]} is not known",
-            f"give dollars a GPU-hour: `price` {unknown[0]}=... or prices: in the study file",
+            f"give dollars per GPU-hour: `price` {unknown[0]}=... or prices: in the study file",
         )
 
 

@@ -164,7 +164,7 @@ class Runner:
 
 
 def with_price(study: Study, prices: Prices, point: Point, outcome: Outcome) -> Outcome:
-    """`outcome` with `gpus`, dollars an hour and, with a throughput, dollars a million tokens."""
+    """`outcome` with `gpus`, dollars per hour and, given a throughput, per million tokens."""
     figures = dict(outcome.figures)
     figures[RENTED] = float(str(point.params["gpus"]))
     cost = prices.per_hour(study.evaluator.cluster(point.params))

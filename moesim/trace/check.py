@@ -41,7 +41,7 @@ def check_trace(trace: Trace | LoadTrace, progress: Progress | None = None) -> l
     choice; unused experts; tokens without experts; gate weights out of
     order, all zero, above 1, or set where there is no expert; fewer than two requests.
 
-    Memory: a chunk, and 24 bytes a token for the positions. `progress(done, total)` in tokens.
+    Memory: a chunk, and 24 bytes per token for the positions. `progress(done, total)` in tokens.
     """
     if isinstance(trace, LoadTrace):
         return _sorted(_check_load(trace))

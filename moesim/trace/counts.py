@@ -1,7 +1,7 @@
 """One chunked pass over a trace: every count that the statistics are made of.
 
 Memory is bounded by the counts themselves (E x E integers a layer, twice) plus one chunk of
-tokens plus 12 bytes a request; it does not grow with the number of tokens.
+tokens plus 12 bytes per request; it does not grow with the number of tokens.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def map_npy(file: Path) -> Array:
 
 
 def drop_pages(*arrays: Array | None) -> None:
-    """Give back the memory of memory-mapped arrays, which are read anew when needed.
+    """Give back the memory of memory-mapped arrays, which are read again when needed.
 
     A pass over a memory map would otherwise leave all of it resident.
     """

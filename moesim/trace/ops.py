@@ -85,7 +85,7 @@ def select_tokens(trace: Trace, spec: SliceSpec) -> Mask:
         keep &= np.isin(requests, _request_sample(requests[keep], spec.num_requests, spec.seed))
     if spec.per_request is not None:
         if spec.per_request < 1:
-            raise InputError(f"{spec.per_request} tokens a request", "keep at least one")
+            raise InputError(f"{spec.per_request} tokens per request", "keep at least one")
         keep &= _first_tokens(trace, keep, spec.per_request)
     if not keep.any():
         raise InputError("the slice keeps no tokens", "loosen its conditions")
@@ -105,7 +105,7 @@ def write_slice(
 ) -> int:
     """Write the slice of a trace to `path` chunk by chunk; returns its number of tokens.
 
-    Besides a chunk, memory holds the request ids and one byte a token (and 24 bytes a token for
+    Besides a chunk, memory holds the request ids and one byte per token (and 24 bytes per token for
     `per_request`).
     """
     keep = select_tokens(trace, spec)
@@ -127,7 +127,7 @@ def merge_traces(
     """Write the tokens of all traces, one after the other, to `path`; returns notices.
 
     The traces must be of one model, with the same layers, experts and top-k: MismatchError names
-    what differs. Requests are numbered anew from 0, steps after those of the traces before;
+    what differs. Requests are numbered from 0, steps after those of the traces before;
     domains of the same name become one, and tokens without any become `unlabelled` if others have
     one. Optional arrays that some of the traces lack are left out, with a notice.
     """

@@ -35,7 +35,7 @@ _MAX_REQUESTS = 4096
 class Targets:
     """What a specification is calibrated to.
 
-    load: [D, L, E], choices of an expert a token. bits: [L-1], affinity of adjacent layers.
+    load: [D, L, E], choices of an expert per token. bits: [L-1], affinity of adjacent layers.
     variance: [L], `request_variance` around the mean load; reuse: [L], share of experts that
     neighbouring tokens have in common. None leaves the parameter as it is.
     """

@@ -107,7 +107,7 @@ def choose_experts(
     The K highest scores are a draw without replacement from the softmax of the rest of the sum
     (Gumbel-top-k: Vieira 2014; Kool et al. 2019). u is standard normal, one a request, layer and
     expert. The noise of an expert is kept from the token before with probability
-    noise_persistence[l], else drawn anew, so that its distribution is always Gumbel.
+    noise_persistence[l], else drawn again, so that its distribution is always Gumbel.
 
     ids: [T, L, K] out; types: [T]; starts: [R+1]; domain_idx, seeds: [R]; base: [D, L, E];
     type_logits: [L, C, E]; chain: [L-1, E, E]; request_spread, noise_persistence: [L];

@@ -138,7 +138,7 @@ class _Messages:
         )
 
     def total_us(self) -> float:
-        """Summed link time a batch."""
+        """Summed link time per batch."""
         pair_us = self.net.pair_us
         other = ~np.eye(self.problem.num_gpus, dtype=bool)
         far = other & (self.nodes[:, None] != self.nodes[None, :])

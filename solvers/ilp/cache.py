@@ -1,4 +1,4 @@
-"""Integer programs for caching plans: slots a layer, memory tiers, bits an expert.
+"""Integer programs for caching plans: slots per layer, memory tiers, bits per expert.
 
 Each is a multiple-choice knapsack: every layer (or expert) takes exactly one option, budgets
 couple them. moesim.caching has fast methods for the same questions; these give the optimum, or a

@@ -33,7 +33,7 @@ class ExFlow:
 
     Serves the context-coherent schedule (C5), where a token stays where its last expert was. In
     the usual one tokens come back to their home GPU after every layer, and nothing is gained.
-    Ignores load. Needs tokens and one slot an expert.
+    Ignores load. Needs tokens and one slot per expert.
     """
 
     name = "exflow"

@@ -30,7 +30,7 @@ class MoETuner:
        the link time between the two GPUs.
 
     Serves the context-coherent schedule (C5), as `exflow` does. Balances averages, not batches.
-    Needs tokens, one slot an expert and equal slots a GPU.
+    Needs tokens, one slot per expert and equal slots per GPU.
     """
 
     name = "moetuner"

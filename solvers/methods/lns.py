@@ -1,4 +1,4 @@
-"""Large neighbourhood search: a few GPUs freed at a time, dealt anew in the best possible way."""
+"""Large neighbourhood search: a few GPUs freed at a time, filled again in the best possible way."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LargeNeighbourhoodSearch:
     Programming and Local Search Methods to Solve Vehicle Routing Problems, CP 1998).
 
     A round frees slots of two or three GPUs, the first drawn by how often it is the costliest,
-    and deals what they held among them in the best of all ways (some ten thousand), by
+    and places their experts again in the best of all ways (some ten thousand), by
     `moesim.solvers.kernels.enumerate_parts`: on a sample of batches and with the local search's
     estimate of messages. The answer is kept if the exact objective on all tuning data improves.
     Integer programs on the same sub-problems (`ilp`) take a hundred times as long.
@@ -188,7 +188,7 @@ def deal_anew(state: LayerState, gpus: IntArray, step: int, rng: np.random.Gener
 
 
 def most_freed(num_gpus: int) -> int:
-    """Slots of each of `num_gpus` GPUs that can be dealt anew in at most MAX_WAYS ways."""
+    """Slots of each of `num_gpus` GPUs that can be filled in at most MAX_WAYS ways."""
     size = 1
     while ways(num_gpus, size + 1) <= MAX_WAYS:
         size += 1

@@ -37,7 +37,7 @@ def test_hosted_by_hand() -> None:
 
 
 def test_each_gpu_keeps_its_own_experts(toys: ModuleType) -> None:
-    """Ten experts of 100.7 MB a GPU; 4 slots fit, so no plan pins or caches an expert that the
+    """Ten experts of 100.7 MB per GPU; 4 slots fit, so no plan pins or caches an expert that the
     GPU does not host, and each GPU sees less than all accesses."""
     model = toy_model()
     trace = toys.random_trace(0, num_requests=16, tokens=30)

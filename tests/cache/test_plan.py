@@ -58,7 +58,7 @@ def request_for(model: ModelSpec, slots: float, **changes) -> Request:  # type: 
 
 def test_memory_by_hand() -> None:
     """1 GB of workspace, dense weights and a KV cache of 3 layers x 2 x 8 x 128 elements of 2
-    bytes a token leave room for 5 slots and a half."""
+    bytes per token leave room for 5 slots and a half."""
     model = toy_model()
     kv = 100 * 3 * 2 * 8 * 128 * 2
     fixed = model.non_expert_bytes() + kv + 1_000_000_000

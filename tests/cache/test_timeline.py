@@ -96,7 +96,7 @@ def test_cpu_layers_never_fetch(toys: ModuleType) -> None:
 
 
 def test_prefetch_by_hand(toys: ModuleType) -> None:
-    """Two layers, one expert a token, no slots, transfers of 2 s. Layer 0: gate at 2, expert 0
+    """Two layers, one expert per token, no slots, transfers of 2 s. Layer 0: gate at 2, expert 0
     arrives at 4, ends at 5; behind it the prefetches of experts 1 and 0 for layer 1 arrive at 6
     and 8. Layer 1 begins at 5, its gate is at 7: expert 1 is there and ends at 8, expert 0 was
     wasted. Without prefetch expert 1 would arrive at 9 and end at 10."""

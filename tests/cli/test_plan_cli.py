@@ -160,7 +160,7 @@ def test_two_nodes_bring_node_figures(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_slots_and_redundant_experts(trace: Path) -> None:
-    """8 experts + 4 redundant on 4 GPUs are 3 slots a GPU; --slots 3,5 leaves GPU 0 two empty.
+    """8 experts + 4 redundant on 4 GPUs are 3 slots per GPU; --slots 3,5 leaves GPU 0 two empty.
     INV-2 in the written file: every expert in every layer, none twice on a GPU."""
     assert plan(trace, "--redundant-experts", "4", gpus=4) == 0
     placement = load_plan("plan.json").placement

@@ -158,7 +158,7 @@ def test_memory_that_does_not_suffice_is_said_with_numbers(
     code = run(["plan", "--trace", str(path), "--gpus", "2", "--out", str(tmp_path / "p.json")])
     said = capsys.readouterr()
     assert code == 1
-    assert "128 experts a layer x 58 layers x 44.1 MB" in said.err
+    assert "128 experts per layer x 58 layers x 44.1 MB" in said.err
     assert "76.0 GB usable" in said.err
 
 

@@ -238,7 +238,7 @@ def test_slice_and_merge(call: Call, toy: Path, tmp_path: Path) -> None:
         (["--request-ids", "0-99999999"], "too many"),
         (["--request-ids", "77"], "no request 77"),
         (["--requests", "41"], "a sample of 41 requests, but there are 40"),
-        (["--per-request", "0"], "0 tokens a request"),
+        (["--per-request", "0"], "0 tokens per request"),
         (["--layers", "1"], "layer 1 is not in"),
         (["--layers", "x"], "--layers 'x'"),
         (["--domain", "cod"], "unknown domain 'cod'"),

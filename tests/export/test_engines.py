@@ -183,7 +183,7 @@ def test_replicas_and_uneven_slots_are_refused_with_the_reason(make_plan, uneven
     for module in (vllm, megatron):
         with pytest.raises(MismatchError, match=r"holds every expert once.*copies of expert"):
             module.encode(replicas, ExportOptions())
-    for engine in set(EXPORTERS.names()) - {"omni-infer"}:
+    for engine in set(EXPORTERS.own) - {"omni-infer"}:
         with pytest.raises(MismatchError, match="same number of experts"):
             exporter(engine).encode(uneven_plan, ExportOptions(num_hidden_layers=1))
 
@@ -208,7 +208,7 @@ def test_all_moe_layers_of_the_model_are_wanted(make_plan):
 
 
 def test_every_exporter_has_the_protocol():
-    for name in EXPORTERS.names():
+    for name in EXPORTERS.own:
         module = exporter(name)
         assert name == module.NAME
         assert module.TITLE

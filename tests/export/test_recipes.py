@@ -185,8 +185,8 @@ def test_counts_of_the_tensorrt_llm_recipe_become_a_plan(place: Path) -> None:
 
 def test_engines_page_names_every_format_and_engine() -> None:
     from moesim.exporters.registry import EXPORTERS
-    from moesim.trace.importers.registry import MODULES as FORMATS
+    from moesim.trace.importers.registry import IMPORTERS
 
     text = (DOCS / "engines.md").read_text()
-    for name in (*FORMATS, *EXPORTERS.names()):
+    for name in (*IMPORTERS.own, *EXPORTERS.own):
         assert f"| `{name}` |" in text

@@ -109,7 +109,7 @@ def test_vllm_strategies_come_back(strategy: str) -> None:
 junk = st.sampled_from([None, True, -1, 1 << 40, 0.5, "", "x", [], [[]], {}, {"a": 1}, [1, "2"]])
 
 
-@pytest.mark.parametrize("engine", sorted(EXPORTERS.names()))
+@pytest.mark.parametrize("engine", sorted(EXPORTERS.own))
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(plan=plans(), cut=st.floats(0, 1), raw=st.binary(max_size=8), truncate=st.booleans())
 def test_damaged_files_are_refused_by_name(

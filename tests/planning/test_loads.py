@@ -242,4 +242,4 @@ def test_notice_of_steps_of_unequal_size() -> None:
     assert unequal_steps(even) == []
     mixed = load_trace(*[[10, 0]] * 5, *[[60, 40]] * 5).expert_load
     (note,) = unequal_steps(mixed)
-    assert "10 to 100 choices a layer" in note
+    assert "10 to 100 choices per layer" in note

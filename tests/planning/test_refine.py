@@ -142,7 +142,7 @@ def test_the_rare_domain_is_heard() -> None:
     together = Placement(np.array([[0, 2, 1, 3, 4, 5, 6, 7]], np.int32), 4, 1, 8)
     plain = replace(solver.solve(problem), placement=together)
     found = solve_robust(solver, problem, plain, Robust("worst-domain"), {"a": a, "b": b})
-    # Even is 4 a GPU: together, B has 12; parted, 6, which is the largest expert.
+    # Even is 4 per GPU: together, B has 12; parted, 6, which is the largest expert.
     assert found.plain_worst == pytest.approx(3.0)
     assert found.worst == pytest.approx(1.5)
 
@@ -241,7 +241,7 @@ def test_slots_follow_the_plan_in_use(ask: Callable[..., PlanResult]) -> None:
     result = ask(old_plan=old)
     assert result.plan.placement.num_slots == 12
     assert result.defaults["slots"] == "12 per layer, as the plan in use has"
-    with pytest.raises(MismatchError, match="3 slots a GPU, the new one 4"):
+    with pytest.raises(MismatchError, match="3 slots per GPU, the new one 4"):
         ask(old_plan=old, redundant_experts=8)
 
 

@@ -69,7 +69,7 @@ def test_phases_are_kept_apart(build: ModuleType, phase: Any) -> None:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_counts_are_of_whole_batches(build: ModuleType, phase: Any) -> None:
-    """[B, L, E] float32; a batch of 48 tokens with two choices each has 96 choices a layer."""
+    """[B, L, E] float32; a batch of 48 tokens with two choices each has 96 choices per layer."""
     trace, _, _ = two_sided(build)
     tune, _ = sides(trace, phase)
     counts = tuning_counts(trace, tune, phase, 48, 0)

@@ -214,7 +214,7 @@ class Rank:
 class Service:
     """front: instances (lists of ranks) that take requests; back: instances that decode what the
     front sends them, empty for none. front_us, back_us: times of their steps. router as in
-    `ServingConfig`; transfer: latency and microseconds a token; steps_ahead: whether a step's
+    `ServingConfig`; transfer: latency and microseconds per token; steps_ahead: whether a step's
     requests are decided on when the step before begins."""
 
     front: list[list[Rank]]

@@ -36,7 +36,7 @@ copies:
 - {direction: reduce, latency_us: 2, gb_per_s: 8}
 """
 SHAPE = ExpertShape("toy", 1000, 100, 4, 2)
-# 6 tokens a rank. Rank 0 holds slots 0, 1, keeps 4 rows and sends 2; rank 1 keeps 5 and sends 3.
+# 6 tokens per rank. Rank 0 holds slots 0, 1, keeps 4 rows and sends 2; rank 1 keeps 5 and sends 3.
 RESULT = {
     "plan": "linear",
     "tokens_per_rank": 6,

@@ -59,7 +59,7 @@ def test_calibrated_then_validated(inputs, forked, tmp_path, capsys) -> None:
     assert run([*again, "--max-median-error", "0"]) == 1
     assert "out of tolerance" in capsys.readouterr().out
     assert run(["validate", "--measured", str(out)]) == 0
-    assert "us a layer" in capsys.readouterr().out
+    assert "us per layer" in capsys.readouterr().out
 
 
 def check_record(record: dict) -> None:
@@ -83,7 +83,7 @@ def check_record(record: dict) -> None:
     ("change", "cause"),
     [
         (["--plan", "four"], "plan four is for 4 GPUs"),
-        (["--model", "olmoe"], "the trace has 8 experts a layer"),
+        (["--model", "olmoe"], "the trace has 8 experts per layer"),
         (["--plot", "v.txt"], "cannot plot to v.txt"),
         (["--measured", "nowhere.json"], "cannot read nowhere.json"),
         (["--calibration", "nowhere.yaml"], "nowhere.yaml"),
@@ -115,7 +115,7 @@ def test_cache_plan_on_one_rank(inputs, tmp_path, capsys) -> None:
     assert run([*command, "--max-median-error", "1e9"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [c["cache"] for c in found["caches"]] == [
-        f"lru, 2-4 and 0.333 pinned of 8 experts a layer, lookahead {n}" for n in (0, 1)
+        f"lru, 2-4 and 0.333 pinned of 8 experts per layer, lookahead {n}" for n in (0, 1)
     ]
     assert found["caches"][0]["copies_per_token"] > 0
     assert all(c["measured_us"] > 0 and c["predicted_us"] > 0 for c in found["caches"])

@@ -174,7 +174,7 @@ def test_experts_at_the_rows_asked_for(inputs) -> None:
 @given(seed=st.integers(0, 1 << 30), slots=st.integers(3, 8))
 def test_same_misses_as_the_cache_simulator(seed: int, slots: int) -> None:
     """A cache plan's schedule copies what the cache simulator counts as misses, when both start
-    with the same content: lowest experts first, brought in by a first token a slot."""
+    with the same content: lowest experts first, brought in by a first token per slot."""
     from moesim.caching.simulate import CacheSettings, hit_curves
 
     rng = np.random.default_rng(seed)

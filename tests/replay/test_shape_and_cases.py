@@ -59,9 +59,9 @@ def test_plans_that_do_not_belong(inputs) -> None:
     assert load_plans([plan], inputs.shape, trace, 2)[0].name == "linear"
     with pytest.raises(MismatchError, match="for 2 GPUs, the replay has 4 ranks"):
         load_plans([plan], inputs.shape, trace, 4)
-    with pytest.raises(MismatchError, match="trace has 8 experts a layer, model 'tiny' has 16"):
+    with pytest.raises(MismatchError, match="trace has 8 experts per layer, model 'tiny' has 16"):
         load_plans([plan], replace(inputs.shape, num_experts=16), trace, 2)
-    with pytest.raises(MismatchError, match="2 experts a token, model 'tiny' has 1"):
+    with pytest.raises(MismatchError, match="2 experts per token, model 'tiny' has 1"):
         load_plans([plan], replace(inputs.shape, top_k=1), trace, 2)
     other = inputs.add_plan("other_experts", list(range(10)), 2, num_experts=10)
     with pytest.raises(MismatchError, match="plan other_experts places 10 experts"):

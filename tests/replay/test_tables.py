@@ -141,7 +141,7 @@ expert_ffn:
     shape = ExpertShape("x", 100, 10, 4, 2)
     schedule = lru_schedule(np.array([[[0, 1]]]), 4, 2)
     costs = calibrated_costs(shape, parse_calibration(text), schedule)
-    # 6,000 bytes an expert at 1 kB/us: 6 us in two parts of 1 us latency. Two experts read: 12 us.
+    # 6,000 bytes per expert at 1 kB/us: 6 us in two parts of 1 us latency. Two experts read: 12 us.
     assert costs.copy_us == pytest.approx(8.0)
     assert costs.step_us == pytest.approx(10.0 + 12.0 + 2.0, rel=0.01)
     assert (costs.issue_us, costs.fetch_issue_us, costs.hand_over_us) == (79.0, 40.0, 8.0)

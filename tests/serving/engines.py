@@ -54,7 +54,7 @@ def serve(
     deployment: Deployment | None = None,
     **config: Any,
 ) -> ServingResult:
-    """Run with given step times and a KV cache of `capacity` tokens a rank."""
+    """Run with given step times and a KV cache of `capacity` tokens per rank."""
     chosen = small_deployment() if deployment is None else deployment
     return run_tables(
         chosen, requests, ServingConfig(**config), step, capacity_tokens=(capacity, capacity)

@@ -53,7 +53,7 @@ def test_gathered_weights_by_hand(build: ModuleType) -> None:
 
 
 def test_messages_by_hand(build: ModuleType) -> None:
-    # top-2 over 4 GPUs: 4 (1 - (3/4)^2) = 1.75 GPUs a token, 3/4 of them others; 100 tokens of
+    # top-2 over 4 GPUs: 4 (1 - (3/4)^2) = 1.75 GPUs per token, 3/4 of them others; 100 tokens of
     # 2,000 bytes: 262,500 B: 10 + 262.5 us. deepep_ll sends 2 copies: 300,000 B; half of those to
     # the other node: 200,000 B at 0.5 GB/s: 420 us. nccl: 175,000 B there: 20 + 350 us. deepep:
     # 2 (1 - 1/4) = 1.5 nodes, half of them the other one: 150,000 B: 20 + 300 us.
@@ -94,7 +94,7 @@ def way(name: str, total: list[float], fits: bool = True) -> LayerTimes:
 
 
 def test_crossovers_by_hand() -> None:
-    # 1 us a token against 4 us: equal at 4 tokens. What does not fit is no choice.
+    # 1 us per token against 4 us: equal at 4 tokens. What does not fit is no choice.
     tokens = [1, 2, 8, 16]
     linear, flat = way("a", [1, 2, 8, 16]), way("b", [4, 4, 4, 4])
     free = way("c", [0.1, 0.1, 0.1, 0.1], fits=False)

@@ -53,7 +53,7 @@ def random_requests(seed: int, count: int, shared: bool, priorities: int = 1) ->
 def test_same_times(
     small: ModuleType, seed: int, router: str, prefill_first: bool, shared: bool, split: bool
 ) -> None:
-    """Two replicas of two ranks with room for few requests, 24 sequences and 128 tokens a step."""
+    """Two replicas of two ranks with room for few requests: 24 sequences, 128 tokens per step."""
     requests = random_requests(seed, 80, shared, priorities=1 + seed)
     capacity, block = 640, 16
     deployment = small.small_deployment(

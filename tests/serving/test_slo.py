@@ -104,7 +104,7 @@ def test_impossible_promises() -> None:
         with pytest.raises(InfeasibleError, match=r"takes [0-9.]+ ms") as error:
             check_possible(parse_slo(text), deployment, requests, config)
         assert error.value.exit_code == 1
-    # With five tokens a step at best, a fifth of a step's time is possible.
+    # With five tokens per step at best, a fifth of a step's time is possible.
     with pytest.raises(
         InfeasibleError, match=r"a step of one sequence takes ([0-9.]+) ms"
     ) as error:

@@ -83,7 +83,7 @@ def test_random_keeps_as_many_and_is_seeded() -> None:
 
 
 def test_capacity_of_each_gpu() -> None:
-    """Two tokens a GPU: C = ceil(2 x 2 / 4) = 1, so one of each pair keeps expert 0, the one with
+    """Two tokens per GPU: C = ceil(2 x 2 / 4) = 1, so one of each pair keeps expert 0, the one with
     the higher score; and on GPU 1 no other expert is over."""
     ids, _, drops = drop(DropPolicy(1.0, "score", "gpu"))
     assert {t for t in range(4) if ids[t][0] == 0} == {0, 3}

@@ -146,7 +146,7 @@ def coherent(trace: Trace, home: list[int], models_of) -> tuple:
 
 
 def test_tokens_stay_with_their_expert(models_of) -> None:
-    """Top-1, 8 experts a GPU. A token of GPU 0 chooses experts 9, 10, 33 in three layers: it goes
+    """Top-1, 8 experts per GPU. A token of GPU 0 chooses experts 9, 10, 33 in three layers: it goes
     to GPU 1, stays there, goes to GPU 4; nothing comes back (one all-to-all, none in layer 1)."""
     (work, routed), _ = coherent(toy([[[9], [10], [33]]]), [0], models_of)
     moves = [tuple(np.argwhere(layer)[0]) if layer.any() else None for layer in routed.messages[0]]
@@ -169,7 +169,7 @@ def test_several_experts_meet_at_the_leader(models_of) -> None:
 
 
 def test_coherent_serves_every_choice(trace, batches, models_of, linear_of) -> None:
-    """INV-1 and INV-3 on a real step; and with one expert a token half of the messages are saved
+    """INV-1 and INV-3 on a real step; and with one expert per token half of the messages are saved
     at the least: no combine."""
     models = models_of(8, all_to_all="nccl")
     placement = linear_of(models)

@@ -138,7 +138,7 @@ def test_inv8_alone_it_is_the_closed_form(
     """INV-8 for caches: one GPU with nobody beside it has the times, hits, prefetch hits, fetches,
     CPU executions, waste and waiting of `moesim.caching.timeline`, step by step. Loads of whole
     tens let gates, copies and kernels meet at one instant, as in the example: gates are 20 us after
-    a layer begins, kernels 10 us a token."""
+    a layer begins, kernels 10 us per token."""
     trace = TOYS.random_trace(seed, num_requests=3, tokens=12, layers=3)
     requests = TOYS.all_requests(trace)
     stream = decode_stream(requests, batch, seed=seed)

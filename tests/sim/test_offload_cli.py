@@ -129,7 +129,7 @@ def test_the_caches_of_a_plan_may_be_left_out(call, group_file) -> None:
 
 
 def test_batches_by_shared_experts(call, cache_file) -> None:
-    """Fewer experts a layer, faster steps, and requests that wait longer at worst."""
+    """Fewer experts per layer, faster steps, and requests that wait longer at worst."""
     found = {}
     for order in ("fifo", "pre-gated"):
         code, out, _ = call(

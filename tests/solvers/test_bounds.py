@@ -120,7 +120,7 @@ def test_pigeonhole() -> None:
 
 def test_a_redundant_slot_halves_the_largest_expert() -> None:
     """12 tokens on one expert and 2 on each of two others, two GPUs of two slots: the spare slot
-    makes it 6 a GPU, so the mean of 8 is all that is proven, and it is reached."""
+    makes it 6 per GPU, so the mean of 8 is all that is proven, and it is reached."""
     problem = balance([[12, 2, 2]], [2, 2])
     assert load_bound(PlacementCost(problem), 0) == pytest.approx([1.0])
     assert optimum(problem) == pytest.approx(1.0)

@@ -174,7 +174,7 @@ def test_hull_is_the_largest_convex_function_below(values: list[float], x: float
 
 SHAPES = [([2, 2], 4, 1, 2), ([3, 3], 6, 1, 2), ([2, 2, 2], 6, 1, 3), ([2, 2, 1, 1], 6, 2, 2),
           ([3, 2], 4, 1, 2), ([2, 1, 1, 1], 4, 2, 2)]  # fmt: skip
-"""Slots, experts, nodes, GPUs a node; the last two have a redundant slot."""
+"""Slots, experts, nodes, GPUs per node; the last two have a redundant slot."""
 
 
 @settings(max_examples=60, deadline=None)
@@ -210,7 +210,7 @@ def test_no_placement_sends_less(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_integer_program_finds_the_fewest(seed: int) -> None:
-    """Three and four choices a token, all kinds of deduplication, one node and two: proven."""
+    """Three and four choices per token, all kinds of deduplication, one node and two: proven."""
     capacity, experts, nodes, per_node = SHAPES[seed % 4]
     rng = np.random.default_rng(seed)
     ids = np.argsort(rng.random((8, experts)), axis=1)[:, : 3 + seed % 2]

@@ -84,9 +84,9 @@ def run(
 
 
 def test_a_swap_is_made_when_it_pays_by_hand() -> None:
-    """One layer, loads 5 5 1 1 on two GPUs. In use: {0, 1} and {2, 3}, 10 us a step. One swap gives
-    6 us: 2 experts move. At 30 us each they take 60, and 4 us are saved a step: worth it in 20
-    steps (80), not in 10 (40)."""
+    """One layer, loads 5 5 1 1 on two GPUs. In use: {0, 1} and {2, 3}, 10 us per step. One swap
+    gives 6 us: 2 experts move. At 30 us each they take 60, and 4 us are saved per step: worth it
+    in 20 steps (80), not in 10 (40)."""
     counts = np.array([[[5, 5, 1, 1]]])
     problem = problem_of(counts, 2, 2)
     old, new = place([[0, 1, 2, 3]], 2, 1, 4), place([[2, 0, 3, 1]], 2, 1, 4)
@@ -211,7 +211,7 @@ def test_nothing_moves_from_the_best(build: ModuleType) -> None:
         ([[0, 1, 2, 0]], 2, 1, 3, "3 experts, the new one is to have 4"),
         ([[0, 1, 2, 3]], 4, 1, 4, "4 GPUs, the new one is to have 2"),
         ([[0, 1, 2, 3]], 2, 2, 4, "2 nodes, the new one is to have 1"),
-        ([[0, 1, 2, 3, 0, 1]], 2, 1, 4, "3 slots a GPU, the new one 2"),
+        ([[0, 1, 2, 3, 0, 1]], 2, 1, 4, "3 slots per GPU, the new one 2"),
     ],
 )
 def test_other_shapes_are_refused(

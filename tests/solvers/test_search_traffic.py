@@ -218,7 +218,7 @@ def test_search_improves_what_the_step_model_predicts(
 
 
 def test_choices_beyond_the_gpus_are_counted_without_dedup(build: ModuleType) -> None:
-    """Two GPUs, top-8: without deduplication one link carries up to 8 messages a token."""
+    """Two GPUs, top-8: without deduplication one link carries up to 8 messages per token."""
     ids = np.tile(np.arange(8), (20, 1, 1))
     trace = build.make_trace(ids, 16, request_ids=np.arange(20) // 5)
     calibration = build.toy_calibration(group_size=2, num_nodes=1)

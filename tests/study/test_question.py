@@ -147,7 +147,7 @@ def test_least_dollars_can_be_more_gpus(ask: Callable[..., Results]) -> None:
         "slo": "time<3s",
     }
     assert ask(**content, minimize="gpus").answer.params["gpus"] == 4  # type: ignore[union-attr]
-    # 4 x $5 = $20 an hour against 8 x $2 = $16.
+    # 4 x $5 = $20 per hour against 8 x $2 = $16.
     priced = {"h100-sxm": 5.0, "a100-sxm": 2.0}
     cheap = ask(**content, minimize="cost", prices=priced).answer
     assert cheap is not None

@@ -119,7 +119,7 @@ def test_sensitivity_where_nothing_keeps_the_promise_any_more(ask: Ask) -> None:
 
 
 def test_sensitivity_to_prices_needs_no_evaluation(ask: Ask, toy: Any) -> None:
-    # $16 against $17.6 an hour: the second wins once the first's GPUs cost 20 % more.
+    # $16 against $17.6 per hour: the second wins once the first's GPUs cost 20 % more.
     results = ask(
         cases=[
             {"cluster": "a100-sxm-ib", "gpus": 8, "work": 16.0},

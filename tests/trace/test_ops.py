@@ -94,7 +94,7 @@ def test_samples_of_requests(make_trace: MakeTrace) -> None:
         (SliceSpec(request_ids=(1, 9)), "no request 9"),
         (SliceSpec(num_requests=4), "a sample of 4 requests, but there are 3"),
         (SliceSpec(num_requests=0), "a sample of 0 requests"),
-        (SliceSpec(per_request=0), "0 tokens a request"),
+        (SliceSpec(per_request=0), "0 tokens per request"),
         (SliceSpec(phase="decode"), "keeps no tokens"),
         (SliceSpec(domains=("oddd",)), "unknown domain 'oddd'"),
     ],

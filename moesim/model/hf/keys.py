@@ -209,7 +209,7 @@ class Keys:
         return value
 
     def flags(self, name: str, length: int, values: Mapping[Any, Any], longest: int = 0) -> list:
-        """A list with one entry a layer (up to `longest`, cut), each mapped through `values`."""
+        """A list with one entry per layer (up to `longest`, cut), each mapped through `values`."""
         entries = self.get(name)
         fits = isinstance(entries, list) and length <= len(entries) <= max(length, longest)
         if not fits:

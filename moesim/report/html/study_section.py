@@ -241,5 +241,5 @@ def _prices(data: Fields) -> list[Block]:
         ]
         for name, price in prices.members()
     ]
-    columns = ["GPU", "dollars an hour", "basis", "source"]
+    columns = ["GPU", "dollars per hour", "basis", "source"]
     return [TableBlock("Prices", Table(columns, rows, frozenset({2, 3})))]

@@ -58,7 +58,7 @@ def _scatter(data: Fields) -> Figure:
         if len(measured) != len(predicted) or not measured:
             raise case.bad("predicted_us", "as long as measured_us")
         tokens, plan = case.whole("tokens_per_rank", 0), case.text("plan", "")
-        name = f"{tokens:,} tokens a GPU, {case.text('mode', '')}"
+        name = f"{tokens:,} tokens per GPU, {case.text('mode', '')}"
         xs, ys, hints = groups.setdefault(name, ([], [], []))
         for layer, (x, y) in enumerate(zip(measured, predicted, strict=True)):
             if x > 0 and y > 0:
@@ -122,7 +122,7 @@ def _groups(data: Fields) -> TableBlock:
         order = g.raw.get("spearman")
         rows.append(
             [
-                f"{g.whole('tokens_per_rank', 0):,} tokens a GPU, {g.text('mode', '')}",
+                f"{g.whole('tokens_per_rank', 0):,} tokens per GPU, {g.text('mode', '')}",
                 str(g.whole("num_plans", 0)),
                 percent(g.number("median_error")),
                 percent(g.number("p90_error")),

@@ -3,8 +3,8 @@
 Tutel's 2DH (Hwang et al., MLSys 2023, arXiv:2206.03382): the GPUs of a node first
 exchange rows so that local rank j holds all that the node sends to GPUs of local rank j anywhere;
 then GPUs of equal local rank exchange between nodes. Each byte crosses NVLink at most once and the
-network at most once, in N - 1 messages a GPU instead of G - g: messages get larger, at the price of
-one more collective. The copies that align rows in memory between the two are left out.
+network at most once, in N - 1 messages per GPU instead of G - g: messages get larger, at the
+price of one more collective. The copies that align rows in memory between the two are left out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def two_level_messages(messages: IntArray, num_nodes: int) -> tuple[IntArray, In
 
 
 class TwoLevel:
-    """Tutel's 2DH; `intra` and `inter` are the curves of one node and of one GPU a node."""
+    """Tutel's 2DH; `intra` and `inter` are the curves of one node and of one GPU per node."""
 
     name = "two-level"
     dedup: Dedup = "gpu"

@@ -5,7 +5,7 @@ token, a token need not go home after a layer. It moves on from the GPU of its e
 its next one, one all-to-all a layer instead of two, none where the placement keeps the two on one
 GPU; an all-gather at the end of the step makes the contexts coherent.
 
-With more than one expert a token, which ExFlow's models did not have, the results of a token's
+With more than one expert per token, which ExFlow's models did not have, the results of a token's
 experts are brought together on the GPU of its first one (the highest gate weight, where the trace
 has them), which is where it goes on from. Not priced: that every GPU keeps every token's cache, and
 the traffic that would keep caches of all layers coherent; the all-gather is of one hidden state a

@@ -8,7 +8,7 @@ experts, a layer takes
     T(r) = max(2 r t_d, (r + 1) t_d + t_e, 2 t_d + r t_e).
 
 More chunks overlap better, but each pays the latency of its collectives and reads the weights of
-its experts anew; the best r is found by trying (`--chunks`). Attention and gate are not cut.
+its experts again; the best r is found by trying (`--chunks`). Attention and gate are not cut.
 """
 
 from __future__ import annotations

@@ -39,9 +39,9 @@ class CacheEvaluator(RoutingEvaluator):
     about: ClassVar = "one GPU with experts in host memory, as moesim cache"
     params: ClassVar = CacheParams
     figures: ClassVar = (
-        StudyFigure("tokens_per_s", "tokens a second", "", "high"),
+        StudyFigure("tokens_per_s", "tokens/s", "", "high"),
         StudyFigure("hit_rate", "hit rate", "", "high"),
-        StudyFigure("bytes_per_token", "bytes a token over the host link", "bytes"),
+        StudyFigure("bytes_per_token", "bytes per token over the host link", "bytes"),
         StudyFigure("num_slots", "experts in GPU memory", "", ""),
         StudyFigure("hbm_gb", "GB of GPU memory"),
     )

@@ -22,19 +22,19 @@ class PlanEvaluator(RoutingEvaluator):
     about: ClassVar = "placement and its held-out figures, as moesim plan"
     params: ClassVar = PlanParams
     figures: ClassVar = (
-        StudyFigure("step_us", "MoE time a step", "us"),
-        StudyFigure("step_p99_us", "MoE time a step, p99", "us"),
+        StudyFigure("step_us", "MoE time per step", "us"),
+        StudyFigure("step_p99_us", "MoE time per step, p99", "us"),
         StudyFigure("dispatch_us", "dispatch", "us"),
         StudyFigure("compute_us", "experts", "us"),
         StudyFigure("combine_us", "combine", "us"),
-        StudyFigure("tokens_per_s", "tokens a second through the MoE layers", "", "high"),
+        StudyFigure("tokens_per_s", "tokens/s through the MoE layers", "", "high"),
         StudyFigure("tokens_per_s_per_gpu", "the same a GPU", "", "high"),
         StudyFigure("balancedness", "balancedness", "", "high"),
         StudyFigure("imbalance", "imbalance"),
         StudyFigure("imbalance_p99", "imbalance, p99"),
-        StudyFigure("fan_out", "GPUs a token"),
+        StudyFigure("fan_out", "GPUs per token"),
         StudyFigure("node_fan_out", "nodes a token"),
-        StudyFigure("inter_node_bytes", "inter-node bytes a token", "bytes"),
+        StudyFigure("inter_node_bytes", "inter-node bytes per token", "bytes"),
     )
     goal: ClassVar = "step_us"
     throughput: ClassVar = "tokens_per_s"

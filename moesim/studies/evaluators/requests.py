@@ -55,9 +55,9 @@ class RequestsEvaluator(DeploymentEvaluator):
             for latency in LATENCIES
             for stat in ("mean", *PERCENTILES)
         ),
-        StudyFigure("output_tokens_per_s", "output tokens a second", "", "high"),
-        StudyFigure("output_tokens_per_s_per_gpu", "output tokens a second a GPU", "", "high"),
-        StudyFigure("requests_per_s", "requests a second", "", "high"),
+        StudyFigure("output_tokens_per_s", "output tokens/s", "", "high"),
+        StudyFigure("output_tokens_per_s_per_gpu", "output tokens/s per GPU", "", "high"),
+        StudyFigure("requests_per_s", "requests/s", "", "high"),
         StudyFigure("served_share", "share of requests served", "", "high"),
         StudyFigure("goodput_share", "share that keeps the promises of each request", "", "high"),
         StudyFigure("gpu_utilisation", "share of the time that GPUs are in steps", "", ""),

@@ -127,9 +127,9 @@ class StaticEvaluator(DeploymentEvaluator):
     figures: ClassVar = (
         *(StudyFigure(f"ttft_{s}_s", f"time to first token, {s}", "s") for s in STATS),
         *(StudyFigure(f"tpot_{s}_s", f"time per output token, {s}", "s") for s in STATS),
-        StudyFigure("output_tokens_per_s", "output tokens a second", "", "high"),
-        StudyFigure("output_tokens_per_s_per_gpu", "output tokens a second a GPU", "", "high"),
-        StudyFigure("output_tokens_per_s_per_user", "output tokens a second a request", "", "high"),
+        StudyFigure("output_tokens_per_s", "output tokens/s", "", "high"),
+        StudyFigure("output_tokens_per_s_per_gpu", "output tokens/s per GPU", "", "high"),
+        StudyFigure("output_tokens_per_s_per_user", "output tokens/s per request", "", "high"),
         StudyFigure("kv_token_capacity", "tokens that the KV caches hold", "", "high"),
     )
     goal: ClassVar = "output_tokens_per_s_per_gpu"

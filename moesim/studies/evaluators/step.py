@@ -39,11 +39,11 @@ class StepEvaluator(RoutingEvaluator):
     about: ClassVar = "simulated forward steps of a placement, as moesim simulate"
     params: ClassVar = StepParams
     figures: ClassVar = (
-        StudyFigure("step_us", "time a step", "us"),
-        StudyFigure("step_p50_us", "time a step, p50", "us"),
-        StudyFigure("step_p99_us", "time a step, p99", "us"),
-        StudyFigure("tokens_per_s", "tokens a second", "", "high"),
-        StudyFigure("tokens_per_s_per_gpu", "tokens a second a GPU", "", "high"),
+        StudyFigure("step_us", "time per step", "us"),
+        StudyFigure("step_p50_us", "time per step, p50", "us"),
+        StudyFigure("step_p99_us", "time per step, p99", "us"),
+        StudyFigure("tokens_per_s", "tokens/s", "", "high"),
+        StudyFigure("tokens_per_s_per_gpu", "tokens/s per GPU", "", "high"),
         StudyFigure("balancedness", "balancedness", "", "high"),
         StudyFigure("gpu_busy", "share of the time that a GPU computes", "", "high"),
     )

@@ -286,7 +286,7 @@ def _head(part: Segment, count: int) -> Segment:
 def _empty_layers(arrays: list[Array]) -> BoolArray:
     """[L]: layers whose ids are all zero, or all -1, for every token.
 
-    With one expert a token, a layer that always chose expert 0 looks the same as an empty one.
+    With one expert per token, a layer that always chose expert 0 looks the same as an empty one.
     """
     zero = np.logical_and.reduce([(a == 0).all(axis=(0, 2)) for a in arrays])
     minus = np.logical_and.reduce([(a == -1).all(axis=(0, 2)) for a in arrays])

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import cast
 
-from moesim.errors import FormatError, InputError, UnknownNameError
+from moesim.errors import FormatError, InputError
 from moesim.known_text import known_text
+from moesim.plugins import Registry
 from moesim.trace.importers.base import DAMAGED, Importer
 from moesim.trace.importers.records import JSON_SUFFIXES, iter_records, read_npy_file
 
-MODULES: Mapping[str, str] = {
-    "vllm": "vllm",
-    "vllm-eplb-stats": "eplb_stats",
-    "sglang": "sglang",
-    "sglang-recorder": "sglang_recorder",
-    "tensorrt-llm": "trtllm",
-    "megatron": "megatron",
-    "flame-moe": "flame",
-    "table": "table",
-    "npz": "arrays",
-}
-"""Name -> module, in the order in which `detect_format` asks."""
+IMPORTERS = Registry(
+    "trace format",
+    "moesim.importers",
+    {
+        "vllm": "moesim.trace.importers.vllm",
+        "vllm-eplb-stats": "moesim.trace.importers.eplb_stats",
+        "sglang": "moesim.trace.importers.sglang",
+        "sglang-recorder": "moesim.trace.importers.sglang_recorder",
+        "tensorrt-llm": "moesim.trace.importers.trtllm",
+        "megatron": "moesim.trace.importers.megatron",
+        "flame-moe": "moesim.trace.importers.flame",
+        "table": "moesim.trace.importers.table",
+        "npz": "moesim.trace.importers.arrays",
+    },
+)
+"""In the order in which `detect_format` asks."""
 
 
 def importer(name: str) -> Importer:
     """The importer called `name`. Raises UnknownNameError with the nearest name."""
-    if name not in MODULES:
-        raise UnknownNameError("trace format", name, MODULES)
-    return cast(Importer, import_module(f"moesim.trace.importers.{MODULES[name]}"))
+    return cast(Importer, IMPORTERS.get(name))
 
 
 def detect_format(paths: Sequence[Path], columns: Collection[str] = ()) -> str:
@@ -48,13 +50,13 @@ def detect_format(paths: Sequence[Path], columns: Collection[str] = ()) -> str:
         if columns:
             names = ["npz" if path.suffix == ".npz" else "table"]
         else:
-            names = [name for name in MODULES if importer(name).detect(path)]
+            names = [name for name in IMPORTERS.names() if importer(name).detect(path)]
         if not names:
             _explain(path)
         if len(names) != 1:
             what = f"looks like {' and '.join(names)}" if names else "is of no known format"
             raise InputError(
-                f"{path}: {what}", f"name the format with --from: {', '.join(MODULES)}"
+                f"{path}: {what}", f"name the format with --from: {', '.join(IMPORTERS.names())}"
             )
         found[names[0]] = path
     if len(found) > 1:

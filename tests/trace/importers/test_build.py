@@ -12,7 +12,7 @@ from moesim.errors import FormatError, InputError, MismatchError, UnknownNameErr
 from moesim.jobs.import_trace import import_files
 from moesim.trace.format import LoadTrace, Trace, TraceMeta
 from moesim.trace.importers.build import Segment, assemble, assemble_load, to_logical
-from moesim.trace.importers.registry import MODULES, detect_format, importer
+from moesim.trace.importers.registry import IMPORTERS, detect_format, importer
 from moesim.trace.importers.warmup import warmup_steps, warmup_tokens
 
 
@@ -180,7 +180,7 @@ def test_import_drops_warmup_unless_told_otherwise(tmp_path, draw, options, note
 
 
 def test_every_importer_has_the_protocol():
-    for name in MODULES:
+    for name in IMPORTERS.own:
         module = importer(name)
         assert name == module.NAME
         assert module.TITLE
