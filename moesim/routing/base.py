@@ -163,7 +163,7 @@ class Work:
         if self.gates is None:
             return Choices(ids, None, notes or {})
         gates = np.zeros(ids.shape, np.float32)
-        before = np.full(ids.shape[:2] + (max(ids.shape[2], self.ids.shape[2]),), -1, np.int16)
+        before = np.full((*ids.shape[:2], max(ids.shape[2], self.ids.shape[2])), -1, np.int16)
         before[..., : self.ids.shape[2]] = self.ids
         after = np.full(before.shape, -1, np.int16)
         after[..., : ids.shape[2]] = ids

@@ -22,7 +22,7 @@ class ExpandedDrop(Rule):
     """`drop` by score; a choice that overflowed goes to an expert that the token did not choose and
     that has room, the highest in `score` or the one with most `room`, among those of the token's
     own GPU, of its node, or `all`. Choices look for room in the order of their gate weights; what
-    finds none is dropped."""
+    finds none is dropped. A substitute has the gate weight of the choice it stands for."""
 
     factor: float
     by: Literal["score", "room"] = "score"
@@ -70,7 +70,7 @@ class ExpandedDrop(Rule):
                     part, token[over], k[over], scores, open_to, group, room, self.by == "room"
                 )
                 ids[rows, layer] = part
-        return work.weighed(ids)
+        return Choices(ids, np.where(ids >= 0, work.gates, np.float32(0)))
 
 
 @kernel

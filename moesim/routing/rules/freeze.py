@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from moesim.routing.base import Choices, Rule, Work
-from moesim.trace.format import DECODE, PREFILL
+from moesim.trace.format import DECODE, PREFILL, Trace
 from moesim.types import Array, IntArray
 
 
@@ -64,9 +64,9 @@ def _last_token(positions: Array, request: IntArray, prompt: IntArray, count: in
     return last
 
 
-def _most_chosen(ids: Array, request: IntArray, count: int, trace: Work | object) -> Array:
+def _most_chosen(ids: Array, request: IntArray, count: int, trace: Trace) -> Array:
     """[R, K] the experts that each request's tokens chose most; -1 where there are fewer."""
-    experts, top_k = trace.num_experts, trace.top_k  # type: ignore[union-attr]
+    experts, top_k = trace.num_experts, trace.top_k
     cell = (request[:, None] * experts + ids)[ids >= 0]
     load = np.bincount(cell, minlength=count * experts).reshape(count, experts)
     order = np.argsort(-load, axis=1, kind="stable")[:, :top_k]

@@ -22,8 +22,8 @@ class PruneTokens(Rule):
     NAME = "prune-tokens"
     TITLE = "drop the lower choices of tokens whose first choice stands out"
     PAPER = (
-        "MC-MoE's online dynamic pruning (Huang et al., arXiv:2410.06270): the ratio of gate weights"
-        " against its median; from memory, only its successor's abstract (arXiv:2510.10962) was read"
+        "MC-MoE's online dynamic pruning (Huang et al., arXiv:2410.06270): the ratio of gate"
+        " weights against its median; from memory, its successor's abstract (2510.10962) was read"
     )
     LEFT_OUT = "protected tokens are the important ones by attention there, the first ones here"
     NEEDS = ("gates",)

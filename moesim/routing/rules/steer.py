@@ -8,13 +8,14 @@ import numpy as np
 
 from moesim.routing.base import Choices, Rule, Work, best, gathered, layer_positions, require
 from moesim.routing.rules.prune import domain_tokens, expert_usage
+from moesim.types import Array
 
 
 @dataclass(frozen=True, slots=True)
 class Steer(Rule):
     """In `layers` (as 1-4+7; the middle third by default), tokens of other domains choose as if
-    `strength` were added to the scores of the `experts` most over-used by the domain `toward`: those
-    whose share of its choices exceeds that of all domains most, on tuning requests."""
+    `strength` were added to the scores of the `experts` most over-used by the domain `toward`:
+    those whose share of its choices exceeds that of all domains most, on tuning requests."""
 
     toward: str
     experts: int = 4
@@ -58,7 +59,7 @@ class Steer(Rule):
         return work.weighed(gathered(trace, iter(blocks)))
 
 
-def _shares(usage: np.ndarray) -> np.ndarray:
+def _shares(usage: Array) -> Array:
     return np.asarray(usage / np.maximum(usage.sum(axis=1, keepdims=True), 1))
 
 

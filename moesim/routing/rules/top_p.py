@@ -8,6 +8,7 @@ import numpy as np
 
 from moesim.routing.base import Choices, Need, Rule, Work, require
 from moesim.trace.format import Trace
+from moesim.types import Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,9 @@ class TopP(Rule):
         "Harder tasks need more experts (Huang et al., arXiv:2403.07652) and DynMoLE"
         " (arXiv:2504.00661); from memory, the texts were not read"
     )
-    LEFT_OUT = "losses on entropy; DynMoLE's switch to soft routing at high entropy; scores of experts that are not listed"
+    LEFT_OUT = (
+        "losses on entropy; DynMoLE's soft routing at high entropy; experts that are not listed"
+    )
 
     def __post_init__(self) -> None:
         require(0 < self.p <= 1, f"p {self.p}", "give a share above 0, up to 1")
@@ -54,7 +57,7 @@ class TopP(Rule):
         return work.kept(back)
 
 
-def within_share(values: np.ndarray, share: float) -> np.ndarray:
+def within_share(values: Array, share: float) -> Array:
     """Which of descending values [..., n] are among the fewest that make up `share` of the sum."""
     running = np.cumsum(values, axis=-1, dtype=np.float64)
     before = running - values
