@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moesim.compat import plan_fits_trace
 from moesim.errors import InputError, MoesimError
 from moesim.figures import figure, text_table
 from moesim.jobs import inputs
@@ -64,9 +65,7 @@ class RerouteResult(Result):
         if c.gate_mass_kept is not None:
             lines.append(f"gate mass kept {c.gate_mass_kept:.1%} (says nothing of accuracy)")
         if c.score_mass is not None:
-            lines.append(
-                f"candidates' scores of the choices, after over before: {c.score_mass:.3f}"
-            )
+            lines.append(f"scores of the choices, after over before: {c.score_mass:.3f}")
         lines += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in c.notes.items()]
         head = [f"{self.placed}, {self.phase} batches of {self.batch_tokens:,}", "before", "after"]
         rows = [
@@ -127,6 +126,8 @@ def reroute(
     """
     old = inputs.token_trace_of(trace, "reroute")
     made = None if plan is None else inputs.plan_of(plan)
+    if made is not None:
+        plan_fits_trace(made, old.meta)
     if made is not None and gpus not in (None, made.placement.num_gpus):
         raise InputError(
             f"the plan is for {made.placement.num_gpus} GPUs, `gpus` says {gpus}", "leave it out"

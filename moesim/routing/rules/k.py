@@ -44,7 +44,7 @@ class K(Rule):
         require(self.k <= listed, f"k {self.k} of {listed} candidates", "capture more candidates")
         ids = np.full((*work.ids.shape[:2], self.k), -1, np.int16)
         ids[..., : work.trace.top_k] = work.ids
-        for layer in np.flatnonzero(inside):
+        for layer in np.flatnonzero(inside).tolist():
             scores = np.where(work.chosen_mask(layer), np.float32(np.inf), work.scores(layer))
             ids[:, layer] = best(scores, self.k)
         return work.weighed(ids)

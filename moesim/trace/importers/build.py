@@ -379,7 +379,7 @@ def _candidates(
     parts: list[tuple[Segment, BoolArray, Array]],
     layer_idx: npt.NDArray[np.int64],
     num_experts: int,
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """The candidates of the tokens and layers that are kept, where all records have them alike."""
     out: dict[str, list[Array]] = {name: [] for name in candidates.NAMES}
     for part, keep, _ in parts:
