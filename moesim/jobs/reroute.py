@@ -15,7 +15,7 @@ from moesim.figures import figure, text_table
 from moesim.jobs import inputs
 from moesim.jobs.result import Result
 from moesim.placement import Placement
-from moesim.planning.evaluate import Figure, draw_sample, figures, measure
+from moesim.planning.evaluate import Interval, draw_sample, figures, measure
 from moesim.routing.api import Changes
 from moesim.routing.api import reroute as apply_rule
 from moesim.routing.base import Rule
@@ -46,8 +46,8 @@ class RerouteResult(Result):
     placed: str
     phase: str
     batch_tokens: int
-    before: Mapping[str, Figure]
-    after: Mapping[str, Figure]
+    before: Mapping[str, Interval]
+    after: Mapping[str, Interval]
     notices: tuple[str, ...] = ()
 
     def line(self) -> str:
