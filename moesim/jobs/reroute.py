@@ -62,6 +62,8 @@ class RerouteResult(Result):
         lines = [self.line()]
         if c.emptied:
             lines.append(f"{c.emptied:,} times a token lost every expert of a layer")
+        if c.unlisted:
+            lines.append(f"{c.unlisted:,} choices are of experts that are no candidates")
         if c.gate_mass_kept is not None:
             lines.append(f"gate mass kept {c.gate_mass_kept:.1%} (says nothing of accuracy)")
         if c.score_mass is not None:

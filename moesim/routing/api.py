@@ -25,6 +25,9 @@ class Changes:
     that `dropped`, the rule's beyond that `added`: choices = kept + moved + dropped, choices_after
     = kept + moved + added. emptied: (token, layer) pairs that lost every choice.
 
+    unlisted: choices after of experts that are no candidates, so that their scores count as 0; None
+    without candidates.
+
     gate_mass_kept: gate weight, by the router, of the choices kept, as a share of all; a stand-in
     for quality that says nothing of accuracy. None without gate weights. score_mass: candidates'
     scores of the choices after, as a share of those before (above 1 where there are more choices);
@@ -38,6 +41,7 @@ class Changes:
     dropped: int
     added: int
     emptied: int
+    unlisted: int | None
     gate_mass_kept: float | None
     score_mass: float | None
     notes: dict[str, float]
@@ -125,11 +129,12 @@ def count_changes(work: Work, after: Choices) -> Changes:
             gates = np.where(old >= 0, work.gates[:, layer], 0).astype(np.float64)
             mass[:2] += gates[same].sum(), gates.sum()
         if work.trace.candidate_ids is not None:
-            table = np.maximum(work.scores(layer), 0)
+            table = work.scores(layer)
             for at, ids in ((2, new), (3, old)):
                 picked = np.take_along_axis(table, np.maximum(ids, 0).astype(int), 1)
-                mass[at] += picked[ids >= 0].sum(dtype=np.float64)
-    choices, later, kept_all, moved_all, emptied, _ = (int(x) for x in totals)
+                mass[at] += np.maximum(picked, 0)[ids >= 0].sum(dtype=np.float64)
+                totals[5] += int(np.isneginf(picked[ids >= 0]).sum()) if at == 2 else 0
+    choices, later, kept_all, moved_all, emptied, unlisted = (int(x) for x in totals)
     return Changes(
         choices,
         later,
@@ -138,6 +143,7 @@ def count_changes(work: Work, after: Choices) -> Changes:
         choices - kept_all - moved_all,
         later - kept_all - moved_all,
         emptied,
+        None if work.trace.candidate_ids is None else unlisted,
         float(mass[0] / mass[1]) if mass[1] > 0 else None,
         float(mass[2] / mass[3]) if mass[3] > 0 else None,
         after.notes,

@@ -140,6 +140,18 @@ def test_balanced_loads_differ_by_one_and_nothing_is_better(
             assert now >= values[a, taken[b]] + values[b, taken[a]] - 1e-12
 
 
+def test_base_counts_what_the_trace_does_not_list() -> None:
+    """Four tokens that list experts 0 and 1 of 4: one each, so two get experts that no candidate
+    is. With no score known, the one choice of such a token keeps the token's whole weight."""
+    scores = np.tile([[[0.5, 0.4, 0.06, 0.04]]], (4, 1, 1))
+    trace = scored_trace(scores, 1, listed=2, request_ids=[0] * 4)
+    done = reroute(trace, "base")
+    assert done.changes.unlisted == 2
+    ids = np.asarray(done.trace.expert_ids)[:, 0, 0]
+    assert sorted(ids.tolist()) == [0, 1, 2, 3]
+    np.testing.assert_allclose(done.trace.gate_weights, 0.5, atol=1e-3)
+
+
 def test_expert_choice_gives_every_expert_the_same() -> None:
     """C = 2: expert 0 takes 0.9 and 0.8, expert 1 takes 0.6 and 0.3."""
     done = reroute(four(request_ids=[0] * 4), "expert-choice")

@@ -72,6 +72,23 @@ class Twice(Rule):
         return Choices(np.zeros_like(work.ids), work.gates)
 
 
+class _Point:
+    """An entry point of another package."""
+
+    def load(self) -> type[Rule]:
+        return Twice
+
+
+def test_rules_of_other_packages_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By entry point; moesim's own names cannot be taken over."""
+    monkeypatch.setattr(
+        "moesim.plugins._offered", lambda group: {"twice": _Point(), "drop": _Point()}
+    )
+    assert RULES.names()[-1] == "twice"
+    assert isinstance(parse_rule("twice"), Twice)
+    assert isinstance(parse_rule("drop:factor=1"), Drop)
+
+
 def test_a_rule_that_breaks_a_trace_is_refused() -> None:
     trace = scored_trace(np.tile([[[0.4, 0.3, 0.2, 0.1]]], (4, 2, 1)), 2)
     with pytest.raises(FormatError, match="rule twice gave choices that no trace can have"):

@@ -591,3 +591,15 @@ def test_a_router_that_is_not_known_is_named(olmoe: Path, monkeypatch: pytest.Mo
     model = transformers.AutoModelForCausalLM.from_pretrained(olmoe)
     with pytest.raises(InputError, match="OlmoeTopKRouter"):
         capture_candidates.CandidateRecorder(model, find_layers(model), 5)
+
+
+def test_a_captured_trace_can_be_rerouted(olmoe: Path, prompts: Path, tmp_path: Path) -> None:
+    """From the model to a rule that reads candidates: 5 experts for 3, two added for each."""
+    from moesim.routing.api import reroute
+
+    capture(options(olmoe, prompts, tmp_path / "t.npz", candidates=6))
+    trace = load(tmp_path / "t.npz")
+    done = reroute(trace, "k:k=5")
+    assert done.changes.added == 2 * trace.num_tokens * trace.num_layers
+    assert done.changes.kept == done.changes.choices
+    assert done.trace.num_candidates == 6

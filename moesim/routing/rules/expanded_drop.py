@@ -32,7 +32,8 @@ class ExpandedDrop(Rule):
     TITLE = "give choices beyond an expert's capacity to experts with room"
     PAPER = "Capacity-aware inference, expanded drop (arXiv:2503.05066; abstract and a review read)"
     LEFT_OUT = (
-        "the paper takes further local experts as candidates of every token before it enforces the"
+        "substitutes by score are among the candidates that the trace lists; the paper takes"
+        " further local experts as candidates of every token before it enforces the"
         " capacity; here only choices that overflowed move"
     )
 
