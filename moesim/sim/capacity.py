@@ -5,10 +5,9 @@ C = ceil(gamma k T / E) of the T tokens' choices in a layer; those beyond are dr
 score, at random, or by order. Expanded drop lets an overflowing token use experts of its own GPU
 that have room instead.
 
-Of the paper's expanded drop one thing cannot be had from a trace: the scores of experts that a
-token did not choose. A substitute is therefore the local expert with most room, and only for a
-choice that overflowed; the paper takes further local experts as candidates of every token before
-it enforces the capacity.
+A substitute is the local expert with most room, and only for a choice that overflowed; the paper
+takes further local experts as candidates of every token before it enforces the capacity. The rule
+`expanded-drop` of `moesim.routing` picks substitutes by score, from traces with candidates.
 """
 
 from __future__ import annotations

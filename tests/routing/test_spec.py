@@ -52,6 +52,7 @@ def test_every_rule_says_what_it_is(name: str) -> None:
         ("k:k=1,layers=x", InputError, "layers"),
         ("k:k=1,layers=7-9", InputError, "no MoE layer among 7-9"),
         ("prune:keep=9", InputError, "keep 9 of 4 experts"),
+        ("skip-layer:every=3,by=random", InputError, "every 3 of 2 MoE layers is none"),
         ("random:seed=1", UnknownNameError, "parameter of rule random"),
     ],
 )

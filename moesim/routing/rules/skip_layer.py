@@ -44,6 +44,11 @@ class SkipLayer(Rule):
         if not self.layers:
             layers = list(range(self.every - 1, num_layers, self.every))
         keep = work.ids >= 0
+        require(
+            bool(layers),
+            f"every {self.every} of {num_layers} MoE layers is none",
+            f"give `every` from 1 to {num_layers}",
+        )
         for number, rows in enumerate(work.batches):
             count = int(np.ceil(self.keep * len(rows) - 1e-9))
             for layer in layers:
