@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moesim.jobs.export import export as export
     from moesim.jobs.export import import_plan as import_plan
     from moesim.jobs.plan import plan as plan
+    from moesim.jobs.reroute import reroute as reroute
     from moesim.jobs.serve import serve as serve
     from moesim.jobs.simulate import simulate as simulate
     from moesim.jobs.validate import validate as validate
@@ -35,6 +36,7 @@ _WHERE = {
     "export": "moesim.jobs.export",
     "import_plan": "moesim.jobs.export",
     "validate": "moesim.jobs.validate",
+    "reroute": "moesim.jobs.reroute",
     "load_trace": "moesim.trace.format",
     "load_model": "moesim.model.names",
     "load_cluster": "moesim.cluster",

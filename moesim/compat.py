@@ -22,6 +22,8 @@ def trace_fits_model(meta: TraceMeta, model: ModelSpec, *, whole: bool = False) 
     fewer of them, which a notice says."""
     have = (meta.num_layers, meta.num_experts, meta.top_k)
     want = (model.num_moe_layers, model.num_experts, model.top_k)
+    if meta.source.get("reroute"):  # a rule of routing may change top-k
+        want = (want[0], want[1], have[2])
     if have[1:] != want[1:] or have[0] > want[0] or (whole and have[0] != want[0]):
         raise MismatchError(
             f"the trace has {have[0]} MoE layers, {have[1]} experts, top-{have[2]};"

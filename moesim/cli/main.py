@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "validate": ("validate", "validate", "Replay plans on real GPUs, predicted beside measured."),
     "report": ("report", "report", "Make one HTML page of what the other commands wrote."),
     "trace": ("trace", "app", "Routing traces: look at, check, make, cut, join, import."),
+    "routing": ("routing", "app", "Rules of routing, for moesim trace reroute."),
     "topology": ("topology", "app", "Clusters: GPUs, links and memory tiers."),
     "model": ("model", "app", "Model shapes: presets and Hugging Face config.json."),
     "solver": ("solver", "app", "Placement methods."),

@@ -8,6 +8,7 @@ from moesim.cli.trace_capture import capture
 from moesim.cli.trace_check import check
 from moesim.cli.trace_import import import_trace
 from moesim.cli.trace_info import info
+from moesim.cli.trace_reroute import reroute
 from moesim.cli.trace_slice import merge, slice_
 from moesim.cli.trace_synth import synth
 
@@ -20,4 +21,5 @@ app.command("capture")(capture)
 app.command("synth")(synth)
 app.command("slice")(slice_)
 app.command("merge")(merge)
+app.command("reroute")(reroute)
 app.command("import")(import_trace)

@@ -36,6 +36,9 @@ def capture(
     gate_weights: Annotated[
         bool, typer.Option("--gate-weights/--no-gate-weights", help="Record them as well.")
     ] = True,
+    candidates: Annotated[
+        int, typer.Option(help="Record the best so many experts of each router; 0 for none.")
+    ] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put prompts into the tokenizer's chat template.")
     ] = False,
@@ -74,6 +77,7 @@ def capture(
         dtype=dtype,
         device=device,
         gate_weights=gate_weights,
+        candidates=candidates,
         chat=chat,
         name=name,
         license=license_text,

@@ -5,10 +5,9 @@ C = ceil(gamma k T / E) of the T tokens' choices in a layer; those beyond are dr
 score, at random, or by order. Expanded drop lets an overflowing token use experts of its own GPU
 that have room instead.
 
-Of the paper's expanded drop one thing cannot be had from a trace: the scores of experts that a
-token did not choose. A substitute is therefore the local expert with most room, and only for a
-choice that overflowed; the paper takes further local experts as candidates of every token before
-it enforces the capacity.
+A substitute is the local expert with most room, and only for a choice that overflowed; the paper
+takes further local experts as candidates of every token before it enforces the capacity. The rule
+`expanded-drop` of `moesim.routing` picks substitutes by score, from traces with candidates.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from moesim.choices import Scope as Scope
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.kernels import kernel
 from moesim.placement import EMPTY, Placement
+from moesim.routing.limits import beyond, capacity
 from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
 from moesim.types import Array, stream
@@ -84,11 +84,6 @@ class Drops:
         }
 
 
-def capacity(policy: DropPolicy, num_tokens: int, top_k: int, num_experts: int) -> int:
-    """C = ceil(gamma k T / E)."""
-    return math.ceil(policy.gamma * top_k * num_tokens / num_experts - 1e-9)
-
-
 def apply_capacity(
     policy: DropPolicy,
     trace: Trace,
@@ -139,7 +134,7 @@ def _drop_batch(
     num_experts = trace.num_experts
     group = home.astype(np.int64) if policy.scope == "gpu" else np.zeros(num_tokens, np.int64)
     size = np.bincount(group)
-    limit = np.array([capacity(policy, int(n), top_k, num_experts) for n in size], np.int64)
+    limit = np.array([capacity(policy.gamma, int(n), top_k, num_experts) for n in size], np.int64)
     position = np.repeat(np.arange(num_tokens), top_k)
     total = Drops()
     for layer in range(num_layers):
@@ -154,10 +149,7 @@ def _drop_batch(
         else:
             sign = 1.0 if policy.keep == "first" else -1.0
             rank_key = sign * position[valid]
-        order = np.lexsort((rank_key, cell))
-        ordered = cell[order]
-        rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
-        over = valid[order[rank >= limit[ordered // num_experts]]]
+        over = valid[beyond(cell, rank_key, limit[cell // num_experts])]
         substituted = 0
         kept = ids[:, layer].copy()
         kept.reshape(-1)[over] = -1

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,8 @@ import torch
 import transformers
 
 from moesim.errors import InputError
+from moesim.trace.candidates import NAMES
+from moesim.trace.capture_candidates import CandidateRecorder
 from moesim.trace.capture_hooks import RoutingRecorder
 from moesim.trace.capture_journal import Journal
 from moesim.trace.format import DECODE, PREFILL, TraceMeta
@@ -44,7 +47,8 @@ class CaptureOptions:
     temperature: of sampling; 0 takes the likeliest token.
     dtype: of the weights; auto is the checkpoint's. device: auto, cpu, cuda:N, or balanced (all
     GPUs; needs accelerate).
-    gate_weights: store them, as float16.
+    gate_weights: store them, as float16. candidates: experts of each router to store with their
+    scores, 0 for none; more than the top-k.
     chat: wrap each prompt as a user's message in the tokenizer's chat template.
     """
 
@@ -59,6 +63,7 @@ class CaptureOptions:
     dtype: str = "auto"
     device: str = "auto"
     gate_weights: bool = True
+    candidates: int = 0
     chat: bool = False
     name: str = ""
     license: str = ""
@@ -70,6 +75,7 @@ class CaptureOptions:
             ("batch-size", self.batch_size, 1),
             ("max-prompt-tokens", self.max_prompt_tokens, 1),
             ("seed", self.seed, 0),
+            ("candidates", self.candidates, 0),
         ):
             if not least <= value < 1 << 31:
                 raise InputError(f"--{name} {value}", f"give a whole number from {least}")
@@ -124,7 +130,7 @@ def capture(
     model, tokenizer = _load(options)
     run = _Run(model, tokenizer, prompts, options)
     done = num_batches = 0
-    with RoutingRecorder(model) as recorder:
+    with RoutingRecorder(model) as recorder, run.record_candidates(recorder):
         journal = Journal(options.out, run.inputs(recorder))
         if journal.num_found:
             notify(f"{journal.folder} holds {journal.num_found} finished batches: going on there")
@@ -173,6 +179,14 @@ class _Run:
             )
         self.max_prompt_tokens = min(options.max_prompt_tokens, room)
         self.num_cut = 0
+        self.candidates: CandidateRecorder | None = None
+
+    def record_candidates(self, recorder: RoutingRecorder) -> AbstractContextManager[Any]:
+        """Hooks on the routers while the block runs, if candidates were asked for."""
+        if not self.options.candidates:
+            return nullcontext()
+        self.candidates = CandidateRecorder(self.model, recorder.layers, self.options.candidates)
+        return self.candidates
 
     def inputs(self, recorder: RoutingRecorder) -> dict[str, Any]:
         """What the result depends on, for the journal."""
@@ -245,6 +259,7 @@ class _Run:
             ids, weights = recorder.take(prompt_rows + len(batch) * steps)
             first = ids[:prompt_rows], weights[:prompt_rows]
             later = ids[prompt_rows:], weights[prompt_rows:]
+        listed = self.listed(prompt_rows + len(batch) * steps, later[0].shape[2])
         parts: list[dict[str, Array]] = []
         phases = np.array([PREFILL, DECODE], np.uint8)
         for row, request in enumerate(batch):
@@ -265,6 +280,7 @@ class _Run:
                     "domain_ids": np.full(
                         total, self.domain_idx.get(request.domain or NO_DOMAIN, 0), np.int16
                     ),
+                    **{n: a[np.concatenate([prompt, prompt_rows + decode])] for n, a in listed},
                 }
             )
         left_out = set() if self.options.gate_weights else {"gate_weights"}
@@ -275,6 +291,18 @@ class _Run:
             for name in parts[0]
             if name not in left_out
         }
+
+    def listed(self, num_rows: int, top_k: int) -> list[tuple[str, Array]]:
+        """Names and arrays of the candidates since the last batch, rows as the choices'; none
+        where none are recorded."""
+        if self.candidates is None:
+            return []
+        if self.candidates.num_candidates <= top_k:
+            raise InputError(
+                f"`candidates` {self.candidates.num_candidates}, but a token chooses {top_k}",
+                f"give {top_k + 1} or more",
+            )
+        return list(zip(NAMES, self.candidates.take(num_rows), strict=True))
 
     def num_decoded(self, fed: Array) -> int:
         """Decode tokens of a request: up to the end of its text, at most `max_new_tokens`.

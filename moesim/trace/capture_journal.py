@@ -91,7 +91,13 @@ class Journal:
         ragged = any((self.read(i)["expert_ids"] < 0).any() for i in range(num_batches))
         dtypes = {name: array.dtype.name for name, array in first.items()}
         dtypes["expert_ids"] = id_dtype(meta.num_experts, bool(ragged))
-        with TraceWriter(made, meta, dtypes) as writer:
+        listed = first["candidate_ids"].shape[2] if "candidate_ids" in first else 0
+        if listed:
+            dtypes["candidate_ids"] = id_dtype(
+                meta.num_experts,
+                any((self.read(i)["candidate_ids"] < 0).any() for i in range(num_batches)),
+            )
+        with TraceWriter(made, meta, dtypes, num_candidates=listed) as writer:
             for batch_idx in range(num_batches):
                 writer.append(**self.read(batch_idx))
         try:

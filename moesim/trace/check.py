@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from moesim.trace.candidates import num_missed
 from moesim.trace.counts import chunk_tokens
 from moesim.trace.format import DECODE, PREFILL, LoadTrace, Trace, drop_pages, iter_chunks
 from moesim.trace.importers.warmup import MIN_RUN, warmup_steps, warmup_tokens
@@ -19,6 +20,7 @@ Mask = npt.NDArray[np.bool_]
 
 _SUM_TOLERANCE = 0.02
 _MAX_NAMED = 6
+_COUNTED = ("negative", "unordered", "zero", "stray", "above", "missed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,8 @@ def check_trace(trace: Trace | LoadTrace, progress: Progress | None = None) -> l
     experts; two adjacent layers alike for every token; negative gate weights. Warnings: gaps in
     positions; prefill tokens after decode tokens of a request, or not from position 0; requests
     in several domains; what may be warm-up rows; what `suspects.py` finds; layers without any
-    choice; unused experts; tokens without experts; gate weights out of
-    order, all zero, above 1, or set where there is no expert; fewer than two requests.
+    choice; unused experts; tokens without experts; gate weights out of order, all zero, above 1, or
+    set where there is no expert; choices that are no candidates; fewer than two requests.
 
     Memory: a chunk, and 24 bytes per token for the positions. `progress(done, total)` in tokens.
     """
@@ -149,7 +151,7 @@ class _RoutingPass:
         self.constant = np.full(trace.num_layers, free)
         self.twins = np.full(trace.num_layers - 1, free)
         self.num_without = 0
-        self.counts = dict.fromkeys(("negative", "unordered", "zero", "stray", "above"), 0)
+        self.counts = dict.fromkeys(_COUNTED, 0)
         self.sums = [np.inf, -np.inf]
 
     def run(self, progress: Progress | None) -> list[Finding]:
@@ -163,6 +165,10 @@ class _RoutingPass:
             self.num_without += int((ids < 0).all(axis=(1, 2)).sum())
             if trace.gate_weights is not None:
                 self._weigh(ids, np.asarray(trace.gate_weights[part], np.float32))
+            if trace.candidate_ids is not None:
+                listed = np.asarray(trace.candidate_ids[part])
+                self.counts["missed"] += num_missed(ids, listed)
+                drop_pages(trace.candidate_ids)
             drop_pages(trace.expert_ids, trace.gate_weights)
             if progress is not None:
                 progress(part.stop, trace.num_tokens)
@@ -221,6 +227,13 @@ class _RoutingPass:
                 repeated_decode(self.trace)
                 + one_rank(load)
                 + in_every_token(load, tokens, meta.top_k, layer_ids)
+            ),
+            *_found(
+                "warning",
+                "unlisted-choices",
+                self.counts["missed"],
+                "choices of a token in a layer that are not all among its candidates: the router"
+                " has a bias or groups, or the candidates are of another run",
             ),
             *_unused(load, layer_ids),
         ]

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.files import atomic_directory, atomic_path, atomic_write
+from moesim.trace import candidates
 from moesim.trace.npyio import MAX_MEMBER_BYTES, map_npy, memory_bytes
 from moesim.trace.npyio import REMEDY as _REMEDY
 from moesim.trace.npyio import drop_pages as drop_pages
@@ -94,6 +95,7 @@ class Trace:
     request_ids, positions: [T] int32; position of the token within its request.
     phases:       [T] uint8; 0 prefill, 1 decode.
     gate_weights: [T, L, K] float16 or float32, optional.
+    candidate_ids, candidate_scores: [T, L, M], as in `trace.candidates`, optional.
     token_ids, domain_ids, step_ids, rank_ids: [T], optional.
     """
 
@@ -103,6 +105,8 @@ class Trace:
     phases: Array
     meta: TraceMeta
     gate_weights: Array | None = None
+    candidate_ids: Array | None = None
+    candidate_scores: Array | None = None
     token_ids: Array | None = None
     domain_ids: Array | None = None
     step_ids: Array | None = None
@@ -125,9 +129,14 @@ class Trace:
     def num_experts(self) -> int:
         return self.meta.num_experts
 
+    @property
+    def num_candidates(self) -> int:
+        """M, or 0 without candidates."""
+        return 0 if self.candidate_ids is None else int(self.candidate_ids.shape[2])
+
     def arrays(self) -> dict[str, Array]:
         """The arrays that are present, by name, in file order."""
-        names = ("expert_ids", "gate_weights", *TOKEN_DTYPES)
+        names = (*candidates.LAYER_ARRAYS, *TOKEN_DTYPES)
         return {n: a for n in names if (a := getattr(self, n)) is not None}
 
     def take(self, token_idx: npt.NDArray[np.int64] | slice) -> Trace:
@@ -318,7 +327,7 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    known = {"expert_ids", "gate_weights", "expert_load", "meta", *TOKEN_DTYPES}
+    known = {*candidates.LAYER_ARRAYS, "expert_load", "meta", *TOKEN_DTYPES}
     raw: dict[str, Any] = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -351,7 +360,7 @@ def _read_directory(path: Path) -> dict[str, Any]:
         raw: dict[str, Any] = {"meta": meta.read_text(encoding="utf-8")}
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{meta}: not readable text ({error})", _REMEDY) from None
-    for name in ("expert_ids", "gate_weights", "expert_load", *TOKEN_DTYPES):
+    for name in (*candidates.LAYER_ARRAYS, "expert_load", *TOKEN_DTYPES):
         file = path / f"{name}.npy"
         if file.exists():
             raw[name] = map_npy(file)
@@ -369,7 +378,7 @@ def _build_load_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> LoadT
         )
     if load.min() < 0:
         raise FormatError(f"{where}: expert_load has negative counts", _REMEDY)
-    both = sorted(set(raw) & {"expert_ids", "gate_weights", *TOKEN_DTYPES})
+    both = sorted(set(raw) & {*candidates.LAYER_ARRAYS, *TOKEN_DTYPES})
     if both:
         raise FormatError(
             f"{where}: holds expert_load and {both[0]}, counts and tokens", "write one of them"
@@ -396,6 +405,11 @@ def _build_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> Trace:
             raise FormatError(
                 f"{where}: gate_weights has shape {gates.shape}, expert_ids {ids.shape}", _REMEDY
             )
+    listed, scores = (raw.get(name) for name in candidates.NAMES)
+    candidates.check_shapes(listed, scores, ids, meta.num_experts, where)
+    if listed is not None and scores is not None:
+        _check_dtype(listed, "candidate_ids", ID_DTYPES, where)
+        _check_dtype(scores, "candidate_scores", candidates.SCORE_DTYPES, where)
     for name, dtype in TOKEN_DTYPES.items():
         array = raw.get(name)
         if array is None:
@@ -405,7 +419,7 @@ def _build_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> Trace:
             raise FormatError(
                 f"{where}: {name} has shape {array.shape}, wanted ({ids.shape[0]},)", _REMEDY
             )
-    arrays = {n: raw[n] for n in ("expert_ids", "gate_weights", *TOKEN_DTYPES) if n in raw}
+    arrays = {n: raw[n] for n in (*candidates.LAYER_ARRAYS, *TOKEN_DTYPES) if n in raw}
     return Trace(meta=meta, path=where, **arrays)
 
 
@@ -414,6 +428,20 @@ def _check_dtype(array: Array, name: str, allowed: tuple[str, ...], where: str) 
         raise FormatError(
             f"{where}: {name} has type {array.dtype}, wanted {' or '.join(allowed)}", _REMEDY
         )
+
+
+def _check_candidates(trace: Trace) -> None:
+    if trace.candidate_ids is None or trace.candidate_scores is None:
+        return
+    for part in iter_chunks(trace.num_tokens, max(1, CHUNK_TOKENS // trace.num_candidates)):
+        candidates.check_values(
+            np.asarray(trace.candidate_ids[part]),
+            np.asarray(trace.candidate_scores[part]),
+            trace.num_experts,
+            part.start,
+            trace.path,
+        )
+        drop_pages(trace.candidate_ids, trace.candidate_scores)
 
 
 def _check_ids(trace: Trace) -> None:
@@ -444,6 +472,7 @@ def _check_ids(trace: Trace) -> None:
         if trace.gate_weights is not None and not np.isfinite(trace.gate_weights[part]).all():
             raise FormatError(f"{trace.path}: gate_weights are not all finite", _REMEDY)
         drop_pages(trace.expert_ids, trace.gate_weights)
+    _check_candidates(trace)
     for name in ("request_ids", "positions"):
         array = getattr(trace, name)
         if array.size and array.min() < 0:

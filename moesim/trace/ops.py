@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.trace.batches import Phase
+from moesim.trace.candidates import LAYER_ARRAYS, NAMES
 from moesim.trace.counts import chunk_tokens
 from moesim.trace.format import DECODE, PREFILL, Trace, TraceMeta, drop_pages, iter_chunks
 from moesim.trace.writer import TraceWriter
@@ -129,7 +130,8 @@ def merge_traces(
     The traces must be of one model, with the same layers, experts and top-k: MismatchError names
     what differs. Requests are numbered from 0, steps after those of the traces before;
     domains of the same name become one, and tokens without any become `unlabelled` if others have
-    one. Optional arrays that some of the traces lack are left out, with a notice.
+    one. Optional arrays that some of the traces lack are left out, and
+    candidates cut to as many as all have, with a notice.
     """
     if len(traces) < 2:
         raise InputError("a merge needs at least two traces", "name two or more")
@@ -141,6 +143,9 @@ def merge_traces(
     domains = _united_domains(traces)
     if domains:
         names.add("domain_ids")
+    listed = min(trace.num_candidates for trace in traces)
+    if listed and max(trace.num_candidates for trace in traces) > listed:
+        notices.append(f"candidates cut to the first {listed}, which all of the traces have")
     dtypes = {n: _common_dtype([t.arrays()[n] for t in traces]) for n in names - {"domain_ids"}}
     if domains:
         dtypes["domain_ids"] = "int16"
@@ -157,8 +162,9 @@ def merge_traces(
         },
     )
     total, done = sum(trace.num_tokens for trace in traces), 0
-    with TraceWriter(path, meta, dtypes) as out:
+    with TraceWriter(path, meta, dtypes, num_candidates=listed) as out:
         for rows in _renumbered(traces, sorted(names), domains):
+            rows.update({name: rows[name][..., :listed] for name in names.intersection(NAMES)})
             out.append(**rows)
             done += len(rows["phases"])
             if progress is not None:
@@ -303,7 +309,7 @@ def _part(trace: Trace, rows: IntArray, layers: IntArray | None) -> dict[str, Ar
     out = {}
     for name, array in trace.arrays().items():
         values = np.asarray(array[rows])
-        if layers is not None and name in ("expert_ids", "gate_weights"):
+        if layers is not None and name in LAYER_ARRAYS:
             values = values[:, layers]
         out[name] = values
     return out

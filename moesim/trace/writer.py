@@ -16,6 +16,7 @@ import numpy as np
 
 from moesim.errors import FormatError, InputError
 from moesim.files import atomic_directory, atomic_path, atomic_write
+from moesim.trace import candidates
 from moesim.trace.format import (
     GATE_DTYPES,
     ID_DTYPES,
@@ -48,20 +49,25 @@ class TraceWriter:
     Memory is one piece. The pieces go to a hidden directory beside `path`, which is renamed (or
     packed into the `.npz`) when the `with` block ends well, and removed when it does not.
 
-    dtypes: the types of `expert_ids`, `gate_weights` and of the optional arrays to be written;
-    `request_ids`, `positions` and `phases` are always written, and all but `expert_ids` and
-    `gate_weights` have one type only.
+    dtypes: the types of the arrays with an axis of layers (`expert_ids` is one) and of the optional
+    arrays to be written; `request_ids`, `positions` and `phases` are always written, and arrays
+    without layers have one type only. num_candidates: M, where there are candidates.
 
     Raises InputError when `path` exists as a directory or cannot be written, FormatError when a
     piece is not of the announced arrays, shapes and types.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], meta: TraceMeta, dtypes: Mapping[str, str]
+        self,
+        path: str | os.PathLike[str],
+        meta: TraceMeta,
+        dtypes: Mapping[str, str],
+        num_candidates: int = 0,
     ) -> None:
         self._target = Path(path)
         self._meta = meta
-        names = ("expert_ids", "gate_weights", *TOKEN_DTYPES)
+        self._num_candidates = num_candidates
+        names = (*candidates.LAYER_ARRAYS, *TOKEN_DTYPES)
         unknown = sorted(set(dtypes) - set(names))
         if unknown or "expert_ids" not in dtypes:
             raise FormatError(
@@ -73,7 +79,12 @@ class TraceWriter:
             for name in names
             if name in dtypes or name in REQUIRED_ARRAYS
         }
-        for name, allowed in (("expert_ids", ID_DTYPES), ("gate_weights", GATE_DTYPES)):
+        for name, allowed in (
+            ("expert_ids", ID_DTYPES),
+            ("gate_weights", GATE_DTYPES),
+            ("candidate_ids", ID_DTYPES),
+            ("candidate_scores", candidates.SCORE_DTYPES),
+        ):
             if name in self._dtypes and self._dtypes[name].name not in allowed:
                 raise FormatError(
                     f"{name} cannot be {self._dtypes[name]}", f"use {' or '.join(allowed)}"
@@ -100,7 +111,7 @@ class TraceWriter:
     ) -> TraceWriter:
         """A writer for the arrays that `trace` has."""
         dtypes = {name: array.dtype.name for name, array in trace.arrays().items()}
-        return cls(path, trace.meta if meta is None else meta, dtypes)
+        return cls(path, trace.meta if meta is None else meta, dtypes, trace.num_candidates)
 
     @property
     def num_tokens(self) -> int:
@@ -159,8 +170,9 @@ class TraceWriter:
             self.discard()
 
     def _shape(self, name: str, num_tokens: int) -> tuple[int, ...]:
-        if name in ("expert_ids", "gate_weights"):
-            return (num_tokens, self._meta.num_layers, self._meta.top_k)
+        if name in candidates.LAYER_ARRAYS:
+            last = self._num_candidates if name in candidates.NAMES else self._meta.top_k
+            return (num_tokens, self._meta.num_layers, last)
         return (num_tokens,)
 
     def _header(self, name: str) -> bytes:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from moesim.cost.routing import route
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.placement import Placement
+from moesim.routing.limits import capacity
 from moesim.sim.analytic import run_analytic
-from moesim.sim.capacity import DropPolicy, apply_capacity, capacity
+from moesim.sim.capacity import DropPolicy, apply_capacity
 from moesim.sim.event import run_event
 from moesim.sim.prepare import Models
 from moesim.sim.schedules.sequential import Sequential
@@ -55,9 +56,9 @@ def drop(policy: DropPolicy, gates: list[list[float]] | None = GATES):
 
 def test_capacity_formula() -> None:
     """C = ceil(gamma k T / E): 1.0 x 2 x 4 / 4 = 2; 1.25 gives 2.5, so 3; 0.1 gives 1 of 0.2."""
-    assert capacity(DropPolicy(1.0), 4, 2, 4) == 2
-    assert capacity(DropPolicy(1.25), 4, 2, 4) == 3
-    assert capacity(DropPolicy(0.1), 4, 2, 4) == 1
+    assert capacity(1.0, 4, 2, 4) == 2
+    assert capacity(1.25, 4, 2, 4) == 3
+    assert capacity(0.1, 4, 2, 4) == 1
 
 
 @pytest.mark.parametrize(

@@ -273,3 +273,24 @@ def reference(name: str, model: Any, token_ids: Array) -> tuple[Array, Array]:
     assert len(seen) == len(routers) == LAYERS - family.first_moe_layer
     routed = [family.rule(logits.reshape(-1, EXPERTS), bias) for logits, bias in seen]
     return np.stack([r[0] for r in routed], 1), np.stack([r[1] for r in routed], 1)
+
+
+def router_scores(name: str, model: Any, token_ids: Array) -> Array:
+    """[T, L, E] softmax, or sigmoid for the families that use it, of the routers' logits when the
+    request passes the model alone."""
+    family = FAMILIES[name]
+    sigmoid = family.rule in (sigmoid_of_top_k, two_of_four_groups_by_their_two_best)
+    seen: list[Array] = []
+    hooks = [
+        m.register_forward_hook(
+            lambda _, args, out: seen.append(out[family.logits_at].float().numpy())
+        )
+        for n, m in model.named_modules()
+        if n.endswith((".gate", ".router"))
+    ]
+    with torch.inference_mode():
+        model(input_ids=torch.tensor(token_ids[None].astype(np.int64)), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    logits = [block.reshape(-1, EXPERTS) for block in seen]
+    return np.stack([1 / (1 + np.exp(-x)) if sigmoid else softmax(x) for x in logits], 1)

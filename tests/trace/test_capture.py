@@ -539,3 +539,67 @@ def test_the_run_of_the_guide(
     assert run_cli([*command.split()[1:], "--max-new-tokens", "0"]) == 0
     said = page.split("The capture says\n\n```text\n")[1].split(" prefill")[0]
     assert capsys.readouterr().out.startswith(f"{said} prefill")
+
+
+@pytest.mark.parametrize("name", list(models.FAMILIES))
+def test_candidates_are_the_routers_scores_in_order(
+    name: str, prompts: Path, tmp_path: Path
+) -> None:
+    """Softmax or sigmoid of all 8 logits, taken here from the routers by the test itself."""
+    folder = models.save_family(name, tmp_path / name)
+    capture(options(folder, prompts, tmp_path / "t.npz", candidates=5))
+    trace = load(tmp_path / "t.npz")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert trace.token_ids is not None
+    assert trace.candidate_ids is not None
+    assert trace.candidate_scores is not None
+    assert trace.num_candidates == 5
+    for number in range(len(PROMPTS)):
+        rows = np.flatnonzero(trace.request_ids == number)
+        scores = models.router_scores(name, model, trace.token_ids[rows])
+        ids = np.argsort(-scores, axis=-1, kind="stable")[..., :5]
+        listed = np.take_along_axis(scores, trace.candidate_ids[rows].astype(int), -1)
+        np.testing.assert_allclose(trace.candidate_scores[rows], listed, atol=2e-3)
+        np.testing.assert_allclose(np.take_along_axis(scores, ids, -1), listed, atol=1e-5)
+
+
+def test_a_trace_without_candidates_is_as_before(
+    olmoe: Path, prompts: Path, tmp_path: Path
+) -> None:
+    for count in (0, 5):
+        capture(options(olmoe, prompts, tmp_path / f"{count}", candidates=count))
+    without, listed = load(tmp_path / "0"), load(tmp_path / "5")
+    assert without.candidate_ids is None
+    np.testing.assert_array_equal(without.expert_ids, listed.expert_ids)
+    assert (np.sort(listed.expert_ids, -1) == np.sort(listed.candidate_ids[..., :3], -1)).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "cause"), [(3, "a token chooses 3"), (9, "8 experts"), (-1, "candidates -1")]
+)
+def test_numbers_of_candidates_that_cannot_be(
+    count: int, cause: str, olmoe: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=cause):
+        capture(options(olmoe, prompts, tmp_path / "t.npz", candidates=count))
+
+
+def test_a_router_that_is_not_known_is_named(olmoe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moesim.trace import capture_candidates
+
+    monkeypatch.setattr(capture_candidates, "SOFTMAX", frozenset())
+    model = transformers.AutoModelForCausalLM.from_pretrained(olmoe)
+    with pytest.raises(InputError, match="OlmoeTopKRouter"):
+        capture_candidates.CandidateRecorder(model, find_layers(model), 5)
+
+
+def test_a_captured_trace_can_be_rerouted(olmoe: Path, prompts: Path, tmp_path: Path) -> None:
+    """From the model to a rule that reads candidates: 5 experts for 3, two added for each."""
+    from moesim.routing.api import reroute
+
+    capture(options(olmoe, prompts, tmp_path / "t.npz", candidates=6))
+    trace = load(tmp_path / "t.npz")
+    done = reroute(trace, "k:k=5")
+    assert done.changes.added == 2 * trace.num_tokens * trace.num_layers
+    assert done.changes.kept == done.changes.choices
+    assert done.trace.num_candidates == 6

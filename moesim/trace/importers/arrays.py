@@ -1,9 +1,10 @@
 """Plain `.npz` archives, with a map from our array names to those of the file.
 
 Arrays (`--columns ours=theirs,...` renames): `expert_ids` [T, L, K] integers; optional
-`gate_weights` [T, L, K], and `request_ids`, `positions`, `phases` (0 prefill, 1 decode),
-`token_ids`, `step_ids`, `rank_ids` [T]. Without `request_ids` the whole file is one request. An
-array `expert_load` [S, L, E] of counts gives a load trace. No pickle is ever loaded.
+`gate_weights` [T, L, K], `candidate_ids` with `candidate_scores` [T, L, M], and `request_ids`,
+`positions`, `phases` (0 prefill, 1 decode), `token_ids`, `step_ids`, `rank_ids` [T]. Without
+`request_ids` the whole file is one request. An array `expert_load` [S, L, E] of counts gives a load
+trace. No pickle is ever loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NAME = "npz"
 TITLE = "plain .npz with an array map (--columns)"
 ARRAYS = (
     "expert_ids", "gate_weights", "request_ids", "positions", "phases", "token_ids", "step_ids",
-    "rank_ids", "expert_load",
+    "rank_ids", "candidate_ids", "candidate_scores", "expert_load",
 )  # fmt: skip
 
 
@@ -134,6 +135,8 @@ def _segment(
         token_ids=columns.get("token_ids"),
         step_ids=columns.get("step_ids"),
         rank_ids=columns.get("rank_ids"),
+        candidate_ids=raw.get("candidate_ids"),
+        candidate_scores=raw.get("candidate_scores"),
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import FormatError, MismatchError
+from moesim.trace import candidates
 from moesim.trace.format import MAX_EXPERTS, LoadTrace, Trace, TraceMeta, iter_chunks
 from moesim.trace.importers.base import DAMAGED, ImportOptions, require_top_k
 from moesim.trace.importers.choices import drop_constant_slots, without_zero_experts
@@ -36,6 +37,7 @@ class Segment:
     where:        names the file, record and field, for errors.
     request:      a number that tokens of one request share: one for all, or [n].
     positions:    [n]; phases: [n] of 0 (prefill) and 1 (decode).
+    candidate_ids, candidate_scores: [n, L, M], as in `trace.candidates`; optional.
     gate_weights: [n, L, K]; token_ids, step_ids, rank_ids: [n]; optional.
     domain:       name of the domain, or "".
     """
@@ -49,6 +51,8 @@ class Segment:
     token_ids: Array | None = None
     step_ids: Array | None = None
     rank_ids: Array | None = None
+    candidate_ids: Array | None = None
+    candidate_scores: Array | None = None
     domain: str = ""
 
 
@@ -146,6 +150,7 @@ def assemble(
         positions=np.concatenate([s.positions[keep].astype(np.int32) for s, keep, _ in parts]),
         phases=np.concatenate([s.phases[keep].astype(np.uint8) for s, keep, _ in parts]),
         gate_weights=_gates(parts, layer_idx, layer_ids),
+        **_candidates(parts, layer_idx, num_experts),
         token_ids=_optional(parts, "token_ids", np.int32),
         step_ids=_optional(parts, "step_ids", np.int32),
         rank_ids=_optional(parts, "rank_ids", np.int32),
@@ -384,6 +389,34 @@ def _gates(
             )
         out.append(gates)
     return np.concatenate(out)
+
+
+def _candidates(
+    parts: list[tuple[Segment, BoolArray, Array]],
+    layer_idx: npt.NDArray[np.int64],
+    num_experts: int,
+) -> dict[str, Any]:
+    """The candidates of the tokens and layers that are kept, where all records have them alike."""
+    out: dict[str, list[Array]] = {name: [] for name in candidates.NAMES}
+    for part, keep, _ in parts:
+        ids, scores = part.candidate_ids, part.candidate_scores
+        if ids is None and scores is None:
+            return {}
+        if ids is not None:
+            ids = integer_ids(ids, f"{part.where}: candidate_ids")
+        candidates.check_shapes(ids, scores, part.expert_ids, num_experts, part.where)
+        assert ids is not None
+        assert scores is not None
+        ids = ids[keep][:, layer_idx]
+        scores = np.asarray(scores)[keep][:, layer_idx].astype(np.float16)
+        candidates.check_values(ids, scores, num_experts, 0, part.where)
+        out["candidate_ids"].append(ids.astype(np.int16))
+        out["candidate_scores"].append(scores)
+    if len({ids.shape[2] for ids in out["candidate_ids"]}) > 1:
+        raise FormatError(
+            "records with different numbers of candidates", "import them apart, then merge"
+        )
+    return {name: np.concatenate(blocks) for name, blocks in out.items()}
 
 
 def _optional(

@@ -1,0 +1,1 @@
+"""Rules of routing: a trace in, a trace with other choices out."""
