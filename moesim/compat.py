@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from moesim.errors import MismatchError, plain
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
     from moesim.model.spec import ModelSpec
     from moesim.placement import Placement, Plan
-    from moesim.trace.format import TraceMeta
+    from moesim.trace.format import Trace, TraceMeta
 
 
 def trace_fits_model(meta: TraceMeta, model: ModelSpec, *, whole: bool = False) -> list[str]:
@@ -80,6 +82,22 @@ def placement_fits_cluster(
             f" {gpus_in_nodes(cluster.num_gpus, cluster.num_nodes)}",
             "use `gpus` and `cluster` as the plan was made for, or make a new plan",
         )
+
+
+def other_ranks(trace: Trace, num_gpus: int) -> str | None:
+    """A notice where the trace's `rank_ids` are not of ranks 0 to `num_gpus` - 1, each with tokens,
+    so that they tell nobody's home on these GPUs; None where they are, or there are none."""
+    if trace.rank_ids is None:
+        return None
+    ranks = np.asarray(trace.rank_ids)
+    low, high = int(ranks.min(initial=0)), int(ranks.max(initial=0))
+    if low == 0 and high == num_gpus - 1 and np.bincount(ranks, minlength=num_gpus).all():
+        return None
+    count = len(np.unique(ranks))
+    return (
+        f"the trace's tokens are of {count} rank{'s' * (count != 1)} ({low} to {high}), not of"
+        f" {num_gpus}: home ranks are taken as even, not from the trace"
+    )
 
 
 def gpus_in_nodes(gpus: int, nodes: int) -> str:

@@ -60,27 +60,11 @@ def home_ranks(trace: Trace, batches: Batches, num_gpus: int) -> npt.NDArray[np.
     `rank_ids` of the trace where they are of as many ranks as there are GPUs; otherwise every batch
     is cut into equal contiguous chunks in batch order, as a balanced data-parallel scheduler does.
     """
-    if trace.rank_ids is not None and other_ranks(trace, num_gpus) is None:
+    if trace.rank_ids is not None and compat.other_ranks(trace, num_gpus) is None:
         return np.asarray(trace.rank_ids)[batches.token_idx].astype(np.int32)
     lengths = np.diff(batches.indptr)
     within = np.arange(len(batches.token_idx)) - np.repeat(batches.indptr[:-1], lengths)
     return (within * num_gpus // np.repeat(lengths, lengths)).astype(np.int32)
-
-
-def other_ranks(trace: Trace, num_gpus: int) -> str | None:
-    """A notice where the trace's `rank_ids` are not of ranks 0 to `num_gpus` - 1, each with tokens,
-    so that they tell nobody's home on these GPUs; None where they are, or there are none."""
-    if trace.rank_ids is None:
-        return None
-    ranks = np.asarray(trace.rank_ids)
-    low, high = int(ranks.min(initial=0)), int(ranks.max(initial=0))
-    if low == 0 and high == num_gpus - 1 and np.bincount(ranks, minlength=num_gpus).all():
-        return None
-    count = len(np.unique(ranks))
-    return (
-        f"the trace's tokens are of {count} rank{'s' * (count != 1)} ({low} to {high}), not of"
-        f" {num_gpus}: home ranks are taken as even, not from the trace"
-    )
 
 
 def route(

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from moesim import compat
 from moesim.choices import Fidelity as Fidelity
+from moesim.compat import other_ranks
 from moesim.cost.curves import weakest
-from moesim.cost.routing import other_ranks
 from moesim.errors import InputError, MismatchError
 from moesim.jobs.simulate_request import SimRequest
 from moesim.jobs.simulate_result import SimReport

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from moesim import compat
-from moesim.cost.routing import Dedup, other_ranks
+from moesim.compat import other_ranks
+from moesim.cost.routing import Dedup
 from moesim.cost.scaled import faster_step
 from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InputError, MismatchError, UnknownNameError, plain

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesim.cost.routing import Dedup, other_ranks
+from moesim.compat import other_ranks
+from moesim.cost.routing import Dedup
 from moesim.cost.step import StepModel
 from moesim.errors import InputError
 from moesim.planning.evaluate import Interval

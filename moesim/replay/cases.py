@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moesim.cost.routing import other_ranks
+from moesim.compat import other_ranks
 from moesim.errors import InputError, MismatchError
 from moesim.placement import Plan, load_plan
 from moesim.replay.routing import POLICIES, Assignment, assign_replicas, home_ranks

@@ -125,7 +125,7 @@ def test_integer_programs_of_tiers_and_bits(
         (["--hbm", "1.3", "--bit-errors", "none.npy", "--bits", "2"], 2, "none.npy"),
         (["--plot", "speed.gif"], 2, "gif"),
         (["--out", "nowhere/at/all.json"], 2, "no folder"),
-        (["--model", "mixtral-8x7b"], 2, "12 layers of 64"),
+        (["--model", "mixtral-8x7b"], 2, "12 MoE layers, 64 experts"),
         (["--expert-dtype", "roman"], 2, "roman"),
     ],
 )

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.cost.routing import home_ranks, other_ranks, route
+from moesim.compat import other_ranks
+from moesim.cost.routing import home_ranks, route
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.placement import Placement
 from tests.reference.cost import route_reference

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moesim.cli.validate import OWN_CALIBRATIONS
 from moesim.cluster import load_cluster
 from moesim.cost.calibration import load_calibration
+from moesim.jobs.validate import OWN_CALIBRATIONS
 from moesim.replay.compare import compare, load_measured
 from moesim.replay.predict import build_predictor
 from moesim.replay.shape import parse_shape

@@ -154,7 +154,7 @@ def test_too_little_memory_is_refused_before_allocating(inputs, monkeypatch) -> 
         raise AssertionError("allocated although memory is short")
 
     one = inputs.add_plan("one_gpu", list(range(8)), 1)
-    monkeypatch.setattr("moesim.replay.validate.Engine", never)
+    monkeypatch.setattr("moesim.replay.validate.ReplayEngine", never)
     alone = Context(0, 1, 0, torch.device("cpu"), 60.0, Watchdog(60.0, print))
     options = ValidateOptions(tokens_per_rank=(8,), num_batches=1, memory_limit_bytes=1_000_000)
     with pytest.raises(

@@ -198,7 +198,7 @@ def test_plans_that_do_not_fit(call, tmp_path) -> None:
     cases = [
         (plan_file(tmp_path / "a.json", 16), ["--gpus", "8"], "plan is for 16 GPUs"),
         (plan_file(tmp_path / "b.json", layers=2), [], "the plan 2 of 64"),
-        (plan_file(tmp_path / "c.json", experts=32), [], "12 of 32"),
+        (plan_file(tmp_path / "c.json", experts=32), [], "plan 3 of 32"),
     ]
     for plan, args, cause in cases:
         code, out, err = call("--plan", str(plan), "--steps", "1", *args)
