@@ -388,6 +388,16 @@ def test_minimax_m3_indexer_in_sparse_layers() -> None:
         spec(M3, attention_output_gate=True)
 
 
+def test_latent_ranks_count_only_where_use_mla_does_not_switch_them_off() -> None:
+    ranks = {"kv_lora_rank": 32, "q_lora_rank": 16, "qk_nope_head_dim": 16}
+    ranks |= {"qk_rope_head_dim": 8, "v_head_dim": 16}
+    off = spec(HUNYUAN, **ranks, use_mla=False)
+    assert off.attention.kind == "gqa"
+    assert off.attention_params == spec(HUNYUAN).attention_params
+    assert "kv_lora_rank 32" in off.note
+    assert spec(HUNYUAN, **ranks).attention.kind == "mla"
+
+
 def test_indexers_only_where_a_layer_has_its_own() -> None:
     latent = {
         "model_type": "glm_moe_dsa",

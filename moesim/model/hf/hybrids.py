@@ -6,7 +6,7 @@ from moesim.model.hf import mixers
 from moesim.model.hf.keys import Keys, shown
 from moesim.model.hf.layers import Layers, latent_mixer
 from moesim.model.hf.mixers import STATE_DTYPES, Mixer
-from moesim.model.hf.shape import Shape, head_dim, kv_heads, missing
+from moesim.model.hf.shape import Shape, head_dim, is_latent, kv_heads, missing
 
 NEMOTRON = {
     "M": "mamba", "*": "attention", "E": "moe", "-": "mlp",
@@ -17,7 +17,7 @@ NEMOTRON = {
 
 def softmax(keys: Keys, shape: Shape, **more: object) -> Mixer:
     """Plain grouped or latent attention, as the file's keys say."""
-    if keys.has("kv_lora_rank"):
+    if is_latent(keys):
         return latent_mixer(keys, shape)
     return mixers.grouped(
         shape.hidden,

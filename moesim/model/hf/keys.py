@@ -16,50 +16,52 @@ from moesim.model.checks import MAX_SIZE
 
 _HARMLESS_NAMES = frozenset(
     """
-    activation_situ_beta activation_situ_linear_beta add_cross_attention
+    activation_situ_beta activation_situ_linear_beta add_classification_head add_cross_attention
     add_full_attention_sink_bias add_qkv_bias add_swa_attention_sink_bias architectures
     att_impl_type attention_bias attention_dropout attention_multiplier attention_projection_layout
     attention_value_scale attn_bias attn_factor attn_implementation attn_logit_softcap
     attn_logit_softcapping attn_pdrop attn_qkv_bias attn_res_block_size attn_scale
     attn_temperature_len attn_temperature_scale attn_temperature_tuning auto_map batch_size bf16
-    bos_token_id cache_dtype chunk_size chunk_size_feed_forward clip_qkv crop_size
-    cross_attention_hidden_size d_conv_bias decoder_start_token_id dtype
+    bos_token_id cache_dtype chunk_size chunk_size_feed_forward class_num clip_qkv crop_size
+    cross_attention_hidden_size d_conv_bias decoder_start_token_id dense_list dtype
     dual_chunk_attention_config emb_pdrop embd_pdrop embedding_multiplier
-    embedding_multiplier_scale ep_size expert_dtype expert_swiglu_limit_list extrapolation_factor
-    ffn_act_fn final_logit_softcapping finetuning_task floor_scale fp16 fp32_lm_head fp32_residual
-    fused_qkv gate_lower_bound gradient_checkpointing group_norm_size hc_eps hc_sinkhorn_iters
-    head_dtype hidden_act hidden_activation hidden_dropout hidden_dropout_prob
-    index_share_for_mtp_iteration initial_context_length input_jitter_noise is_decoder
-    is_encoder_decoder kv_cache_scheme latent_moe_use_norm layer_norm_eps layer_norm_epsilon
-    layernorm_epsilon layernorm_full_attention_alpha layernorm_full_attention_beta
-    layernorm_linear_attention_alpha layernorm_linear_attention_beta layernorm_mlp_alpha
-    layernorm_mlp_beta linear_silu lm_head_dtype load_balance_coeff logits_scaling mamba_chunk_size
-    mamba_conv_bias mamba_hidden_act mamba_inner_layernorms mamba_proj_bias max_position_embeddings
-    max_seq_len max_sequence_length max_window_layers mla_scale_kv_lora mla_scale_q_lora
-    mla_use_nope mlp_bias mlp_gate_bias mlp_hidden_act model_max_length model_type
-    moe_aux_loss_coeff moe_aux_loss_lambda moe_capacity moe_dropout_prob moe_gate moe_gate_act
-    moe_group moe_group_experts moe_jitter_eps moe_loss_weight moe_normalize_expert_weights
-    moe_orthogonal_loss_lambda moe_renormalize moe_router_activation moe_router_activation_func
-    moe_router_bias_update_speed moe_router_dtype moe_router_enable_expert_bias
-    moe_router_enable_shared_expert moe_router_norm_min moe_router_num_groups
-    moe_router_scaling_factor moe_router_topk_scaling_factor moe_shared_expert_overlap
-    moe_use_aux_free moe_use_hard_gate moe_z_loss_coef moe_z_loss_lambda mtp_loss_scaling_factor
-    mtp_use_dedicated_embeddings mup_enabled need_fp32_gate no_rope_layer_interval no_rope_layers
-    nope_layers norm_expert_weight norm_topk_prob normalization_function num_beam_groups num_beams
-    num_labels num_logits_to_keep num_return_sequences num_reward_heads out_proj_bias
-    output_attentions output_hidden_states output_multiplier_scale output_router_logits
-    position_embedding_type pretraining_tp qk_head_dim qk_layernorm qk_norm qk_norm_type
-    query_pre_attn_scalar rescale_prenorm_residual resid_pdrop residual_in_fp32 residual_multiplier
-    residual_scaling route_norm route_scale routed_scaling_factor router_aux_loss_coef
-    router_aux_loss_factor router_bias router_dtype router_jitter_noise router_logit_scaling
-    router_logit_softcapping router_scaling_factor router_type router_z_loss_coef score_func
-    score_function scoring_func seq_aux seq_length swiglu_alpha swiglu_limit swiglu_limits
-    swiglu_limits_shared task_specific_params tie_encoder_decoder tie_word_embeddings
-    time_step_floor time_step_limit time_step_max time_step_min tokenizer_class torch_dtype
-    torchscript transformers_version type_vocab_size use_bias use_bidirectional_attention use_cache
-    use_conv_bias use_expert_bias use_fp32_lm_head use_gemma_norm use_grouped_mm use_grouped_topk
-    use_kernel use_mamba_kernels use_mla_gate_norm use_moe_router_bias use_qk_norm use_qkv_bias
-    use_rmsnorm use_rope_layers use_routing_bias yarn_only_types z_loss_coef
+    embedding_multiplier_scale enable_lm_head_fp32 ep_size expert_dtype expert_swiglu_limit_list
+    extrapolation_factor ffn_act_fn final_logit_softcapping finetuning_task floor_scale fp16
+    fp32_lm_head fp32_residual fused_qkv gate_lower_bound gradient_checkpointing
+    group_limited_greedy group_norm_size hc_eps hc_sinkhorn_iters head_dtype hidden_act
+    hidden_activation hidden_dropout hidden_dropout_prob index_share_for_mtp_iteration
+    initial_context_length input_jitter_noise is_decoder is_encoder_decoder kv_cache_scheme
+    latent_moe_use_norm layer_norm_eps layer_norm_epsilon layernorm_epsilon
+    layernorm_full_attention_alpha layernorm_full_attention_beta layernorm_linear_attention_alpha
+    layernorm_linear_attention_beta layernorm_mlp_alpha layernorm_mlp_beta linear_silu
+    lm_head_dtype load_balance_coeff logits_scaling mamba_chunk_size mamba_conv_bias
+    mamba_hidden_act mamba_inner_layernorms mamba_proj_bias max_position_embeddings max_seq_len
+    max_sequence_length max_window_layers mla_scale_kv_lora mla_scale_q_lora mla_use_nope mlp_bias
+    mlp_gate_bias mlp_hidden_act model_max_length model_type moe_aux_loss_coeff moe_aux_loss_lambda
+    moe_capacity moe_drop_tokens moe_dropout_prob moe_gate moe_gate_act moe_group moe_group_experts
+    moe_jitter_eps moe_loss_weight moe_normalize_expert_weights moe_orthogonal_loss_lambda
+    moe_random_routing_dropped_token moe_renormalize moe_router_activation
+    moe_router_activation_func moe_router_bias_update_speed moe_router_dtype
+    moe_router_enable_expert_bias moe_router_enable_shared_expert moe_router_norm_min
+    moe_router_num_groups moe_router_scaling_factor moe_router_topk_scaling_factor
+    moe_shared_expert_overlap moe_use_aux_free moe_use_hard_gate moe_z_loss_coef moe_z_loss_lambda
+    mtp_loss_scaling_factor mtp_use_dedicated_embeddings mup_enabled need_fp32_gate
+    no_rope_layer_interval no_rope_layers nope_layers norm_expert_weight norm_topk_prob norm_type
+    normalization_function num_beam_groups num_beams num_labels num_logits_to_keep num_media_embeds
+    num_return_sequences num_reward_heads out_proj_bias output_attentions output_hidden_states
+    output_multiplier_scale output_router_logits pool_type position_embedding_type pretraining_tp
+    qk_head_dim qk_layernorm qk_norm qk_norm_type query_pre_attn_scalar rescale_prenorm_residual
+    resid_pdrop residual_in_fp32 residual_multiplier residual_scaling route_norm route_scale
+    routed_scaling_factor router_aux_loss_coef router_aux_loss_factor router_bias router_dtype
+    router_jitter_noise router_logit_scaling router_logit_softcapping router_scaling_factor
+    router_type router_z_loss_coef score_func score_function scoring_func seq_aux seq_length
+    skip_cls_token swiglu_alpha swiglu_limit swiglu_limits swiglu_limits_shared
+    task_specific_params tie_encoder_decoder tie_word_embeddings time_step_floor time_step_limit
+    time_step_max time_step_min tokenizer_class torch_dtype torchscript transformers_version
+    type_vocab_size use_bias use_bidirectional_attention use_cache use_conv_bias use_expert_bias
+    use_fp32_lm_head use_gemma_norm use_grouped_mm use_grouped_topk use_kernel use_mamba_kernels
+    use_mla_gate_norm use_moe_router_bias use_qk_norm use_qkv_bias use_rmsnorm use_rope_layers
+    use_routing_bias yarn_only_types z_loss_coef
     """.split()  # noqa: SIM905
 )
 """Names with no effect on the size of weights, caches or states."""
@@ -78,7 +80,7 @@ _HARMLESS_PATTERNS = re.compile(
     r"|^(_name_or_path|_commit_hash|_attn_implementation|transformers\.|_from_model|unsloth_)"
     r"|^(vision|visual|image|video|audio|speech|mm_|img_|projector|multimodal|im_|patch_|vit_|tts_)"
     r"|(vision|visual|image|video|audio|projector|talker|code2wav)(_|$)"
-    r"|_placeholder$|_norm_eps$|_scale_factor$|_logit_softcap"
+    r"|(^|_)bias$|_placeholder$|_norm_eps$|_scale_factor$|_logit_softcap"
 )
 
 _STRUCTURAL_WORDS = frozenset(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from moesim.model.hf import mixers
 from moesim.model.hf.keys import Keys
 from moesim.model.hf.mixers import Indexer, Mixer
-from moesim.model.hf.shape import Shape, head_dim, kv_heads, missing
+from moesim.model.hf.shape import Shape, head_dim, is_latent, kv_heads, missing
 
 SPARSE = "sparse attention: sizes are exact, step times count the whole context"
 
@@ -41,7 +41,7 @@ Builder = Callable[[Keys, Shape, str], Layers]
 
 def common(keys: Keys, shape: Shape, window_rule: str) -> Layers:
     """Softmax attention in all layers, grouped or latent, some of them with a window."""
-    if keys.has("kv_lora_rank"):
+    if is_latent(keys):
         return Layers(latent_layers(keys, shape), notes=[SPARSE] * keys.has("index_topk"))
     window, kinds, notes = layer_kinds(keys, shape, window_rule)
     made = {

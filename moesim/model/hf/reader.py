@@ -159,7 +159,7 @@ class _Reader:
             for names in groups
             if not keys.has(*names) and not (names[0] in keys.data and names[0] in family.needs)
         ]
-        if keys.has("kv_lora_rank"):
+        if shape.is_latent(keys):
             latent = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
             absent += [key for key in latent if not keys.has(key)]
             absent += ["q_lora_rank"] if "q_lora_rank" not in keys.data else []

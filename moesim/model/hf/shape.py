@@ -82,6 +82,11 @@ def head_dim(keys: Keys, shape: Shape) -> int:
     return found or shape.hidden // shape.heads
 
 
+def is_latent(keys: Keys) -> bool:
+    """Whether attention is latent: kv_lora_rank is there, and use_mla does not say otherwise."""
+    return keys.has("kv_lora_rank") and keys.flag("use_mla", True)
+
+
 def num_experts(keys: Keys) -> int | None:
     return keys.first_of(EXPERTS, 1, MAX_EXPERTS)
 
