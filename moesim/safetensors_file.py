@@ -136,7 +136,7 @@ def _info(file: Path, name: str, raw: Any, base: int, size: int) -> TensorInfo:
     if not isinstance(raw, dict):
         raise FormatError(f"{where}: no object in the header", _REMEDY)
     dtype = raw.get("dtype")
-    if dtype not in ITEM_BITS:
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise FormatError(f"{where}: unknown type {dtype!r:.20}", _REMEDY)
     shape = _sizes(raw.get("shape"), f"{where}: shape")
     offsets = _sizes(raw.get("data_offsets"), f"{where}: data_offsets")
