@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from moesim.errors import InputError, UnknownNameError
+from moesim.processes import Terminated, die_with_parent, terminable
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -65,7 +66,13 @@ def open_backend(text: str = "serial") -> Iterator[Backend]:
             raise InputError(f"backend {text[:80]}", "serial takes no number: use local:4")
         yield _Serial()
     elif scheme == "local":
-        yield _Local(_local_jobs(rest, text))
+        local = _Local(_local_jobs(rest, text))
+        try:
+            with terminable():
+                yield local
+        except Terminated:
+            _kill_workers()
+            raise
     else:
         address = _address(text)
         opened = _open_dask(text, address) if scheme == "dask" else _open_ray(text, address)
@@ -117,7 +124,9 @@ class _Serial:
             yield i, function(task)
 
 
-def _indexed(function: Callable[[Any], Any], index: int, task: Any) -> tuple[int, Any]:
+def _indexed(function: Callable[[Any], Any], index: int, task: Any, parent: int) -> tuple[int, Any]:
+    """In a worker process, which must not outlive `parent`."""
+    die_with_parent(parent)
     return index, function(task)
 
 
@@ -144,7 +153,10 @@ class _Local:
                 batch_size=1,
                 pre_dispatch=self.num_workers * IN_FLIGHT_PER_WORKER,
             )
-            results = pool(delayed(_indexed)(function, i, task) for i, task in list(left.items()))
+            parent = os.getpid()
+            results = pool(
+                delayed(_indexed)(function, i, task, parent) for i, task in list(left.items())
+            )
             try:
                 for i, result in results:
                     del left[i]
@@ -157,6 +169,12 @@ class _Local:
             " (out of memory?)",
             "use fewer processes, as local:1",
         )
+
+
+def _kill_workers() -> None:
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=False, kill_workers=True)
 
 
 @contextmanager

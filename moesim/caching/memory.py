@@ -8,6 +8,8 @@ from typing import Any
 from moesim.errors import InfeasibleError, InputError
 from moesim.model.names import ModelSpec
 
+MAX_GB = 1e9
+MAX_COUNT = 10**12
 WORKSPACE_BYTES = 1_000_000_000
 """Assumed for the CUDA context, activations and library workspaces."""
 
@@ -52,14 +54,15 @@ def memory_budget(
 
     num_experts: experts that the GPU is responsible for, over all layers; default all.
 
-    Raises InputError for sizes that are not positive, InfeasibleError where not even the experts
-    that one token needs in one layer fit.
+    Raises InputError for sizes that are not positive or absurd, InfeasibleError where not even the
+    experts that one token needs in one layer fit.
     """
-    if not hbm_gb > 0 or batch_size < 1 or context_tokens < 0:
+    sizes = (batch_size, context_tokens)
+    if not 0 < hbm_gb <= MAX_GB or batch_size < 1 or context_tokens < 0 or max(sizes) > MAX_COUNT:
         raise InputError(
-            f"memory {hbm_gb} GB, batch {batch_size}, context {context_tokens} tokens are not all"
-            " positive",
-            "give memory above 0, a batch of at least 1 and a context of at least 0",
+            f"memory of {hbm_gb:g} GB, a batch of {batch_size:.6g} or {context_tokens:.6g} tokens"
+            " of context is out of range",
+            f"give memory above 0 and up to {MAX_GB:g} GB, a batch from 1 and a context from 0",
         )
     hbm = round(hbm_gb * 1e9)
     dense = model.non_expert_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,11 +49,11 @@ class HostSpec:
 
     def __post_init__(self) -> None:
         for name in ("dram_gb_per_s", "cpu_tflops", "nvme_gb_per_s"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"host {name} must be positive", "give a rate above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"host {name} must be positive and finite", "give a rate above 0")
         for name in ("dram_gb", "nvme_gb", "nvme_us", "cpu_us"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"host {name} must not be negative", "give 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"host {name} must be finite, not negative", "give 0 or more")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from moesim.errors import MoesimError, UnknownNameError, plain
+from moesim.processes import Terminated
 
 DEBUG_FLAG = "--debug"
 
@@ -100,9 +101,10 @@ def run(args: Sequence[str], *, debug: bool = False) -> int:
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 130
+    except (typer.Abort, KeyboardInterrupt) as stop:
+        ended = isinstance(stop, Terminated)
+        print("terminated" if ended else "interrupted", file=sys.stderr)
+        return 143 if ended else 130
     except MoesimError as error:
         if debug:
             traceback.print_exc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from moesim.errors import FormatError, InputError
 from moesim.jobs import inputs
 from moesim.jobs.cache_exact import solve_exactly
 from moesim.jobs.cache_result import CacheJob
-from moesim.trace.format import Trace
+from moesim.trace.format import Trace, read_npy
 
 if TYPE_CHECKING:
     from moesim.jobs.inputs import ModelLike, TraceLike
@@ -242,18 +243,20 @@ def _errors(path: Path | None, shape: tuple[int, int]) -> Any:
     try:
         if path.stat().st_size > MAX_ERROR_BYTES:
             raise FormatError(f"{path}: larger than {MAX_ERROR_BYTES} bytes", "give a smaller file")
-        table = np.load(path, allow_pickle=False)
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", "give a .npy file") from None
-    except (ValueError, EOFError):
-        raise FormatError(
-            f"{path}: not a .npy file of numbers", "write it with numpy.save"
-        ) from None
+    try:
+        table = read_npy(io.BytesIO(data), len(data), str(path))
+    except FormatError as error:
+        raise FormatError(error.cause, "write it with numpy.save") from None
     if table.shape != (*shape, 3) or table.dtype.kind not in "fiu":
         raise FormatError(
             f"{path}: {table.dtype} {table.shape}, wanted numbers of shape {(*shape, 3)}",
             "give the error of every layer's experts at 1, 2 and 3 bits",
         )
+    if not np.isfinite(table).all() or table.min() < 0:
+        raise FormatError(f"{path}: errors are negative or not finite", "give errors from 0 on")
     return table.astype(np.float64)
 
 

@@ -8,11 +8,9 @@ that no rank outlives a torchrun that was killed.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -31,12 +29,12 @@ import torch.distributed as dist
 
 from moesim.errors import InputError, MoesimError
 from moesim.files import atomic_write
+from moesim.processes import die_with_parent
 from moesim.replay.launch import PREFIX, STATUS_DIR, free_port
 
 EXIT_LOST = 3
 DEFAULT_TIMEOUT_S = 120.0
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -137,7 +135,7 @@ def joined(device: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterat
     "cpu" insist. NVLink multicast stays off unless the environment says otherwise.
     Raises InputError when there are more ranks than GPUs on the host.
     """
-    _die_with_parent()
+    die_with_parent()
     environment = os.environ
     for name, value in NO_MULTICAST.items():
         environment.setdefault(name, value)
@@ -246,16 +244,6 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies; elsewhere do nothing."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _pick_device(wanted: str, local_rank: int, num_local: int) -> torch.device:

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +21,9 @@ import numpy.typing as npt
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.files import atomic_directory, atomic_path, atomic_write
 from moesim.trace import candidates
-from moesim.trace.npyio import MAX_MEMBER_BYTES, map_npy, memory_bytes
 from moesim.trace.npyio import REMEDY as _REMEDY
 from moesim.trace.npyio import drop_pages as drop_pages
+from moesim.trace.npyio import map_npy, read_archive
 from moesim.trace.npyio import read_npy as read_npy
 from moesim.types import Array as Array
 
@@ -328,26 +325,18 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     known = {*candidates.LAYER_ARRAYS, "expert_load", "meta", *TOKEN_DTYPES}
-    raw: dict[str, Any] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                name = info.filename.removesuffix(".npy")
-                if name not in known:
-                    continue
-                if info.file_size > min(MAX_MEMBER_BYTES, memory_bytes()):
-                    raise FormatError(
-                        f"{path}: array {name} claims {info.file_size} bytes",
-                        "use the directory form for traces larger than memory",
-                    )
-                with archive.open(info) as member:
-                    raw[name] = read_npy(member, info.file_size, f"{path}: array {name}")
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-        raise FormatError(f"{path}: not a readable .npz file ({error})", _REMEDY) from None
-    except (zlib.error, lzma.LZMAError) as error:
-        raise FormatError(f"{path}: damaged .npz file ({error})", _REMEDY) from None
-    if "meta" not in raw:
-        raise FormatError(f"{path}: there is no array called meta", _REMEDY)
+
+    def check(announced: dict[str, Array]) -> None:
+        if "meta" not in announced:
+            raise FormatError(f"{path}: there is no array called meta", _REMEDY)
+        meta = parse_meta(str(announced["meta"]), str(path))
+        shapes = {name: array for name, array in announced.items() if name != "meta"}
+        if "expert_load" in shapes:
+            _check_load(shapes, meta, str(path))
+        else:
+            _build_trace(shapes, meta, str(path))
+
+    raw: dict[str, Any] = read_archive(path, known, check)
     raw["meta"] = str(raw["meta"])
     return raw
 
@@ -367,7 +356,8 @@ def _read_directory(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _build_load_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> LoadTrace:
+def _check_load(raw: dict[str, Any], meta: TraceMeta, where: str) -> None:
+    """Type and shape of counts."""
     load = raw["expert_load"]
     want = (meta.num_layers, meta.num_experts)
     if load.dtype != np.int64 or load.ndim != 3 or load.shape[1:] != want or load.shape[0] < 1:
@@ -376,14 +366,18 @@ def _build_load_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> LoadT
             f" {want[1]}]",
             _REMEDY,
         )
-    if load.min() < 0:
-        raise FormatError(f"{where}: expert_load has negative counts", _REMEDY)
     both = sorted(set(raw) & {*candidates.LAYER_ARRAYS, *TOKEN_DTYPES})
     if both:
         raise FormatError(
             f"{where}: holds expert_load and {both[0]}, counts and tokens", "write one of them"
         )
-    return LoadTrace(load, meta, where)
+
+
+def _build_load_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> LoadTrace:
+    _check_load(raw, meta, where)
+    if raw["expert_load"].min() < 0:
+        raise FormatError(f"{where}: expert_load has negative counts", _REMEDY)
+    return LoadTrace(raw["expert_load"], meta, where)
 
 
 def _build_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> Trace:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 import math
 import mmap
 import os
+import zipfile
+import zlib
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,17 +17,88 @@ import numpy as np
 from moesim.errors import FormatError
 from moesim.types import Array
 
+Members = dict[str, Array]
 MAX_MEMBER_BYTES = 1 << 38
+MAX_META_BYTES = 1 << 28
 REMEDY = "check how the trace was written; docs/trace-format.md describes the format"
 _MAX_DIMENSIONS = 16
+_READ_BYTES = 1 << 24
+_CONTAINER_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 
 
 def memory_bytes() -> int:
-    """The machine's memory, or MAX_MEMBER_BYTES where it cannot be told."""
+    """Memory that this process may have: the machine's or its container's, whichever is less;
+    MAX_MEMBER_BYTES where it cannot be told."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return MAX_MEMBER_BYTES
+        own = MAX_MEMBER_BYTES
+    for limit in _CONTAINER_LIMITS:
+        try:
+            own = min(own, int(Path(limit).read_text()))
+        except (OSError, ValueError):
+            continue
+    return own
+
+
+def read_archive(path: Path, names: Collection[str], check: Callable[[Members], None]) -> Members:
+    """The arrays of an `.npz` file that are in `names`.
+
+    Nothing large is unpacked before the whole file is known to make sense: first every header is
+    read, and the text `meta`; then `check` gets arrays of the shapes and types announced, which
+    hold nothing (all values are one zero) and take no memory, and raises where they contradict each
+    other; then the data are read. Raises FormatError for a file that is damaged, or that announces
+    more than half of the memory there is.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = {
+                name: info
+                for info in archive.infolist()
+                if (name := info.filename.removesuffix(".npy")) in names
+            }
+            announced: Members = {}
+            for name, info in infos.items():
+                where = f"{path}: array {name}"
+                with archive.open(info) as member:
+                    shape, _, dtype = _read_header(member, where)
+                size = math.prod(shape) * dtype.itemsize
+                if size > info.file_size:
+                    raise FormatError(f"{where}: shorter than its shape {shape} demands", REMEDY)
+                announced[name] = np.broadcast_to(np.zeros((), dtype), shape)
+            _check_room(path, announced)
+            if "meta" in infos:
+                announced["meta"] = _read_member(archive, path, "meta", infos["meta"])
+            check(announced)
+            return {
+                name: announced[name] if name == "meta" else _read_member(archive, path, name, info)
+                for name, info in infos.items()
+            }
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        raise FormatError(f"{path}: not a readable .npz file ({error})", REMEDY) from None
+    except (zlib.error, lzma.LZMAError) as error:
+        raise FormatError(f"{path}: damaged .npz file ({error})", REMEDY) from None
+
+
+def _check_room(path: Path, announced: Members) -> None:
+    room = min(MAX_MEMBER_BYTES, memory_bytes() // 2)
+    size = sum(array.size * array.itemsize for array in announced.values())
+    meta = announced.get("meta")
+    if meta is not None and meta.size * meta.itemsize > MAX_META_BYTES:
+        raise FormatError(f"{path}: meta claims more than {MAX_META_BYTES >> 20} MiB", REMEDY)
+    if size > room:
+        raise FormatError(
+            f"{path}: its arrays claim {size} bytes, more than half of the memory here",
+            "use the directory form for traces larger than memory",
+        )
+
+
+def _read_member(archive: zipfile.ZipFile, path: Path, name: str, info: zipfile.ZipInfo) -> Array:
+    with archive.open(info) as member:
+        return read_npy(member, info.file_size, f"{path}: array {name}")
 
 
 def read_npy(member: Any, num_bytes: int, where: str) -> Array:
@@ -32,10 +107,14 @@ def read_npy(member: Any, num_bytes: int, where: str) -> Array:
     size = math.prod(shape) * dtype.itemsize
     if size > num_bytes:
         raise FormatError(f"{where}: shorter than its shape {shape} demands", REMEDY)
-    data = member.read(size)
-    if len(data) != size:
-        raise FormatError(f"{where}: truncated", REMEDY)
-    flat = np.frombuffer(data, dtype=dtype) if size else np.zeros(0, dtype)
+    data = np.empty(size, np.uint8)
+    room = memoryview(data)
+    while len(room):
+        count = member.readinto(room[:_READ_BYTES])
+        if not count:
+            raise FormatError(f"{where}: truncated", REMEDY)
+        room = room[count:]
+    flat = data.view(dtype) if size else np.zeros(0, dtype)
     return flat.reshape(shape, order="F" if fortran else "C")
 
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -151,7 +151,8 @@ class TraceWriter:
     def discard(self) -> None:
         """Drop what was written and not yet moved to its place."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # what is buffered cannot be written, and is not wanted
+                file.close()
         self._files = {}
         self._stack.__exit__(_DiscardError, _DiscardError(), None)
 

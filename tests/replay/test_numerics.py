@@ -36,7 +36,7 @@ def ctx() -> Context:
 def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("moesim.replay.process._die_with_parent", lambda: None)
+    monkeypatch.setattr("moesim.replay.process.die_with_parent", lambda: None)
     with joined("cpu", 60.0) as found:
         yield found
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,3 +102,58 @@ def test_workers_that_keep_dying_are_given_up(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_addresses(text: str, address: str) -> None:
     assert backends._address(text) == address
+
+
+SLEEPERS = """
+import os, sys, time
+from moesim.backend import open_backend
+
+def work(folder):
+    (folder / str(os.getpid())).touch()
+    time.sleep(600)
+
+def main():
+    from pathlib import Path
+    from sleepers import work
+    with open_backend("local:2") as backend:
+        list(backend.run(work, [Path(sys.argv[1])] * 4))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_study(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "sleepers.py").write_text(SLEEPERS)
+    seen = tmp_path / "pids"
+    seen.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "sleepers.py", str(seen)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(seen.iterdir())) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.wait(30)
+    finally:
+        process.kill()
+    workers = [int(path.name) for path in seen.iterdir()]
+    deadline = time.monotonic() + 30
+    while any(running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if running(pid)]
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

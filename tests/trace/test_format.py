@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -300,24 +301,55 @@ def test_a_member_that_claims_more_than_memory(
     make_trace: MakeTrace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A zip bomb: few bytes in the file that unpack to more than the machine has."""
-    big = header((1 << 24, 3, 2)) + bytes(6 << 24)
-    path = write_zip(tmp_path / "t.npz", {**members(make_trace()), "expert_ids": big})
-    assert path.stat().st_size < len(big) / 500
-    monkeypatch.setattr("moesim.trace.format.MAX_MEMBER_BYTES", 1 << 26)
+    path = bomb(make_trace(), tmp_path)
+    assert path.stat().st_size < (6 << 24) / 500
+    monkeypatch.setattr("moesim.trace.npyio.memory_bytes", lambda: 1 << 27)
     error = refused(path)
-    assert "claims 100663" in error.cause
+    assert "claim 100664180 bytes" in error.cause
     assert "directory" in error.remedy
+
+
+def test_contradictions_are_found_before_anything_is_unpacked(
+    make_trace: MakeTrace, tmp_path: Path
+) -> None:
+    """100 MB of ids in 100 kB of file; the small arrays are for 12 tokens."""
+    path = bomb(make_trace(), tmp_path)
+    tracemalloc.start()
+    try:
+        error = refused(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "request_ids has shape (12,), wanted (16777216,)" in error.cause
+    assert peak < 10 << 20
+
+
+def bomb(trace: Trace, folder: Path) -> Path:
+    big = header((1 << 24, 3, 2)) + bytes(6 << 24)
+    return write_zip(folder / "t.npz", {**members(trace), "expert_ids": big})
 
 
 def test_a_size_in_the_zip_directory_that_lies(make_trace: MakeTrace, tmp_path: Path) -> None:
     """The array claims 3.2 GB and the zip directory 4.3 GB; there are 10 bytes."""
-    lie = header((1 << 29, 3, 2)) + bytes(10)
+    lie = header((12, 1 << 27, 2)) + bytes(10)
     path = write_zip(tmp_path / "t.npz", {**members(make_trace()), "expert_ids": lie})
     raw = bytearray(path.read_bytes())
     at = raw.rfind(b"expert_ids.npy") - 46
     assert raw[at : at + 4] == b"PK\x01\x02"
     raw[at + 24 : at + 28] = b"\xfe\xff\xff\xff"
     path.write_bytes(raw)
+    assert "expert_ids has shape (12, 134217728, 2), but meta says" in refused(path).cause
+
+
+def test_an_array_that_ends_early(make_trace: MakeTrace, tmp_path: Path) -> None:
+    """The zip directory promises 72 bytes of ids more than there are."""
+    raw = members(make_trace())
+    path = write_zip(tmp_path / "t.npz", {**raw, "expert_ids": raw["expert_ids"][:-72]})
+    data = bytearray(path.read_bytes())
+    at = data.rfind(b"expert_ids.npy") - 46
+    size = struct.unpack("<I", data[at + 24 : at + 28])[0]
+    data[at + 24 : at + 28] = struct.pack("<I", size + 72)
+    path.write_bytes(data)
     assert "expert_ids: truncated" in refused(path).cause
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -144,3 +146,27 @@ def test_the_smallest_type_for_ids() -> None:
     """256 experts have ids to 255, which uint8 holds."""
     assert [id_dtype(n) for n in (1, 256, 257, 32_767)] == ["uint8", "uint8", "uint16", "uint16"]
     assert id_dtype(8, ragged=True) == "int16"
+
+
+@pytest.mark.parametrize("name", ["t.npz", "t"])
+def test_a_full_disk_says_so(
+    make_trace: MakeTrace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Files whose every write fails, also the flush of what was buffered when they are closed."""
+
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    trace = make_trace()
+    out = TraceWriter.like(tmp_path / name, trace)
+    for file in out._files.values():
+        file.close()
+    out._files = {array: Full() for array in out._files}
+    with pytest.raises(InputError, match="No space left") as caught, out:
+        out.append(**trace.arrays())
+    assert "room" in caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
