@@ -49,7 +49,8 @@ class UnknownNameError(InputError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], remedy: str = "") -> None:
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        near = [known for known in names if name and known.startswith(name.lower())][:1]
+        near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         listing = ", ".join(names) if len(names) <= 16 else ", ".join(names[:16]) + ", ..."
         hint = f"did you mean {near[0]!r}? " if near else ""
         super().__init__(
@@ -70,6 +71,12 @@ def plain(text: object, length: int = 80) -> str:
     """A name out of a file, fit for a terminal: one line, no control characters or lone surrogates,
     not too long. Every such name goes through here on its way to a terminal."""
     return _one_line(str(text))[:length]
+
+
+def plain_lines(text: str) -> str:
+    """Text of several lines with names out of files in it, fit for a terminal: as it is, but
+    without control characters (escapes, bells, lone surrogates)."""
+    return "".join(ch for ch in text if ch.isprintable() or ch == "\n")
 
 
 def _one_line(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from moesim.cli.options import JsonOption, ModelOption, PlotOption, SeedOption, TraceOption
+from moesim.cli.output import echo
 
 
 def cache(
@@ -88,11 +89,11 @@ def cache(
         job.plot(plot)
     notice(*job.notes)
     if as_json:
-        typer.echo(json.dumps(job.to_json(), indent=1))
+        echo(json.dumps(job.to_json(), indent=1))
         return
-    typer.echo(job.summary())
+    echo(job.summary())
     if out is not None or plot is not None:
-        typer.echo(wrote(out, plot))
+        echo(wrote(out, plot))
 
 
 def _say(text: str) -> None:

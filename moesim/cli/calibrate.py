@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from moesim.cli.output import echo
+
 
 def calibrate(
     out: Annotated[Path, typer.Option(help="Calibration YAML to write.")],
@@ -65,11 +67,11 @@ def calibrate(
     made = parse_calibration_file(out.read_text(encoding="utf-8"), where=str(out))
     if as_json:
         found = {**_summary(record, out), "links": link_rows(made)}
-        typer.echo(json.dumps(found, indent=1))
+        echo(json.dumps(found, indent=1))
         return
-    typer.echo(f"{out}: {made.gpu}")
+    echo(f"{out}: {made.gpu}")
     for line in [*_lines(record), *link_lines(made)]:
-        typer.echo(line)
+        echo(line)
 
 
 def _measure(

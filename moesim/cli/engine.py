@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moesim.cli.options import JsonOption, ModelOption, SeedOption, TraceOption
+from moesim.cli.output import echo
 
 app = typer.Typer(help="Serving engines: replay a routing trace inside one.", no_args_is_help=True)
 
@@ -83,22 +84,22 @@ def replay(
             "arguments": written.arguments,
             "notes": list(written.notes),
         }
-        typer.echo(json.dumps(summary, indent=2))
+        echo(json.dumps(summary, indent=2))
         return
     for note in written.notes:
-        typer.echo(f"note: {note}", err=True)
+        echo(f"note: {note}", err=True)
     how = {
         "none": "the engine's own placement",
         "renumbered": "the plan, experts renumbered so that linear placement is it",
         "eplb": "the plan with its replicas, through the engine's load balancer",
     }
     gpus = "1 GPU" if content.num_gpus == 1 else f"{content.num_gpus} GPUs"
-    typer.echo(
+    echo(
         f"wrote {out}: {name}, {len(content.moe_layer_ids)} MoE layers, random weights\n"
         f"placement: {how[content.placement]}; {gpus}\n\nstart with\n\nsh {out}/launch.sh"
     )
     if content.num_gpus == 1:
-        typer.echo(
+        echo(
             f"sh {out}/launch.sh bench latency --batch-size 64 --input-len 512 --output-len 64"
             " --disable-detokenize"
         )

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moesim.cli.options import JsonOption
+from moesim.cli.output import echo
 
 
 def export(
@@ -96,7 +97,7 @@ def export(
         fill_layers=parse_layer_ids(fill_layers, "--fill-layers") if fill_layers else (),
         notify=notice,
     )
-    typer.echo(json.dumps(done.to_json(), indent=2) if as_json else done.summary())
+    echo(json.dumps(done.to_json(), indent=2) if as_json else done.summary())
 
 
 def _list(as_json: bool) -> None:
@@ -105,10 +106,10 @@ def _list(as_json: bool) -> None:
     rows = {name: exporter(name) for name in EXPORTERS.names()}
     if as_json:
         listing = {n: {"title": e.TITLE, "accepted_by": e.ACCEPTED_BY} for n, e in rows.items()}
-        typer.echo(json.dumps(listing, indent=2))
+        echo(json.dumps(listing, indent=2))
         return
     for name, row in rows.items():
-        typer.echo(f"{name:<14} {row.TITLE}\n{'':<14} accepted by {row.ACCEPTED_BY}")
+        echo(f"{name:<14} {row.TITLE}\n{'':<14} accepted by {row.ACCEPTED_BY}")
 
 
 def _apply(
@@ -132,9 +133,9 @@ def _apply(
     )
     changed = permute_checkpoint(plan, source, target, options)
     if as_json:
-        typer.echo(json.dumps({"checkpoint": str(target), "num_changed_tensors": changed}))
+        echo(json.dumps({"checkpoint": str(target), "num_changed_tensors": changed}))
         return
-    typer.echo(
+    echo(
         f"wrote {target}: {changed} tensors renumbered in {len(plan.layer_ids)} layers; experts"
         f" placed in order over {plan.placement.num_gpus} GPUs are now the plan"
     )

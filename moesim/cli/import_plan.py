@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moesim.cli.options import JsonOption
+from moesim.cli.output import echo
 
 
 def import_plan(
@@ -63,9 +64,9 @@ def import_plan(
             "num_experts": placement.num_experts,
             "layer_ids": list(plan.layer_ids),
         }
-        typer.echo(json.dumps(summary, indent=2))
+        echo(json.dumps(summary, indent=2))
         return
-    typer.echo(
+    echo(
         f"wrote {out}: {placement.num_layers} MoE layers, {placement.num_experts} experts in"
         f" {placement.num_slots} slots on"
         f" {gpus_in_nodes(placement.num_gpus, placement.num_nodes)}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 import traceback
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -38,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 }
 """Name: (module of moesim.cli, attribute, help)."""
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 _ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
@@ -98,6 +101,7 @@ def run(args: Sequence[str], *, debug: bool = False) -> int:
     try:
         app = build_app(called)
         code = app(args, standalone_mode=False, prog_name="moesim")
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -110,9 +114,13 @@ def run(args: Sequence[str], *, debug: bool = False) -> int:
             traceback.print_exc()
         return _say(error.cause, error.remedy, error.exit_code, option_names(args))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
+            _drop_output()
+            cause = f"cannot write the output: {error.strerror}"
+            return _say(cause, "send it to a place with room", 2, {})
         if isinstance(error, _ClickException):
             if type(error).__name__ == "NoArgsIsHelpError":
                 error.show()  # type: ignore[attr-defined]
@@ -122,6 +130,12 @@ def run(args: Sequence[str], *, debug: bool = False) -> int:
             traceback.print_exc()
         cause = f"internal: {type(error).__name__}: {plain(error, 300)}"
         return _say(cause, "run again with --debug and report what it shows", 2, {})
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere, so that the interpreter's last flush succeeds."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(cause: str, remedy: str, code: int, names: Mapping[str, str]) -> int:

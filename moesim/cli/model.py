@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesim.cli.output import echo
+
 if TYPE_CHECKING:
     from moesim.model.hf.reader import Reading
     from moesim.model.spec import ModelSpec
@@ -44,7 +46,7 @@ def list_models(as_json: JsonOption = False) -> None:
             }
             for spec in specs
         ]
-        typer.echo(json.dumps(rows, indent=2))
+        echo(json.dumps(rows, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
@@ -92,7 +94,7 @@ def show_model(
 
     reading = load_reading(name)
     if as_json:
-        typer.echo(json.dumps(reading.spec.to_dict(), indent=2))
+        echo(json.dumps(reading.spec.to_dict(), indent=2))
         return
     from rich.console import Console
     from rich.table import Table

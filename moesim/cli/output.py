@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from moesim.errors import InputError, plain
+from moesim.errors import InputError, plain, plain_lines
 
 
 def check_targets(*files: Path | None, plot: Path | None = None) -> None:
@@ -28,6 +28,14 @@ def check_targets(*files: Path | None, plot: Path | None = None) -> None:
             )
 
 
+def echo(text: str, err: bool = False, nl: bool = True) -> None:
+    """Text for people or for a program, on standard output or error. Whatever names out of files
+    are in it, no control character reaches the terminal."""
+    import typer
+
+    typer.echo(plain_lines(text), err=err, nl=nl)
+
+
 def notice(*texts: str) -> None:
     """Lines on standard error, with option names in the command line's spelling."""
     from moesim.cli.main import as_options
@@ -43,7 +51,7 @@ def wrote(*files: Path | None) -> str:
 
 def say(line: str) -> None:
     """A progress line on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    print(plain(line, 1000), file=sys.stderr, flush=True)
 
 
 def given(job: Callable[..., Any], options: Mapping[str, Any], **changed: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from moesim.cli.options import (
     SeedOption,
     TraceOption,
 )
+from moesim.cli.output import echo
 from moesim.errors import InputError
 
 
@@ -112,10 +113,10 @@ def plan(
         result.plot(plot)
     notice(*result.notices)
     if as_json:
-        typer.echo(json.dumps({**result.to_json(), "plan": str(out)}, indent=1))
+        echo(json.dumps({**result.to_json(), "plan": str(out)}, indent=1))
     else:
-        typer.echo(result.summary())
-        typer.echo(wrote(out, plot))
+        echo(result.summary())
+        echo(wrote(out, plot))
     return 130 if interrupted else 0
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from moesim.cli.output import echo
 from moesim.errors import InputError
 
 
@@ -60,7 +61,7 @@ def report(
             "left_out": list(page.left_out),
             "passed_over": passed,
         }
-        typer.echo(json.dumps(data, indent=1))
+        echo(json.dumps(data, indent=1))
         return
     size = len(page.html.encode()) / 1e3
-    typer.echo(f"wrote {out}: {size:,.0f} kB, {len(page.sections)} sections")
+    echo(f"wrote {out}: {size:,.0f} kB, {len(page.sections)} sections")

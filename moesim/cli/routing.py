@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moesim.cli.options import JsonOption
+from moesim.cli.output import echo
 
 app = typer.Typer(help="Rules of routing.", no_args_is_help=True)
 
@@ -28,11 +29,11 @@ def list_rules(as_json: JsonOption = False) -> None:
 
     rows = {name: RULES.get(name).TITLE for name in RULES.names()}
     if as_json:
-        typer.echo(json.dumps([{"name": n, "title": t} for n, t in rows.items()], indent=2))
+        echo(json.dumps([{"name": n, "title": t} for n, t in rows.items()], indent=2))
         return
     width = max(map(len, rows))
     for name, text in rows.items():
-        typer.echo(f"{name:<{width}}  {text}")
+        echo(f"{name:<{width}}  {text}")
 
 
 @app.command("show")
@@ -60,14 +61,14 @@ def show(
             "needs": list(kind.NEEDS),
             "parameters": [{"name": n, "type": t, "default": d} for n, t, d in rows],
         }
-        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+        echo(json.dumps(record, indent=2, ensure_ascii=False))
         return
-    typer.echo(f"{name}: {kind.TITLE}\n\n{text}\n")
+    echo(f"{name}: {kind.TITLE}\n\n{text}\n")
     if rows:
         head = ["parameter", "values", "default"]
-        typer.echo(text_table(head, [[n, t, d or "(needed)"] for n, t, d in rows], left=3) + "\n")
-    typer.echo(f"paper     {kind.PAPER}")
+        echo(text_table(head, [[n, t, d or "(needed)"] for n, t, d in rows], left=3) + "\n")
+    echo(f"paper     {kind.PAPER}")
     if kind.LEFT_OUT:
-        typer.echo(f"left out  {kind.LEFT_OUT}")
+        echo(f"left out  {kind.LEFT_OUT}")
     if kind.NEEDS:
-        typer.echo(f"needs     {', '.join(kind.NEEDS)}")
+        echo(f"needs     {', '.join(kind.NEEDS)}")

@@ -16,6 +16,7 @@ from moesim.cli.options import (
     PlotOption,
     SeedOption,
 )
+from moesim.cli.output import echo
 from moesim.errors import InputError
 
 
@@ -197,12 +198,12 @@ def serve(
         )
     if plot is not None:
         result.plot(plot)
-        typer.echo(f"wrote {plot}", err=True)
+        echo(f"wrote {plot}", err=True)
     notice(*result.notices)
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=1, allow_nan=False))
+        echo(json.dumps(result.to_json(), indent=1, allow_nan=False))
     else:
-        typer.echo(result.summary())
+        echo(result.summary())
     if result.missed:
         raise typer.Exit(1)
 

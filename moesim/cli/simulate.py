@@ -19,6 +19,7 @@ from moesim.cli.options import (
     SeedOption,
     TraceOption,
 )
+from moesim.cli.output import echo
 from moesim.errors import InputError
 
 
@@ -202,12 +203,12 @@ def simulate(
         if report.timeline is None:
             raise InputError("no timeline was made", "use `fidelity` event")
         atomic_write(timeline, report.timeline.to_json())
-        typer.echo(f"wrote {timeline} (open it at ui.perfetto.dev)", err=True)
+        echo(f"wrote {timeline} (open it at ui.perfetto.dev)", err=True)
     if plot is not None:
         report.plot(plot)
-        typer.echo(f"wrote {plot}", err=True)
+        echo(f"wrote {plot}", err=True)
     notice(*report.notices)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1, allow_nan=False))
+        echo(json.dumps(report.to_json(), indent=1, allow_nan=False))
         return
-    typer.echo(report.summary())
+    echo(report.summary())

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moesim.cli.output import echo
+
 app = typer.Typer(help="Placement methods.", no_args_is_help=True)
 
 
@@ -27,8 +29,8 @@ def list_solvers(
 
     rows = {name: about(name) for name in solver_names()}
     if as_json:
-        typer.echo(json.dumps([{"name": n, "description": t} for n, t in rows.items()], indent=2))
+        echo(json.dumps([{"name": n, "description": t} for n, t in rows.items()], indent=2))
         return
     width = max(map(len, rows))
     for name, text in rows.items():
-        typer.echo(f"{name:<{width}}  {text}")
+        echo(f"{name:<{width}}  {text}")

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesim.cli.output import echo
+from moesim.errors import plain
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -44,7 +47,7 @@ def list_topologies(as_json: JsonOption = False) -> None:
             }
         )
     if as_json:
-        typer.echo(json.dumps({"clusters": rows, "gpus": list(gpu_names())}, indent=2))
+        echo(json.dumps({"clusters": rows, "gpus": list(gpu_names())}, indent=2))
         return
     from rich.table import Table
 
@@ -121,11 +124,11 @@ def show_topology(
         from moesim.draw.topology import topology as drawn
 
         drawn(cluster).save(plot)
-        typer.echo(f"wrote {plot}", err=True)
+        echo(f"wrote {plot}", err=True)
     if as_yaml:
-        typer.echo(find_cluster_file(name).read_text(encoding="utf-8"), nl=False)
+        echo(find_cluster_file(name).read_text(encoding="utf-8"), nl=False)
     elif as_json:
-        typer.echo(json.dumps(describe(cluster), indent=2, allow_nan=False))
+        echo(json.dumps(describe(cluster), indent=2, allow_nan=False))
     else:
         _print_cluster(describe(cluster), _console())
 
@@ -152,10 +155,10 @@ def check_topology(
             "basis": basis.kind,
             "cluster_hash": cluster.cluster_hash(),
         }
-        typer.echo(json.dumps(report, indent=2))
+        echo(json.dumps(report, indent=2))
         return
     nodes = "1 node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
-    typer.echo(f"{cluster.name}: valid, {cluster.num_gpus} GPUs in {nodes}, figures {basis.kind}")
+    echo(f"{cluster.name}: valid, {cluster.num_gpus} GPUs in {nodes}, figures {basis.kind}")
 
 
 def _print_cluster(info: dict[str, Any], console: Console) -> None:
@@ -164,11 +167,11 @@ def _print_cluster(info: dict[str, Any], console: Console) -> None:
     from rich.tree import Tree
 
     nodes = "1 node" if info["num_nodes"] == 1 else f"{info['num_nodes']} nodes"
-    tree = Tree(Text(f"{info['name']}: {info['num_gpus']} GPUs in {nodes}"))
-    tree.add(Text(info["description"]))
+    tree = Tree(Text(f"{plain(info['name'])}: {info['num_gpus']} GPUs in {nodes}"))
+    tree.add(Text(plain(info["description"], 1000)))
     for gpu in info["gpu_types"]:
         rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in gpu["tflops"].items())
-        branch = tree.add(Text(f"{gpu['num_gpus']} x {gpu['title']} ({gpu['name']})"))
+        branch = tree.add(Text(f"{gpu['num_gpus']} x {plain(gpu['title'])} ({plain(gpu['name'])})"))
         branch.add(f"HBM {gpu['hbm_gb']:g} GB at {gpu['hbm_gb_per_s']:g} GB/s")
         branch.add(f"dense TFLOPS: {rates}")
         branch.add(f"${gpu['price_usd_per_hour']:g} an hour (assumed)")
@@ -233,7 +236,9 @@ def _print_cluster(info: dict[str, Any], console: Console) -> None:
     for title in ("block", "kind", "source"):
         table.add_column(title, overflow="fold")
     for block in info["basis"]["blocks"]:
-        table.add_row(Text(block["where"]), block["kind"], Text(block["source"]))
+        table.add_row(
+            Text(plain(block["where"])), block["kind"], Text(plain(block["source"], 1000))
+        )
     console.print(table)
 
 

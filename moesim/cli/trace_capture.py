@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from moesim.cli.output import echo, notice
+
 
 def capture(
     model: Annotated[
@@ -83,7 +85,7 @@ def capture(
         license=license_text,
     )
     with progress_bar("prompts") as progress:
-        result = run(options, lambda line: typer.echo(f"note: {line}", err=True), progress)
+        result = run(options, notice, progress)
     meta = result.meta
     if as_json:
         summary = {
@@ -98,9 +100,9 @@ def capture(
             "layer_ids": list(meta.layer_ids),
             "domains": list(meta.domains),
         }
-        typer.echo(json.dumps(summary, indent=2))
+        echo(json.dumps(summary, indent=2))
         return
-    typer.echo(
+    echo(
         f"wrote {out}: {result.num_prefill_tokens:,} prefill and {result.num_decode_tokens:,}"
         f" decode tokens of {result.num_requests:,} requests, {meta.num_layers} MoE layers,"
         f" top-{meta.top_k} of {meta.num_experts} experts"

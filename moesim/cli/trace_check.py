@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from moesim.cli.output import echo
+
 
 def check(
     trace: Annotated[str, typer.Argument(help="Trace file, trace directory, or sample:NAME.")],
@@ -34,13 +36,13 @@ def check(
             "num_errors": num_errors,
             "num_warnings": len(findings) - num_errors,
         }
-        typer.echo(json.dumps(report, indent=2))
+        echo(json.dumps(report, indent=2))
     else:
         for finding in findings:
             times = "once" if finding.count == 1 else f"{finding.count:,} times"
-            typer.echo(f"{finding.severity}: {finding.code}, {times}: {finding.message}")
+            echo(f"{finding.severity}: {finding.code}, {times}: {finding.message}")
         num_warnings = len(findings) - num_errors
-        typer.echo(f"{_count(num_errors, 'error')}, {_count(num_warnings, 'warning')}")
+        echo(f"{_count(num_errors, 'error')}, {_count(num_warnings, 'warning')}")
     if num_errors:
         raise typer.Exit(1)
 

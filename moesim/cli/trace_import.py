@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moesim.cli.output import echo, notice
+
 if TYPE_CHECKING:
     from moesim.trace.format import LoadTrace, Trace
     from moesim.trace.importers.base import ImportOptions
@@ -73,10 +75,10 @@ def import_trace(
     if list_formats:
         titles = {name: importer(name).TITLE for name in IMPORTERS.names()}
         if as_json:
-            typer.echo(json.dumps(titles, indent=2))
+            echo(json.dumps(titles, indent=2))
         else:
             for name, title in titles.items():
-                typer.echo(f"{name:<16} {title}")
+                echo(f"{name:<16} {title}")
         return
     if not files:
         raise InputError("no files were named", "name the files to import, or --list the formats")
@@ -104,14 +106,14 @@ def import_trace(
     save_trace(trace, out)
     summary = _summary(trace, out)
     if as_json:
-        typer.echo(json.dumps(summary, indent=2))
+        echo(json.dumps(summary, indent=2))
         return
     size = (
         f"{summary['num_tokens']:,} tokens of {summary['num_requests']:,} requests"
         if "num_tokens" in summary
         else f"counts of {summary['num_steps']:,} steps"
     )
-    typer.echo(
+    echo(
         f"wrote {out}: {size}, {summary['num_layers']} MoE layers, top-{summary['top_k']} of"
         f" {summary['num_experts']} experts"
     )
@@ -149,7 +151,6 @@ def _options(
     license_text: str,
     max_tokens: int | None,
 ) -> ImportOptions:
-    from moesim.cli.output import notice
     from moesim.errors import InputError
     from moesim.trace.importers.base import ImportOptions
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesim.cli.output import echo, notice
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -90,15 +92,15 @@ def info(
         from moesim.draw.trace import expert_load
 
         expert_load(load, loaded.meta, sample).save(plot)
-        typer.echo(f"wrote {plot}", err=True)
+        echo(f"wrote {plot}", err=True)
     if as_json:
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))
+        echo(json.dumps(report, indent=2, allow_nan=False))
     elif isinstance(loaded, LoadTrace):
         _print_load(counts, _console())
     else:
         _print_trace(stats, batches, _console())
         for line in ["", *caching] if caching else []:
-            typer.echo(line)
+            echo(line)
 
 
 def _batches(trace: Trace, stats: TraceStats, num_gpus: int) -> list[BatchImbalance]:
@@ -155,8 +157,7 @@ def _print_trace(stats: TraceStats, batches: list[BatchImbalance], console: Cons
     _print_drift(stats, console)
     _print_pairs(stats, console)
     _print_domains(stats, console)
-    for notice in stats.notices:
-        typer.echo(f"note: {notice}", err=True)
+    notice(*stats.notices)
 
 
 def _print_load(stats: LoadStats, console: Console) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moesim.cli.options import JsonOption, ModelOption, PhaseOption, SeedOption
+from moesim.cli.output import echo
 
 
 def reroute(
@@ -61,11 +62,11 @@ def reroute(
         seed=seed,
     )
     for notice in result.notices:
-        typer.echo(f"note: {notice}", err=True)
+        echo(f"note: {notice}", err=True)
     if out is not None:
         result.save(out)
-        typer.echo(f"wrote {out}", err=True)
+        echo(f"wrote {out}", err=True)
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=2, allow_nan=False))
+        echo(json.dumps(result.to_json(), indent=2, allow_nan=False))
     else:
-        typer.echo(result.summary())
+        echo(result.summary())

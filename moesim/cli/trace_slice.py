@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moesim.cli.output import echo, notice
 from moesim.errors import InputError
 
 MAX_LISTED_REQUESTS = 1_000_000
@@ -62,7 +63,7 @@ def slice_(
     loaded = load_token_trace(trace, "moesim trace slice")
     with progress_bar("slicing") as progress:
         num_tokens = write_slice(loaded, spec, out, progress)
-    typer.echo(f"wrote {out}: {num_tokens:,} of {loaded.num_tokens:,} tokens")
+    echo(f"wrote {out}: {num_tokens:,} of {loaded.num_tokens:,} tokens")
 
 
 def merge(
@@ -80,9 +81,8 @@ def merge(
     loaded = [load_token_trace(trace, "moesim trace merge") for trace in traces]
     with progress_bar("merging") as progress:
         notices = merge_traces(loaded, out, progress)
-    for notice in notices:
-        typer.echo(f"note: {notice}", err=True)
-    typer.echo(f"wrote {out}: {sum(t.num_tokens for t in loaded):,} tokens of {len(loaded)} traces")
+    notice(*notices)
+    echo(f"wrote {out}: {sum(t.num_tokens for t in loaded):,} tokens of {len(loaded)} traces")
 
 
 def _rows(text: str) -> tuple[int, int]:

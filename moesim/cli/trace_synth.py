@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesim.cli.output import echo
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def synth(
         from moesim.files import atomic_write
 
         atomic_write(save_spec, made.to_json())
-        typer.echo(f"wrote {save_spec}", err=True)
+        echo(f"wrote {save_spec}", err=True)
     if out is not None:
         from moesim.cli.progress import progress_bar
 
@@ -109,10 +110,10 @@ def synth(
     report["file"] = None if out is None else str(out)
     report["num_tokens"] = 0 if out is None else tokens
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        echo(json.dumps(report, indent=2))
         return
     if out is not None:
-        typer.echo(
+        echo(
             f"wrote {out}: {tokens:,} tokens, {made.num_layers} layers, top-{made.top_k} of"
             f" {made.num_experts} experts (synthetic)"
         )

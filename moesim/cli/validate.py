@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from moesim.cli.options import JsonOption, MaybeTraceOption, ModelOption, PlotOption
+from moesim.cli.output import echo
 
 OUT_OF_TOLERANCE = 1
 DEFAULT_TOKENS = (128, 1024, 8192)
@@ -100,5 +101,5 @@ def validate(
     result = run(**given(run, locals(), plan=plan or (), tokens=tokens or DEFAULT_TOKENS))
     if plot is not None:
         result.plot(plot)
-    typer.echo(json.dumps(result.to_json(), indent=1) if as_json else result.summary())
+    echo(json.dumps(result.to_json(), indent=1) if as_json else result.summary())
     return OUT_OF_TOLERANCE if result.failures() else 0

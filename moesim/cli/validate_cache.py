@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from moesim.cli.output import echo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +64,7 @@ def validate_cache(
     if as_json:
         head = {"format": "moesim-cache-validation", "version": 1, "model": name}
         data = {**head, "within_tolerance": good, "caches": rows, **_about(record)}
-        typer.echo(json.dumps(data, indent=1))
+        echo(json.dumps(data, indent=1))
     else:
         _print(rows, record, good)
     return 0 if good else OUT_OF_TOLERANCE
@@ -151,13 +151,13 @@ def _about(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print(rows: list[dict[str, Any]], record: dict[str, Any], good: bool) -> None:
-    typer.echo(f"one {record['environment']['device']}, microseconds per token")
-    typer.echo(f"{'cache':<62}{'copies':>8}{'measured':>11}{'predicted':>11}")
+    echo(f"one {record['environment']['device']}, microseconds per token")
+    echo(f"{'cache':<62}{'copies':>8}{'measured':>11}{'predicted':>11}")
     for row in rows:
-        typer.echo(
+        echo(
             f"{row['cache']:<62.61}{row['copies_per_token']:>8.1f}{row['measured_us']:>11,.0f}"
             f"{row['predicted_us']:>11,.0f} {row['error']:+.1%}"
         )
     for note in record["notes"]:
-        typer.echo(f"note: {note}")
-    typer.echo("within tolerance" if good else "out of tolerance")
+        echo(f"note: {note}")
+    echo("within tolerance" if good else "out of tolerance")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moesim.cli.options import JsonOption, PlotOption
+from moesim.cli.output import echo
 from moesim.errors import InputError
 
 
@@ -123,14 +124,14 @@ def whatif(
     if plot is not None:
         result.plot(plot)
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=1, allow_nan=False))
+        echo(json.dumps(result.to_json(), indent=1, allow_nan=False))
     else:
-        typer.echo(result.summary(rows))
+        echo(result.summary(rows))
     results = result.results
     notice(*results.notices)
     reused = f", {results.num_reused} taken from {beside.name}" if results.num_reused else ""
-    typer.echo(f"{results.num_computed} points evaluated{reused}", err=True)
-    typer.echo(wrote(out, plot), err=True)
+    echo(f"{results.num_computed} points evaluated{reused}", err=True)
+    echo(wrote(out, plot), err=True)
     if results.failures:
         raise RuntimeError(
             f"{len(results.failures)} points failed, the first with: {results.failures[0].error};"

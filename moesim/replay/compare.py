@@ -15,15 +15,13 @@ import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.replay.predict import PHASES, LayerPredictor
+from moesim.replay.record_schema import check_measured
 from moesim.replay.records import read_record
 from moesim.types import FloatArray
 
 FORMAT = "moesim-measured"
 BASELINE = "linear"
 MIN_ORDERED = 3
-FIELDS = frozenset(
-    ("plan", "tokens_per_rank", "mode", "batch", "phase_us", "layer_us", "step_us", "slot_rows")
-) | {"messages"}
 Key = tuple[int, str, str, int]
 
 
@@ -176,17 +174,15 @@ class Comparison:
 
 
 def load_measured(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a record of `moesim.replay validate`, also gzipped. Raises InputError or FormatError."""
+    """Read a record of `moesim.replay validate`, also gzipped.
+
+    Raises InputError, or FormatError for a field that is wrong and for a run that did not come to
+    its end.
+    """
     raw = read_record(path, FORMAT, _REMEDY)
-    if not raw.get("results"):
+    if raw.get("results") == []:
         raise FormatError(f"{path}: holds no results", "see its notes for the reason")
-    for name in ("environment", "model", "notes", "options"):
-        if name not in raw:
-            raise FormatError(f"{path}: {name} is missing", _REMEDY)
-    for i, result in enumerate(raw["results"]):
-        missing = sorted(FIELDS - set(result)) if isinstance(result, dict) else ["everything"]
-        if missing:
-            raise FormatError(f"{path}: results[{i}]: {missing[0]} is missing", _REMEDY)
+    check_measured(raw, str(path), _REMEDY)
     if list(raw.get("phases", [])) != list(PHASES):
         raise FormatError(f"{path}: phases are not {', '.join(PHASES)}", _REMEDY)
     return raw

@@ -15,6 +15,7 @@ from moesim.cost.calibration import build_calibration
 from moesim.cost.calibration_schema import CalibrationFile
 from moesim.errors import FormatError, MismatchError
 from moesim.files import atomic_write
+from moesim.replay.record_schema import check_raw
 from moesim.replay.records import read_record
 from moesim.replay.table_company import operation_saves_us
 from moesim.replay.table_experts import Rows, expert_entries
@@ -34,8 +35,7 @@ ISSUES = {
 def load_raw(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the record that the ranks wrote, also gzipped. Raises InputError or FormatError."""
     raw = read_record(path, FORMAT, _REMEDY)
-    if not isinstance(raw.get("tables"), dict) or not isinstance(raw.get("environment"), dict):
-        raise FormatError(f"{path}: tables or environment are missing", _REMEDY)
+    check_raw(raw, str(path), _REMEDY)
     return raw
 
 

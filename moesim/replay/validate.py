@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,10 @@ def validate(
     options: ValidateOptions,
     out_path: str | None,
 ) -> dict[str, Any]:
-    """Replay every plan on every batch; collective. Rank 0 writes `out_path` as results come.
+    """Replay every plan on every batch; collective.
+
+    Rank 0 writes `out_path` when all is done, marked `complete`; until then what there is stands
+    beside it, in `out_path` with `.partial` added, which stays behind where a rank dies.
 
     Returns the record (complete on rank 0). Raises MismatchError for inputs that do not belong
     together, InputError when memory is short, NumericsError when a result is wrong.
@@ -159,7 +163,7 @@ def validate(
                 _free_graph_pools()
             last = record["results"][-1]
             ctx.rank0_print(f"{label}: {sum(last['layer_us']['median']):.0f} us ({last['mode']})")
-        _save(ctx, record, out_path)
+        _save(ctx, record, _aside(out_path))
     return _finish(ctx, record, out_path)
 
 
@@ -199,6 +203,7 @@ def _header(
         "options": asdict(options),
         "kernels": asdict(kernels),
         "weight_sets": num_sets,
+        "complete": False,
         "notes": [*notes, *kernels.notes],
         "checks": [],
         "results": [],
@@ -333,7 +338,16 @@ def _save(ctx: Context, record: dict[str, Any], out_path: str | None) -> None:
         atomic_write(out_path, json.dumps(record, separators=(",", ":"), allow_nan=False))
 
 
+def _aside(out_path: str | None) -> str | None:
+    return None if out_path is None else f"{out_path}.partial"
+
+
 def _finish(ctx: Context, record: dict[str, Any], out_path: str | None) -> dict[str, Any]:
+    record["complete"] = True
+    ctx.barrier()
     _save(ctx, record, out_path)
+    aside = _aside(out_path)
+    if ctx.rank == 0 and aside is not None:
+        Path(aside).unlink(missing_ok=True)
     ctx.barrier()
     return record

@@ -108,7 +108,7 @@ def read_npy(member: Any, num_bytes: int, where: str) -> Array:
     if size > num_bytes:
         raise FormatError(f"{where}: shorter than its shape {shape} demands", REMEDY)
     data = np.empty(size, np.uint8)
-    room = memoryview(data)
+    room = memoryview(data.data)
     while len(room):
         count = member.readinto(room[:_READ_BYTES])
         if not count:

@@ -80,7 +80,7 @@ def body() -> int:
             shapes=(SHAPE,), max_tokens_per_rank=64, max_bytes=1 << 16, budget_s=0.005
         )
         calibrate(ctx, options, sys.argv[3])
-        replayed = validate.Options(tokens_per_rank=(8,), num_batches=1, budget_s=0.01)
+        replayed = validate.ValidateOptions(tokens_per_rank=(8,), num_batches=1, budget_s=0.01)
         validate.validate(ctx, [sys.argv[2]], sys.argv[1], SHAPE, replayed, sys.argv[4])
         ctx.rank0_print(f"{count} variants and a synthetic layer on {ctx.num_ranks} ranks")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -143,8 +144,8 @@ def record(factors: dict[str, float]) -> dict:
     return {
         "format": "moesim-measured",
         "version": 1,
-        "environment": {},
-        "options": {},
+        "environment": {"device": "toy", "backend": "gloo", "num_ranks": 2},
+        "options": {"dedup": "gpu"},
         "model": SHAPE.to_json(),
         "phases": ["permute", "dispatch", "compute", "combine", "unpermute"],
         "notes": [],
@@ -256,7 +257,7 @@ def test_gzipped_records(tmp_path) -> None:
     incomplete = record({"linear": 1.0})
     del incomplete["results"][0]["step_us"]
     packed.write_bytes(gzip.compress(json.dumps(incomplete).encode()))
-    with pytest.raises(FormatError, match=r"results\[0\]: step_us is missing"):
+    with pytest.raises(FormatError, match=r"results\[0\]\.step_us is missing"):
         load_measured(packed)
     packed.write_bytes(packed.read_bytes()[:100])
     with pytest.raises(FormatError, match="not readable as gzip"):
@@ -280,3 +281,78 @@ def test_a_section_measured_again_replaces_the_first() -> None:
     assert merged["notes"] == ["n"]
     with pytest.raises(MismatchError, match="differ in device: 'x' and 'y'"):
         merge_raw([one, {**two, "environment": {"device": "y", "num_ranks": 2}}])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("environment", "num_ranks"), "2", "environment.num_ranks"),
+        (("environment", "num_ranks"), 3, "results[0] is not of 3 ranks"),
+        (("options", "dedup"), [], "options.dedup"),
+        (("model", "top_k"), 9, "top_k 9 exceeds 4 experts"),
+        (("notes",), {}, "notes"),
+        (("results",), {"a": 1}, "results"),
+        (("results", 0, "mode"), "fast", "results[0].mode"),
+        (("results", 0, "tokens_per_rank"), 0, "results[0].tokens_per_rank"),
+        (("results", 0, "phase_us", 0, 0, 2), float("nan"), "results[0].phase_us[0][0][2]"),
+        (("results", 0, "phase_us", 0, 0), [1.0], "results[0].phase_us[0][0]"),
+        (("results", 0, "step_us", "median"), [0.0], "results[0].step_us.median[0]"),
+        (("results", 0, "step_us", "p90"), [], "step_us is not of 1 values"),
+        (("results", 0, "layer_us", "p10"), None, "results[0].layer_us.p10"),
+        (("results", 0, "slot_rows"), [[1, 2, 3]], "do not share out among 2 ranks"),
+        (("results", 0, "slot_rows", 0, 1), 1 << 70, "results[0].slot_rows[0][1]"),
+        (("results", 0, "messages", 0), [[1, 2]], "messages are not 2 by 2"),
+        (("results", 0, "messages", 0, 0, 0), -1, "results[0].messages[0][0][0]"),
+    ],
+)
+def test_fields_of_a_record_are_typed_and_finite(tmp_path, path, value, named: str) -> None:
+    made = json.loads(json.dumps(record({"linear": 1.0})))
+    place = made
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps(made))
+    with pytest.raises(FormatError, match=re.escape(named)):
+        load_measured(file)
+
+
+def test_a_run_that_did_not_come_to_its_end_is_refused(tmp_path) -> None:
+    """Marked so; or, in records without the mark, 1 of 2 batches without a note that says why."""
+    file = tmp_path / "m.json"
+
+    def load(**changed) -> dict:
+        file.write_text(json.dumps({**record({"linear": 1.0}), **changed}))
+        return load_measured(file)
+
+    asked = {"dedup": "gpu", "num_batches": 2, "tokens_per_rank": [6]}
+    for broken in ({"complete": False}, {"options": asked}):
+        with pytest.raises(FormatError, match="did not come to its end"):
+            load(**broken)
+    load(complete=True)
+    load(options={**asked, "num_batches": 1})
+    load(options=asked, notes=["time limit: stopped before toy batch 1"])
+
+
+@pytest.mark.parametrize(
+    ("section", "row", "named"),
+    [
+        ("ffn", {"us": 1.0}, "tables.ffn[0].hidden"),
+        ("fetch", {"us": float("inf")}, "tables.fetch[0].us"),
+        ("fetch", 3, "tables.fetch[0]"),
+        ("copies", {"us": 1, "direction": "up"}, "tables.copies[0]"),
+        ("unheard_of", None, "tables.unheard_of is not a list"),
+    ],
+)
+def test_rows_of_a_calibration_are_typed(tmp_path, section: str, row, named: str) -> None:
+    raw = {
+        "format": "moesim-calibration-raw",
+        "version": 1,
+        "environment": {"device": "toy", "backend": "gloo", "num_ranks": 2},
+        "kernels": {"ffn": "loop", "reduce": "sum", "graphs": False},
+        "tables": {section: [row] if row is not None else 1},
+    }
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(raw))
+    with pytest.raises(FormatError, match=re.escape(named)):
+        load_raw(file)
