@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.choices import ReplicaPolicy as ReplicaPolicy
-from moesim.errors import FormatError, InputError
+from moesim.errors import FormatError, InputError, plain
 from moesim.files import atomic_write
 
 FORMAT = "moesim-plan"
@@ -44,6 +44,12 @@ class Placement:
     num_nodes: int
     num_experts: int
     double_replicas: bool = False
+
+    def __repr__(self) -> str:
+        return (
+            f"<Placement: {self.num_layers} MoE layers, {self.num_experts} experts in"
+            f" {self.num_slots} slots on {self.num_gpus} GPUs>"
+        )
 
     def __post_init__(self) -> None:
         table = self.physical_to_logical
@@ -169,6 +175,10 @@ class Plan:
     evaluation: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        name = plain(self.model) or "unnamed model"
+        return f"<Plan: {name} by {plain(self.solver)}, {self.placement!r}>"
 
     def __post_init__(self) -> None:
         if len(self.layer_ids) != self.placement.num_layers:

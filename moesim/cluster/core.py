@@ -61,6 +61,10 @@ class Cluster:
     fabric: Fabric
     blocks: tuple[BasisBlock, ...]
 
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(gpu.name for gpu in self.gpus))
+        return f"<Cluster: {self.name}, {self.num_gpus} x {kinds}, {self.num_nodes} node(s)>"
+
     def __post_init__(self) -> None:
         for value in vars(self).values():
             if isinstance(value, np.ndarray):

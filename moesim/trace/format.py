@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.errors import FormatError, InputError, MismatchError
+from moesim.errors import FormatError, InputError, MismatchError, plain
 from moesim.files import atomic_directory, atomic_path, atomic_write
 from moesim.trace import candidates
 from moesim.trace.npyio import REMEDY as _REMEDY
@@ -110,6 +110,13 @@ class Trace:
     rank_ids: Array | None = None
     path: str = ""
 
+    def __repr__(self) -> str:
+        meta = self.meta
+        return (
+            f"<Trace: {plain(meta.model) or 'unnamed model'}, {self.num_tokens:,} tokens,"
+            f" {meta.num_layers} MoE layers, top-{meta.top_k} of {meta.num_experts} experts>"
+        )
+
     @property
     def num_tokens(self) -> int:
         return int(self.expert_ids.shape[0])
@@ -153,6 +160,11 @@ class LoadTrace:
     expert_load: Array
     meta: TraceMeta
     path: str = ""
+
+    def __repr__(self) -> str:
+        steps, layers, experts = self.expert_load.shape
+        name = plain(self.meta.model) or "unnamed model"
+        return f"<LoadTrace: {name}, {steps:,} steps, {layers} MoE layers, {experts} experts>"
 
     def content_hash(self) -> str:
         """sha256 over meta and counts."""
