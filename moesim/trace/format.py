@@ -28,6 +28,7 @@ from moesim.trace.npyio import read_npy as read_npy
 from moesim.types import Array as Array
 
 FORMAT = "moesim-trace"
+OTHER_TEXT = (".csv", ".tsv", ".json", ".jsonl")
 VERSION = 1
 PREFILL, DECODE = 0, 1
 MAX_EXPERTS = 32_767
@@ -188,6 +189,12 @@ def load_trace(source: str | os.PathLike[str], *, validate: bool = True) -> Trac
     always checked).
     """
     path = _resolve(source)
+    if path.suffix.lower() in OTHER_TEXT:
+        raise InputError(
+            f"{path}: a routing trace is a .npz file or a folder, not {path.suffix}",
+            "a request log goes to moesim serve --requests; a dump of routing through moesim trace"
+            " import first",
+        )
     if path.is_dir():
         raw = _read_directory(path)
     else:

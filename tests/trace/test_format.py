@@ -482,3 +482,12 @@ def test_load_traces_that_are_wrong(
     with pytest.raises(FormatError, match=message) as error:
         load_trace(tmp_path / "l.npz")
     assert "l.npz" in error.value.cause
+
+
+@pytest.mark.parametrize("name", ["azure.csv", "mooncake.jsonl", "dump.JSON"])
+def test_a_request_log_or_dump_is_told_where_to_go(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n")
+    with pytest.raises(InputError, match="a routing trace is a") as caught:
+        load_trace(file)
+    assert "moesim serve --requests" in caught.value.remedy
