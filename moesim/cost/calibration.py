@@ -204,7 +204,6 @@ def parse_calibration(text: str, *, where: str = "calibration") -> Calibration:
 def parse_calibration_file(text: str, *, where: str = "calibration") -> CalibrationFile:
     """The validated file itself, with its fit reports. Raises FormatError."""
     import yaml
-    from pydantic import ValidationError
 
     remedy = "see docs/calibration.md for the format; `moesim calibrate` writes it"
     try:
@@ -214,6 +213,13 @@ def parse_calibration_file(text: str, *, where: str = "calibration") -> Calibrat
         raise FormatError(f"{where}: not readable as YAML: {line}", remedy) from None
     if not isinstance(raw, dict):
         raise FormatError(f"{where}: holds no mapping at its top level", remedy)
+    return checked_file(raw, where, remedy)
+
+
+def checked_file(raw: dict[str, Any], where: str, remedy: str) -> CalibrationFile:
+    """Plain data as a calibration file. Raises FormatError, which names the field."""
+    from pydantic import ValidationError
+
     try:
         return CalibrationFile.model_validate(raw)
     except ValidationError as error:

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.cost.calibration import build_calibration
-from moesim.cost.calibration_schema import CalibrationFile
+from moesim.cost.calibration import build_calibration, checked_file
 from moesim.errors import FormatError, MismatchError
 from moesim.files import atomic_write
 from moesim.replay.record_schema import check_raw
@@ -73,7 +72,7 @@ def calibration_data(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
 
     Graph timings are taken where there are any, eager ones otherwise. Expert GEMMs are fitted with
     the per-expert counts that were measured, row moves are tables. Raises FormatError when the
-    record has no usable table.
+    record has no usable table, or tables that make no calibration.
     """
     tables, environment = raw["tables"], raw["environment"]
     ranks, nodes = int(environment["num_ranks"]), int(environment.get("num_nodes", 1))
@@ -102,8 +101,9 @@ def calibration_data(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
         "copies": copies,
     }
     if data["overheads"] and entries and {"permute", "reduce"} <= {c["direction"] for c in copies}:
-        made = build_calibration(CalibrationFile.model_validate(data))
+        made = build_calibration(checked_file(data, "what the record measured", _REMEDY))
         data["overheads"]["in_layer_saves_us"] = operation_saves_us(raw, made)
+    checked_file(data, "what the record measured", _REMEDY)
     return data
 
 

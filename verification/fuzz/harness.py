@@ -148,7 +148,12 @@ def _run(args: list[str]) -> tuple[int | None, str, str, str]:
             with _alarm():
                 code = run(args, debug=True)
         except Hang:
-            return None, out.getvalue(), err.getvalue(), f"more than {LIMIT_S:.0f} s"
+            return (
+                None,
+                out.getvalue(),
+                err.getvalue(),
+                f"more than {LIMIT_S:.0f} s\n{traceback.format_exc()[-900:]}",
+            )
         except BaseException:
             return None, out.getvalue(), err.getvalue(), traceback.format_exc()
     return code, out.getvalue(), err.getvalue(), ""

@@ -24,6 +24,8 @@ ODD: tuple[Any, ...] = (
     "1e999", "\x1b[31mred\x07", "a\nerror: forged", "\ud800", "\u0661\u0662", "1_0", "/etc/passwd",
     "../../x", "x" * 5000, [], {}, [[]], [None], [1, "a"], {"a": 1}, {"": {}},
 )  # fmt: skip
+KEPT = frozenset(("--out", "--from-raw", "--measured"))
+"""Options without which a command would write elsewhere, or measure this machine."""
 OPTION_VALUES = (
     "", "0", "-1", "1", "2", "3", "0.5", "nan", "inf", "-inf", "1e999", "x", "1_0", "\u0661",
     "auto", "none", "1,2", "a=b", "0-1", "\x1b[31m", "99999999999999999999",
@@ -45,7 +47,7 @@ def mutate(source: Path, target: Path, rng: Random) -> None:
 
 def mutate_options(args: list[str], names: list[str], rng: Random) -> list[str]:
     """One option changed, repeated, left out, or another of the command's added."""
-    places = [i for i, a in enumerate(args[:-1]) if a.startswith("--") and a != "--out"]
+    places = [i for i, a in enumerate(args[:-1]) if a.startswith("--") and a not in KEPT]
     kind = rng.randrange(4)
     if kind == 0 and places:
         args[rng.choice(places) + 1] = rng.choice(OPTION_VALUES)

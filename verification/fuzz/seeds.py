@@ -337,7 +337,7 @@ def _raw(environment: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
         "notes": [],
         "tables": {
             "launch": [timed(3.0, what="layer, host time to enqueue")],
-            "permute": [*sized(op="gather", fan=1), *sized(op="reduce", fan=2)],
+            "permute": [*sized(op="gather", fan=1), *sized(op="reduce", fan=1)],
             "ffn": experts,
             "ffn_alone": experts,
             "copies": sized(direction="h2d", pinned=True, num_gpus_at_once=1),
