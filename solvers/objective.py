@@ -24,6 +24,9 @@ CEILING_WEIGHT = 4.0
 """Objective traffic: a whole unit of max/mean load above the ceiling costs as much as this many
 times linear placement's messages."""
 
+WIDE_GPUS = 256
+"""Beyond so many GPUs one layer at a time is costed, since the flow of each takes 100s of MB."""
+
 
 class PlacementCost:
     """The objective of one problem. Layers are independent of each other (C5).
@@ -167,7 +170,8 @@ class PlacementCost:
         def value(layer: int) -> float:
             return self.layer_value(self.layer_slots(placement, layer), layer)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        many = self.net is not None and self.problem.num_gpus > WIDE_GPUS
+        with ThreadPoolExecutor(1 if many else os.cpu_count()) as pool:
             return np.array(list(pool.map(value, range(self.problem.num_layers))))
 
 

@@ -21,8 +21,9 @@ from moesim.cost.datasheet import GpuFigures, datasheet_models
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.routing import DEDUP_CODES, Dedup, Routed
 from moesim.errors import MismatchError, UnknownNameError
+from moesim.kernels import kernel
 from moesim.trace.batches import Phase
-from moesim.types import FloatArray
+from moesim.types import Array, FloatArray
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster, GpuSpec
@@ -41,6 +42,7 @@ BYTES_PER_ELEMENT = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4.0 / 128}
 
 OTHER_LINK_EFFICIENCY = 0.85
 NVLINK, NIC, OTHER = 0, 1, 2
+TILE_ROWS, TILE_GPUS = 16, 32
 _EXPERT_DTYPES: dict[str, tuple[str, ...]] = {
     "bf16": ("bfloat16", "bf16"),
     "fp8": ("fp8_block", "fp8"),
@@ -126,9 +128,15 @@ class StepModel:
 
     def link_messages(self, messages: npt.NDArray[Any]) -> FloatArray:
         """[..., links]: messages that cross each link, for `messages` [..., G, G]."""
-        flat = messages.reshape(-1, self.num_gpus**2).astype(np.float64)
-        crossing = self._incidence() @ flat.T
-        return np.asarray(crossing.T).reshape(*messages.shape[:-2], -1)
+        return self.both_ways(messages)[0]
+
+    def both_ways(self, messages: npt.NDArray[Any]) -> FloatArray:
+        """[2, ..., links]: messages that cross each link, for `messages` [..., G, G], and for as
+        many the other way. Counts are whole, so the sums are exact in any order."""
+        flat = np.ascontiguousarray(messages).reshape(-1, self.num_gpus**2)
+        out = np.zeros((2, len(flat), len(self.link_group)))
+        cross_kernel(flat, self.num_gpus, self.route_indptr, self.route_links, out)
+        return out.reshape(2, *messages.shape[:-2], -1)
 
     def group_max(self, link_load: FloatArray) -> FloatArray:
         """[..., 3]: the largest scaled load over the links of each group."""
@@ -174,8 +182,7 @@ class StepModel:
                 f"the plan has {routed.messages.shape[-1]} GPUs, the cluster {self.num_gpus}",
                 "use the cluster that the plan was made for, or make a new plan",
             )
-        out = self.link_messages(routed.messages)
-        back = self.link_messages(np.swapaxes(routed.messages, -1, -2))
+        out, back = self.both_ways(routed.messages)
         dispatch = self.collective_us(self.dispatch, self.group_max(out) * self.dispatch_bytes)
         combine = self.collective_us(self.combine, self.group_max(back) * self.combine_bytes)
         link_bytes = out * self.dispatch_bytes + back * self.combine_bytes
@@ -197,14 +204,30 @@ class StepModel:
             out[:, :, gpu] = np.where(own.any(axis=2), work / self.speed[gpu] + launch, 0.0)
         return out
 
-    def _incidence(self) -> Any:
-        from scipy.sparse import csr_matrix
 
-        pairs = csr_matrix(
-            (np.ones(len(self.route_links)), self.route_links, self.route_indptr),
-            shape=(self.num_gpus**2, len(self.link_group)),
-        )
-        return pairs.T.tocsr()
+@kernel
+def cross_kernel(messages: Array, num_gpus: int, indptr: Array, links: Array, out: Array) -> None:
+    """Add into out [2, N, links] what crosses each link of `messages` [N, G * G], and of as many
+    back; links[indptr[p] : indptr[p + 1]] are the route of pair p.
+
+    In tiles, so that the routes of a pair and of its way back stay in cache for several messages.
+    """
+    for first in range(0, len(messages), TILE_ROWS):
+        last = min(first + TILE_ROWS, len(messages))
+        for tile in range(0, num_gpus, TILE_GPUS):
+            sources = min(tile + TILE_GPUS, num_gpus)
+            for across in range(0, num_gpus, TILE_GPUS):
+                targets = min(across + TILE_GPUS, num_gpus)
+                for source in range(tile, sources):
+                    for target in range(across, targets):
+                        pair, back = source * num_gpus + target, target * num_gpus + source
+                        for i in range(first, last):
+                            count = messages[i, pair]
+                            if count != 0:
+                                for j in range(indptr[pair], indptr[pair + 1]):
+                                    out[0, i, links[j]] += count
+                                for j in range(indptr[back], indptr[back + 1]):
+                                    out[1, i, links[j]] += count
 
 
 def build_step_model(

@@ -323,7 +323,7 @@ def _made_with(plan: CachePlan) -> dict[str, Any]:
             raise FormatError(f"provenance.{name} of the cache plan is not a number", _REMEDY)
     made["max_steps"] = max(1, made["max_steps"])
     made["expert_dtype"] = raw.get("expert_dtype")
-    if made["expert_dtype"] is not None and made["expert_dtype"] not in WEIGHT_BYTES:
+    if made["expert_dtype"] not in (None, *WEIGHT_BYTES):
         raise FormatError("provenance.expert_dtype of the cache plan is unknown", _REMEDY)
     host = raw.get("host") or {}
     fields = {f for f in HostSpec.__dataclass_fields__ if f not in ("name", "kind", "source")}

@@ -129,7 +129,14 @@ class TokenJudge:
         assert case.data is not None
         self.case, self.data = case, case.data
         data, seed = case.data, case.request.search.seed
-        self.sample = draw_sample(data.trace, data.held_out, data.phase, data.batch_tokens, seed)
+        self.sample = draw_sample(
+            data.trace,
+            data.held_out,
+            data.phase,
+            data.batch_tokens,
+            seed,
+            case.problem.num_gpus,
+        )
         filled = float(np.diff(self.sample.batches.indptr[: self.sample.num_main + 1]).mean())
         if filled < MIN_FILL * data.batch_tokens:
             case.notices.append(

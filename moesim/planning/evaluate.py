@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ NUM_RESAMPLES = 20
 BATCHES_PER_RESAMPLE = 12
 MIN_BATCHES_PER_RESAMPLE = 4
 MAX_CHOICES = 200_000_000
+MAX_PAIRS = 1_200_000_000
 CHUNK_CELLS = 20_000_000
 Z_95 = 1.959964
 
@@ -69,12 +71,18 @@ class Sample:
 
 
 def draw_sample(
-    trace: Trace, held_out: RequestIndex, phase: Phase, batch_tokens: int, seed: int
+    trace: Trace,
+    held_out: RequestIndex,
+    phase: Phase,
+    batch_tokens: int,
+    seed: int,
+    num_gpus: int = 0,
 ) -> Sample:
-    """Draw the evaluation batches; fewer where the trace's layers make each one expensive."""
+    """Draw the evaluation batches; fewer where layers, or pairs of many GPUs, make each dear."""
     per_batch = batch_tokens * trace.num_layers * trace.top_k
+    pairs = trace.num_layers * num_gpus**2
     total = NUM_BATCHES + NUM_RESAMPLES * BATCHES_PER_RESAMPLE
-    share = min(1.0, MAX_CHOICES / (per_batch * total))
+    share = min(1.0, MAX_CHOICES / (per_batch * total), MAX_PAIRS / max(1, pairs * total))
     num_main = max(16, int(NUM_BATCHES * share))
     each = max(MIN_BATCHES_PER_RESAMPLE, int(BATCHES_PER_RESAMPLE * share))
     parts = [draw_batches(held_out, phase, batch_tokens, num_main, seed + 1)]
@@ -149,8 +157,7 @@ def measure(
         if step is not None:
             cost = step.cost(routed)
             parts_us = cost.layer_parts_us[main].sum(axis=0)
-            node = placement.node_of_gpu
-            crossing = routed.messages[:, :, node[:, None] != node[None, :]].sum(axis=(1, 2))
+            crossing = _between_nodes(routed.messages, placement.node_of_gpu)
             size = step.dispatch_bytes + step.combine_bytes
             values |= {
                 "inter_node_bytes": crossing * size / routed.num_tokens,
@@ -167,6 +174,17 @@ def measure(
     load = np.sum([load for _, load, _ in parts], axis=0)
     parts_us = np.sum([us for *_, us in parts], axis=0) / sample.num_main
     return Measured(joined, load / sample.num_main, None if step is None else parts_us)
+
+
+def _between_nodes(
+    messages: npt.NDArray[Any], node_of_gpu: npt.NDArray[Any]
+) -> npt.NDArray[np.int64]:
+    """[B]: messages [B, L, G, G] from one node to another; GPUs of a node are neighbours."""
+    total = messages.sum(axis=(1, 2, 3), dtype=np.int64)
+    edges = np.flatnonzero(np.diff(node_of_gpu, prepend=-1, append=node_of_gpu[-1] + 1))
+    for first, last in pairwise(edges.tolist()):
+        total -= messages[:, :, first:last, first:last].sum(axis=(1, 2, 3), dtype=np.int64)
+    return total
 
 
 STATISTICS: dict[str, tuple[str, Callable[[FloatArray], float]]] = {

@@ -44,6 +44,13 @@ class Environment(_Part):
     driver: Text | None = None
 
 
+class RawEnvironment(Environment):
+    """As it is named in the calibration file."""
+
+    torch: Text
+    date: Text
+
+
 class Spread(_Part):
     """Medians, 10th and 90th percentiles."""
 
@@ -176,7 +183,7 @@ class Experts(Timed):
     tokens: Count
     max_tokens: Count
     counts: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
-    shape: Text = ""
+    shape: Text
     less_us: Signed = 0.0
 
     @model_validator(mode="after")
@@ -210,14 +217,18 @@ class Kernels(_Part):
     graphs: bool
 
 
+class NamedShape(_Part):
+    name: Text
+
+
 class RawOptions(_Part):
-    shapes: list[dict[str, Any]] = []
+    shapes: list[NamedShape] = []
 
 
 class Raw(_Part):
     """`moesim-calibration-raw`."""
 
-    environment: Environment
+    environment: RawEnvironment
     kernels: Kernels
     options: RawOptions = RawOptions()
     notes: list[Text] = []
@@ -247,7 +258,7 @@ def check_raw(raw: dict[str, Any], where: str, remedy: str) -> None:
     """Raise FormatError, naming the field, unless `raw` is a record of a calibration."""
     record = _check(Raw, raw, where, remedy)
     for shape in record.options.shapes:
-        parse_shape(shape)
+        parse_shape(shape.model_dump())
 
 
 def _check(kind: type[Record], raw: dict[str, Any], where: str, remedy: str) -> Record:

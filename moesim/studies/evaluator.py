@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -27,8 +28,10 @@ def _whole(value: Any) -> Any:
 def _finite(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError("must be a number")
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("must be finite, not NaN or infinity")
+    if abs(value) > sys.float_info.max:
+        raise ValueError("is too large")
     return float(value)
 
 

@@ -12,7 +12,14 @@ from moesim.cost.step import StepModel, build_step_model
 from moesim.metrics import imbalance
 from moesim.placement import Placement
 from moesim.planning import evaluate
-from moesim.planning.evaluate import Sample, difference, draw_sample, figures, measure
+from moesim.planning.evaluate import (
+    Sample,
+    _between_nodes,
+    difference,
+    draw_sample,
+    figures,
+    measure,
+)
 from moesim.trace.batches import Batches, index_requests
 from moesim.trace.format import Trace
 
@@ -205,3 +212,30 @@ def test_interval_covers_new_requests(build: ModuleType) -> None:
         halves.append((figure.high - figure.low) / 2)
     ratio = np.mean(halves) / (1.959964 * np.std(points, ddof=1))
     assert 1.0 < ratio < 2.5
+
+
+def test_messages_between_nodes_and_on_links(step: StepModel) -> None:
+    """Against sums over pairs, of two batches and layers on 4 GPUs in 2 nodes of 2: the other way,
+    links carry what the transposed messages put on them."""
+    rng = np.random.default_rng(0)
+    messages = rng.integers(0, 9, (2, 2, 4, 4)).astype(np.int32)
+    node = np.array([0, 0, 1, 1])
+    across = messages[:, :, node[:, None] != node[None, :]].sum(axis=(1, 2))
+    np.testing.assert_array_equal(_between_nodes(messages, node), across)
+    out, back = step.both_ways(messages)
+    np.testing.assert_array_equal(back, step.link_messages(np.swapaxes(messages, -1, -2)))
+    by_pair = np.zeros(out.shape)
+    for s in range(4):
+        for d in range(4):
+            pair = s * 4 + d
+            route = step.route_links[step.route_indptr[pair] : step.route_indptr[pair + 1]]
+            by_pair[..., route] += messages[:, :, s, d, None]
+    np.testing.assert_array_equal(out, by_pair)
+
+
+def test_many_gpus_are_judged_by_fewer_batches(drawn: tuple[Trace, Sample]) -> None:
+    """2 layers and 6,000 GPUs: 7.2e7 pairs a batch, so the least number of batches."""
+    trace, sample = drawn
+    many = draw_sample(trace, index_requests(trace)[0], "prefill", 40, 0, 6000)
+    assert (sample.num_main, many.num_main) == (48, 16)
+    assert len(many.batches) == 16 + 20 * 4

@@ -348,7 +348,13 @@ def test_rows_of_a_calibration_are_typed(tmp_path, section: str, row, named: str
     raw = {
         "format": "moesim-calibration-raw",
         "version": 1,
-        "environment": {"device": "toy", "backend": "gloo", "num_ranks": 2},
+        "environment": {
+            "device": "toy",
+            "backend": "gloo",
+            "num_ranks": 2,
+            "torch": "2",
+            "date": "",
+        },
         "kernels": {"ffn": "loop", "reduce": "sum", "graphs": False},
         "tables": {section: [row] if row is not None else 1},
     }

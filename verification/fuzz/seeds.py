@@ -44,7 +44,15 @@ seed: 0
 """
 SHAPE = ["--num-experts", str(EXPERTS), "--top-k", str(TOP_K)]
 SIZES = ["--num-gpus", str(GPUS), "--num-experts", str(EXPERTS), "--layer-ids", "0-1"]
-ENGINES = ("sglang", "tensorrt-llm", "vllm", "vllm-pr41141", "vllm-ascend", "omni-infer", "eplb")
+ENGINES = {
+    "sglang": ".json",
+    "tensorrt-llm": ".yaml",
+    "vllm": ".yaml",
+    "vllm-pr41141": ".jsonl",
+    "vllm-ascend": ".json",
+    "omni-infer": ".npy",
+    "eplb": ".npz",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,7 @@ def _routing(folder: Path) -> list[Seed]:
         ("trace", "slice", "{file}", "--requests", "3", "--out", "{out}.npz"),
         ("trace", "merge", "{file}", "trace.npz", "--out", "{out}.npz"),
         (*_plan("{file}"), "--json"),
-        ("simulate", "--trace", "{file}", "--plan", "plan.json", "--steps", "2", "--json"),
+        (*_SIMULATE, "--trace", "{file}", "--plan", "plan.json", "--json"),
         ("cache", "--trace", "{file}", *_CACHE, "--out", "{out}.json", "--json"),
     )
     bits = ("cache", "--trace", "trace.npz", *_CACHE, "--bits", "2", "--bit-errors", "{file}")
@@ -105,6 +113,7 @@ def _routing(folder: Path) -> list[Seed]:
     ]
 
 
+_SIMULATE = ("simulate", "--model", "config.json", "--steps", "2")
 _CACHE = ("--model", "config.json", "--hbm", "1.05", "--steps", "16", "--prefetch", "none")
 
 
@@ -116,8 +125,6 @@ def _plan(trace: str, **more: str) -> tuple[str, ...]:
 
 def _descriptions(folder: Path) -> list[Seed]:
     _kept(folder / "c.yaml", "topology", "show", "h200-sxm-ib", "--gpus", "2", "--yaml")
-    shipped = Path(__file__).parents[2] / "topologies"
-    (folder / "gpu.yaml").write_bytes((shipped / "gpus" / "h200-sxm.yaml").read_bytes())
     (folder / "cal.yaml").write_text(_CALIBRATION)
     (folder / "study.yaml").write_text(STUDY)
     log = [
@@ -143,7 +150,6 @@ def _descriptions(folder: Path) -> list[Seed]:
                 (*_plan("trace.npz", cluster="{file}"), "--json"),
             ),
         ),
-        Seed("gpu", "gpu.yaml", (("cache", "--trace", "trace.npz", *_CACHE, "--gpu", "{file}"),)),
         Seed(
             "calibration",
             "cal.yaml",
@@ -221,6 +227,7 @@ def _dumps(folder: Path) -> list[Seed]:
             "step": step,
             "num_logical_experts": EXPERTS,
             "model_name": "toy",
+            "p2l_map": [list(range(EXPERTS))] * LAYERS,
             "expert_load": rng.integers(0, 9, (LAYERS, EXPERTS)).tolist(),
         }
         for step in range(3)
@@ -237,7 +244,7 @@ def _dumps(folder: Path) -> list[Seed]:
     (folder / "count.json").write_text(json.dumps(counts))
     np.savez(folder / "plain.npz", expert_ids=routed(12), request_ids=np.arange(12) // 4)
     into = ("trace", "import", "{file}", *SHAPE, "--out", "{out}.npz")
-    columns = "request_ids=request,positions=position,layer=layer,expert_ids=experts"
+    columns = "request=request,position=position,layer=layer,experts=experts"
     sources = {
         "vllm.jsonl": ("vllm", ()),
         "sglang.jsonl": ("sglang", ("--num-hidden-layers", str(LAYERS))),
@@ -274,7 +281,7 @@ def _records(folder: Path) -> list[Seed]:
     measured = {
         "format": "moesim-measured",
         "version": 1,
-        "environment": environment,
+        "environment": {**environment, "backend": "gloo"},
         "options": {"dedup": "gpu"},
         "model": shape,
         "phases": ["permute", "dispatch", "compute", "combine", "unpermute"],
@@ -355,26 +362,28 @@ def _placements(folder: Path) -> list[Seed]:
     _kept(None, *(part.replace("{out}", "two") for part in _plan("trace.npz", **more)))
     cache = ("cache", "--trace", "trace.npz", *_CACHE)
     _kept(None, *cache, "--out", "cache.json")
-    both = ("simulate", "--trace", "trace.npz", "--model", "config.json", "--steps", "2")
+    both = (*_SIMULATE, "--trace", "trace.npz")
     plan = (
         (*both, "--plan", "{file}", "--json"),
         (*both, "--plan", "{file}"),
         ("report", "{file}", "--out", "{out}.html"),
         (*_plan("trace.npz"), "--from", "{file}"),
-        *(("export", "{file}", "--to", to, "-m", "config.json", "-o", "{out}") for to in ENGINES),
+        *(
+            ("export", "{file}", "--to", engine, "-m", "config.json", "-o", "{out}" + suffix)
+            for engine, suffix in ENGINES.items()
+        ),
     )
     out = [
         Seed("plan", "two.json", plan),
         Seed("plan", "plan.json", plan),
         Seed("cache plan", "cache.json", ((*both, "--plan", "{file}", "--json"), plan[2])),
     ]
-    for engine in ENGINES:
+    for engine, suffix in ENGINES.items():
         source = "plan.json" if engine in ("vllm", "vllm-ascend") else "two.json"
-        name = f"placed-{engine}"
+        name = f"placed-{engine}{suffix}"
         _kept(None, "export", source, "--to", engine, "-m", "config.json", "-o", name)
-        if (folder / name).exists():
-            back = ("import-plan", "{file}", "--from", engine, *SIZES, "--out", "{out}.json")
-            out.append(Seed(f"engine file ({engine})", name, (back,)))
+        back = ("import-plan", "{file}", "--from", engine, *SIZES, "--out", "{out}.json")
+        out.append(Seed(f"engine file ({engine})", name, (back,)))
     return out
 
 
@@ -383,7 +392,7 @@ def _kept(file: Path | None, *args: str, call: Callable[..., int] = run) -> None
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = call(list(args))
-    if code and args[0] != "export":
+    if code:
         raise RuntimeError(f"moesim {' '.join(args)}: {code}\n{err.getvalue()}")
     if file is not None:
         file.write_text(out.getvalue())
