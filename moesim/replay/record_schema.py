@@ -140,10 +140,10 @@ class Timed(_Part):
     """Any row of a calibration's tables."""
 
     us: Signed
-    mode: Mode = "eager"
 
 
 class Spreading(Timed):
+    mode: Mode
     bytes: Count
     p10_us: Signed
     p90_us: Signed
@@ -175,6 +175,7 @@ class HostCopy(Spreading):
 
 
 class Experts(Timed):
+    mode: Mode
     hidden: Width
     intermediate: Width
     dtype: Literal["bf16", "fp16", "fp32"]

@@ -6,6 +6,8 @@ the same code. Information is in bits.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy.typing as npt
 from moesim.types import FloatArray, IntArray
 
 Counts = npt.NDArray[Any]
+LARGE_CELLS = 1 << 22
+"""Pairs of experts beyond which layers are measured on threads."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,11 +104,12 @@ def affinity(between: Counts, num_tokens: float, top_k: int) -> Affinity:
     """
     num_pairs = len(between)
     bits, plug_in, ceiling = np.zeros(num_pairs), np.zeros(num_pairs), np.zeros(num_pairs)
-    for layer in range(num_pairs):
+
+    def measure(layer: int) -> None:
         joint = between[layer].astype(np.float64)
         total = joint.sum()
         if total == 0:
-            continue
+            return
         x, y = joint.sum(axis=1), joint.sum(axis=0)
         entropy_x, entropy_y = float(entropy_bits(x)), float(entropy_bits(y))
         plug_in[layer] = entropy_x + entropy_y - float(entropy_bits(joint.ravel()))
@@ -113,6 +118,9 @@ def affinity(between: Counts, num_tokens: float, top_k: int) -> Affinity:
         bias = freedom / (2 * num_tokens * top_k**2 * np.log(2))
         bits[layer] = max(0.0, plug_in[layer] - bias)
         ceiling[layer] = max(0.0, min(entropy_x, entropy_y) - np.log2(top_k))
+
+    with ThreadPoolExecutor(os.cpu_count() if between.size > LARGE_CELLS else 1) as pool:
+        list(pool.map(measure, range(num_pairs)))
     normalised = np.where(ceiling > 1e-9, bits / np.where(ceiling > 1e-9, ceiling, 1.0), 0.0)
     return Affinity(bits, plug_in, ceiling, np.minimum(normalised, 1.0))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -70,20 +71,30 @@ def run_model(
         float(spec.type_persistence),
     )
     ids = np.zeros((num_tokens, spec.num_layers, spec.top_k), id_dtype(spec.num_experts))
-    choose_experts(
-        ids,
-        types,
-        starts,
-        domain_idx,
-        seeds,
-        spec.base,
-        spec.type_logits,
-        spec.chain,
-        spec.request_spread,
-        spec.noise_persistence,
-        gumbel,
-        normal,
-    )
+    workers = min(os.cpu_count() or 1, len(seeds))
+    # Cut where the tokens are, so that every thread has about as many; requests stay whole, and
+    # each has a seed of its own, so that the number of threads changes nothing.
+    cuts = np.searchsorted(starts, np.arange(1, workers) * num_tokens / max(1, workers))
+    edges = np.unique(np.concatenate(([0], cuts, [len(seeds)])))
+
+    def part(first: int, stop: int) -> None:
+        choose_experts(
+            ids,
+            types,
+            starts[first : stop + 1],
+            domain_idx[first:stop],
+            seeds[first:stop],
+            spec.base,
+            spec.type_logits,
+            spec.chain,
+            spec.request_spread,
+            spec.noise_persistence,
+            gumbel,
+            normal,
+        )
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        list(pool.map(part, edges[:-1].tolist(), edges[1:].tolist()))
     return ids
 
 

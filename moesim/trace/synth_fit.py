@@ -7,6 +7,7 @@ token-to-token overlap are those of the trace.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,10 @@ RUN_TOKENS = 12_288
 MIXTURE_TOKENS = 16_384
 NUM_TYPES = 128
 NUM_ROUNDS = 32
+LARGE_CELLS = 1 << 24
+"""Beyond so many pairs of experts in adjacent layers, counts are float32, exact to 2**24, and a
+specification is calibrated in LARGE_ROUNDS."""
+LARGE_ROUNDS = 15
 _SETTLED = 10
 _MEMORY = 0.75
 _MIXTURE_ROUNDS = 12
@@ -162,7 +167,8 @@ def measure(
     domain = np.repeat(domain_idx, np.diff(starts))
     load = np.zeros((num_domains, num_layers, num_experts), np.int64)
     count_load(ids, domain, load)
-    between = np.zeros((num_layers - 1, num_experts, num_experts), np.int64)
+    pairs = (num_layers - 1, num_experts, num_experts)
+    between = np.zeros(pairs, np.float32 if math.prod(pairs) > LARGE_CELLS else np.float64)
     count_pairs(ids, between, np.zeros((0, num_experts, num_experts), np.int64))
     follows = np.ones(num_tokens, bool)
     follows[starts[:-1]] = False
@@ -174,7 +180,7 @@ def measure(
         num_tokens=num_tokens,
         load=load.astype(np.float64),
         tokens=np.bincount(domain, minlength=num_domains).astype(np.float64),
-        between=between.astype(np.float64),
+        between=between,
         variance=request_variance(ids, starts, share),
         reuse=shared / (max(1, int(follows.sum())) * top_k),
     )
@@ -186,7 +192,7 @@ def calibrate(
     layout: IntArray,
     *,
     scale_types: bool = False,
-    num_rounds: int = NUM_ROUNDS,
+    num_rounds: int | None = None,
     run_tokens: int = RUN_TOKENS,
     seed: int = 0,
     progress: Progress | None = None,
@@ -199,6 +205,8 @@ def calibrate(
     together.
     """
     rng = stream(seed, 0xCA1)
+    if num_rounds is None:
+        num_rounds = NUM_ROUNDS if spec.chain.size <= LARGE_CELLS else LARGE_ROUNDS
     base = spec.base.astype(np.float64)
     strength = np.full(spec.num_layers, 1.0) if scale_types else np.full(spec.num_layers - 1, 0.1)
     spread, kept = spec.request_spread.copy(), spec.noise_persistence.copy()

@@ -337,7 +337,7 @@ def test_a_run_that_did_not_come_to_its_end_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("section", "row", "named"),
     [
-        ("ffn", {"us": 1.0}, "tables.ffn[0].hidden"),
+        ("ffn", {"us": 1.0, "mode": "eager"}, "tables.ffn[0].hidden"),
         ("fetch", {"us": float("inf")}, "tables.fetch[0].us"),
         ("fetch", 3, "tables.fetch[0]"),
         ("copies", {"us": 1, "direction": "up"}, "tables.copies[0]"),

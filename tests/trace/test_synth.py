@@ -444,3 +444,18 @@ def test_text_that_is_no_specification(text: str) -> None:
 def test_source_cannot_pass_for_a_capture() -> None:
     spec = replace(make_spec(), source={"kind": "captured"})
     assert generate(spec, 5, 0).meta.source["kind"] == "synthetic"
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INV-6: requests are shared out among threads, each with a seed of its own."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 23)
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    spec = make_spec()
+    domain_idx = np.zeros(len(lengths), np.int64)
+    made: list[np.ndarray] = []
+    for workers in (1, 2, 7, 64):
+        monkeypatch.setattr("moesim.trace.synth.os.cpu_count", lambda n=workers: n)
+        made.append(run_model(spec, starts, domain_idx, request_seeds(0, 0, len(lengths))))
+    for other in made[1:]:
+        np.testing.assert_array_equal(made[0], other)

@@ -338,7 +338,9 @@ def _whole(column: pd.Series, where: str, name: str, low: int = 0) -> npt.NDArra
 def _real(column: pd.Series, where: str, name: str) -> npt.NDArray[np.float64]:
     import pandas as pd
 
-    kinds = column.map(lambda x: isinstance(x, bool | list | dict))
+    kinds = column.map(
+        lambda x: isinstance(x, bool | list | dict) or (isinstance(x, int) and abs(x) > 1 << 64)
+    )
     values = pd.to_numeric(column.mask(kinds), errors="coerce").to_numpy(np.float64)
     if not np.isfinite(values).all():
         at = int(np.flatnonzero(~np.isfinite(values))[0])
