@@ -273,6 +273,10 @@ def _open_ray(text: str, address: str) -> Iterator[Backend]:
         ) from None
     try:
         connection = ray.init(f"ray://{address}", log_to_driver=False, logging_level="ERROR")
+    except ValueError:  # ray alone, without the client
+        raise InputError(
+            f"backend {text}: ray is installed without its client", "pip install 'moesim[ray]'"
+        ) from None
     except (ConnectionError, RuntimeError, OSError) as error:
         raise InputError(
             f"no Ray cluster answers at {address}: {str(error)[:160]}",
@@ -307,6 +311,8 @@ class _Ray:
                 for reference in ray.wait(list(flying), num_returns=1)[0]:
                     i = flying.pop(reference)
                     yield i, ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
             raise InputError(
                 f"{self.name}: one task killed several workers ({str(error)[:120]})",

@@ -9,7 +9,7 @@ from moesim.errors import InfeasibleError, InputError
 from moesim.model.names import ModelSpec
 
 MAX_GB = 1e9
-MAX_COUNT = 10**12
+MAX_COUNT = 10**9
 WORKSPACE_BYTES = 1_000_000_000
 """Assumed for the CUDA context, activations and library workspaces."""
 
@@ -57,13 +57,7 @@ def memory_budget(
     Raises InputError for sizes that are not positive or absurd, InfeasibleError where not even the
     experts that one token needs in one layer fit.
     """
-    sizes = (batch_size, context_tokens)
-    if not 0 < hbm_gb <= MAX_GB or batch_size < 1 or context_tokens < 0 or max(sizes) > MAX_COUNT:
-        raise InputError(
-            f"memory of {hbm_gb:g} GB, a batch of {batch_size:.6g} or {context_tokens:.6g} tokens"
-            " of context is out of range",
-            f"give memory above 0 and up to {MAX_GB:g} GB, a batch from 1 and a context from 0",
-        )
+    check_sizes(hbm_gb, batch_size, context_tokens)
     hbm = round(hbm_gb * 1e9)
     dense = model.non_expert_bytes()
     kv = batch_size * model.kv_bytes(context_tokens)
@@ -80,6 +74,21 @@ def memory_budget(
         )
     total = model.num_moe_layers * model.num_experts if num_experts is None else num_experts
     return MemoryBudget(hbm, dense, kv, WORKSPACE_BYTES, slot, min(total, left // slot), total)
+
+
+def check_sizes(hbm_gb: float, batch_size: int, context_tokens: int) -> None:
+    """Raise InputError unless the sizes are positive and such as there may be."""
+    if (
+        not 0 < hbm_gb <= MAX_GB
+        or not 1 <= batch_size <= MAX_COUNT
+        or not 0 <= context_tokens <= MAX_COUNT
+    ):
+        raise InputError(
+            f"memory of {hbm_gb:g} GB, a batch of {batch_size:.6g} or {context_tokens:.6g} tokens"
+            " of context is out of range",
+            f"give memory above 0 and up to {MAX_GB:g} GB, a batch from 1 and a context from 0, up"
+            f" to {MAX_COUNT:g}",
+        )
 
 
 def check_host(total: int, dram_gb: float, nvme_gb: float, expert_bytes: float) -> int:

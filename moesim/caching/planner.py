@@ -15,7 +15,7 @@ import numpy.typing as npt
 from moesim import compat
 from moesim.caching.curves import LayerCurves, layer_curves
 from moesim.caching.events import Events, Stream, decode_stream
-from moesim.caching.memory import MemoryBudget, check_host, memory_budget
+from moesim.caching.memory import MemoryBudget, check_host, check_sizes, memory_budget
 from moesim.caching.plan import CachePlan, Prefetch
 from moesim.caching.policies import ONLINE, get_policy
 from moesim.caching.predictors.base import Predictor, predict
@@ -128,8 +128,9 @@ def make_workload(
 
     hosted: [L, E] experts that the GPU is responsible for; choices of others are left out.
 
-    Raises InputError where the trace has fewer than two requests.
+    Raises InputError where the trace has fewer than two requests, or the request absurd sizes.
     """
+    check_sizes(request.hbm_gb, request.batch_size, request.context_tokens)
     if hosted is not None:
         trace = _keep_hosted(trace, hosted)
     requests, notice = index_requests(trace, "decode")
@@ -412,8 +413,8 @@ def miss_cost(request: Request, times: StepTimes) -> FloatArray:
 def _limit(requests: RequestIndex, request: Request, share: int) -> RequestIndex:
     """As many requests, in seeded random order, as `max_steps` / `share` steps of the batch need;
     a request that goes beyond is cut."""
-    want = max(1, request.max_steps // share) * request.batch_size
     length = np.diff(requests.indptr)
+    want = min(max(1, request.max_steps // share) * request.batch_size, int(length.sum()))
     order = stream(request.seed, 7).permutation(len(length))
     before = np.cumsum(length[order]) - length[order]
     take = order[before < want]

@@ -113,10 +113,10 @@ def _order(
     The field counts from 0, or, for layers, is the absolute number of the MoE layers `known`.
     Raises FormatError for numbers that are neither, twice there, or only partly there.
     """
-    numbers = [item.get(field) if isinstance(item, dict) else None for item in items]
+    numbers: list[Any] = [item.get(field) if isinstance(item, dict) else None for item in items]
     if any(type(number) is not int for number in numbers):
         raise FormatError(f"{where}: every entry must have a whole number {field}", DAMAGED)
-    order = [int(i) for i in np.argsort(np.array(numbers, np.float64), kind="stable")]
+    order = sorted(range(len(items)), key=lambda i: numbers[i])
     ascending = [numbers[i] for i in order]
     if ascending == list(range(len(items))):
         return order, None
