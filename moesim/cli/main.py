@@ -182,9 +182,20 @@ def _click_error(error: Exception, args: Sequence[str]) -> tuple[str, str]:
         unknown = UnknownNameError(wrong[1].replace("-", " "), wrong[2], known)
         return unknown.cause, unknown.remedy
     missing = getattr(getattr(error, "param", None), "opts", [""])[0]
-    word = next((a for a in args if Path(a).suffix in (".npz", ".json", ".jsonl", ".csv")), "")
-    if missing == "--trace" and word:
-        return cause, f"write --trace {word}"
+    if missing == "--trace":
+        for word in args:
+            if (
+                word.startswith("sample:")
+                or word.endswith(".npz")
+                or Path(word, "meta.json").exists()
+            ):
+                return cause, f"write --trace {plain(word)}"
+        if any(word.endswith((".json", ".jsonl", ".csv", ".pt")) for word in args):
+            return cause, (
+                f"write {path} --trace TRACE, a .npz file or a folder; a request log goes to moesim"
+                " serve --requests, a dump of routing through moesim trace import first"
+            )
+        return cause, f"write {path} --trace sample:debian-moe to try; {path} --help has the rest"
     return cause, f"{path} --help lists the options"
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import typer
@@ -218,3 +219,38 @@ def test_a_reader_that_goes_away_causes_no_traceback() -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(timeout=60) in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        (["t.npz"], "write --trace t.npz"),
+        (["sample:debian-moe"], "write --trace sample:debian-moe"),
+        (["log.jsonl"], "a request log goes to moesim serve --requests"),
+        (["log.csv"], "a dump of routing through moesim trace import"),
+        ([], "write moesim plan --trace sample:debian-moe to try"),
+    ],
+)
+def test_a_plan_without_trace_says_what_to_type(
+    capsys: Capture, given: list[str], remedy: str
+) -> None:
+    assert run(["plan", *given, "--gpus", "2"]) == 2
+    cause, said = capsys.readouterr().err.splitlines()
+    assert cause == "error: Missing option '--trace'"
+    assert remedy in said
+
+
+def test_a_full_output_says_so() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    code = "from moesim.cli.main import main; main()"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "solver", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "error: cannot write the output: No space left on device"
+    assert "Traceback" not in done.stderr

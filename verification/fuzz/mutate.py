@@ -100,7 +100,8 @@ def _tree(tree: Any, rng: Random) -> Any:
             if isinstance(value, (dict, list)) and depth < 30:
                 walk(value, depth + 1)
 
-    walk(root[""], 0)
+    if isinstance(tree, (dict, list)):
+        walk(root[""], 0)
     if not spots:
         return rng.choice(ODD)
     # Half of the time near the top, where structure is; else anywhere, mostly among numbers.
