@@ -173,7 +173,7 @@ class LoadTrace:
 
 
 def _content_hash(meta: TraceMeta, arrays: dict[str, Array]) -> str:
-    digest = hashlib.sha256(meta.to_json().encode())
+    digest = hashlib.sha256(meta.to_json().encode(errors="surrogatepass"))
     for name, array in arrays.items():
         digest.update(f"{name}:{array.dtype.str}:{array.shape}".encode())
         for chunk in _chunks(array):

@@ -491,3 +491,9 @@ def test_a_request_log_or_dump_is_told_where_to_go(tmp_path: Path, name: str) ->
     with pytest.raises(InputError, match="a routing trace is a") as caught:
         load_trace(file)
     assert "moesim serve --requests" in caught.value.remedy
+
+
+def test_a_name_with_a_lone_surrogate_has_a_hash(make_trace: MakeTrace) -> None:
+    trace = make_trace()
+    odd = replace(trace, meta=replace(trace.meta, model="a\ud800b"))
+    assert len({trace.content_hash(), odd.content_hash()}) == 2

@@ -131,6 +131,7 @@ def assemble(
     if dropped:
         options.notify(f"dropped {dropped} tokens that no layer routed (all ids zero or -1)")
     num_experts = _num_experts(segments, [ids for _, ids in kept], options)
+    _check_top_k(int(shape[1]), num_experts, segments[0].where)
     for part, (keep, ids) in zip(segments, kept, strict=True):
         _check(part.where, np.flatnonzero(keep), ids, num_experts, layer_ids)
     parts = [(s, keep, ids) for s, (keep, ids) in zip(segments, kept, strict=True) if len(ids) > 0]
@@ -220,12 +221,14 @@ def assemble_load(
             f"{where}: counts {num_experts} experts, but the model has {options.num_experts}",
             "name the model that was recorded",
         )
+    chosen = top_k or require_top_k(options, "counts do not say it")
+    _check_top_k(chosen, num_experts, where)
     return LoadTrace(
         expert_load=np.ascontiguousarray(load, np.int64),
         meta=TraceMeta(
             model=options.model,
             num_experts=num_experts,
-            top_k=top_k or require_top_k(options, "counts do not say it"),
+            top_k=chosen,
             layer_ids=layer_ids,
             license=options.license,
             source={"kind": "imported", **source},
@@ -311,6 +314,14 @@ def _routed(
         kept = kept.astype(np.int32)
         kept[:, empty_layers] = -1
     return ~empty, kept
+
+
+def _check_top_k(top_k: int, num_experts: int, where: str) -> None:
+    if top_k > num_experts:
+        raise MismatchError(
+            f"{where}: {top_k} experts per token, but there are {num_experts}",
+            "name the model that was recorded",
+        )
 
 
 def _num_experts(segments: list[Segment], kept: list[Array], options: ImportOptions) -> int:

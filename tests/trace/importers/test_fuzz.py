@@ -333,3 +333,17 @@ def test_a_huge_claim_does_not_take_memory(tmp_path: Path) -> None:
     (stat / "rank0.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
     with pytest.raises(MoesimError, match="no safetensors header"):
         import_files([stat], ImportOptions(), "tensorrt-llm")
+
+
+def test_more_choices_than_experts_are_refused(tmp_path: Path) -> None:
+    """Tables of 10 experts per token and counts with a top-k of 10, of 8 experts."""
+    table = [{"request": 0, "position": 0, "layer": 0, "experts": [*range(8), -1, -1]}]
+    counts = {"logical_count": [[[1, 2, 3, 4, 5, 6, 7, 8]]]}
+    for name, text, of in (
+        ("t.jsonl", "\n".join(map(json.dumps, table)), "table"),
+        ("c.json", json.dumps(counts), "sglang-recorder"),
+    ):
+        (tmp_path / name).write_text(text)
+        options = ImportOptions(num_experts=8, top_k=10)
+        with pytest.raises(MoesimError, match="10 experts per token, but there are 8"):
+            import_files([tmp_path / name], options, of)
