@@ -57,19 +57,66 @@ LATENCIES = {
 }
 
 PARTS = {
+    "attention": "attention",
+    "gate": "gate",
+    "shared": "shared experts",
+    "dense": "dense layers",
     "dispatch": "dispatch",
     "compute": "routed experts",
     "combine": "combine",
-    "shared": "shared experts",
     "other": "other transfers",
+    "waiting": "waiting for the slowest",
 }
-"""Parts of a step: what readers call them."""
+"""Parts of a step in order: what readers call them."""
 
 ROLES = {"serving": "", "decode": ", decoding engines"}
 """Engines of a service: what is added to a figure's label."""
 
 GOALS = {"balance": "imbalance", "traffic": "fan_out", "time": "step_us"}
 """Objective of a placement: the figure that says how well it did."""
+
+PLACEMENT_FIGURES = (
+    "balancedness",
+    "balancedness_worst_layer",
+    "imbalance",
+    "imbalance_p99",
+    "fan_out",
+    "node_fan_out",
+    "inter_node_bytes",
+    "step_us",
+    "step_us_p99",
+    "dispatch_us",
+    "compute_us",
+    "combine_us",
+)
+"""What is shown of a placement, in order."""
+
+SERVICE_FIGURES = (
+    "requests_per_s",
+    "output_tokens_per_s",
+    "output_tokens_per_s_per_gpu",
+    "total_tokens_per_s_per_gpu",
+    "gpu_utilisation",
+    "rank_balance",
+    "kv_used_mean",
+    "kv_used_peak",
+    "decode_kv_used_mean",
+    "decode_kv_used_peak",
+    "running_mean",
+    "queue_mean",
+    "queue_peak_on_a_rank",
+    "queue_s_mean",
+    "queue_s_p99",
+    "steps",
+    "step_ms_mean",
+    "preemptions",
+    "prefix_hit_share",
+    "drafts_mean",
+    "drafts_accepted_share",
+    "shortened",
+    "demoted",
+)
+"""What is shown of a service, in order."""
 
 _ALL: tuple[Figure, ...] = (
     # A placement on held-out batches.

@@ -19,8 +19,8 @@ import yaml
 
 from moesim.cli.reference import command_tree, help_text, main, reference_pages, walk
 from moesim.errors import FormatError
-from moesim.figures import figure
-from moesim.jobs.plan_result import BETWEEN_NODES, PARTS_OF_STEP, SHOWN
+from moesim.figures import PLACEMENT_FIGURES, figure
+from moesim.jobs.plan_result import BETWEEN_NODES, PARTS_OF_STEP
 from moesim.placement import Placement, parse_plan
 from moesim.planning.evaluate import STATISTICS
 from moesim.solvers.base import Problem
@@ -200,7 +200,7 @@ def test_the_demo_block_is_what_plan_prints() -> None:
     check_parses(demo[0])
     block = fences(ROOT / "README.md", "text")[0].splitlines()
     starts = ["defaults taken: ", "debian-moe: ", "held-out: ", "held-out figure "]
-    shown = [name for name in SHOWN if name not in BETWEEN_NODES]
+    shown = [name for name in PLACEMENT_FIGURES if name not in BETWEEN_NODES]
     starts += [f"{'  ' * (name in PARTS_OF_STEP)}{figure(name).heading}" for name in shown]
     starts += [
         "local_search against eplb: ",
@@ -350,7 +350,7 @@ def test_glossary_has_every_axis_and_every_figure() -> None:
     for letter in "TBLEPGNK":
         assert re.search(rf"\| `{letter}` \|", glossary), letter
     printed = table_terms("Figures of a plan")
-    for name in SHOWN:
+    for name in PLACEMENT_FIGURES:
         assert figure(name).heading in printed, name
     for name in STATISTICS:
         assert f"`{name}`" in glossary, name

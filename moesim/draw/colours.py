@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from moesim import figures
+
 TEXT, SOFT, AXIS, GRID, PAPER = "#1c2127", "#59616b", "#8b929b", "#e9ebee", "#ffffff"
 SERIES = (
     *("#0072b2", "#d55e00", "#009e73", "#b85c94", "#8f7a00"),
@@ -38,16 +40,19 @@ DARK: Mapping[str, str] = dict(zip(_LIGHT, _DARK, strict=True))
 GREY = 7
 FIXED = {"linear": GREY, "eplb": 1, "greedy": 1}
 """Baselines have colours of their own; 0 is for what the picture is about."""
+PART_SERIES = {
+    "attention": 5,
+    "gate": 6,
+    "shared": 3,
+    "dense": 4,
+    "dispatch": 1,
+    "compute": 0,
+    "combine": 8,
+    "other": 2,
+    "waiting": GREY,
+}
 PARTS: dict[str, tuple[str, int]] = {
-    "attention": ("attention", 5),
-    "gate": ("gate", 6),
-    "shared": ("shared experts", 3),
-    "dense": ("dense layers", 4),
-    "dispatch": ("dispatch", 1),
-    "compute": ("routed experts", 0),
-    "combine": ("combine", 8),
-    "other": ("other transfers", 2),
-    "waiting": ("waiting for the slowest", GREY),
+    part: (label, PART_SERIES[part]) for part, label in figures.PARTS.items()
 }
 """Parts of a step in the order that they are drawn: name for readers, series."""
 

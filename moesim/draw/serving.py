@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moesim import figures
 from moesim.draw.charts import Axes, Line, lines
 from moesim.draw.figures import significant
 from moesim.draw.picture import Picture, poster
 
-LATENCIES = (
-    ("ttft", "Time to first token", 0),
-    ("tpot", "Time per output token", 1),
-    ("e2e", "End to end", 2),
+LATENCIES = tuple(
+    (name, label[0].upper() + label[1:], series)
+    for series, (name, label) in enumerate(figures.LATENCIES.items())
 )
 """Name, name for readers, series."""
 WIDE = 30.0
 """Largest over smallest drawn value from which a latency axis is logarithmic."""
-ROLES = {"serving": "", "decode": ", decoding engines"}
 OVER_TIME: tuple[tuple[str, tuple[tuple[str, str, int, float], ...], str], ...] = (
     (
         "Tokens per second",
@@ -93,7 +92,7 @@ def over_time(
     for title, columns, axis in OVER_TIME:
         drawn = [
             Line(
-                name + ROLES.get(role, f", {role}"),
+                name + figures.ROLES.get(role, f", {role}"),
                 [t * factor for t in own["time_s"]],
                 [v * scale for v in own[column]],
                 (number + 3 * k) % 8,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.errors import plain
-from moesim.figures import GOALS, count, figure, text_table
+from moesim.figures import GOALS, PLACEMENT_FIGURES, count, figure, text_table
 from moesim.jobs.result import Result
 from moesim.placement import Plan
 from moesim.planning.evaluate import Interval, Measured, Sample
@@ -21,20 +21,6 @@ if TYPE_CHECKING:
     from moesim.draw import Picture
     from moesim.solvers.base import Solution
 
-SHOWN = (
-    "balancedness",
-    "balancedness_worst_layer",
-    "imbalance",
-    "imbalance_p99",
-    "fan_out",
-    "node_fan_out",
-    "inter_node_bytes",
-    "step_us",
-    "dispatch_us",
-    "compute_us",
-    "combine_us",
-)
-"""Figures of the table, in order."""
 BETWEEN_NODES = ("node_fan_out", "inter_node_bytes")
 PARTS_OF_STEP = ("dispatch_us", "compute_us", "combine_us")
 
@@ -159,7 +145,7 @@ class PlanResult(Result):
         return "\n".join([*lines, *self._cache_lines()])
 
     def _shown(self) -> list[str]:
-        names = [n for n in SHOWN if n in self.chosen.figures]
+        names = [n for n in PLACEMENT_FIGURES if n in self.chosen.figures]
         if self.plan.placement.num_nodes == 1:
             names = [n for n in names if n not in BETWEEN_NODES]
         if self.plan.placement.num_gpus == 1:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesim.choices import MoeComm, Router
 from moesim.cluster import Cluster
 from moesim.errors import InputError
-from moesim.figures import LATENCIES, count, figure, text_table
+from moesim.figures import LATENCIES, SERVICE_FIGURES, count, figure, text_table
 from moesim.jobs import inputs
 from moesim.jobs.result import Result
 from moesim.serving.arrivals import load_requests
@@ -37,31 +37,6 @@ if TYPE_CHECKING:
 
 DEFAULT_GPUS = 8
 STATS = ("mean", "p50", "p90", "p99")
-SHOWN = (
-    "requests_per_s",
-    "output_tokens_per_s",
-    "output_tokens_per_s_per_gpu",
-    "total_tokens_per_s_per_gpu",
-    "gpu_utilisation",
-    "rank_balance",
-    "kv_used_mean",
-    "kv_used_peak",
-    "decode_kv_used_mean",
-    "decode_kv_used_peak",
-    "running_mean",
-    "queue_mean",
-    "queue_peak_on_a_rank",
-    "queue_s_mean",
-    "steps",
-    "step_ms_mean",
-    "preemptions",
-    "prefix_hit_share",
-    "drafts_mean",
-    "drafts_accepted_share",
-    "shortened",
-    "demoted",
-)
-"""Figures of the table, in order."""
 HIDDEN_AT_ZERO = ("preemptions", "shortened", "demoted")
 _LEVEL = re.compile(r"^(queue|refuse|shorten|demote)(?:@(\d{1,9}))?(?:=([0-9.]+))?$")
 
@@ -114,7 +89,7 @@ class ServeResult(Result):
         lines.append(", ".join([f"{counts['finished']:,} finished", *others]))
         lines += [_latencies(metrics), *_levels(record["by_level"])]
         rows = []
-        for name in SHOWN:
+        for name in SERVICE_FIGURES:
             value, known = metrics.get(name), figure(name)
             if value is None or (name in HIDDEN_AT_ZERO and value == 0):
                 continue

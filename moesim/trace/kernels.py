@@ -1,4 +1,4 @@
-"""Compiled counting kernels of the statistics pass, each with its slow reference.
+"""Compiled counting kernels of the statistics pass; tests/reference/trace.py has them slowly.
 
 All kernels add into their output arrays, so that a pass can go over a trace chunk by chunk.
 Ids below zero (a token chose fewer than K experts) are skipped. Ids are trusted to be below E:
@@ -32,13 +32,6 @@ def count_load(ids: Array, group_idx: IntArray, out: IntArray) -> None:
                 expert = np.int64(ids[t, layer, k])
                 if expert >= 0:
                     out[group, layer, expert] += 1
-
-
-def count_load_reference(ids: Array, group_idx: IntArray, out: IntArray) -> None:
-    """The reference of `count_load`."""
-    for t, layer, k in np.ndindex(*ids.shape):
-        if group_idx[t] >= 0 and ids[t, layer, k] >= 0:
-            out[group_idx[t], layer, ids[t, layer, k]] += 1
 
 
 @kernel
@@ -75,20 +68,6 @@ def count_pairs(ids: Array, between: Array, within: Array) -> None:
                             between[layer, a, b] += 1
 
 
-def count_pairs_reference(ids: Array, between: Array, within: Array) -> None:
-    """The reference of `count_pairs`."""
-    for token in ids.astype(np.int64):
-        chosen = [sorted(int(e) for e in row if e >= 0) for row in token]
-        for layer in range(within.shape[0]):
-            for n, a in enumerate(chosen[layer]):
-                for b in chosen[layer][n + 1 :]:
-                    within[layer, a, b] += 1
-        for layer in range(between.shape[0]):
-            for a in chosen[layer]:
-                for b in chosen[layer + 1]:
-                    between[layer, a, b] += 1
-
-
 @kernel
 def count_reuse(ids: Array, follows: npt.NDArray[np.bool_], shared: IntArray) -> None:
     """shared[l] += experts that token t shares with token t-1 in layer l, where follows[t].
@@ -107,11 +86,3 @@ def count_reuse(ids: Array, follows: npt.NDArray[np.bool_], shared: IntArray) ->
                     for j in range(top_k):
                         same += a == ids[t - 1, layer, j]
             shared[layer] += same
-
-
-def count_reuse_reference(ids: Array, follows: npt.NDArray[np.bool_], shared: IntArray) -> None:
-    """The reference of `count_reuse`."""
-    for t in range(1, ids.shape[0]):
-        if follows[t]:
-            for layer in range(ids.shape[1]):
-                shared[layer] += len((set(ids[t, layer]) & set(ids[t - 1, layer])) - {-1})

@@ -18,6 +18,7 @@ from moesim.trace import kernels
 from moesim.trace.counts import TraceCounts, count_trace, request_half
 from moesim.trace.format import LoadTrace, Trace, TraceMeta, load_token_trace, save_trace
 from moesim.trace.stats import batch_imbalance, load_stats, token_load, trace_stats
+from tests.reference import trace as reference
 
 MakeTrace = Callable[..., Trace]
 
@@ -45,16 +46,16 @@ def test_kernels_equal_their_references(given_ids: tuple[np.ndarray, int], seed:
         between = [np.zeros((layers - 1, experts, experts), dtype) for _ in range(2)]
         within = [np.zeros((layers, experts, experts), dtype) for _ in range(2)]
         kernels.count_pairs(ids, between[0], within[0])
-        kernels.count_pairs_reference(ids, between[1], within[1])
+        reference.count_pairs_reference(ids, between[1], within[1])
         np.testing.assert_array_equal(*between)
         np.testing.assert_array_equal(*within)
     load = [np.zeros((3, layers, experts), np.int64) for _ in range(2)]
     kernels.count_load(ids, group, load[0])
-    kernels.count_load_reference(ids, group, load[1])
+    reference.count_load_reference(ids, group, load[1])
     np.testing.assert_array_equal(*load)
     shared = [np.zeros(layers, np.int64) for _ in range(2)]
     kernels.count_reuse(ids, follows, shared[0])
-    kernels.count_reuse_reference(ids, follows, shared[1])
+    reference.count_reuse_reference(ids, follows, shared[1])
     np.testing.assert_array_equal(*shared)
 
 

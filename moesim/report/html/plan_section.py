@@ -12,6 +12,7 @@ from moesim.draw.figures import minus, percent, significant
 from moesim.draw.plan import STEP_PARTS
 from moesim.draw.simulate import breakdown
 from moesim.errors import FormatError
+from moesim.figures import GOALS, PLACEMENT_FIGURES, figure
 from moesim.placement import Plan, parse_plan
 from moesim.report.html.fields import Fields
 from moesim.report.html.parts import (
@@ -27,36 +28,7 @@ from moesim.report.html.parts import (
 )
 from moesim.report.html.runs import Run
 
-FIGURES: tuple[tuple[str, str, str, float], ...] = (
-    ("step_us", "MoE time per step", "ms", 1e-3),
-    ("step_us_p99", "MoE time per step, p99", "ms", 1e-3),
-    ("imbalance", "imbalance: busiest GPU over mean", "", 1.0),
-    ("imbalance_p99", "imbalance, p99", "", 1.0),
-    ("balancedness", "balancedness: mean over busiest GPU", "", 1.0),
-    ("balancedness_worst_layer", "balancedness, worst layer", "", 1.0),
-    ("fan_out", "GPUs a token is sent to", "GPUs", 1.0),
-    ("node_fan_out", "nodes a token is sent to", "nodes", 1.0),
-    ("inter_node_bytes", "bytes between nodes per token", "KB", 1e-3),
-    ("dispatch_us", "dispatch per step", "ms", 1e-3),
-    ("compute_us", "routed experts per step", "ms", 1e-3),
-    ("combine_us", "combine per step", "ms", 1e-3),
-)
-"""Figure, name for readers, unit, factor."""
 DRAWN = ("step_us", "imbalance", "fan_out", "inter_node_bytes")
-GOAL = {"balance": "imbalance", "traffic": "fan_out", "time": "step_us"}
-SHORT = {
-    "step_us": "MoE time per step",
-    "step_us_p99": "MoE time, p99",
-    "dispatch_us": "dispatch",
-    "compute_us": "routed experts",
-    "combine_us": "combine",
-    "imbalance": "imbalance",
-    "imbalance_p99": "imbalance, p99",
-    "fan_out": "GPUs per token",
-    "node_fan_out": "nodes a token",
-    "inter_node_bytes": "inter-node bytes",
-}
-"""Figures of which less is better, by their short names."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +126,7 @@ def plan_section(view: PlanView) -> Section:
 
 def _figures(fields: Fields) -> dict[str, tuple[float, float, float]]:
     out = {}
-    for name, *_ in FIGURES:
+    for name in PLACEMENT_FIGURES:
         figure = fields.maybe(name)
         if figure is not None:
             value = figure.number("value")
@@ -190,7 +162,7 @@ def _cards(view: PlanView, found: dict[str, dict[str, tuple[float, float, float]
     if own is None:
         return []
     baseline = next((n for n in ("eplb", "greedy", "linear") if n in found and n != view.own), None)
-    goal = GOAL.get(view.head.text("objective", ""), "imbalance")
+    goal = GOALS.get(view.head.text("objective", ""), "imbalance")
     order = sorted((n for n in DRAWN if n in own), key=lambda n: n != goal)
     cards = []
     for name in order:
@@ -232,9 +204,9 @@ def _improvement(view: PlanView, name: str) -> tuple[float, float, float] | None
 
 
 def _about(name: str, view: PlanView) -> tuple[str, str, float, str]:
-    label, unit, factor = next((x, u, f) for n, x, u, f in FIGURES if n == name)
+    known = figure(name)
     timed = name.endswith("_us") or name.startswith("step_us")
-    return label, unit, factor, view.basis if timed else "counted"
+    return known.label, known.unit, known.factor, view.basis if timed else "counted"
 
 
 def _interval_figures(
@@ -272,14 +244,14 @@ def _paired(
     if baseline is None or baseline == view.own:
         return []
     rows = []
-    for name, *_ in FIGURES:
+    for name in PLACEMENT_FIGURES:
         delta = _improvement(view, name)
         base = found[baseline].get(name, (0.0, 0.0, 0.0))[0]
-        if delta is None or not base or not any(delta) or name not in SHORT:
+        if delta is None or not base or not any(delta) or figure(name).better != "low":
             continue
         rows.append(
             Interval(
-                SHORT[name],
+                figure(name).label,
                 100 * delta[0] / base,
                 100 * delta[1] / base,
                 100 * delta[2] / base,
@@ -340,15 +312,16 @@ def _table(
     view: PlanView, names: list[str], found: dict[str, dict[str, tuple[float, float, float]]]
 ) -> TableBlock:
     rows = []
-    for name, label, unit, factor in FIGURES:
+    for name in PLACEMENT_FIGURES:
         if not all(name in found[n] for n in names):
             continue
         cells = []
+        known = figure(name)
         for n in names:
-            value, low, high = (x * factor for x in found[n][name])
+            value, low, high = (x * known.factor for x in found[n][name])
             half = (high - low) / 2
             cells.append(significant(value) + (f" ±{significant(half, 2)}" if half else ""))
-        rows.append([label + (f" ({unit})" if unit else ""), *cells, _about(name, view)[3]])
+        rows.append([known.heading, *cells, _about(name, view)[3]])
     return TableBlock(
         "All held-out figures",
         Table(["figure", *names, "basis"], rows, frozenset({len(names) + 1})),

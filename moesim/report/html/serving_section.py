@@ -15,6 +15,7 @@ from moesim.draw.serving import (
     promises,
     time_unit,
 )
+from moesim.figures import SERVICE_FIGURES, figure
 from moesim.report.html.fields import Fields
 from moesim.report.html.parts import (
     Card,
@@ -30,36 +31,10 @@ from moesim.report.html.parts import (
 from moesim.report.html.runs import Run
 
 STATS = ("mean", "p50", "p90", "p95", "p99", "max")
-METRICS = (
-    ("requests_per_s", "requests finished per second", 1.0),
-    ("output_tokens_per_s", "output tokens per second", 1.0),
-    ("output_tokens_per_s_per_gpu", "output tokens/s per GPU", 1.0),
-    ("total_tokens_per_s_per_gpu", "prompt and output tokens/s per GPU", 1.0),
-    ("gpu_utilisation", "GPU time in steps (%)", 100.0),
-    ("rank_balance", "ranks' mean over slowest (%)", 100.0),
-    ("kv_used_mean", "KV cache in use, mean (%)", 100.0),
-    ("kv_used_peak", "KV cache in use, peak (%)", 100.0),
-    ("queue_mean", "requests waiting, mean", 1.0),
-    ("queue_peak_on_a_rank", "requests waiting on one rank, most", 1.0),
-    ("queue_s_mean", "wait in the queue, mean (ms)", 1e3),
-    ("queue_s_p99", "wait in the queue, p99 (ms)", 1e3),
-    ("running_mean", "requests running, mean", 1.0),
-    ("step_ms_mean", "a step of the engine, mean (ms)", 1.0),
-    ("steps", "steps", 1.0),
-    ("preemptions", "preemptions", 1.0),
-    ("shortened", "requests shortened", 1.0),
-    ("demoted", "requests demoted", 1.0),
-    ("prefix_hit_share", "prompt tokens found in the prefix cache (%)", 100.0),
-    ("drafts_mean", "drafted tokens per step, mean", 1.0),
-    ("drafts_accepted_share", "drafted tokens accepted (%)", 100.0),
-    ("decode_kv_used_mean", "KV cache of decoding engines, mean (%)", 100.0),
-    ("decode_kv_used_peak", "KV cache of decoding engines, peak (%)", 100.0),
-)
-"""Figure, name for readers with its unit, factor."""
 
 
 def serving_section(run: Run) -> Section:
-    """One `moesim simulate --requests --json`."""
+    """One `moesim serve --json`."""
     data = run.data
     metrics, basis = data.child("metrics"), predicted(data.text("basis", "assumed"))
     where = (data.maybe("deployment") or Fields({}, run.name)).text("name", "the deployment")
@@ -203,8 +178,8 @@ def _over_time(data: Fields, basis: str) -> list[Figure]:
 
 def _table(metrics: Fields, basis: str) -> TableBlock:
     rows = [
-        [label, significant(metrics.number(name) * factor)]
-        for name, label, factor in METRICS
+        [figure(name).heading, significant(metrics.number(name) * figure(name).factor)]
+        for name in SERVICE_FIGURES
         if metrics.has(name)
     ]
     return TableBlock("Throughput, use and queues", Table(["figure", "value"], rows), basis)
