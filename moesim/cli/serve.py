@@ -34,22 +34,33 @@ def serve(
     cluster: ClusterOption = None,
     gpus: Annotated[
         int | None,
-        typer.Option(help="GPUs of the whole service.", show_default="the plan's, or 8", min=1),
+        typer.Option(
+            help="GPUs of the whole service.", show_default="the plan's, tp x dp, or 8", min=1
+        ),
     ] = None,
     replicas: Annotated[
-        int, typer.Option(help="Engines that the GPUs are divided among.", min=1)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Engines that the GPUs are divided among.",
+            show_default="as many as the smallest engine that fits allows",
+            min=1,
+        ),
+    ] = None,
     tp: Annotated[
         int | None,
         typer.Option(help="Tensor parallelism.", show_default="the least that fits", min=1),
     ] = None,
     dp: Annotated[
         int | None,
-        typer.Option(help="Data-parallel attention ranks.", show_default="GPUs / tp", min=1),
+        typer.Option(
+            help="Data-parallel attention ranks.", show_default="GPUs of an engine / tp", min=1
+        ),
     ] = None,
     ep: Annotated[
         int | None,
-        typer.Option(help="Groups that hold different experts.", show_default="all GPUs", min=1),
+        typer.Option(
+            help="Groups that hold different experts.", show_default="an engine's GPUs", min=1
+        ),
     ] = None,
     engine: Annotated[str, typer.Option(help="vllm, sglang or trtllm.")] = "vllm",
     moe_comm: Annotated[
@@ -101,7 +112,10 @@ def serve(
             help="Disaggregate: so many of the GPUs decode, the others compute prompts.", min=1
         ),
     ] = None,
-    decode_replicas: Annotated[int, typer.Option(help="Decoding engines.", min=1)] = 1,
+    decode_replicas: Annotated[
+        int | None,
+        typer.Option(help="Decoding engines.", show_default="as --replicas", min=1),
+    ] = None,
     transfer: Annotated[
         float | None,
         typer.Option(help="GB/s of moving a rank's KV cache.", show_default="85 % of its NICs"),

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesim.choices import MoeComm, Router
@@ -17,8 +18,8 @@ from moesim.jobs import inputs
 from moesim.jobs.result import Result
 from moesim.serving.arrivals import load_requests
 from moesim.serving.config import Level, ServingConfig
-from moesim.serving.deployment import Deployment, deploy
-from moesim.serving.fit import check_possible, fitting_deployment
+from moesim.serving.deployment import Deployment
+from moesim.serving.fit import DEFAULT_GPUS, Split, check_possible, default_split
 from moesim.serving.record import run_record
 from moesim.serving.requests import Requests
 from moesim.serving.routing import DomainRouting
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
 
     from moesim.draw import Picture
     from moesim.jobs.inputs import ClusterLike, ModelLike, PlanLike, TraceLike
-    from moesim.model.spec import ModelSpec
 
-DEFAULT_GPUS = 8
 STATS = ("mean", "p50", "p90", "p99")
 HIDDEN_AT_ZERO = ("preemptions", "shortened", "demoted")
 _LEVEL = re.compile(r"^(queue|refuse|shorten|demote)(?:@(\d{1,9}))?(?:=([0-9.]+))?$")
@@ -127,7 +126,7 @@ def serve(
     model: ModelLike | None = None,
     cluster: ClusterLike | None = None,
     gpus: int | None = None,
-    replicas: int = 1,
+    replicas: int | None = None,
     tp: int | None = None,
     dp: int | None = None,
     ep: int | None = None,
@@ -144,7 +143,7 @@ def serve(
     chunk_tokens: int | None = None,
     router: Router = "least_loaded",
     decode_gpus: int | None = None,
-    decode_replicas: int = 1,
+    decode_replicas: int | None = None,
     transfer: float | None = None,
     speculate: float | None = None,
     drafts: int = 4,
@@ -169,9 +168,10 @@ def serve(
     """Serve requests with a deployment.
 
     requests: a log by its path, or arrivals drawn as "poisson:rate=8,requests=2000,prompt=1000,
-    output=200". time_unit, block_tokens: what a log does not say of itself. tp, dp, ep: of one
-    engine; the least tensor parallelism that fits where none is given. The other names and defaults
-    are those of `moesim serve`; progress(done, total) counts requests.
+    output=200". time_unit, block_tokens: what a log does not say of itself. replicas, tp, dp, ep:
+    what is left out is `serving.fit.default_split`'s, with a cluster given as an object in one
+    engine. The other names and defaults are those of `moesim serve`; progress(done, total)
+    counts requests.
 
     Raises InputError where the GPUs do not divide or nothing names the model, InfeasibleError where
     the model does not fit or a promise cannot be kept even by an idle service.
@@ -196,13 +196,14 @@ def serve(
         "max_sequences": max_sequences,
         "memory_fraction": memory_fraction,
     }
-    split = _Split(gpus, replicas, tp, dp, ep, decode_gpus, decode_replicas)
-    deployment, decode = _engines(model, cluster, plan, trace, split, options, defaults)
+    asked = _Asked(gpus, replicas, tp, dp, ep, decode_gpus, decode_replicas)
+    front, back = _pools(model, cluster, plan, trace, asked, options, defaults)
+    deployment = front.engine
     config = ServingConfig(
-        replicas=replicas,
+        replicas=front.replicas,
         router=router,
-        decode=decode,
-        decode_replicas=decode_replicas,
+        decode=None if back is None else back.engine,
+        decode_replicas=1 if back is None else back.replicas,
         transfer_gb_per_s=transfer,
         block_size=block_size,
         prefix_cache=prefix_cache,
@@ -257,28 +258,40 @@ def _arriving(
 
 
 @dataclass(frozen=True, slots=True)
-class _Split:
+class _Asked:
     """GPUs and how they are divided, as given; None for the default."""
 
     gpus: int | None
-    replicas: int
+    replicas: int | None
     tp: int | None
     dp: int | None
     ep: int | None
     decode_gpus: int | None
-    decode_replicas: int
+    decode_replicas: int | None
+
+    def total(self, planned: int | None, cluster: ClusterLike | None) -> tuple[int, bool]:
+        """GPUs of the service, and whether nothing says how many."""
+        if self.gpus is not None:
+            return self.gpus, False
+        if isinstance(cluster, Cluster):
+            return cluster.num_gpus, False
+        if planned is not None:
+            return planned * (self.replicas or 1), True
+        if self.tp or self.dp:
+            return (self.tp or 1) * (self.dp or 1) * (self.replicas or 1), True
+        return DEFAULT_GPUS, True
 
 
-def _engines(
+def _pools(
     model: ModelLike | None,
     cluster: ClusterLike | None,
     plan: PlanLike | None,
     trace: TraceLike | None,
-    split: _Split,
+    asked: _Asked,
     options: dict[str, Any],
     defaults: dict[str, str],
-) -> tuple[Deployment, Deployment | None]:
-    """One replica of the front (or only) engines, and of the decoding ones."""
+) -> tuple[Split, Split | None]:
+    """The front (or only) engines, and the decoding ones."""
     from moesim.cluster import DEFAULT_CLUSTER
 
     made = inputs.plan_of(plan) if plan is not None else None
@@ -291,58 +304,40 @@ def _engines(
             "nothing says which model is served", "name one with `model` (a preset or config.json)"
         )
     spec = inputs.model_required(model, named, "the plan or trace")
-    gpus = split.gpus
-    if gpus is None and isinstance(cluster, Cluster):
-        gpus = cluster.num_gpus
-    if gpus is None:
-        gpus = DEFAULT_GPUS if made is None else made.placement.num_gpus * split.replicas
+    planned = made.placement.num_gpus if made is not None else None
+    gpus, by_default = asked.total(planned, cluster)
+    if by_default:
         defaults["GPUs"] = str(gpus)
     if cluster is None:
         cluster = defaults["cluster"] = DEFAULT_CLUSTER
-    back = split.decode_gpus
+    back = asked.decode_gpus
     if back is not None and back >= gpus:
         raise InputError(
             f"{back} of {gpus} GPUs are to decode: none is left for prompts",
             "give fewer `decode_gpus`, or more `gpus`",
         )
-    options = options | {"plan": made, "trace": routed}
-    one = _replica(
-        spec, cluster, _share(gpus - (back or 0), split.replicas, "replicas"), split, options
-    )
-    defaults["deployment"] = one.name
+    shared = options | {"plan": made, "trace": routed}
+    shared |= {"tp": asked.tp, "dp": asked.dp, "ep": asked.ep}
+
+    def pool(num: int, replicas: int | None, what: str) -> Split:
+        if isinstance(cluster, Cluster) and replicas is None:
+            replicas = 1
+        split = default_split(
+            spec, partial(inputs.cluster_of, cluster), num, replicas=replicas, **shared
+        )
+        defaults[what] = str(split)
+        return split
+
     if back is None:
-        return one, None
-    each = _share(back, split.decode_replicas, "decode replicas")
-    if made is not None and each != one.num_gpus:
+        return pool(gpus, asked.replicas, "deployment"), None
+    front = pool(gpus - back, asked.replicas, "prompts")
+    two = pool(back, asked.decode_replicas, "decoding")
+    if made is not None and two.engine.num_gpus != front.engine.num_gpus:
         raise InputError(
-            f"the plan is for {made.placement.num_gpus} GPUs, a decoding engine has {each}",
+            f"the plan is for {planned} GPUs, a decoding engine has {two.engine.num_gpus}",
             "give prompts and decoding engines of the plan's size, or no plan",
         )
-    two = _replica(spec, cluster, each, split, options)
-    defaults["decoding engines"] = two.name
-    return one, two
-
-
-def _share(gpus: int, parts: int, what: str) -> int:
-    if parts < 1 or gpus % parts or gpus < parts:
-        raise InputError(
-            f"{gpus} GPUs do not divide among {parts} {what}", "choose a multiple of them"
-        )
-    return gpus // parts
-
-
-def _replica(
-    spec: ModelSpec, cluster: ClusterLike, gpus: int, split: _Split, options: dict[str, Any]
-) -> Deployment:
-    sized = inputs.cluster_of(cluster, gpus)
-    if split.tp is None and split.dp is None and split.ep is None:
-        return fitting_deployment(spec, sized, **options)
-    tp, dp = split.tp, split.dp
-    if dp is None:
-        dp = _share(gpus, tp, "tensor-parallel ranks") if tp is not None else 1
-    if tp is None:
-        tp = _share(gpus, dp, "data-parallel ranks")
-    return deploy(spec, sized, tp=tp, dp=dp, ep=split.ep, **options)
+    return front, two
 
 
 def _level_rules(texts: Sequence[str]) -> tuple[Level, ...]:

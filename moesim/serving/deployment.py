@@ -164,11 +164,16 @@ class Deployment:
     @property
     def name(self) -> str:
         """Short label: model, GPUs and parallelism."""
+        return f"{self.model.name} on {self.num_gpus} x {self.gpu.name}, {self.parallelism}"
+
+    @property
+    def parallelism(self) -> str:
+        """As "tp1 dp8 ep8"; what is 1 is left out but for tp."""
         parts = [f"tp{self.tp}"]
         parts += [f"dp{self.dp}"] if self.dp > 1 else []
         parts += [f"ep{self.ep}"] if self.ep > 1 else []
         parts += [f"pp{self.pp}"] if self.pp > 1 else []
-        return f"{self.model.name} on {self.num_gpus} x {self.gpu.name}, {' '.join(parts)}"
+        return " ".join(parts)
 
 
 def deploy(

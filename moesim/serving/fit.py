@@ -1,10 +1,14 @@
-"""A deployment for a number of GPUs where nothing else is said, and promises that none can keep."""
+"""How GPUs serve a model where nothing else is said, and promises that no service can keep."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moesim.errors import InfeasibleError, InputError
+import numpy as np
+
+from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import Deployment, deploy
 from moesim.serving.memory import gpu_memory, require_fit
@@ -17,38 +21,159 @@ if TYPE_CHECKING:
     from moesim.serving.requests import Requests
     from moesim.serving.slo import Slo
 
+DEFAULT_GPUS = 8
 MIN_CACHE_TOKENS = 8192
+MIN_CACHE_SHARE = 0.1
+BLOCK = 128
 
 
-def fitting_deployment(model: ModelSpec, cluster: Cluster, **options: Any) -> Deployment:
-    """The deployment of all GPUs of `cluster` with least tensor parallelism that leaves a rank's KV
-    cache at least MIN_CACHE_TOKENS tokens: attention data-parallel over num_gpus / tp ranks,
-    experts over all GPUs as far as there are experts. `options` go to `deploy`.
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """A service as `replicas` times `engine`."""
 
-    Raises InfeasibleError with the numbers where nothing fits, InputError where no tp is possible.
+    engine: Deployment
+    replicas: int
+
+    def __str__(self) -> str:
+        return f"{self.replicas} x {self.engine.parallelism}"
+
+
+def default_split(
+    model: ModelSpec,
+    sized: Callable[[int], Cluster],
+    num_gpus: int,
+    *,
+    replicas: int | None = None,
+    tp: int | None = None,
+    dp: int | None = None,
+    pp: int = 1,
+    ep: int | None = None,
+    moe_tp: int | None = None,
+    **options: Any,
+) -> Split:
+    """How `num_gpus` GPUs serve a model where little or nothing is said of it: replicas of the
+    smallest engine inside a node, else over whole nodes, that leaves the KV cache MIN_CACHE_SHARE
+    of the engine's memory and a rank MIN_CACHE_TOKENS tokens of it; of engines of that size the one
+    with the least tensor parallelism, which never leaves a node.
+
+    Attention is data-parallel over what tp leaves and experts are whole, each on one GPU as far as
+    there are experts: what vLLM and SGLang recommend for MoE models (docs.vllm.ai, "Expert Parallel
+    Deployment"; docs.sglang.io, "DP attention"). With one rank experts are cut over tp, as the
+    engines do unasked, where their width (and its blocks of 128 in fp8) allows it. The two limits
+    are assumed. What is given is kept: `replicas`, tp, dp, pp, ep, moe_tp; a plan's engine has the
+    plan's GPUs. Where no engine reaches the share, the one with the largest is taken.
+
+    sized: the first so many GPUs of the cluster. options: others of `deploy`. Engines on different
+    GPU types or speeds are never made: a cluster that mixes them is one engine, or pools.
+    Raises InfeasibleError with the numbers where nothing fits, InputError where the GPUs do not
+    divide as given.
     """
-    tried: list[Deployment] = []
-    num_gpus = cluster.num_gpus
-    for tp in range(1, num_gpus + 1):
-        if num_gpus % tp or model.attention.num_heads % tp:
+    plan = options.get("plan")
+    groups = plan.placement.num_gpus if plan is not None else None
+    tried: list[tuple[float, Deployment]] = []
+    refused: InputError | None = None
+    for size in _engine_sizes(sized, num_gpus, replicas, (tp or 1) * (dp or 1) * pp, groups):
+        stage, cluster = size // pp, sized(size)
+        if tp is not None and dp is not None and tp * dp != stage:
             continue
-        ep = num_gpus
-        while ep > model.num_experts or num_gpus % ep:
-            ep -= 1
-        if model.moe_intermediate_size % (num_gpus // ep):
-            continue
-        made = deploy(model, cluster, tp=tp, dp=num_gpus // tp, ep=ep, **options)
-        if gpu_memory(made).kv_token_capacity >= MIN_CACHE_TOKENS:
-            return made
-        tried.append(made)
+        for cut in [tp] if tp else [stage // dp] if dp else _divisors(stage):
+            across = cut > cluster.gpus_per_node and size > 1
+            if tp is None and (model.attention.num_heads % cut or (across and dp is None)):
+                continue
+            experts = (ep, moe_tp)
+            if ep is None and moe_tp is None and plan is None:
+                experts = _expert_groups(model, stage, cut, options)
+            try:
+                made = deploy(
+                    model,
+                    cluster,
+                    tp=cut,
+                    dp=stage // cut,
+                    pp=pp,
+                    ep=experts[0],
+                    moe_tp=experts[1],
+                    **options,
+                )
+            except InputError as error:
+                refused = refused or error
+                continue
+            share, room = _cache_share(made)
+            if room and share >= MIN_CACHE_SHARE:
+                return Split(made, num_gpus // size)
+            tried.append((share if room else share - 1.0, made))
+    if isinstance(refused, UnknownNameError) and not tried:
+        raise refused
     if not tried:
+        given = {"replicas": replicas, "tp": tp, "dp": dp, "ep": ep, "moe_tp": moe_tp}
+        said = ", ".join(f"{name} {value}" for name, value in given.items() if value)
         raise InputError(
-            f"{model.name} does not divide over {num_gpus} GPUs",
-            "choose another number of GPUs (a power of two, say), or give `tp` and `dp`",
+            f"{model.name} cannot be spread over {num_gpus} GPUs"
+            + (f" as {said}" if said else "")
+            + (f": {refused.cause}" if refused else ""),
+            "choose another number of GPUs (a power of two, say), or other `tp`, `dp`, `replicas`",
         )
-    best = max(tried, key=lambda made: gpu_memory(made).kv_token_capacity)
-    require_fit(best, MIN_CACHE_TOKENS)
-    return best
+    best = max(tried, key=lambda one: one[0])[1]
+    if not (tp or dp or replicas):
+        require_fit(best, MIN_CACHE_TOKENS)
+    return Split(best, num_gpus // best.num_gpus)
+
+
+def _cache_share(engine: Deployment) -> tuple[float, bool]:
+    """Share of the engine's memory that is left for the KV cache, below 0 where weights do not
+    fit, and whether a rank has MIN_CACHE_TOKENS tokens of it."""
+    memory = gpu_memory(engine)
+    taken = memory.weight_bytes + memory.activation_bytes + memory.runtime_bytes
+    share = 1.0 - (taken + memory.state_bytes) / memory.usable_bytes
+    return share, memory.kv_token_capacity >= MIN_CACHE_TOKENS
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _engine_sizes(
+    sized: Callable[[int], Cluster],
+    num_gpus: int,
+    replicas: int | None,
+    least: int,
+    planned: int | None,
+) -> list[int]:
+    """GPUs that an engine may have, the fewest first: a multiple of `least`, equal parts of a node
+    or whole nodes, and all engines on GPUs alike."""
+    if replicas is not None and (replicas < 1 or num_gpus % replicas):
+        raise InputError(
+            f"{num_gpus} GPUs do not divide among {replicas} replicas", "choose a multiple of them"
+        )
+    whole = sized(num_gpus)
+    alike = list(zip(whole.gpus, whole.speed_factor.tolist(), strict=True))
+    node = int(np.bincount(whole.node_of_gpu).min())
+    out = []
+    for size in _divisors(num_gpus) if replicas is None else [num_gpus // replicas]:
+        same = all(alike[i : i + size] == alike[:size] for i in range(0, num_gpus, size))
+        fits = replicas is not None or size == num_gpus or node % size == 0 or size % node == 0
+        wanted = planned is None or replicas is not None or size == planned
+        if size % least == 0 and fits and same and wanted:
+            out.append(size)
+    if not out and len(set(alike)) > 1:
+        raise InputError(
+            f"the engines of {whole.name} would have different GPUs",
+            "give each GPU type a role with `decode_gpus`, or use a cluster of one type",
+        )
+    return out
+
+
+def _expert_groups(
+    model: ModelSpec, stage: int, tp: int, options: Mapping[str, Any]
+) -> tuple[int, int]:
+    """(ep, moe_tp) of `stage` GPUs."""
+    dtype = options.get("expert_dtype") or model.expert_dtype
+    step = BLOCK if dtype == "fp8" else 1
+    if tp == stage and model.moe_intermediate_size % (stage * step) == 0:
+        return 1, stage
+    ep = stage
+    while ep > model.num_experts or stage % ep:
+        ep -= 1
+    return ep, stage // ep
 
 
 def check_possible(

@@ -28,7 +28,7 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate(PROCESS, *OLMOE, "--slo", "ttft<2s,tpot<50ms") == 0
     out = capsys.readouterr().out
     for text in (
-        "defaults taken: cluster: h100-sxm-ib; deployment: OLMoE-1B-7B on 2 x h100-sxm",
+        "defaults taken: cluster: h100-sxm-ib; deployment: 2 x tp1\n",
         "60 requests of poisson:rate=20",
         "60 finished",
         "time to first token",
@@ -111,7 +111,7 @@ def test_everything_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         ([PROCESS, *OLMOE, "--slo", "soon"], 2, "no promise"),
         ([PROCESS, *OLMOE, "--replicas", "3"], 2, "2 GPUs do not divide among 3 replicas"),
         ([PROCESS, *OLMOE, "--decode-gpus", "2"], 2, "none is left for prompts"),
-        ([PROCESS, *OLMOE, "--tp", "3"], 2, "do not divide"),
+        ([PROCESS, *OLMOE, "--tp", "3"], 2, "cannot be spread over 2 GPUs as tp 3"),
         ([PROCESS, *OLMOE, "--router", "nearest"], 2, "unknown router"),
         ([PROCESS, *OLMOE, "--prefill", "never"], 2, "unknown prefill 'never'"),
         ([PROCESS, *OLMOE, "--level", "drop@3"], 2, "--level 'drop@3'"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.serving.config import ServingConfig
 from moesim.serving.deployment import deploy
-from moesim.serving.fit import check_possible, fitting_deployment
+from moesim.serving.fit import Split, check_possible, default_split
 from moesim.serving.requests import Requests
 from moesim.serving.slo import METRICS, Bound, parse_slo
 from moesim.serving.speculative import Speculation
@@ -116,19 +118,32 @@ def test_impossible_promises() -> None:
         check_possible(third, deployment, requests, config)
 
 
-def test_deployments_that_fit() -> None:
-    """DeepSeek-V3 (671 GB in fp8) needs more than 8 H100s; 16 hold it only with tensor parallelism
-    or expert parallelism over all; the numbers are said where nothing fits."""
+def test_the_default_split() -> None:
+    """DeepSeek-V3 takes 654 GB of experts and 17 GB of other weights in fp8. On 8 H200s of 136 GB
+    for the engine a rank holds 82 + 17 = 99 GB: with activations 22% are left, so 32 GPUs are four
+    such engines. On H100s (77 GB) it takes 16 at least. Kimi-K2 (1,029 GB) leaves less than a tenth
+    on 16 H100s with tp 8, more is not asked of NVLink: the largest cache is taken."""
     from moesim.cluster import load_cluster
     from moesim.model.names import load_model
 
-    model = load_model("deepseek-v3")
-    with pytest.raises(InfeasibleError, match=r"weights take [0-9.]+") as error:
-        fitting_deployment(model, load_cluster("h100-sxm-ib", 8))
+    def split(name: str, cluster: str, gpus: int, **given: Any) -> Split:
+        return default_split(load_model(name), partial(load_cluster, cluster), gpus, **given)
+
+    with pytest.raises(InfeasibleError, match=r"8 x h100.*weights take [0-9.]+") as error:
+        split("deepseek-v3", "h100-sxm-ib", 8)
     assert "more GPUs" in error.value.remedy
-    made = fitting_deployment(model, load_cluster("h100-sxm-ib", 32))
-    assert (made.tp, made.dp, made.ep) == (1, 32, 32)
-    few = fitting_deployment(load_model("Mixtral-8x7B"), load_cluster("h100-sxm-ib", 16))
-    assert (few.ep, few.moe_tp) == (8, 2)
-    with pytest.raises(InputError, match="does not divide"):
-        fitting_deployment(load_model("Mixtral-8x7B"), load_cluster("h100-sxm-ib", 24))
+    assert str(split("deepseek-v3", "h200-sxm-ib", 32)) == "4 x tp1 dp8 ep8"
+    assert str(split("deepseek-v3", "h100-sxm-ib", 32)) == "2 x tp1 dp16 ep16"
+    assert str(split("deepseek-v3", "h200-sxm-ib", 32, tp=8)) == "4 x tp8"
+    assert str(split("deepseek-v3", "h200-sxm-ib", 32, tp=8, replicas=1)) == "1 x tp8 dp4 ep32"
+    assert str(split("qwen3-30b-a3b", "h200-sxm-ib", 8)) == "8 x tp1"
+    assert str(split("kimi-k2", "h100-sxm-ib", 16)) == "1 x tp8 dp2 ep16"
+    cut = split("mixtral-8x7b", "h100-sxm-ib", 16, replicas=1).engine
+    assert (cut.tp, cut.dp, cut.ep, cut.moe_tp) == (1, 16, 8, 2)
+    with pytest.raises(InputError, match="cannot be spread over 24 GPUs as replicas 1: experts"):
+        split("mixtral-8x7b", "h100-sxm-ib", 24, replicas=1)
+    with pytest.raises(InputError, match="12 GPUs are not a whole number"):
+        split("mixtral-8x7b", "h100-sxm-ib", 12)
+    with pytest.raises(InputError, match="different GPUs"):
+        split("qwen3-30b-a3b", "mixed-h100-a100", 16, replicas=2)
+    assert split("qwen3-30b-a3b", "mixed-h100-a100", 16).replicas == 1
