@@ -69,6 +69,23 @@ PARTS = {
 }
 """Parts of a step in order: what readers call them."""
 
+SHORT = {
+    "output_tokens_per_s": "out tok/s",
+    "output_tokens_per_s_per_gpu": "tok/s per GPU",
+    "output_tokens_per_s_per_user": "tok/s per request",
+    "requests_per_s": "req/s",
+    "cost_usd_per_hour": "$/h",
+    "cost_usd_per_million_output_tokens": "$/M out tok",
+    "kv_token_capacity": "KV tokens",
+    "served_share": "served",
+    "goodput_share": "goodput share",
+    "gpu_utilisation": "busy share",
+    "kv_used_peak": "peak KV share",
+    "queue_p99_s": "wait p99, ms",
+    "tokens_per_s_per_gpu": "tok/s per GPU",
+}
+"""Short heads of columns."""
+
 ROLES = {"serving": "", "decode": ", decoding engines"}
 """Engines of a service: what is added to a figure's label."""
 
@@ -179,6 +196,13 @@ FIGURES: dict[str, Figure] = {figure.name: figure for figure in _ALL}
 def figure(name: str) -> Figure:
     """The figure called `name`; KeyError for another."""
     return FIGURES[name]
+
+
+def short_heading(name: str) -> str:
+    """A head for a column of a table of services or steps, with the unit that studies show; "" for
+    a figure that has none."""
+    short, _, rest = name.removesuffix("_s").partition("_")
+    return f"{short.upper()} {rest}, ms" if short in LATENCIES else SHORT.get(name, "")
 
 
 def part_label(part: str) -> str:

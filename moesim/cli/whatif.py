@@ -21,7 +21,7 @@ def whatif(
         str | None,
         typer.Option(
             help="How a point is evaluated: static, requests, plan, step or cache.",
-            show_default="static",
+            show_default="requests with --requests, else static",
         ),
     ] = None,
     trace: Annotated[
@@ -33,7 +33,11 @@ def whatif(
     ] = None,
     gpus: Annotated[str | None, typer.Option(help="Numbers of GPUs: 8,16,32.")] = None,
     requests: Annotated[
-        str | None, typer.Option(help="Request log, for evaluator requests; or several.")
+        str | None,
+        typer.Option(
+            help="Request log or process, for evaluator requests; or several:"
+            " poisson:rate=8,requests=2000,poisson:rate=16,requests=4000."
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -50,6 +54,12 @@ def whatif(
         str | None, typer.Option(help="gpus, cost (dollars per hour) or a figure.")
     ] = None,
     maximize: Annotated[str | None, typer.Option(help="throughput or a figure.")] = None,
+    per: Annotated[
+        str | None,
+        typer.Option(
+            help="An answer for each value of this parameter: model, cluster.", metavar="NAME"
+        ),
+    ] = None,
     price: Annotated[
         list[str] | None,
         typer.Option(
@@ -153,7 +163,7 @@ def _parameters(
     for name, text, listed in items:
         if name in fix or name in grid:
             raise InputError(f"{name} is given twice", "give each parameter once")
-        values = [_value(part) for part in text.split(",")] if listed else [_value(text)]
+        values = [_value(part) for part in _entries(name, text)] if listed else [_value(text)]
         if len(values) == 1:
             fix[name] = values[0]
         else:
@@ -166,6 +176,15 @@ def _assignment(text: str, option: str) -> tuple[str, str]:
     if not sign or not name.strip() or not value.strip():
         raise InputError(f"{option} {text[:80]} is no assignment", f"write {option} NAME=VALUE")
     return name.strip(), value.strip()
+
+
+def _entries(name: str, text: str) -> list[str]:
+    """The values of a list; commas inside an arrival process do not part it."""
+    if name != "requests":
+        return text.split(",")
+    from moesim.serving.synthetic import split_processes
+
+    return split_processes(text)
 
 
 def _value(text: str) -> Any:

@@ -19,7 +19,13 @@ from moesim.jobs.result import Result
 from moesim.serving.arrivals import load_requests
 from moesim.serving.config import Level, ServingConfig
 from moesim.serving.deployment import Deployment
-from moesim.serving.fit import DEFAULT_GPUS, Split, check_possible, default_split
+from moesim.serving.fit import (
+    Split,
+    check_possible,
+    default_pools,
+    pools_text,
+    service_gpus,
+)
 from moesim.serving.record import run_record
 from moesim.serving.requests import Requests
 from moesim.serving.routing import DomainRouting
@@ -196,7 +202,15 @@ def serve(
         "max_sequences": max_sequences,
         "memory_fraction": memory_fraction,
     }
-    asked = _Asked(gpus, replicas, tp, dp, ep, decode_gpus, decode_replicas)
+    asked = {
+        "gpus": gpus,
+        "replicas": replicas,
+        "tp": tp,
+        "dp": dp,
+        "ep": ep,
+        "decode_gpus": decode_gpus,
+        "decode_replicas": decode_replicas,
+    }
     front, back = _pools(model, cluster, plan, trace, asked, options, defaults)
     deployment = front.engine
     config = ServingConfig(
@@ -257,41 +271,17 @@ def _arriving(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """GPUs and how they are divided, as given; None for the default."""
-
-    gpus: int | None
-    replicas: int | None
-    tp: int | None
-    dp: int | None
-    ep: int | None
-    decode_gpus: int | None
-    decode_replicas: int | None
-
-    def total(self, planned: int | None, cluster: ClusterLike | None) -> tuple[int, bool]:
-        """GPUs of the service, and whether nothing says how many."""
-        if self.gpus is not None:
-            return self.gpus, False
-        if isinstance(cluster, Cluster):
-            return cluster.num_gpus, False
-        if planned is not None:
-            return planned * (self.replicas or 1), True
-        if self.tp or self.dp:
-            return (self.tp or 1) * (self.dp or 1) * (self.replicas or 1), True
-        return DEFAULT_GPUS, True
-
-
 def _pools(
     model: ModelLike | None,
     cluster: ClusterLike | None,
     plan: PlanLike | None,
     trace: TraceLike | None,
-    asked: _Asked,
+    asked: dict[str, int | None],
     options: dict[str, Any],
     defaults: dict[str, str],
 ) -> tuple[Split, Split | None]:
-    """The front (or only) engines, and the decoding ones."""
+    """The front (or only) engines, and the decoding ones. asked: `gpus` and how they are divided,
+    None for the default."""
     from moesim.cluster import DEFAULT_CLUSTER
 
     made = inputs.plan_of(plan) if plan is not None else None
@@ -304,40 +294,30 @@ def _pools(
             "nothing says which model is served", "name one with `model` (a preset or config.json)"
         )
     spec = inputs.model_required(model, named, "the plan or trace")
-    planned = made.placement.num_gpus if made is not None else None
-    gpus, by_default = asked.total(planned, cluster)
-    if by_default:
+    split = dict(asked)
+    gpus = split.pop("gpus")
+    if gpus is None:
+        gpus = service_gpus(split["replicas"], split["tp"], split["dp"])
+        if isinstance(cluster, Cluster):
+            gpus = cluster.num_gpus
+        elif made is not None:
+            gpus = made.placement.num_gpus * (split["replicas"] or 1)
         defaults["GPUs"] = str(gpus)
     if cluster is None:
         cluster = defaults["cluster"] = DEFAULT_CLUSTER
-    back = asked.decode_gpus
-    if back is not None and back >= gpus:
+    if isinstance(cluster, Cluster) and split["replicas"] is None:
+        split["replicas"] = 1
+    front, back = default_pools(
+        spec, partial(inputs.cluster_of, cluster), gpus, **split, **options, plan=made, trace=routed
+    )
+    defaults["deployment"] = pools_text(front, back)
+    if made is not None and back is not None and back.engine.num_gpus != front.engine.num_gpus:
         raise InputError(
-            f"{back} of {gpus} GPUs are to decode: none is left for prompts",
-            "give fewer `decode_gpus`, or more `gpus`",
-        )
-    shared = options | {"plan": made, "trace": routed}
-    shared |= {"tp": asked.tp, "dp": asked.dp, "ep": asked.ep}
-
-    def pool(num: int, replicas: int | None, what: str) -> Split:
-        if isinstance(cluster, Cluster) and replicas is None:
-            replicas = 1
-        split = default_split(
-            spec, partial(inputs.cluster_of, cluster), num, replicas=replicas, **shared
-        )
-        defaults[what] = str(split)
-        return split
-
-    if back is None:
-        return pool(gpus, asked.replicas, "deployment"), None
-    front = pool(gpus - back, asked.replicas, "prompts")
-    two = pool(back, asked.decode_replicas, "decoding")
-    if made is not None and two.engine.num_gpus != front.engine.num_gpus:
-        raise InputError(
-            f"the plan is for {planned} GPUs, a decoding engine has {two.engine.num_gpus}",
+            f"the plan is for {front.engine.num_gpus} GPUs, a decoding engine has"
+            f" {back.engine.num_gpus}",
             "give prompts and decoding engines of the plan's size, or no plan",
         )
-    return front, two
+    return front, back
 
 
 def _level_rules(texts: Sequence[str]) -> tuple[Level, ...]:

@@ -118,6 +118,46 @@ def default_split(
     return Split(best, num_gpus // best.num_gpus)
 
 
+def default_pools(
+    model: ModelSpec,
+    sized: Callable[[int], Cluster],
+    num_gpus: int,
+    decode_gpus: int | None = None,
+    *,
+    replicas: int | None = None,
+    decode_replicas: int | None = None,
+    **given: Any,
+) -> tuple[Split, Split | None]:
+    """`default_split` of a service, or of the GPUs that compute prompts and of the `decode_gpus`
+    that decode. given: of both pools. Raises InputError where nothing is left for prompts, or a
+    number of decoding engines is given and no GPUs for them."""
+    if decode_gpus is None:
+        if decode_replicas is not None:
+            raise InputError(
+                f"{decode_replicas} decoding engines, but no GPUs for them", "give `decode_gpus`"
+            )
+        return default_split(model, sized, num_gpus, replicas=replicas, **given), None
+    if decode_gpus >= num_gpus:
+        raise InputError(
+            f"{decode_gpus} of {num_gpus} GPUs are to decode: none is left for prompts",
+            "give fewer `decode_gpus`, or more `gpus`",
+        )
+    front = default_split(model, sized, num_gpus - decode_gpus, replicas=replicas, **given)
+    back = default_split(model, sized, decode_gpus, replicas=decode_replicas, **given)
+    return front, back
+
+
+def pools_text(front: Split, back: Split | None) -> str:
+    """As "4 x tp1 dp8 ep8", or "prompts 2 x ..., decoding 1 x ..."."""
+    return str(front) if back is None else f"prompts {front}, decoding {back}"
+
+
+def service_gpus(replicas: int | None, tp: int | None, dp: int | None, pp: int = 1) -> int:
+    """GPUs of a service of which nothing says how many: those of the engines as far as given, else
+    DEFAULT_GPUS."""
+    return (tp or 1) * (dp or 1) * pp * (replicas or 1) if tp or dp or pp > 1 else DEFAULT_GPUS
+
+
 def _cache_share(engine: Deployment) -> tuple[float, bool]:
     """Share of the engine's memory that is left for the KV cache, below 0 where weights do not
     fit, and whether a rank has MIN_CACHE_TOKENS tokens of it."""

@@ -31,6 +31,19 @@ def is_synthetic(text: str) -> bool:
     return text.partition(":")[0] in PROCESSES
 
 
+def split_processes(text: str) -> list[str]:
+    """Files and processes with commas between them, one by one: a KEY=VALUE behind a process is
+    its own."""
+    out: list[str] = []
+    for part in text.split(","):
+        own = part.partition("=")[0].strip() in _KEYS
+        if own and out and is_synthetic(out[-1]):
+            out[-1] += f",{part}"
+        else:
+            out.append(part)
+    return out
+
+
 def synthetic_requests(text: str, seed: int = 0) -> Requests:
     """Requests of a process such as "gamma:rate=8,cv=2,requests=2000,prompt=1024,output=256".
 

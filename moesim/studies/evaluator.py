@@ -11,8 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from moesim.cluster import load_cluster
 from moesim.errors import InputError, MismatchError
-from moesim.studies.inputs import cluster_of
+from moesim.studies.inputs import cluster_of, kept
 
 MAX_GPUS = 65_536
 Better = Literal["low", "high", ""]
@@ -56,11 +57,12 @@ class StudyFigure:
 @dataclass(frozen=True, slots=True)
 class Evaluated:
     """What a point came to: figures by name (None where there is none), the weakest basis of what
-    they rest on, and remarks."""
+    they rest on, remarks, and for a service its engines, as "4 x tp1 dp8 ep8"."""
 
     figures: Mapping[str, float | None]
     basis: str | None = None
     notes: tuple[str, ...] = ()
+    engines: str = ""
 
 
 class Params(BaseModel):
@@ -130,6 +132,12 @@ class Evaluator:
             if name in raw or not f.is_required()
         }
 
+    def check_named(self, params: Mapping[str, Any]) -> None:
+        """Raise MoesimError for a file that cannot be read or a name that is not known: an error of
+        the study, and no verdict on the point."""
+        name = str(params["cluster"])
+        kept("cluster", name, lambda: load_cluster(name))
+
     def inputs(self, params: Mapping[str, Any]) -> dict[str, str]:
         """Hashes of the files and named things that `params` point to, by parameter."""
         return {"cluster": self.cluster(params).cluster_hash()}
@@ -174,6 +182,7 @@ class Outcome:
     figures: dict[str, float | None] = field(default_factory=dict)
     basis: str | None = None
     notes: tuple[str, ...] = ()
+    engines: str = ""
     cause: str = ""
     remedy: str = ""
     inputs: dict[str, str] = field(default_factory=dict)

@@ -104,6 +104,7 @@ class StudyFile(_Model):
     slo: Annotated[str, Field(max_length=1000)] = ""
     minimize: Word | None = None
     maximize: Word | None = None
+    per: Name | None = None
     prices: dict[Annotated[str, Field(max_length=100)], Annotated[Number, Field(gt=0, le=1e6)]] = {}
     sensitivity: Literal[False] | Annotated[Number, Field(gt=0, lt=1)] = 0.2
     front: Annotated[list[Word], Field(min_length=2, max_length=2)] | None = None

@@ -38,12 +38,17 @@ class StudyResult(Result):
 
     @property
     def answered(self) -> bool:
-        """Whether a point answers the question."""
-        return self.results.answer is not None
+        """Whether a point answers the question, for each value of `per`."""
+        answers = self.results.answers
+        return all(a is not None for a in answers.values()) and bool(answers)
 
     def line(self) -> str:
         study, answer = self.results.study, self.results.answer
         said = f"{len(self.results.evaluated)} of {self.results.num_grid} points evaluated"
+        if study.file.per is not None:
+            found = sum(a is not None for a in self.results.answers.values())
+            many = f"{found} of {len(self.results.answers)} answers, one per {study.file.per}"
+            return f"{said}; {study.question}: {many}"
         if answer is None:
             return f"{said}; no answer to: {study.question}"
         shown = ", ".join(f"{name} {answer.params[name]}" for name in self.data["varied"])
@@ -80,6 +85,7 @@ def study(
     slo: str | None = None,
     minimize: str | None = None,
     maximize: str | None = None,
+    per: str | None = None,
     price: Sequence[str] = (),
     sensitivity: float | None = None,
     search: int | None = None,
@@ -94,8 +100,9 @@ def study(
 
     file: a study file, or its content; the other arguments add to it and override it. fixed, vary:
     parameters of the evaluator by name (`trace`, `model`, `cluster`, `gpus`, `requests`, ...), one
-    value or several. journal: finished points, from which a stopped study goes on; without one
-    nothing is kept.
+    value or several. evaluator: `requests` where there are any, else `static`. per: a parameter, an
+    answer for each value of which is wanted. journal: finished points, from which a stopped study
+    goes on; without one nothing is kept.
 
     Raises FormatError, InputError and UnknownNameError that name the key.
     """
@@ -113,12 +120,15 @@ def study(
         "slo": slo,
         "minimize": minimize,
         "maximize": maximize,
+        "per": per,
         "prices": parse_prices(list(price)) if price else None,
         "sensitivity": None if sensitivity is None else (sensitivity or False),
         "stop_early": stop_early or None,
         "search": None if search is None else {**(content.get("search") or {}), "points": search},
     }
     content.update({name: value for name, value in asked.items() if value is not None})
+    if "evaluator" not in content and "requests" in {**content["fixed"], **content["grid"]}:
+        content["evaluator"] = "requests"
     made = make_study(content, max_points=max_points)
     with open_backend(backend) as opened:
         kept = Path(journal) if journal is not None else None

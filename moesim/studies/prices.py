@@ -29,7 +29,12 @@ class Prices:
 
     def per_hour(self, cluster: Cluster) -> float | None:
         """Dollars an hour of `cluster`, None where the price of a GPU is not known."""
-        total = 0.0
+        each = self.each_per_hour(cluster)
+        return None if each is None else sum(each)
+
+    def each_per_hour(self, cluster: Cluster) -> list[float] | None:
+        """[G]: dollars an hour of each GPU of `cluster`, None where one is not known."""
+        out = []
         for gpu in cluster.gpus:
             name = gpu.name
             if name not in self.used:
@@ -37,8 +42,8 @@ class Prices:
             price = self.used[name]["usd_per_gpu_hour"]
             if price is None:
                 return None
-            total += price * self.factors.get(name, 1.0)
-        return total
+            out.append(price * self.factors.get(name, 1.0))
+        return out
 
     def scaled(self, gpu: str, factor: float) -> Prices:
         """These prices with one GPU type's times `factor`."""

@@ -10,11 +10,11 @@ from moesim.files import atomic_write
 from moesim.studies.evaluator import Outcome
 from moesim.studies.question import COST, nearest, pareto
 from moesim.studies.run import Results, provenance
+from moesim.studies.runner import PER_INPUT, groups, per_token
 from moesim.studies.sensitivity import front_axes
 
 FORMAT = "moesim-study"
 VERSION = 1
-PER_TOKEN = "cost_usd_per_million_tokens"
 
 
 def to_json(results: Results) -> dict[str, Any]:
@@ -26,7 +26,6 @@ def to_json(results: Results) -> dict[str, Any]:
     front = pareto([o for o in found if question.keeps(o)] or found, axes)
     on_front = {o.key for o in front}
     answer = results.answer
-    close = nearest(question, found) if answer is None else None
     bases = sorted({o.basis for o in found if o.basis})
     prices = study.prices.used
     return {
@@ -61,13 +60,9 @@ def to_json(results: Results) -> dict[str, Any]:
             "points": [o.key for o in front],
         },
         "answer": _answer(results, answer),
-        "nearest": None
-        if close is None
-        else {
-            "point": close.key,
-            "violation": question.violation(close),
-            "missed": [str(b) for b in question.bounds if not b.kept(close.figures)],
-        },
+        "nearest": _nearest(results, found) if answer is None else None,
+        "per": study.file.per,
+        "answers": _answers(results) if study.file.per is not None else [],
         "sensitivity": {"over": results.sensitivity_over, "rows": results.sensitivity},
         "prices": prices,
         "basis": weakest(*bases) if bases else None,  # type: ignore[arg-type]
@@ -90,7 +85,12 @@ def _figures(results: Results) -> dict[str, dict[str, str]]:
     out["gpus"] = {"label": "GPUs", "unit": "", "better": "low"}
     out[COST] = {"label": "dollars per hour", "unit": "", "better": "low"}
     if results.study.evaluator.throughput:
-        out[PER_TOKEN] = {"label": "dollars per million tokens", "unit": "", "better": "low"}
+        name = per_token(results.study.evaluator)
+        kind = "output tokens" if "output" in name else "tokens"
+        out[name] = {"label": f"dollars per million {kind}", "unit": "", "better": "low"}
+    if "decode_gpus" in results.study.evaluator.params.model_fields:
+        label = "dollars per million input tokens"
+        out[PER_INPUT] = {"label": label, "unit": "", "better": "low"}
     return out
 
 
@@ -117,21 +117,48 @@ def _point(
             row["missed"] = [str(b) for b in question.bounds if not b.kept(outcome.figures)]
     else:
         row |= {"cause": outcome.cause, "remedy": outcome.remedy}
+    if outcome.engines:
+        row["engines"] = outcome.engines
     if outcome.notes:
         row["notes"] = list(outcome.notes)
     return row
 
 
+def _nearest(results: Results, outcomes: list[Outcome]) -> dict[str, Any] | None:
+    question = results.study.question
+    close = nearest(question, outcomes)
+    if close is None:
+        return None
+    return {
+        "point": close.key,
+        "violation": question.violation(close),
+        "missed": [str(b) for b in question.bounds if not b.kept(close.figures)],
+    }
+
+
+def _answers(results: Results) -> list[dict[str, Any]]:
+    """The answer, or the nearest point, of every value of `per`."""
+    own = {o.key: o for o in results.evaluated}
+    out = []
+    for value, points in groups(results.study, results.points).items():
+        answer = _answer(results, results.answers[value])
+        close = None
+        if answer is None:
+            close = _nearest(results, [own[p.key] for p in points if p.key in own])
+        out.append({"value": value, "answer": answer, "nearest": close})
+    return out
+
+
 def _answer(results: Results, answer: Outcome | None) -> dict[str, Any] | None:
     if answer is None:
         return None
-    varied = results.study.space.varied()
+    varied, per = results.study.space.varied(), results.study.file.per
+    own = answer.params[per] if per is not None else None
+    rows = [row for row in results.sensitivity if row.get("per") == own]
     return {
         "point": answer.key,
         "value": answer.figures.get(results.study.question.goal),
         "params": {name: answer.params[name] for name in varied},
         "figures": answer.figures,
-        "robust": not any(row["changed"] for row in results.sensitivity)
-        if results.sensitivity
-        else None,
+        "robust": not any(row["changed"] for row in rows) if rows else None,
     }

@@ -22,7 +22,7 @@ from moesim.studies.journal import StudyJournal
 from moesim.studies.prices import check_names
 from moesim.studies.question import COST, best
 from moesim.studies.runner import Results as Results
-from moesim.studies.runner import Runner, levels
+from moesim.studies.runner import Runner, groups, levels
 from moesim.studies.runner import Study as Study
 from moesim.studies.runner import make_study as make_study
 from moesim.studies.sensitivity import sensitivity
@@ -68,11 +68,24 @@ def _run(study: Study, runner: Runner, notices: list[str]) -> Results:
     found = [o for o in outcomes if o is not None]
     _check_any(found, runner.failures)
     _check_prices(study, found)
-    answer = best(study.question, found, study.evaluator.throughput)
-    results = Results(study, points, outcomes, num_grid, answer, notices=notices)
-    if study.file.sensitivity is not False and answer is not None:
-        rows, over = sensitivity(study, runner, points, results)
-        results.sensitivity, results.sensitivity_over = rows, over
+    of_key = {o.key: o for o in found}
+    by_value = {
+        value: [(p, of_key[p.key]) for p in own if p.key in of_key]
+        for value, own in groups(study, points).items()
+    }
+    answers = {
+        value: best(study.question, [o for _, o in own], study.evaluator.throughput)
+        for value, own in by_value.items()
+    }
+    results = Results(study, points, outcomes, num_grid, answers, notices=notices)
+    if study.file.sensitivity is not False:
+        for value, answer in answers.items():
+            if answer is not None:
+                rows, over = sensitivity(study, runner, by_value[value], answer)
+                results.sensitivity += (
+                    rows if value is None else [{"per": value, **row} for row in rows]
+                )
+                results.sensitivity_over = over
     results.failures = runner.failures
     results.num_computed, results.num_reused = len(runner.computed), len(runner.reused)
     return results
@@ -84,11 +97,12 @@ def _by_level(study: Study, runner: Runner, points: list[Point]) -> list[Outcome
     if not study.file.stop_early:
         return runner.evaluate(points)
     found: dict[str, Outcome | None] = {}
-    for group in levels(study, points):
-        outcomes = runner.evaluate(group)
-        found.update({p.key: o for p, o in zip(group, outcomes, strict=True)})
-        if any(o is not None and study.question.keeps(o) for o in outcomes):
-            break
+    for own in groups(study, points).values():
+        for group in levels(study, own):
+            outcomes = runner.evaluate(group)
+            found.update({p.key: o for p, o in zip(group, outcomes, strict=True)})
+            if any(o is not None and study.question.keeps(o) for o in outcomes):
+                break
     return [found.get(point.key) for point in points]
 
 

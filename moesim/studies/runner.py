@@ -10,18 +10,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moesim.backend import Backend
-from moesim.errors import InputError, MoesimError
-from moesim.studies.evaluator import Evaluator, Outcome
+from moesim.errors import InputError, MoesimError, UnknownNameError
+from moesim.studies.evaluator import Evaluator, Outcome, Scalar
 from moesim.studies.file import StudyFile, check_study
 from moesim.studies.journal import StudyJournal
 from moesim.studies.prices import Prices
-from moesim.studies.question import COST, Question, make_question
+from moesim.studies.question import COST, Question, best, make_question
 from moesim.studies.registry import get_evaluator
 from moesim.studies.space import DEFAULT_MAX_POINTS, Point, Space, distinct, make_point
 from moesim.studies.tasks import Failure, make_task, refused, run_task
 from moesim.types import Progress
 
 RENTED = "gpus"
+PER_INPUT = "cost_usd_per_million_input_tokens"
 
 
 @dataclass(eq=False)
@@ -58,6 +59,10 @@ def make_study(content: dict[str, Any], *, max_points: int = DEFAULT_MAX_POINTS)
             f"search.points {file.search.points:,} is more than {max_points:,}",
             f"`max_points` {file.search.points}",
         )
+    if file.per is not None and file.per not in evaluator.params.model_fields:
+        raise UnknownNameError("parameter of `per`", file.per, evaluator.params.model_fields)
+    if file.per is not None and file.search is not None:
+        raise InputError("per with search", "a search looks for one answer: leave out one of them")
     question = make_question(evaluator, file.slo, file.minimize, file.maximize)
     if file.stop_early and question.goal not in (RENTED, COST):
         raise InputError(
@@ -74,6 +79,7 @@ def make_study(content: dict[str, Any], *, max_points: int = DEFAULT_MAX_POINTS)
 class Results:
     """What a run found. points, outcomes: of the grid, in its order; None where not evaluated.
 
+    answers: by each value of the parameter `per`; without one, the answer by None.
     num_computed, num_reused: points evaluated now, and taken from the journal. rows: sensitivity.
     """
 
@@ -81,7 +87,7 @@ class Results:
     points: list[Point]
     outcomes: list[Outcome | None]
     num_grid: int
-    answer: Outcome | None
+    answers: dict[Scalar, Outcome | None]
     failures: list[Failure] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     sensitivity: list[dict[str, Any]] = field(default_factory=list)
@@ -93,6 +99,20 @@ class Results:
     def evaluated(self) -> list[Outcome]:
         """The outcomes that there are."""
         return [outcome for outcome in self.outcomes if outcome is not None]
+
+    @property
+    def answer(self) -> Outcome | None:
+        """The best of the answers."""
+        found = [o for o in self.answers.values() if o is not None]
+        return best(self.study.question, found, self.study.evaluator.throughput)
+
+
+def groups(study: Study, points: Sequence[Point]) -> dict[Scalar, list[Point]]:
+    """`points` by their value of `per`; all of them by None where nothing is asked per."""
+    out: dict[Scalar, list[Point]] = {}
+    for point in points:
+        out.setdefault(point.params[study.file.per] if study.file.per else None, []).append(point)
+    return out
 
 
 class Runner:
@@ -164,15 +184,34 @@ class Runner:
 
 
 def with_price(study: Study, prices: Prices, point: Point, outcome: Outcome) -> Outcome:
-    """`outcome` with `gpus`, dollars per hour and, given a throughput, per million tokens."""
+    """`outcome` with `gpus`, dollars per hour and, given a throughput, per million tokens.
+
+    A service's are per million output tokens; where GPUs decode only, those bear the output tokens
+    and the others the input tokens.
+    """
     figures = dict(outcome.figures)
     figures[RENTED] = float(str(point.params["gpus"]))
-    cost = prices.per_hour(study.evaluator.cluster(point.params))
-    figures[COST] = cost
-    rate = figures.get(study.evaluator.throughput)
-    if study.evaluator.throughput and cost is not None and rate:
-        figures["cost_usd_per_million_tokens"] = cost / (rate * 3600) * 1e6
+    each = prices.each_per_hour(study.evaluator.cluster(point.params))
+    figures[COST] = cost = None if each is None else sum(each)
+    name, throughput = per_token(study.evaluator), study.evaluator.throughput
+    if each is None or cost is None or not throughput:
+        return replace(outcome, figures=figures)
+    decoding = point.params.get("decode_gpus")
+    if decoding is not None:
+        front = len(each) - int(str(decoding))
+        cost, prompts = sum(each[front:]), figures.get("prompt_tokens_per_s")
+        if prompts:
+            figures[PER_INPUT] = sum(each[:front]) / (prompts * 3600) * 1e6
+    rate = figures.get(throughput)
+    if rate:
+        figures[name] = cost / (rate * 3600) * 1e6
     return replace(outcome, figures=figures)
+
+
+def per_token(evaluator: Evaluator) -> str:
+    """Name of the figure in dollars per million of the tokens of the evaluator's throughput."""
+    kind = "output_" if evaluator.throughput.startswith("output_") else ""
+    return f"cost_usd_per_million_{kind}tokens"
 
 
 def levels(study: Study, points: Sequence[Point]) -> list[list[Point]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moesim.studies.question import COST, Question, best, pareto
-from moesim.studies.runner import Results, Runner, Study, levels, with_price
+from moesim.studies.runner import Runner, Study, levels, with_price
 from moesim.studies.space import Point
 
 if TYPE_CHECKING:
@@ -19,19 +19,17 @@ MAX_CONTENDERS = 10
 
 
 def sensitivity(
-    study: Study, runner: Runner, points: Sequence[Point], results: Results
+    study: Study, runner: Runner, pairs: list[tuple[Point, Outcome]], answer: Outcome
 ) -> tuple[list[dict[str, Any]], str]:
-    """Rows, one an input and factor; and over which points the question was asked again.
+    """Rows, one an input and factor, of `answer`, the best of `pairs`; and over which points the
+    question was asked again.
 
     A row: `input`, `factor`; `answer` and `value`, of the question asked again (None where no
     point keeps the promises any more); `changed`, whether that is another point; `kept`, whether
     the first answer still keeps the promises, with its `figures`. All points are evaluated again
     where that stays within the study's limit, otherwise the contenders alone.
     """
-    answer = results.answer
-    assert answer is not None
     share = float(study.file.sensitivity)
-    pairs = [(p, o) for p, o in zip(points, results.outcomes, strict=True) if o is not None]
     over = ALL
     factors = (1 - share, 1 + share)
     scales = study.evaluator.scales

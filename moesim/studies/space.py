@@ -73,8 +73,8 @@ class Space:
 def make_point(evaluator: Evaluator, raw: Mapping[str, Any]) -> Point:
     """The point of raw parameters.
 
-    Raises InputError for a parameter that is unknown, missing or out of range. That parameters do
-    not go together, as sizes in a grid, and what only shows when an input is looked at, such as a
+    Raises InputError for a parameter that is unknown, missing or out of range, a file that cannot
+    be read or a name that is not known. That parameters do not go together, as sizes in a grid or a
     cluster that has no such size, is kept in `error`.
     """
     try:
@@ -86,6 +86,7 @@ def make_point(evaluator: Evaluator, raw: Mapping[str, Any]) -> Point:
         value = params.get(name)
         if isinstance(value, str):
             params[name] = absolute(value)
+    evaluator.check_named(params)
     error = None
     try:
         inputs = evaluator.inputs(params)

@@ -73,6 +73,7 @@ def run_task(task: PointTask) -> Outcome | Failure:
         figures={name: _plain(value) for name, value in result.figures.items()},
         basis=result.basis,
         notes=tuple(result.notes),
+        engines=result.engines,
         inputs=dict(task.inputs),
     )
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from moesim.errors import plain
-from moesim.figures import text_table
+from moesim.figures import short_heading, text_table
 
 MAX_COLUMNS = 7
 COST = "cost_usd_per_hour"
+MONEY = {
+    COST: "per hour",
+    "cost_usd_per_million_output_tokens": "per million output tokens",
+    "cost_usd_per_million_input_tokens": "per million input tokens",
+    "cost_usd_per_million_tokens": "per million tokens",
+}
 
 
 def summary(data: dict[str, Any], rows: int) -> str:
@@ -28,11 +34,14 @@ def summary(data: dict[str, Any], rows: int) -> str:
 
 
 def _columns(data: dict[str, Any]) -> list[str]:
-    """Figures to show: the goal, those with a promise, the front's axes, then others."""
+    """Figures to show: the goal, those with a promise, tokens/s per GPU and dollars per hour of a
+    service, the front's axes, then others."""
     asked = [data["question"]["goal"], *(b["figure"] for b in data["question"]["slo"])]
     front = [axis["figure"] for axis in data["pareto"]["axes"]]
-    out = list(dict.fromkeys([*asked, *front]))
-    known = [n for n in data["figures"] if n not in ("gpus", COST, "cost_usd_per_million_tokens")]
+    worth = ["output_tokens_per_s", "output_tokens_per_s_per_gpu", COST]
+    worth = worth if worth[0] in data["figures"] else []
+    out = list(dict.fromkeys([*asked, *worth, *front]))
+    known = [n for n in data["figures"] if n != "gpus" and n not in MONEY]
     out += [name for name in known if name not in out][: max(0, 5 - len(out))]
     varied = data["varied"]
     return [name for name in out if name not in varied][:MAX_COLUMNS]
@@ -52,14 +61,16 @@ def _table(data: dict[str, Any], columns: list[str], limit: int) -> list[str]:
 
     ranked = sorted(points, key=rank)
     varied = list(data["varied"])
-    head = ["", *(plain(name) for name in varied)]
-    head += [heading(name, data["figures"]) for name in columns]
+    engines = any(p.get("engines") for p in points)
+    head = ["", *(plain(name) for name in varied), *(["engines"] if engines else [])]
+    head += [short_heading(name) or heading(name, data["figures"]) for name in columns]
     table = []
-    best = data["answer"]["point"] if data["answer"] else None
+    best = {a["answer"]["point"] for a in _asked(data) if a["answer"]}
     for point in ranked[:limit]:
-        mark = "*" if point["key"] == best else "+" if point["pareto"] else ""
+        mark = "*" if point["key"] in best else "+" if point["pareto"] else ""
         mark = mark if point["keeps"] else "x"
         cells = [plain(_short(point["params"][name])) for name in varied]
+        cells += [point.get("engines", "")] if engines else []
         unit = {name: data["figures"].get(name, {}).get("unit", "") for name in columns}
         shown = [number(point["figures"].get(name), unit[name]) for name in columns]
         table.append([mark, *cells, *shown])
@@ -67,7 +78,7 @@ def _table(data: dict[str, Any], columns: list[str], limit: int) -> list[str]:
     if any(not p["keeps"] for p in points):
         legend.append("x misses a promise")
     more = f"; {len(ranked) - limit} more points in the file" if len(ranked) > limit else ""
-    return [text_table(head, table, left=1 + len(varied)), "; ".join(legend) + more]
+    return [text_table(head, table, left=1 + len(varied) + engines), "; ".join(legend) + more]
 
 
 def heading(name: str, figures: dict[str, Any]) -> str:
@@ -103,45 +114,61 @@ def _refused(points: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _asked(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is asked per value, or the one question."""
+    one = {"value": None, "answer": data["answer"], "nearest": data["nearest"]}
+    return data["answers"] if data["per"] else [one]  # type: ignore[no-any-return]
+
+
 def _answer(data: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for asked in _asked(data):
+        own = _one_answer(data, asked["answer"], asked["nearest"])
+        if data["per"]:
+            own[0] = f"{plain(data['per'])} {plain(_short(asked['value']))}: {own[0]}"
+        lines += own
+    return lines
+
+
+def _one_answer(
+    data: dict[str, Any], answer: dict[str, Any] | None, near: dict[str, Any] | None
+) -> list[str]:
     question = data["question"]
-    answer = data["answer"]
+    by_key = {p["key"]: p for p in data["points"]}
     if answer is None:
-        near = data["nearest"]
         bounds = _bounds(question)
-        none = f"keeps the promises ({bounds})" if bounds else "can be run"
-        lines = [f"no point {none}"]
+        lines = [f"no point {f'keeps the promises ({bounds})' if bounds else 'can be run'}"]
         if near is not None:
-            point = next(p for p in data["points"] if p["key"] == near["point"])
             lines.append(
-                f"nearest: {_settings(data, point['params'])} misses {', '.join(near['missed'])}"
-                f" by {100 * near['violation']:.0f}%"
+                f"nearest: {_settings(data, by_key[near['point']])} misses"
+                f" {', '.join(near['missed'])} by {100 * near['violation']:.0f}%"
             )
         return lines
-    point = next(p for p in data["points"] if p["key"] == answer["point"])
     unit = data["figures"].get(question["goal"], {}).get("unit", "")
     lines = [
-        f"answer: {_settings(data, point['params'])}: {heading(question['goal'], data['figures'])}"
-        f" {number(answer['value'], unit)}"
+        f"answer: {_settings(data, by_key[answer['point']])}:"
+        f" {heading(question['goal'], data['figures'])} {number(answer['value'], unit)}"
         + (f", keeping {_bounds(question)}" if question["slo"] else "")
     ]
-    per_token = answer["figures"].get("cost_usd_per_million_tokens")
-    if per_token is not None:
-        lines.append(
-            f"${answer['figures'][COST]:,.2f} per hour, ${per_token:,.3f} per million tokens"
-        )
-    return lines
+    figures = answer["figures"]
+    money = [
+        f"${figures[name]:,.{2 if name == COST else 3}f} {said}"
+        for name, said in MONEY.items()
+        if figures.get(name) is not None
+    ]
+    return [*lines, *([", ".join(money)] if len(money) > 1 else [])]
 
 
 def _bounds(question: dict[str, Any]) -> str:
     return ", ".join(b["text"] for b in question["slo"])
 
 
-def _settings(data: dict[str, Any], params: dict[str, Any]) -> str:
-    varied = data["varied"]
-    if not varied:
-        return "the one point"
-    return ", ".join(f"{name} {plain(_short(params[name]))}" for name in varied)
+def _settings(data: dict[str, Any], point: dict[str, Any]) -> str:
+    """What is different about a point, and its engines."""
+    params, engines = point["params"], point.get("engines", "")
+    said = ", ".join(f"{name} {plain(_short(params[name]))}" for name in data["varied"])
+    said = said or "the one point"
+    return f"{said} ({engines})" if engines else said
 
 
 def _sensitivity(data: dict[str, Any]) -> list[str]:
@@ -158,12 +185,13 @@ def _sensitivity(data: dict[str, Any]) -> list[str]:
             text = "no point keeps the promises any more"
         elif row["changed"]:
             other = by_key[row["answer"]]
-            text = f"another answer: {_settings(data, other['params'])}"
+            text = f"another answer: {_settings(data, other)}"
         else:
             text = "the same answer"
         value = "" if row["answer"] is None else f" ({number(row['value'], unit)})"
         broken = "" if row["kept"] or row["answer"] is None else "; the first misses a promise"
-        lines.append(f"  {row['input']} {change}: {text}{value}{broken}")
+        own = f"{plain(row['per'])}, " if "per" in row else ""
+        lines.append(f"  {own}{row['input']} {change}: {text}{value}{broken}")
     return lines
 
 

@@ -49,23 +49,27 @@ def test_every_evaluator_is_described(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "want"),
     [
-        ({"tp": 2, "dp": 3, "replicas": 2}, {"gpus": 12, "tp": 2}),
-        ({"gpus": 16, "dp": 4}, {"gpus": 16, "tp": 4}),
-        ({"gpus": 8, "tp": 2, "pp": 2, "replicas": 2}, {"gpus": 8}),
-        ({}, {"gpus": 1, "tp": 1}),
+        ({"tp": 2, "dp": 2, "replicas": 2}, (8, "2 x tp2 dp2 ep4")),
+        ({"gpus": 16, "dp": 4}, (16, "4 x tp1 dp4 ep4")),
+        ({"gpus": 8, "tp": 2, "pp": 2, "replicas": 2}, (8, "2 x tp2 pp2")),
+        ({}, (8, "8 x tp1")),
     ],
 )
-def test_sizes_are_filled_in(given: dict[str, int], want: dict[str, int]) -> None:
-    found = get_evaluator("static").check({"model": "mixtral-8x7b", **given})
-    assert {name: found[name] for name in want} == want
+def test_sizes_are_filled_in(given: dict[str, int], want: tuple[int, str]) -> None:
+    """As `moesim serve` splits the same GPUs; every point says it."""
+    evaluator = get_evaluator("static")
+    few = {"input_tokens": 64, "output_tokens": 2, "concurrency": 1, "num_requests": 1}
+    asked = {"model": "mixtral-8x7b", "cluster": "h200-sxm-ib", **few, **given}
+    params = evaluator.check(asked)
+    assert (params["gpus"], evaluator.evaluate(params).engines) == want
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"gpus": 7, "dp": 2}, "7 GPUs do not divide over dp 2"),
-        ({"gpus": 8, "tp": 3}, "is not 8 GPUs"),
-        ({"gpus": 8, "tp": 0}, "tp 0|is not 8 GPUs"),
+        ({"gpus": 8, "tp": 3}, "8 GPUs do not divide over tp 3"),
+        ({"gpus": 8, "tp": 0}, "tp 0"),
         ({"dp": 1.5}, "dp 1.5"),
         ({"concurrency": 0}, "concurrency 0"),
         ({"memory_fraction": 2.0}, "memory_fraction 2.0"),
@@ -79,8 +83,8 @@ def test_sizes_that_do_not_go_together(given: dict[str, Any], words: str) -> Non
 def test_combinations_of_a_grid_that_do_not_go_together_are_refused_points() -> None:
     point = make_point(get_evaluator("static"), {"model": "mixtral-8x7b", "gpus": 2, "tp": 4})
     assert isinstance(point.error, MismatchError)
-    assert "tp 4 x dp 1 x pp 1 x replicas 1 is not 2 GPUs" in str(point.error)
-    assert (point.params["gpus"], point.params["tp"], point.params["dp"]) == (2, 4, 1)
+    assert "2 GPUs do not divide over tp 4" in str(point.error)
+    assert (point.params["gpus"], point.params["tp"], point.params["dp"]) == (2, 4, None)
 
 
 def test_static_scales_act_the_right_way() -> None:
@@ -134,7 +138,8 @@ def test_requests_by_arrivals() -> None:
     assert busy["goodput_share"] is None
     first = figures("requests", **common, requests=asked, max_requests=5)
     assert first["requests_per_s"] is not None
-    apart = figures("requests", **common, requests=asked, decode_replicas=1, transfer_gb_per_s=40.0)
+    two = {"gpus": 4, "decode_gpus": 2, "transfer_gb_per_s": 40.0}
+    apart = figures("requests", **common, requests=asked, **two)
     assert apart["served_share"] == 1.0
 
 
@@ -205,9 +210,19 @@ def test_the_key_follows_content_not_place(tmp_path: Any) -> None:
     assert changed.key not in keys
 
 
-def test_what_cannot_be_read_is_the_points_own_error() -> None:
+def test_a_size_that_is_none_is_the_points_own_error_and_a_missing_file_is_not() -> None:
     point = make_point(get_evaluator("plan"), {**ROUTED, "gpus": 9})
     assert point.error is not None
     assert "not a whole number" in point.error.cause
-    missing = make_point(get_evaluator("plan"), {**ROUTED, "trace": "nowhere.npz"})
-    assert "no trace at nowhere.npz" in missing.error.cause  # type: ignore[union-attr]
+    with pytest.raises(InputError, match=r"no trace at nowhere\.npz"):
+        make_point(get_evaluator("plan"), {**ROUTED, "trace": "nowhere.npz"})
+    for wrong, words in (
+        ({"requests": "nowhere.csv"}, "nowhere.csv"),
+        ({"requests": "poisson:rat=8"}, "key of poisson 'rat'"),
+        ({"model": "DeepSeek-V33"}, "DeepSeek-V33"),
+        ({"engine": "vlm"}, "unknown engine 'vlm'"),
+        ({"kv_dtype": "fp7"}, "unknown kv_dtype 'fp7'"),
+    ):
+        asked = {"model": "mixtral-8x7b", "requests": "poisson:rate=8", **wrong}
+        with pytest.raises(InputError, match=words):
+            make_point(get_evaluator("requests"), asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,35 @@ def test_nothing_keeps_the_promise(capsys: pytest.CaptureFixture[str]) -> None:
     assert whatif(path) == 1
     out = capsys.readouterr().out
     assert "no point keeps the promises (tpot_mean<1us)" in out
-    assert "nearest: gpus 2 misses tpot_mean<1us" in out
+    assert re.search(r"nearest: gpus (.) \(\1 x tp1\) misses tpot_mean<1us", out)
     assert json.loads(Path("study.json").read_text())["answer"] is None
+
+
+def test_processes_keep_their_commas_and_models_have_answers_of_their_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two processes and two models are four points, none refused; each model has its answer, and
+    every row says its engines."""
+    two = "constant:rate=20,requests=20,output=8,constant:rate=40,requests=20,output=8"
+    asked = ["--requests", two, "--model", "qwen3-30b-a3b,gpt-oss-20b", "--gpus", "2"]
+    asked += ["--cluster", "h200-sxm-ib", "--sensitivity", "0", "--per", "model"]
+    assert whatif(*asked, "--minimize", "ttft_p99") == 0
+    out = capsys.readouterr().out
+    assert "4 points: 4 evaluated" in out
+    data = json.loads(Path("study.json").read_text())
+    assert data["evaluator"] == "requests"
+    assert data["axes"]["requests"] == [
+        "constant:rate=20,requests=20,output=8",
+        "constant:rate=40,requests=20,output=8",
+    ]
+    assert [a["value"] for a in data["answers"]] == ["qwen3-30b-a3b", "gpt-oss-20b"]
+    assert {p["engines"] for p in data["points"]} == {"2 x tp1"}
+    assert "model gpt-oss-20b: answer: " in out
+    head = out.splitlines()[1]
+    for column in ("engines", "TTFT p99, ms", "tok/s per GPU", "$/h"):
+        assert column in head
+    assert whatif(*asked, "--requests", "nowhere.csv") == 2
+    assert "nowhere.csv" in capsys.readouterr().err
 
 
 def test_models_that_fit_nowhere_are_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,8 +146,6 @@ HOSTILE: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("text", "words"), HOSTILE)
 def test_bad_files(capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
-    import re
-
     assert whatif(study(text)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")

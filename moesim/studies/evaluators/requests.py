@@ -12,9 +12,10 @@ from pydantic import Field
 from moesim.serving.slo import LATENCIES, parse_slo
 from moesim.studies.evaluator import Evaluated, Factor, Number, StudyFigure, Whole, Word
 from moesim.studies.evaluators.static import (
+    Degree,
     DeploymentEvaluator,
     DeploymentParams,
-    deployment_of,
+    service_of,
 )
 from moesim.studies.inputs import file_hash, kept
 
@@ -28,15 +29,16 @@ _LABELS = {"ttft": "time to first token", "tpot": "time per output token", "e2e"
 
 class RequestsParams(DeploymentParams):
     """requests: a file, or a process such as "poisson:rate=8,requests=2000". load_scale: arrivals
-    come so many times as fast. max_requests: the first ones alone. decode_replicas: replicas that
-    decode only, `replicas` then compute prompts and send KV caches at transfer_gb_per_s (by default
-    what the NICs give). goodput_slo: promises of each request."""
+    come so many times as fast. max_requests: the first ones alone. decode_gpus: so many of the GPUs
+    decode only, in `decode_replicas` engines, the others compute prompts and send KV caches at
+    transfer_gb_per_s (by default what the NICs give). goodput_slo: promises of each request."""
 
     requests: Word
     max_requests: Annotated[Whole, Field(ge=1, le=10_000_000)] | None = None
     load_scale: Factor = 1.0
     router: Literal["round_robin", "least_loaded", "length_aware"] = "least_loaded"
-    decode_replicas: Annotated[Whole, Field(ge=0, le=65_536)] = 0
+    decode_gpus: Degree | None = None
+    decode_replicas: Degree | None = None
     chunk_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
     prefix_cache: bool | None = None
     transfer_gb_per_s: Annotated[Number, Field(gt=0, le=1e6)] | None = None
@@ -74,6 +76,10 @@ class RequestsEvaluator(DeploymentEvaluator):
         "imbalance": "imbalance_scale",
     }
 
+    def check_named(self, params: Mapping[str, Any]) -> None:
+        super().check_named(params)
+        _source(params)
+
     def inputs(self, params: Mapping[str, Any]) -> dict[str, str]:
         from moesim.serving.synthetic import is_synthetic
 
@@ -83,24 +89,23 @@ class RequestsEvaluator(DeploymentEvaluator):
         return found
 
     def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
-        from dataclasses import replace
-
         from moesim.serving.config import ServingConfig
+        from moesim.serving.fit import pools_text
         from moesim.serving.run import simulate_serving
 
         goodput = parse_slo(params["goodput_slo"]) if params["goodput_slo"] else None
-        deployment, notes = deployment_of(params)
+        (front, back), notes = service_of(params)
         config = ServingConfig(
-            replicas=params["replicas"],
+            replicas=front.replicas,
             router=params["router"],
+            decode=None if back is None else back.engine,
+            decode_replicas=1 if back is None else back.replicas,
             chunk_tokens=params["chunk_tokens"],
             prefix_cache=params["prefix_cache"],
             transfer_gb_per_s=params["transfer_gb_per_s"],
             seed=params["seed"],
         )
-        if params["decode_replicas"]:
-            config = replace(config, decode=deployment, decode_replicas=params["decode_replicas"])
-        result = simulate_serving(deployment, _arriving(params), config)
+        result = simulate_serving(front.engine, _arriving(params), config)
         metrics = result.metrics
         out: dict[str, float | None] = {
             name: metrics[name]
@@ -122,22 +127,30 @@ class RequestsEvaluator(DeploymentEvaluator):
         unserved = len(result) - counts["finished"]
         if unserved:
             notes = (*notes, f"{unserved} requests are not served; they count as infinitely late")
-        return Evaluated(out, result.basis, (*notes, *result.notes))
+        engines = pools_text(front, back)
+        return Evaluated(out, result.basis, (*notes, *result.notes), engines)
 
 
 def _arriving(params: Mapping[str, Any]) -> Requests:
-    """The requests of a point, those of a file read once."""
-    from moesim.serving.arrivals import load_requests
-    from moesim.serving.synthetic import is_synthetic, synthetic_requests
-
-    text = params["requests"]
-    if is_synthetic(text):
-        found: Requests = synthetic_requests(text, params["seed"])
-    else:
-        found = kept("requests", text, lambda: load_requests(text, skip_empty=True))
+    """The requests of a point."""
+    found = _source(params)
     if params["max_requests"] is not None:
         found = found.first(params["max_requests"])
     return found if params["load_scale"] == 1.0 else found.scaled(params["load_scale"])
+
+
+def _source(params: Mapping[str, Any]) -> Requests:
+    """The requests of the log or process, read or drawn once."""
+    from moesim.serving.arrivals import load_requests
+    from moesim.serving.synthetic import is_synthetic, synthetic_requests
+
+    text, seed = params["requests"], params["seed"]
+    found: Requests
+    if is_synthetic(text):
+        found = kept(f"requests {seed}", text, lambda: synthetic_requests(text, seed))
+    else:
+        found = kept("requests", text, lambda: load_requests(text, skip_empty=True))
+    return found
 
 
 def _percentiles(latency: str, result: ServingResult) -> dict[str, float | None]:

@@ -40,6 +40,12 @@ class RoutingParams(Params):
 class RoutingEvaluator(Evaluator):
     """Inputs of evaluators over `RoutingParams`."""
 
+    def check_named(self, params: Mapping[str, Any]) -> None:
+        super().check_named(params)
+        trace_of(params["trace"])
+        if params["model"] is not None:
+            model_of(params["model"])
+
     def inputs(self, params: Mapping[str, Any]) -> dict[str, str]:
         found = {**super().inputs(params), "trace": trace_hash(params["trace"])}
         name = model_name(params)

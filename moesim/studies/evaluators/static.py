@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from moesim.errors import InputError
+from moesim.choices import MoeComm
+from moesim.errors import InputError, UnknownNameError
+from moesim.model.dtypes import KV_BYTES, WEIGHT_BYTES
+from moesim.serving.engines import engine_profile
+from moesim.serving.fit import DEFAULT_GPUS, Split, default_pools, service_gpus
 from moesim.studies.evaluator import (
     Evaluated,
     Evaluator,
@@ -36,15 +42,15 @@ STATS = ("mean", "p50", "p90", "p99")
 
 
 class DeploymentParams(Params):
-    """What a deployment is made of. Of gpus, tp, dp, pp and replicas one may be left out; where
-    both tp and gpus are, a replica has one GPU for every dp x pp."""
+    """What a deployment is made of. What is left out of tp, dp, ep and replicas is
+    `serving.fit.default_split`'s; gpus without the others is DEFAULT_GPUS."""
 
-    gpus: Gpus = 0  # type: ignore[assignment]
+    gpus: Gpus = DEFAULT_GPUS
     model: Word
     engine: Word = "vllm"
-    replicas: Degree = 1
-    tp: Degree = 0  # type: ignore[assignment]
-    dp: Degree = 1
+    replicas: Degree | None = None
+    tp: Degree | None = None
+    dp: Degree | None = None
     pp: Degree = 1
     ep: Degree | None = None
     moe_tp: Degree | None = None
@@ -63,36 +69,23 @@ class DeploymentParams(Params):
 
     @model_validator(mode="before")
     @classmethod
-    def _sizes(cls, raw: Any) -> Any:
-        """Fill in what `gpus`, tp, dp, pp and replicas leave open."""
+    def _gpus(cls, raw: Any) -> Any:
+        """`gpus` where tp, dp, pp and replicas say it."""
         if not isinstance(raw, dict):
             return raw
-        out = dict(raw)
-        known = {n: out.get(n, 1) for n in ("dp", "pp", "replicas")}
+        given = {name: raw.get(name) for name in ("replicas", "tp", "dp", "pp")}
+        known = {name: value for name, value in given.items() if value is not None}
         if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in known.values()):
             return raw
-        decode = out.get("decode_replicas", 0)
-        if isinstance(decode, bool) or not isinstance(decode, int) or decode < 0:
-            return raw
-        others = known["dp"] * known["pp"] * (known["replicas"] + decode)
-        gpus, tp = out.get("gpus"), out.get("tp")
+        gpus = raw.get("gpus")
         if gpus is None:
-            out.setdefault("tp", 1)
-            if isinstance(out["tp"], int):
-                out["gpus"] = out["tp"] * others
-        elif tp is None and isinstance(gpus, int):
-            if gpus % others:
-                raise ValueError(
-                    f"{gpus} GPUs do not divide over dp {known['dp']} x pp {known['pp']} x"
-                    f" replicas {known['replicas'] + decode}"
-                )
-            out["tp"] = gpus // others
-        elif isinstance(tp, int) and isinstance(gpus, int) and tp * others != gpus:
-            raise ValueError(
-                f"tp {tp} x dp {known['dp']} x pp {known['pp']} x replicas"
-                f" {known['replicas'] + decode} is not {gpus} GPUs"
-            )
-        return out
+            sizes = service_gpus(given["replicas"], given["tp"], given["dp"], given["pp"] or 1)
+            return {**raw, "gpus": sizes}
+        product = prod(known.values())
+        if isinstance(gpus, int) and not raw.get("decode_gpus") and gpus % product:
+            said = " x ".join(f"{name} {value}" for name, value in known.items())
+            raise ValueError(f"{gpus} GPUs do not divide over {said}")
+        return raw
 
 
 class StaticParams(DeploymentParams):
@@ -109,6 +102,21 @@ class StaticParams(DeploymentParams):
 
 class DeploymentEvaluator(Evaluator):
     """Inputs of evaluators over `DeploymentParams`."""
+
+    def check_named(self, params: Mapping[str, Any]) -> None:
+        super().check_named(params)
+        engine_profile(params["engine"])
+        model_of(params["model"])
+        if params["trace"] is not None:
+            trace_of(params["trace"])
+        for name, known in (
+            ("expert_dtype", WEIGHT_BYTES),
+            ("dense_dtype", WEIGHT_BYTES),
+            ("kv_dtype", KV_BYTES),
+            ("moe_comm", get_args(MoeComm)),
+        ):
+            if params[name] is not None and params[name] not in known:
+                raise UnknownNameError(name, params[name], known)
 
     def inputs(self, params: Mapping[str, Any]) -> dict[str, str]:
         found = super().inputs(params)
@@ -147,8 +155,8 @@ class StaticEvaluator(DeploymentEvaluator):
         from moesim.serving.static import LoadTest, run_load_test
         from moesim.serving.step_cost import EngineStepCost
 
-        deployment, notes = deployment_of(params)
-        replicas = params["replicas"]
+        (split, _), notes = service_of(params)
+        deployment, replicas = split.engine, split.replicas
         in_flight = max(1, round(params["concurrency"] * params["load_scale"]))
         share = -(-in_flight // replicas)
         cost = EngineStepCost(deployment)
@@ -173,29 +181,32 @@ class StaticEvaluator(DeploymentEvaluator):
         }
         tpot = out["tpot_mean_s"]
         out["output_tokens_per_s_per_user"] = 1 / tpot if tpot else None
-        return Evaluated(out, cost.basis, (*notes, *cost.notes))
+        return Evaluated(out, cost.basis, (*notes, *cost.notes), str(split))
 
 
-def deployment_of(params: Mapping[str, Any]) -> tuple[Deployment, tuple[str, ...]]:
-    """One replica's deployment with its hardware scaled, and remarks."""
-    from moesim.serving.deployment import deploy
-
-    cluster_of(params["cluster"], params["gpus"])
-    engine_gpus = params["tp"] * params["dp"] * params["pp"]
-    cluster = cluster_of(params["cluster"], engine_gpus)
-    plan, notes = _plan(params)
-    same_as_deploy = (
+def service_of(
+    params: Mapping[str, Any],
+) -> tuple[tuple[Split, Split | None], tuple[str, ...]]:
+    """The engines of a point, prompts' and decoding ones, hardware scaled; and remarks."""
+    names = (
         "engine", "tp", "dp", "pp", "ep", "moe_tp", "moe_comm", "expert_dtype", "dense_dtype",
-        "kv_dtype", "max_batch_tokens", "max_sequences", "memory_fraction",
+        "kv_dtype", "max_batch_tokens", "max_sequences", "memory_fraction", "replicas",
     )  # fmt: skip
-    deployment = deploy(
-        model_of(params["model"]),
-        cluster,
-        **{name: params[name] for name in same_as_deploy},
-        plan=plan,
-        trace=trace_of(params["trace"]) if params["trace"] is not None else None,
+    given = {name: params[name] for name in names}
+    trace = trace_of(params["trace"]) if params["trace"] is not None else None
+    sized = partial(cluster_of, params["cluster"])
+    model = model_of(params["model"])
+    back = {name: params.get(name) for name in ("decode_gpus", "decode_replicas")}
+    pools = default_pools(model, sized, params["gpus"], **back, **given, trace=trace)
+    plan, notes = _plan(params, pools[0].engine)
+    if plan is not None:
+        given |= {"tp": pools[0].engine.tp, "dp": pools[0].engine.dp}
+        pools = default_pools(model, sized, params["gpus"], **back, **given, trace=trace, plan=plan)
+    front, decode = (
+        None if one is None else replace(one, engine=_scaled(one.engine, params)) for one in pools
     )
-    return _scaled(deployment, params), notes
+    assert front is not None
+    return (front, decode), notes
 
 
 def _scaled(deployment: Deployment, params: Mapping[str, Any]) -> Deployment:
@@ -218,7 +229,7 @@ def _scaled(deployment: Deployment, params: Mapping[str, Any]) -> Deployment:
     )
 
 
-def _plan(params: Mapping[str, Any]) -> tuple[Plan | None, tuple[str, ...]]:
+def _plan(params: Mapping[str, Any], engine: Deployment) -> tuple[Plan | None, tuple[str, ...]]:
     """The placement that `solver` or `redundant_experts` ask for."""
     from moesim.studies.evaluators.routing import RoutingParams, plan_of
 
@@ -229,7 +240,7 @@ def _plan(params: Mapping[str, Any]) -> tuple[Plan | None, tuple[str, ...]]:
             "solver and redundant_experts place experts by a routing trace, and there is none",
             "fix one: --set trace=sample:debian-moe",
         )
-    groups = params["ep"] or params["tp"] * params["dp"]
+    groups = params["ep"] or engine.tp * engine.dp
     content = RoutingParams(
         cluster=params["cluster"],
         gpus=groups,
