@@ -129,5 +129,5 @@ def serving_poster(record: Mapping[str, Any]) -> Picture:
     return poster(
         f"{asked['num_requests']:,} requests of {asked['source']} on {record['num_gpus']} GPUs",
         [row for row in (top, [p for p, _ in over_time(record["series"])]) if row],
-        f"{record['deployment']['name']}; predicted, figures {record['basis']}",
+        f"{record['name']}; predicted, figures {record['basis']}",
     )

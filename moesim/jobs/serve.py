@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesim.choices import MoeComm, Router
 from moesim.cluster import Cluster
 from moesim.errors import InputError
-from moesim.figures import LATENCIES, SERVICE_FIGURES, count, figure, text_table
+from moesim.figures import LATENCIES, SERVICE_FIGURES, figure, text_table
 from moesim.jobs import inputs
 from moesim.jobs.result import Result
 from moesim.serving.arrivals import load_requests
@@ -69,7 +69,7 @@ class ServeResult(Result):
             for short in ("ttft", "tpot")
         )
         return (
-            f"{record['deployment']['name']}, {record['counts']['finished']:,} requests served;"
+            f"{record['name']}, {record['counts']['finished']:,} requests served;"
             f" {times}, {metrics['output_tokens_per_s_per_gpu']:,.1f} output tokens/s per GPU"
         )
 
@@ -86,10 +86,7 @@ class ServeResult(Result):
             f" {asked['output_tokens']['mean']:,.0f} tokens on average"
         )
         one = record["deployment"]
-        lines.append(
-            f"{count(record['num_gpus'], 'GPU')}: {record['service']['replicas']} x {one['name']},"
-            f" KV cache of {one['kv_tokens_per_rank']:,} tokens per rank"
-        )
+        lines.append(f"{record['name']}; KV cache of {one['kv_tokens_per_rank']:,} tokens per rank")
         others = [f"{n:,} {name}" for name, n in counts.items() if n and name != "finished"]
         lines.append(", ".join([f"{counts['finished']:,} finished", *others]))
         lines += [_latencies(metrics), *_levels(record["by_level"])]

@@ -164,7 +164,12 @@ class Deployment:
     @property
     def name(self) -> str:
         """Short label: model, GPUs and parallelism."""
-        return f"{self.model.name} on {self.num_gpus} x {self.gpu.name}, {self.parallelism}"
+        return f"{self.model.name} on {self.num_gpus} x {self.gpu_names}, {self.parallelism}"
+
+    @property
+    def gpu_names(self) -> str:
+        """The GPU type, or all of them: "h100-sxm/a100-sxm"."""
+        return "/".join(dict.fromkeys(gpu.name for gpu in self.cluster.gpus))
 
     @property
     def parallelism(self) -> str:

@@ -44,6 +44,7 @@ def run_record(
     return {
         "format": FORMAT,
         "version": VERSION,
+        "name": service_name(deployment, config),
         "model": deployment.model.name,
         "num_gpus": result.num_gpus,
         "deployment": describe_deployment(deployment),
@@ -65,6 +66,18 @@ def run_record(
         "notices": list(notices),
         "provenance": _provenance(deployment, requests, config, seconds),
     }
+
+
+def service_name(deployment: Deployment, config: ServingConfig) -> str:
+    """As "DeepSeek-V3 on 32 x h200-sxm, 4 x tp1 dp8 ep8"."""
+    front = f"{config.replicas} x {deployment.parallelism}"
+    num, gpu = config.replicas * deployment.num_gpus, deployment.gpu_names
+    if config.decode is None:
+        return f"{deployment.model.name} on {num} x {gpu}, {front}"
+    back = f"{config.decode_replicas} x {config.decode.parallelism}"
+    decoding = config.decode_replicas * config.decode.num_gpus
+    where = f"{num} x {gpu} for prompts, {front}; {decoding} x {config.decode.gpu_names}"
+    return f"{deployment.model.name} on {where} decoding, {back}"
 
 
 def describe_deployment(deployment: Deployment) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def serving_section(run: Run) -> Section:
     """One `moesim serve --json`."""
     data = run.data
     metrics, basis = data.child("metrics"), predicted(data.text("basis", "assumed"))
-    where = (data.maybe("deployment") or Fields({}, run.name)).text("name", "the deployment")
+    where = data.text("name", "the deployment")
     section = Section(f"Requests served by {where}", sources=(run.name,))
     section.lead = _lead(data)
     cards = _cards(data, metrics, basis)
