@@ -63,14 +63,14 @@ class ServeResult(Result):
         return self.record["slo"] is not None and bool(self.record["slo"]["missed"])
 
     def line(self) -> str:
-        record, metrics = self.record, self.record["metrics"]
+        record, metrics, rate = self.record, self.record["metrics"], "output_tokens_per_s_per_gpu"
         times = ", ".join(
             f"{short.upper()} p99 {figure(f'{short}_p99').text(metrics[f'{short}_p99'])} ms"
             for short in ("ttft", "tpot")
         )
         return (
             f"{record['name']}, {record['counts']['finished']:,} requests served;"
-            f" {times}, {metrics['output_tokens_per_s_per_gpu']:,.1f} output tokens/s per GPU"
+            f" {times}, {figure(rate).text(metrics[rate])} output tokens/s per GPU"
         )
 
     def summary(self) -> str:
@@ -90,6 +90,7 @@ class ServeResult(Result):
         others = [f"{n:,} {name}" for name, n in counts.items() if n and name != "finished"]
         lines.append(", ".join([f"{counts['finished']:,} finished", *others]))
         lines += [_latencies(metrics), *_levels(record["by_level"])]
+        lines += _window(record["window"])
         rows = []
         for name in SERVICE_FIGURES:
             value, known = metrics.get(name), figure(name)
@@ -362,6 +363,14 @@ def _latencies(metrics: Mapping[str, float | None]) -> str:
     return text_table(["ms", *STATS], rows)
 
 
+def _window(window: Mapping[str, Any]) -> list[str]:
+    if window["state"] == "short":
+        return ["no steady state: no rates; means over time are of the whole run"]
+    span = f"from {window['start_s']:,.0f} s to the last arrival at {window['end_s']:,.0f} s"
+    state = "" if window["state"] == "steady" else ", not a steady state"
+    return [f"rates and means over time {span}{state}:"]
+
+
 def _levels(levels: Sequence[Mapping[str, Any]]) -> list[str]:
     if not levels:
         return []
@@ -378,10 +387,11 @@ def _levels(levels: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _slo_lines(slo: Mapping[str, Any]) -> list[str]:
     good = slo["goodput"]
-    lines = [
-        f"goodput under {slo['text']}: {good['requests_per_s']:.2f} requests/s"
-        f" ({good['share']:.1%} of the requests), {good['requests_per_s_per_gpu']:.3f} per GPU"
-    ]
+    rate = ""
+    if good["requests_per_s"] is not None:
+        each = f"{good['requests_per_s_per_gpu']:.3f} per GPU"
+        rate = f"{good['requests_per_s']:.2f} requests/s, {each}, "
+    lines = [f"goodput under {slo['text']}: {rate}{good['share']:.1%} of the requests"]
     for miss in slo["missed"]:
         value = miss["value_s"]
         reason = (

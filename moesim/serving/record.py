@@ -16,6 +16,7 @@ from moesim.serving.slo import LATENCIES
 from moesim.serving.state import FINISHED
 
 if TYPE_CHECKING:
+    from moesim.cluster import GpuSpec
     from moesim.serving.config import ServingConfig
     from moesim.serving.deployment import Deployment
     from moesim.serving.requests import Requests
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FORMAT = "moesim-serving-run"
 VERSION = 1
 QUANTILES = 101
+RULE = "MSER-5 on output tokens/s and requests in the service, until the last arrival"
 SERIES_POINTS = 512
 
 
@@ -54,7 +56,8 @@ def run_record(
         "service": _service(config),
         "requests": requests.describe(),
         "counts": result.counts(),
-        "metrics": dict(result.metrics),
+        "window": {**asdict(result.window), "rule": RULE},
+        "metrics": {**result.metrics, **dollars(deployment, config, result)},
         "by_level": _by_level(requests, result),
         "slo": None if slo is None else _slo(slo, result),
         "cdf": _cdf(result),
@@ -63,7 +66,7 @@ def run_record(
         "basis": result.basis,
         "predictions": predictions(deployment, requests, config, result),
         "defaults": defaults or {},
-        "notices": list(notices),
+        "notices": [*notices, *filter(None, [result.window.warning])],
         "provenance": _provenance(deployment, requests, config, seconds),
     }
 
@@ -120,11 +123,44 @@ def predictions(
         )
         if routing.drift_s < math.inf:
             out.append("drift of the domains: assumed form")
+    parts = [deployment, *([config.decode] if config.decode is not None else [])]
+    out += list(dict.fromkeys(_price(gpu) for part in parts for gpu in part.cluster.gpus))
     if config.decode is not None:
         out.append("transfer of KV caches: assumed rate and latency")
     if config.speculation is not None:
         out.append("accepted drafts and cost of drafting: assumed")
     return out
+
+
+def dollars(
+    deployment: Deployment, config: ServingConfig, result: ServingResult
+) -> dict[str, float | None]:
+    """Dollars per hour at the prices of the cluster files, and per million tokens of the window:
+    decoding engines bear the output tokens and the others the input tokens, or all the output
+    tokens. None where a price or a rate is not known."""
+    parts = [(deployment, config.replicas)]
+    if config.decode is not None:
+        parts.append((config.decode, config.decode_replicas))
+    hourly = []
+    for part, replicas in parts:
+        each = [gpu.price_usd_per_hour for gpu in part.cluster.gpus]
+        known = [price for price in each if price is not None]
+        hourly.append(replicas * sum(known) if len(known) == len(each) else math.nan)
+    output, prompt = (result.metrics[f"{n}_tokens_per_s"] for n in ("output", "prompt"))
+    per_output = hourly[-1] / (output * 3600) * 1e6 if output else math.nan
+    found = {"cost_usd_per_hour": sum(hourly), "cost_usd_per_million_output_tokens": per_output}
+    if len(parts) > 1:
+        per_input = hourly[0] / (prompt * 3600) * 1e6 if prompt else math.nan
+        found["cost_usd_per_million_input_tokens"] = per_input
+    return {name: _finite(value) for name, value in found.items()}
+
+
+def _price(gpu: GpuSpec) -> str:
+    price = next((b for b in gpu.blocks if b.role == "price"), None)
+    if price is None or gpu.price_usd_per_hour is None:
+        return f"dollars: no price of {gpu.name} is known"
+    said = f"${gpu.price_usd_per_hour:g} per hour of {gpu.name}"
+    return f"dollars: {said}, {price.kind} ({price.source})"
 
 
 def _service(config: ServingConfig) -> dict[str, Any]:

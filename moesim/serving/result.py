@@ -23,6 +23,7 @@ from moesim.serving.state import (
     TOO_LARGE,
     UNFINISHED,
 )
+from moesim.serving.steady import Window, find_window
 from moesim.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class ServingResult:
     rank (-1: none).
     ttft_s, tpot_s, e2e_s: [R], NaN where there is none; tpot only of two tokens or more.
     series: by role, each [bins] of `bin_s` seconds: time and what SERIES holds, as rates and means.
-    metrics: by name, in seconds, tokens and shares; None where there is nothing to measure.
+    window: the time over which rates and means over time are taken (`moesim.serving.steady`).
+    metrics: by name, in seconds, tokens and shares; None where there is nothing to measure. Means
+    over time are of the whole run where the window has no rates.
     """
 
     status: IntArray
@@ -74,6 +77,7 @@ class ServingResult:
     num_gpus: int
     basis: Basis
     notes: tuple[str, ...]
+    window: Window
 
     @classmethod
     def of(
@@ -100,6 +104,16 @@ class ServingResult:
             float(np.nanmax(finish)) if np.isfinite(finish).any() else float(clock.now_us[0]) / 1e6
         )
         gpus = _role_gpus(deployment, config)
+        bin_s = float(clock.bin_us[0]) / 1e6
+        taken = (req["status"] == FINISHED) | (req["status"] == UNFINISHED)
+        window = find_window(
+            clock.series[:, :, SERIES.index("decode_tokens")].sum(axis=0),
+            clock.series[:, :, SERIES.index("running_us")].sum(axis=0) / float(clock.bin_us[0]),
+            bin_s,
+            requests.arrival_s[taken],
+            np.nan_to_num(finish[taken], nan=np.inf),
+            min(float(requests.arrival_s[-1]), config.until_s),
+        )
         out = cls(
             status=req["status"],
             arrival_s=requests.arrival_s,
@@ -117,11 +131,12 @@ class ServingResult:
             tpot_s=tpot,
             e2e_s=e2e,
             series=_series(clock, gpus, config),
-            bin_s=float(clock.bin_us[0]) / 1e6,
+            bin_s=bin_s,
             metrics={},
             num_gpus=sum(gpus),
             basis=basis,
             notes=notes,
+            window=window,
         )
         return replace(out, metrics=_metrics(out, clock, gpus, config, end_s, prefix_on))
 
@@ -146,19 +161,21 @@ class ServingResult:
             out[bound.name] = _figure(values[~np.isnan(values)], STATS[bound.stat])
         return out
 
-    def goodput(self, slo: Slo) -> dict[str, float]:
+    def goodput(self, slo: Slo) -> dict[str, float | None]:
         """Requests that keep every per-request promise: their share of all requests (rejected,
-        refused and unfinished ones keep none), and how many a second, over the run."""
+        refused and unfinished ones keep none), and how many of those that arrive in the window per
+        second of it; None where the window has no rates."""
         kept = self.status == FINISHED
         for bound in slo.per_request:
             values = getattr(self, f"{bound.latency}_s")
             kept &= ~(values >= bound.limit_s)
-        seconds = self.metrics["duration_s"] or 0.0
-        count = int(kept.sum())
+        window = self.window
+        inside = (self.arrival_s > window.start_s) & (self.arrival_s <= window.end_s)
+        rate = float((kept & inside).sum()) / window.seconds if window.has_rates else None
         return {
-            "share": count / len(self),
-            "requests_per_s": count / seconds if seconds else 0.0,
-            "requests_per_s_per_gpu": count / seconds / self.num_gpus if seconds else 0.0,
+            "share": int(kept.sum()) / len(self),
+            "requests_per_s": rate,
+            "requests_per_s_per_gpu": None if rate is None else rate / self.num_gpus,
         }
 
     def counts(self) -> dict[str, int]:
@@ -221,6 +238,36 @@ def _series(clock: Clock, gpus: list[int], config: ServingConfig) -> dict[str, A
     return out
 
 
+def _rates(out: ServingResult) -> dict[str, float | None]:
+    """Requests and tokens per second of the window; a prompt counts when its first token is out."""
+    names = (
+        "offered_requests_per_s",
+        "requests_per_s",
+        "output_tokens_per_s",
+        "output_tokens_per_s_per_gpu",
+        "prompt_tokens_per_s",
+        "total_tokens_per_s_per_gpu",
+    )
+    window = out.window
+    if not window.has_rates:
+        return dict.fromkeys(names)
+    seconds = window.seconds
+    first, last = (round(t / out.bin_s) for t in (window.start_s, window.end_s))
+    made = sum(s["output_tokens_per_s"][first:last].sum() * out.bin_s for s in out.series.values())
+    began = (out.first_token_s > window.start_s) & (out.first_token_s <= window.end_s)
+    output = float(made) / ((last - first) * out.bin_s)
+    prompt = float(out.prompt_tokens[began].sum()) / seconds
+    values = (
+        window.offered / seconds,
+        window.served / seconds,
+        output,
+        output / out.num_gpus,
+        prompt,
+        (output + prompt) / out.num_gpus,
+    )
+    return dict(zip(names, values, strict=True))
+
+
 def _metrics(
     out: ServingResult,
     clock: Clock,
@@ -229,11 +276,12 @@ def _metrics(
     end_s: float,
     prefix_on: bool,
 ) -> dict[str, float | None]:
-    totals = [dict(zip(SERIES, row, strict=True)) for row in clock.series.sum(axis=1)]
-    duration = max(end_s, 1e-9)
-    wall_us = duration * 1e6
-    finished = out.status == FINISHED
-    tokens = float(out.generated_tokens.sum())
+    duration, wall, series = max(end_s, 1e-9), max(end_s, 1e-9), clock.series
+    if out.window.has_rates:
+        first, last = (round(t / out.bin_s) for t in (out.window.start_s, out.window.end_s))
+        series, wall = series[:, first:last], (last - first) * out.bin_s
+    totals = [dict(zip(SERIES, row, strict=True)) for row in series.sum(axis=1)]
+    wall_us = wall * 1e6
     busy = sum(
         t["busy_us"] / n * g for t, n, g in zip(totals, _num_instances(config), gpus, strict=False)
     )
@@ -243,12 +291,7 @@ def _metrics(
     metrics: dict[str, float | None] = dict(out.latencies())
     metrics |= {
         "duration_s": duration,
-        "requests_per_s": float(finished.sum()) / duration,
-        "output_tokens_per_s": tokens / duration,
-        "output_tokens_per_s_per_gpu": tokens / duration / out.num_gpus,
-        "total_tokens_per_s_per_gpu": (tokens + float(out.prompt_tokens[finished].sum()))
-        / duration
-        / out.num_gpus,
+        **_rates(out),
         "gpu_utilisation": min(1.0, busy / out.num_gpus / wall_us),
         "rank_balance": sum(t["rank_mean_us"] for t in totals) / slow if slow else None,
         "kv_used_mean": totals[0]["kv_us"] / (wall_us * config.replicas),

@@ -77,7 +77,6 @@ def test_faster_arrivals_wait_longer(capsys: pytest.CaptureFixture[str]) -> None
     fast = as_json(capsys, PROCESS, *OLMOE, "--rate-scale", "20")["metrics"]
     assert fast["queue_s_mean"] > slow["queue_s_mean"]
     assert fast["duration_s"] < slow["duration_s"]
-    assert fast["output_tokens_per_s"] > slow["output_tokens_per_s"]
 
 
 def test_everything_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

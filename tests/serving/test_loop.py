@@ -290,19 +290,16 @@ def test_every_request_is_finished_once_or_counted(small: ModuleType, seed: int)
 
 
 def test_waiting_obeys_littles_law(small: ModuleType) -> None:
-    """Mean number waiting = arrivals a second x mean wait, exactly, over a whole run."""
+    """Requests waiting summed over time = waits summed over requests, exactly, over a whole run."""
     rng = np.random.default_rng(3)
     requests = Requests.of(np.cumsum(rng.exponential(0.0011, 2000)), [1] * 2000, [1] * 2000)
     result = small.serve(
         requests, small.tables(1000.0), deployment=small.small_deployment(max_sequences=1)
     )
     waits = result.start_s - result.arrival_s
-    assert result.metrics["queue_mean"] == pytest.approx(
-        waits.sum() / result.metrics["duration_s"], rel=1e-9
-    )
-    assert result.metrics["gpu_utilisation"] == pytest.approx(
-        2000 * 1e-3 / result.metrics["duration_s"]
-    )
+    series = result.series["serving"]
+    assert series["waiting"].sum() * result.bin_s == pytest.approx(waits.sum(), rel=1e-9)
+    assert series["busy"].sum() * result.bin_s == pytest.approx(2000 * 1e-3)
 
 
 def test_bad_settings(small: ModuleType) -> None:

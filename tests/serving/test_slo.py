@@ -63,7 +63,7 @@ def test_missed() -> None:
 
 def test_goodput_by_hand(small: ModuleType) -> None:
     """One at a time, prompt and two more tokens in steps of 1 ms: TTFT 1, 4, 7, 10 ms. Under 5 ms:
-    two of four in 12 ms, 166.7 a second on one GPU. A request too large counts as not kept."""
+    two of four; four requests at once have no rate. A request too large counts as not kept."""
     result = small.serve(
         small.at_once([4, 4, 4, 4], [3] * 4),
         small.tables(1000.0),
@@ -71,7 +71,7 @@ def test_goodput_by_hand(small: ModuleType) -> None:
     )
     goodput = result.goodput(parse_slo("ttft<5ms,tpot<2ms"))
     assert goodput["share"] == 0.5
-    assert goodput["requests_per_s"] == pytest.approx(2 / 12e-3)
+    assert goodput["requests_per_s"] is None
     assert result.goodput(parse_slo("tpot<0.5ms"))["share"] == 0.0
     some = small.serve(small.at_once([4, 400], [1, 1]), small.tables(), capacity=64)
     # A single token has no time per token, and misses no promise about it.

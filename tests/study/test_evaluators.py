@@ -137,7 +137,7 @@ def test_requests_by_arrivals() -> None:
     assert busy["ttft_p99_s"] > base["ttft_p99_s"]  # type: ignore[operator]
     assert busy["goodput_share"] is None
     first = figures("requests", **common, requests=asked, max_requests=5)
-    assert first["requests_per_s"] is not None
+    assert (first["served_share"], first["requests_per_s"]) == (1.0, None)
     two = {"gpus": 4, "decode_gpus": 2, "transfer_gb_per_s": 40.0}
     apart = figures("requests", **common, requests=asked, **two)
     assert apart["served_share"] == 1.0

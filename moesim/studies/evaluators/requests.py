@@ -59,7 +59,9 @@ class RequestsEvaluator(DeploymentEvaluator):
         ),
         StudyFigure("output_tokens_per_s", "output tokens/s", "", "high"),
         StudyFigure("output_tokens_per_s_per_gpu", "output tokens/s per GPU", "", "high"),
-        StudyFigure("requests_per_s", "requests/s", "", "high"),
+        StudyFigure("prompt_tokens_per_s", "prompt tokens/s", "", "high"),
+        StudyFigure("requests_per_s", "requests/s served", "", "high"),
+        StudyFigure("offered_requests_per_s", "requests/s offered", "", ""),
         StudyFigure("served_share", "share of requests served", "", "high"),
         StudyFigure("goodput_share", "share that keeps the promises of each request", "", "high"),
         StudyFigure("gpu_utilisation", "share of the time that GPUs are in steps", "", ""),
@@ -112,7 +114,9 @@ class RequestsEvaluator(DeploymentEvaluator):
             for name in (
                 "output_tokens_per_s",
                 "output_tokens_per_s_per_gpu",
+                "prompt_tokens_per_s",
                 "requests_per_s",
+                "offered_requests_per_s",
                 "gpu_utilisation",
                 "kv_used_peak",
             )
@@ -127,6 +131,8 @@ class RequestsEvaluator(DeploymentEvaluator):
         unserved = len(result) - counts["finished"]
         if unserved:
             notes = (*notes, f"{unserved} requests are not served; they count as infinitely late")
+        if result.window.warning:
+            notes = (*notes, result.window.warning)
         engines = pools_text(front, back)
         return Evaluated(out, result.basis, (*notes, *result.notes), engines)
 
