@@ -15,5 +15,7 @@ Scope = Literal["step", "gpu"]
 OnLoss = Literal["reload", "replan", "wait", "fail"]
 Order = Literal["fifo", "pre-gated", "predicted"]
 Router = Literal["round_robin", "least_loaded", "length_aware"]
-MoeComm = Literal["all_reduce", "all_gather", "nccl", "deepep", "deepep_ll"]
+MoeComm = Literal[
+    "all_reduce", "all_gather", "nccl", "deepep", "deepep_ll", "deepep_auto", "nvlink"
+]
 Basis = Literal["measured", "datasheet", "assumed"]

@@ -34,10 +34,12 @@ class NodePlan:
     num_gpus: int
 
 
-def choose_nodes(file: ClusterFile, num_gpus: int | None) -> list[NodePlan]:
+def choose_nodes(file: ClusterFile, num_gpus: int | None, after: int = 0) -> list[NodePlan]:
     """Nodes for `num_gpus` GPUs: the file's nodes in order, over and over.
 
     None takes the file's own count. Fewer GPUs than the first node has make one partial node.
+    after: nodes that hold so many GPUs come first and are left out, unless those and `num_gpus` fit
+    into one node.
     Raises InputError for a size that is not a whole number of nodes, or is out of range.
     """
     pattern = [group for group in file.nodes for _ in range(group.count)]
@@ -47,6 +49,11 @@ def choose_nodes(file: ClusterFile, num_gpus: int | None) -> list[NodePlan]:
         raise InputError(
             f"{num_gpus:,} GPUs asked for on {file.name}", f"ask for 1 to {MAX_GPUS:,} GPUs"
         )
+    held, skip = 0, 0
+    while held < after and after + num_gpus > pattern[0].gpus_per_node:
+        held += pattern[skip % len(pattern)].gpus_per_node
+        skip += 1
+    pattern = pattern[skip % len(pattern) :] + pattern[: skip % len(pattern)]
     if num_gpus < pattern[0].gpus_per_node:
         return [NodePlan(pattern[0], num_gpus)]
     nodes: list[NodePlan] = []

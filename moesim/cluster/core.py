@@ -41,6 +41,8 @@ class Cluster:
     int64[G] counts within the node; `host_of_gpu` int64[G] names the host (NUMA domain) whose DRAM
     and NVMe the GPU uses, and `host_dram_gb`, `host_nvme_gb` float64[hosts] their capacities (0
     where there is no NVMe). `calibration` names a calibration table or its file, or is None.
+    `nic_gb_per_s` is a GPU's share of its NIC, of the node where it is least, also where the
+    cluster is one node without a network; None without NICs.
     Equality is identity; compare `cluster_hash()`.
     """
 
@@ -60,6 +62,7 @@ class Cluster:
     nic_type: str
     fabric: Fabric
     blocks: tuple[BasisBlock, ...]
+    nic_gb_per_s: float | None = None
 
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(gpu.name for gpu in self.gpus))

@@ -67,12 +67,16 @@ def find_cluster_file(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def load_cluster(
-    name_or_path: str | os.PathLike[str] = DEFAULT_CLUSTER, num_gpus: int | None = None
+    name_or_path: str | os.PathLike[str] = DEFAULT_CLUSTER,
+    num_gpus: int | None = None,
+    *,
+    after: int = 0,
 ) -> Cluster:
     """The cluster of a shipped name or a YAML file, sized to `num_gpus` GPUs.
 
     None takes the file's own count. The file's nodes are repeated in order as often as needed;
-    fewer GPUs than the first node has makes one partial node (its first GPUs).
+    fewer GPUs than the first node has makes one partial node (its first GPUs). after: GPUs of the
+    same cluster that others have; their nodes are left out, unless all fit into one.
     Raises UnknownNameError for an unknown name, InputError for an unreadable file or a size that is
     no whole number of nodes (the cause and the nearest sizes), FormatError for a wrong file (the
     field, the file, the line and a remedy).
@@ -82,7 +86,7 @@ def load_cluster(
 
     path = find_cluster_file(name_or_path)
     file = parse_file(ClusterFile, path, path.name)
-    nodes = choose_nodes(file, num_gpus)
+    nodes = choose_nodes(file, num_gpus, after)
     gpus = _gpus_of(file, path.name, nodes)
     fabric = build_fabric(file, path.name, nodes, gpus)
     factors = [
@@ -112,6 +116,10 @@ def load_cluster(
         nic_type="+".join(nic_types) or "none",
         fabric=fabric,
         blocks=_blocks(file, nodes, gpus),
+        nic_gb_per_s=min(
+            (g.nics.gb_per_s / g.nics.gpus_per_nic for g in group_of_node if g.nics is not None),
+            default=None,
+        ),
     )
 
 

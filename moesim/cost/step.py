@@ -269,7 +269,7 @@ def build_step_model(
     }
     slowest = min(types, key=lambda n: specs[n].nvlink_gb_per_s)
     first = of_type[slowest]
-    library = all_to_all or _default_library(first, cluster.num_nodes, phase)
+    library = all_to_all or default_library(first, cluster.num_nodes, phase)
     curves = [_curve(first, kind, cluster, eager=eager) for kind in KINDS_OF[library]]
     shape = (model.expert_hidden, model.moe_intermediate_size)
     dtype = expert_dtype or model.expert_dtype
@@ -332,7 +332,8 @@ def calibration_of_gpu(gpu: GpuSpec, named: str | None, only_type: bool) -> Cali
     return datasheet
 
 
-def _default_library(calibration: Calibration, num_nodes: int, phase: Phase) -> AllToAll:
+def default_library(calibration: Calibration, num_nodes: int, phase: Phase) -> AllToAll:
+    """All-to-all over so many nodes where none is named (see `build_step_model`)."""
     across: AllToAll = "deepep" if phase == "prefill" else "deepep_ll"
     candidates: tuple[AllToAll, ...] = (across, "nvlink") if num_nodes > 1 else ("nvlink",)
     kinds = calibration.collectives.kinds

@@ -67,10 +67,13 @@ def model_required(model: ModelLike | None, named: str, source: str = "the trace
 
 
 def cluster_of(
-    cluster: ClusterLike | None, gpus: int | None, defaults: dict[str, str] | None = None
+    cluster: ClusterLike | None,
+    gpus: int | None,
+    defaults: dict[str, str] | None = None,
+    after: int = 0,
 ) -> Cluster:
     """A cluster of `gpus` GPUs; its own size where that is None. The default is said in
-    `defaults`."""
+    `defaults`. after: as in `load_cluster`."""
     if isinstance(cluster, Cluster):
         if gpus is None or cluster.num_gpus == gpus:
             return cluster
@@ -80,7 +83,7 @@ def cluster_of(
         )
     if cluster is None and defaults is not None:
         defaults["cluster"] = DEFAULT_CLUSTER
-    return load_cluster(str(cluster or DEFAULT_CLUSTER), num_gpus=gpus)
+    return load_cluster(str(cluster or DEFAULT_CLUSTER), num_gpus=gpus, after=after)
 
 
 def plan_of(plan: PlanLike) -> Plan:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import TYPE_CHECKING, get_args
 
 from moesim.choices import MoeComm as MoeComm
 from moesim.cluster import DEFAULT_CLUSTER, load_cluster
+from moesim.cost.calibration import calibration_names, load_calibration
+from moesim.cost.step import calibration_of_gpu, default_library
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.model.names import KV_BYTES, WEIGHT_BYTES, load_model
 from moesim.serving.engines import EngineProfile, engine_profile
@@ -32,7 +35,8 @@ class Deployment:
     running sequences of one DP rank; memory_fraction: share of the GPU's memory the engine uses.
     moe_comm: how tokens reach their experts. all_reduce: every rank has all tokens, partial sums
     are added (TP and TP+EP without attention DP). all_gather: gathered over DP ranks before, reduce
-    scattered after. nccl, deepep, deepep_ll: all-to-all.
+    scattered after. nccl, deepep, deepep_ll, nvlink: all-to-all. deepep_auto: deepep in steps with
+    prompt tokens and deepep_ll in steps without (SGLang's --deepep-mode auto).
     plan, trace: placement of the experts (ep = num_gpus of the plan) and the routing it serves;
     without a trace the skew of the routing is assumed (`moesim.serving.moe_load`).
     calibration: measured kernels, by default the cluster's. imbalance_scale: experts' popularity
@@ -96,7 +100,7 @@ class Deployment:
         if self.moe_comm == "all_reduce" and self.dp > 1:
             raise InputError(
                 "moe_comm all_reduce with attention DP: ranks hold different tokens",
-                "choose all_gather, nccl, deepep or deepep_ll",
+                "choose all_gather or an all-to-all",
             )
         if self.moe_comm not in ("all_reduce", "all_gather") and self.moe_tp > 1:
             raise InputError(
@@ -210,8 +214,9 @@ def deploy(
     leaves after dp and pp, else 1. ep and
     moe_tp: with attention DP or a plan all experts whole (ep = tp x dp), else cut (moe_tp = tp).
     dtypes as stored in the model; the rest as the engine's profile. moe_comm: all_reduce without
-    attention DP; with it deepep over several nodes, nccl all-to-all within one, all_gather where
-    experts are cut.
+    attention DP; all_gather where experts are cut; else what `cost.step.default_library` takes for
+    prompts and for decoding: deepep_auto over several nodes where DeepEP was measured, nvlink where
+    that was, nccl.
 
     Raises what `Deployment` raises, and InputError where the numbers do not divide.
     """
@@ -238,9 +243,8 @@ def deploy(
     moe_tp = stage // max(1, ep) if moe_tp is None else moe_tp
     if isinstance(cluster, str):
         cluster = load_cluster(cluster, stage * pp)
-    if moe_comm is None:
-        moe_comm = _default_comm(dp, moe_tp, cluster.num_nodes)
-    return Deployment(
+    comm: MoeComm = moe_comm or ("all_reduce" if dp == 1 else "all_gather")
+    made = Deployment(
         model=spec,
         cluster=cluster,
         engine=profile,
@@ -255,16 +259,26 @@ def deploy(
         max_batch_tokens=max_batch_tokens or profile.max_batch_tokens,
         max_sequences=max_sequences or profile.max_sequences,
         memory_fraction=memory_fraction or profile.memory_fraction,
-        moe_comm=moe_comm,
+        moe_comm=comm,
         plan=plan,
         trace=trace,
         calibration=calibration,
     )
+    if moe_comm is not None or dp == 1 or moe_tp > 1:
+        return made
+    kernels = calibration or calibration_of(made)
+    group_nodes = ceil(stage / cluster.gpus_per_node)
+    of_prompts = default_library(kernels, group_nodes, "prefill")
+    of_decoding = default_library(kernels, group_nodes, "decode")
+    both = of_prompts == "deepep" and of_decoding == "deepep_ll"
+    return replace(made, moe_comm="deepep_auto" if both else of_prompts)
 
 
-def _default_comm(dp: int, moe_tp: int, num_nodes: int) -> MoeComm:
-    if dp == 1:
-        return "all_reduce"
-    if moe_tp > 1:
-        return "all_gather"
-    return "deepep" if num_nodes > 1 else "nccl"
+def calibration_of(deployment: Deployment) -> Calibration:
+    """The engine's own kernels on its GPU ("h200-vllm") where they are bundled, completed by the
+    GPU's calibration and datasheet figures."""
+    gpu = deployment.gpu
+    types = {g.name for g in deployment.cluster.gpus}
+    general = calibration_of_gpu(gpu, deployment.cluster.calibration, len(types) == 1)
+    own = f"{gpu.name.split('-')[0]}-{deployment.engine.name}"
+    return load_calibration(own).completed_by(general) if own in calibration_names() else general

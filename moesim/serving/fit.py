@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def default_split(
 
 def default_pools(
     model: ModelSpec,
-    sized: Callable[[int], Cluster],
+    sized: Callable[..., Cluster],
     num_gpus: int,
     decode_gpus: int | None = None,
     *,
@@ -129,8 +130,12 @@ def default_pools(
     **given: Any,
 ) -> tuple[Split, Split | None]:
     """`default_split` of a service, or of the GPUs that compute prompts and of the `decode_gpus`
-    that decode. given: of both pools. Raises InputError where nothing is left for prompts, or a
-    number of decoding engines is given and no GPUs for them."""
+    that decode, which are on the nodes behind the others' (so that in a cluster of two GPU types
+    each can have a role). sized(n, after=m): n GPUs behind m. given: of both pools.
+
+    Raises InputError where nothing is left for prompts, or a number of decoding engines is given
+    and no GPUs for them.
+    """
     if decode_gpus is None:
         if decode_replicas is not None:
             raise InputError(
@@ -143,7 +148,8 @@ def default_pools(
             "give fewer `decode_gpus`, or more `gpus`",
         )
     front = default_split(model, sized, num_gpus - decode_gpus, replicas=replicas, **given)
-    back = default_split(model, sized, decode_gpus, replicas=decode_replicas, **given)
+    behind = partial(sized, after=num_gpus - decode_gpus)
+    back = default_split(model, behind, decode_gpus, replicas=decode_replicas, **given)
     return front, back
 
 

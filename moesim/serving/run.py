@@ -37,7 +37,6 @@ from moesim.serving.step_table import StepTables, tables_of
 from moesim.types import Progress
 
 if TYPE_CHECKING:
-    from moesim.cluster import Cluster
     from moesim.serving.deployment import Deployment
     from moesim.serving.engines import EngineProfile
     from moesim.serving.requests import Requests
@@ -207,18 +206,10 @@ def _transfer(parts: list[Deployment], config: ServingConfig) -> tuple[float, fl
         return 0.0, 0.0
     rate = config.transfer_gb_per_s
     if rate is None:
-        nic = min(_nic_gb_per_s(part.cluster) for part in parts)
+        nic = min(part.cluster.nic_gb_per_s or ASSUMED_NIC_GB_PER_S for part in parts)
         rate = nic * ASSUMED_NIC_EFFICIENCY * min(part.tp for part in parts)
     size = parts[0].model.kv_bytes_per_token(parts[0].kv_dtype)
     return config.transfer_latency_us, size / (rate * 1e3)
-
-
-def _nic_gb_per_s(cluster: Cluster) -> float:
-    """The slowest NIC; an engine within one node, whose cluster has none, is taken to have the
-    usual one a GPU."""
-    routes = cluster.routes()
-    rates = routes.link_gb_per_s[routes.link_class == routes.link_class_names.index("nic")]
-    return float(rates.min()) if len(rates) else ASSUMED_NIC_GB_PER_S
 
 
 def _instances(parts: list[Deployment], config: ServingConfig) -> Any:

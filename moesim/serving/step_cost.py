@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moesim.cost.calibration import calibration_names, load_calibration
+from moesim.choices import MoeComm, Phase
 from moesim.cost.curves import power_mean_max, weakest
 from moesim.cost.dense import GEMM_SHARPNESS, KV_ELEMENT_BYTES, causal_pairs
-from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF, calibration_of_gpu
+from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF
+from moesim.serving.deployment import calibration_of
 from moesim.serving.moe_load import MoeLoad, assumed_load, layer_us, load_of_trace
 from moesim.types import FloatArray
 
@@ -148,6 +149,7 @@ class EngineStepCost:
         self._rows_total = _Table(grid, sum(t.times_us for t in self._rows.values()))  # type: ignore[arg-type]
         self._moe = {name: _Table(everyone, t) for name, t in self._moe_parts(everyone).items()}
         self._moe_total = _Table(everyone, sum(t.times_us for t in self._moe.values()))  # type: ignore[arg-type]
+        self._decode_saves = _Table(everyone, self._saved_us(everyone))
         heads = _grid(deployment.max_sequences * 2)
         self._head = _Table(heads, self._head_us(heads))
 
@@ -171,9 +173,10 @@ class EngineStepCost:
     def step_us(self, batch: BatchShape) -> FloatArray:
         """Microseconds of every step of `batch`: shape [...], its arrays without the rank axis."""
         time = self._rows_total(batch.rows) + self._attention_us(batch)
-        gpu = time.max(axis=-1) + self._moe_total(batch.rows.sum(axis=-1))
+        total = batch.rows.sum(axis=-1)
+        gpu = time.max(axis=-1) + self._moe_total(total) - self._saved(batch)
         gpu = gpu + self._head(self._sampled(batch)).max(axis=-1)
-        return np.where(batch.rows.sum(axis=-1) > 0, self._with_host(gpu, batch), 0.0)
+        return np.where(total > 0, self._with_host(gpu, batch), 0.0)
 
     def one_us(
         self,
@@ -207,6 +210,8 @@ class EngineStepCost:
             return 0.0
         time = slowest + self._moe_total.one(total) + self._head.one(sampled)
         engine = self.deployment.engine
+        if not prefill:
+            time -= self._decode_saves.one(total)
         if prefill:
             time = max(time, engine.eager_layer_us * self.deployment.model.num_hidden_layers)
         return time + engine.step_host_us + engine.sequence_host_us * sampled
@@ -224,10 +229,16 @@ class EngineStepCost:
         total = batch.rows.sum(axis=-1)
         for name, table in self._moe.items():
             parts[name] = parts.get(name, np.zeros(total.shape)) + table(total)
+        parts["communication"] = parts["communication"] - self._saved(batch)
         parts["head"] = self._head(self._sampled(batch)).max(axis=-1)
         gpu = sum(parts.values(), np.zeros(total.shape))
         parts["host"] = np.where(total > 0, self._with_host(gpu, batch) - gpu, 0.0)
         return parts
+
+    def _saved(self, batch: BatchShape) -> FloatArray:
+        """What a step without prompt tokens saves by the all-to-all of decoding."""
+        decodes = batch.prefill_tokens.max(axis=-1) == 0
+        return np.where(decodes, self._decode_saves(batch.rows.sum(axis=-1)), 0.0)
 
     def _sampled(self, batch: BatchShape) -> FloatArray:
         return batch.decode_tokens + batch.prefill_sequences
@@ -428,8 +439,21 @@ class EngineStepCost:
         experts = np.array([self._expert_layer_us(n, load) for n in tokens])
         return {
             "experts": layers * np.maximum.accumulate(experts),
-            "communication": layers * self._moe_comm_us(tokens),
+            "communication": layers * self._moe_comm_us(tokens, self._comm("prefill")),
         }
+
+    def _saved_us(self, tokens: FloatArray) -> FloatArray:
+        """All MoE layers' communication in a step with prompt tokens less that in one without."""
+        if self._comm("prefill") == self._comm("decode"):
+            return np.zeros_like(tokens)
+        both = [self._moe_comm_us(tokens, self._comm(phase)) for phase in ("prefill", "decode")]
+        return self.deployment.model.num_moe_layers * (both[0] - both[1])
+
+    def _comm(self, phase: Phase) -> MoeComm:
+        comm = self.deployment.moe_comm
+        if comm != "deepep_auto":
+            return comm
+        return "deepep" if phase == "prefill" else "deepep_ll"
 
     def _load(self) -> MoeLoad:
         """Popularity of the experts: the trace's, or assumed."""
@@ -475,29 +499,29 @@ class EngineStepCost:
         gpu = np.arange(placement.num_slots) // placement.slots_per_gpu
         return gpu, np.maximum(table, 0), np.where(table >= 0, share, 0.0)
 
-    def _moe_comm_us(self, tokens: FloatArray) -> FloatArray:
+    def _moe_comm_us(self, tokens: FloatArray, comm: MoeComm) -> FloatArray:
         """Dispatch and combine of one MoE layer; `tokens` of all ranks, evenly spread."""
         d, model = self.deployment, self.deployment.model
         group = d.tp * d.dp
         if group == 1:
             return np.zeros_like(tokens)
         row = model.hidden_size * ELEMENT_BYTES
-        if d.moe_comm == "all_reduce":
+        if comm == "all_reduce":
             return np.asarray(self._curve("all_reduce", group).time_us(tokens * row))
-        if d.moe_comm == "all_gather":
+        if comm == "all_gather":
             share = tokens * row * (group - 1) / group
             gather = self._curve("all_gather", group).time_us(share)
             return np.asarray(gather + self._curve("reduce_scatter", group).time_us(share))
         row = model.expert_hidden * ELEMENT_BYTES
-        dispatch, combine = (self._curve(kind, group) for kind in KINDS_OF[d.moe_comm])
+        dispatch, combine = (self._curve(kind, group) for kind in KINDS_OF[comm])
         per_gpu = tokens / group
         fan_out = group * (1.0 - (1.0 - 1.0 / group) ** model.real_top_k)
         nodes = max(1, ceil(group / d.cluster.gpus_per_node))
         other_nodes = nodes * (1.0 - (1.0 - 1.0 / nodes) ** model.real_top_k) * (nodes - 1) / nodes
-        copies = float(model.real_top_k) if d.moe_comm == "deepep_ll" else fan_out
+        copies = float(model.real_top_k) if comm == "deepep_ll" else fan_out
         sent = per_gpu * copies * (group - 1) / group
-        nic = per_gpu * (copies * (nodes - 1) / nodes if d.moe_comm != "deepep" else other_nodes)
-        there = model.expert_hidden * BYTES_PER_ELEMENT["fp8" if "deepep" in d.moe_comm else "bf16"]
+        nic = per_gpu * (copies * (nodes - 1) / nodes if comm != "deepep" else other_nodes)
+        there = model.expert_hidden * BYTES_PER_ELEMENT["fp8" if "deepep" in comm else "bf16"]
         time = dispatch.time_us(sent * there, nic * there)
         return np.asarray(time + combine.time_us(sent * row, nic * row), dtype=np.float64)
 
@@ -523,16 +547,6 @@ class EngineStepCost:
             share = rows * model.vocab_size * ELEMENT_BYTES * (d.tp - 1) / d.tp
             time = time + self._curve("all_gather", d.tp).time_us(share)
         return np.asarray(time + SMALL_KERNELS * SMALL_KERNEL_US, dtype=np.float64)
-
-
-def calibration_of(deployment: Deployment) -> Calibration:
-    """The engine's own kernels on its GPU ("h200-vllm") where they are bundled, completed by the
-    GPU's calibration and datasheet figures."""
-    gpu = deployment.gpu
-    types = {g.name for g in deployment.cluster.gpus}
-    general = calibration_of_gpu(gpu, deployment.cluster.calibration, len(types) == 1)
-    own = f"{gpu.name.split('-')[0]}-{deployment.engine.name}"
-    return load_calibration(own).completed_by(general) if own in calibration_names() else general
 
 
 def _grid(last: float) -> FloatArray:

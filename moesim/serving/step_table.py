@@ -38,6 +38,8 @@ class StepTables(NamedTuple):
     row_us: one rank's work by its rows; moe_us: [M, W, points], all MoE layers by the tokens of all
     ranks, for each of W domains; even_us: the same for tokens of all domains in equal shares;
     head_us: by sampled rows. terms: [M, Q, TERM_FIELDS], attention; unused ones have no layers.
+    decode_saves_us: [M, points] by the tokens of all ranks, what a step without prompt tokens takes
+    less than `moe_us` says.
     eager_us: least time of a step with prompt tokens; host_us, sequence_us: added to every step,
     and for every sampled row of the rank that has most.
     """
@@ -53,6 +55,7 @@ class StepTables(NamedTuple):
     eager_us: FloatArray
     host_us: FloatArray
     sequence_us: FloatArray
+    decode_saves_us: FloatArray
 
 
 def tables_of(
@@ -101,6 +104,7 @@ def tables_of(
         np.array(eager, np.float64),
         np.array([p.step_host_us for p in profiles], np.float64),
         np.array([p.sequence_host_us for p in profiles], np.float64),
+        _padded([(cost._decode_saves.counts, cost._decode_saves.times_us) for cost in costs])[1],
     )
 
 
@@ -232,7 +236,9 @@ def step_us(
         return 0.0, 0.0, 0.0
     time = slowest + _moe_us(tables, m, total, shares)
     time += _table(tables.head_x[m], tables.head_us[m], sampled)
-    if prefill:
+    if not prefill:
+        time -= _table(tables.moe_x[m], tables.decode_saves_us[m], total)
+    else:
         time = max(time, tables.eager_us[m])
     time += tables.host_us[m] + tables.sequence_us[m] * sampled
     return time, mean / (last - first), slowest

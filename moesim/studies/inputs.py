@@ -86,11 +86,14 @@ def file_hash(path: str) -> str:
     return str(_keep("file", path, read))
 
 
-def cluster_of(name: str, num_gpus: int) -> Cluster:
-    """The cluster of a name or file, sized to `num_gpus`."""
+def cluster_of(name: str, num_gpus: int, *, after: int = 0) -> Cluster:
+    """The cluster of a name or file, sized to `num_gpus`, behind the nodes of `after` others."""
     from moesim.cluster import load_cluster
 
-    return _keep(f"cluster {num_gpus}", name, lambda: load_cluster(name, num_gpus=num_gpus))  # type: ignore[no-any-return]
+    def load() -> Cluster:
+        return load_cluster(name, num_gpus=num_gpus, after=after)
+
+    return _keep(f"cluster {num_gpus} {after}", name, load)  # type: ignore[no-any-return]
 
 
 def model_of(name: str) -> ModelSpec:

@@ -212,7 +212,7 @@ def service_of(
 def _scaled(deployment: Deployment, params: Mapping[str, Any]) -> Deployment:
     """`deployment` on hardware, and with routing, changed by the scales of `params`."""
     from moesim.cost.scaled import faster_calibration
-    from moesim.serving.step_cost import calibration_of
+    from moesim.serving.deployment import calibration_of
 
     network, compute = params["network_scale"], params["compute_scale"]
     out = replace(deployment, imbalance_scale=params["imbalance_scale"])
