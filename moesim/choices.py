@@ -18,4 +18,5 @@ Router = Literal["round_robin", "least_loaded", "length_aware"]
 MoeComm = Literal[
     "all_reduce", "all_gather", "nccl", "deepep", "deepep_ll", "deepep_auto", "nvlink"
 ]
+Overlap = Literal["off", "prefill", "decode", "both"]
 Basis = Literal["measured", "datasheet", "assumed"]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moesim.choices import MoeComm, Router
+from moesim.choices import MoeComm, Overlap, Router
 from moesim.cli.options import (
     ClusterOption,
     JsonOption,
@@ -67,6 +67,21 @@ def serve(
         MoeComm | None,
         typer.Option(help="How tokens reach their experts.", show_default="by DP and nodes"),
     ] = None,
+    redundant_experts: Annotated[
+        int | None,
+        typer.Option(
+            help="Further expert slots per layer; experts are then placed by EPLB.",
+            show_default="experts in their order",
+            min=0,
+        ),
+    ] = None,
+    two_batch_overlap: Annotated[
+        Overlap,
+        typer.Option(
+            help="Halves of a step, one computing while the other communicates: off, prefill,"
+            " decode or both."
+        ),
+    ] = "off",
     expert_dtype: Annotated[
         str | None, typer.Option(help="Experts' weights.", show_default="the model's")
     ] = None,

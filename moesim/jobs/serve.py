@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from moesim.choices import MoeComm, Router
+from moesim.choices import MoeComm, Overlap, Router
 from moesim.cluster import Cluster
 from moesim.errors import InputError
 from moesim.figures import LATENCIES, SERVICE_FIGURES, figure, text_table
@@ -136,6 +136,8 @@ def serve(
     ep: int | None = None,
     engine: str = "vllm",
     moe_comm: MoeComm | None = None,
+    redundant_experts: int | None = None,
+    two_batch_overlap: Overlap = "off",
     expert_dtype: str | None = None,
     kv_dtype: str = "bf16",
     max_batch_tokens: int | None = None,
@@ -194,6 +196,8 @@ def serve(
     options = {
         "engine": engine,
         "moe_comm": moe_comm,
+        "redundant_experts": redundant_experts,
+        "two_batch_overlap": two_batch_overlap,
         "expert_dtype": expert_dtype,
         "kv_dtype": kv_dtype,
         "max_batch_tokens": max_batch_tokens,

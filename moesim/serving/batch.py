@@ -74,6 +74,10 @@ class BatchShape:
         """D, the data-parallel attention ranks."""
         return int(self.decode_tokens.shape[-1])
 
+    def halved(self) -> BatchShape:
+        """Half of every count."""
+        return BatchShape(*(getattr(self, name) / 2 for name in (*_FIELDS, "prefill_sequences")))
+
     @property
     def rows(self) -> FloatArray:
         """`[..., D]`: tokens that every rank feeds through its layers."""

@@ -7,6 +7,7 @@ from math import ceil
 from typing import TYPE_CHECKING, get_args
 
 from moesim.choices import MoeComm as MoeComm
+from moesim.choices import Overlap as Overlap
 from moesim.cluster import DEFAULT_CLUSTER, load_cluster
 from moesim.cost.calibration import calibration_names, load_calibration
 from moesim.cost.step import calibration_of_gpu, default_library
@@ -39,6 +40,10 @@ class Deployment:
     prompt tokens and deepep_ll in steps without (SGLang's --deepep-mode auto).
     plan, trace: placement of the experts (ep = num_gpus of the plan) and the routing it serves;
     without a trace the skew of the routing is assumed (`moesim.serving.moe_load`).
+    redundant_experts: further slots per layer, filled by EPLB on the popularity of the experts, as
+    if it were known; None leaves experts in their order. Not with a plan, which has its own.
+    two_batch_overlap: steps with prompt tokens (prefill), without (decode), or both as two halves,
+    one computing while the other communicates (`moesim.serving.overlap`); needs attention DP.
     calibration: measured kernels, by default the cluster's. imbalance_scale: experts' popularity
     differs from the mean by so many times as much, for what-if studies.
 
@@ -65,6 +70,8 @@ class Deployment:
     trace: Trace | None = None
     calibration: Calibration | None = None
     imbalance_scale: float = 1.0
+    redundant_experts: int | None = None
+    two_batch_overlap: Overlap = "off"
 
     def __post_init__(self) -> None:
         for name in ("tp", "dp", "pp", "ep", "moe_tp", "max_batch_tokens", "max_sequences"):
@@ -108,6 +115,34 @@ class Deployment:
                 "set moe_tp to 1, or choose all_reduce or all_gather",
             )
         self._check_plan()
+        self._check_redundancy()
+        if self.two_batch_overlap not in get_args(Overlap):
+            raise UnknownNameError("two_batch_overlap", self.two_batch_overlap, get_args(Overlap))
+        if self.two_batch_overlap != "off" and self.dp == 1:
+            raise InputError(
+                "two-batch overlap without attention DP: there is no dispatch to hide",
+                "give `dp`, or leave `two_batch_overlap` out",
+            )
+
+    def _check_redundancy(self) -> None:
+        more = self.redundant_experts
+        if more is None:
+            return
+        slots = self.model.num_experts + more
+        if more < 0 or slots % self.ep or self.ep == 1:
+            least = -self.model.num_experts % self.ep
+            raise InputError(
+                f"{self.model.num_experts} experts and {more} redundant ones are no equal number of"
+                f" slots on {self.ep} expert-parallel ranks",
+                f"give `redundant_experts` as {least} and a multiple of {self.ep} more"
+                if self.ep > 1
+                else "use expert parallelism, or leave `redundant_experts` out",
+            )
+        if self.plan is not None:
+            raise InputError(
+                "redundant experts beside a plan, which says itself where experts are",
+                "leave `redundant_experts` or the plan out",
+            )
 
     def _check_shapes(self) -> None:
         model = self.model
@@ -205,6 +240,8 @@ def deploy(
     moe_comm: MoeComm | None = None,
     plan: Plan | None = None,
     trace: Trace | None = None,
+    redundant_experts: int | None = None,
+    two_batch_overlap: Overlap = "off",
     calibration: Calibration | None = None,
 ) -> Deployment:
     """A deployment with defaults for what is not given.
@@ -262,6 +299,8 @@ def deploy(
         moe_comm=comm,
         plan=plan,
         trace=trace,
+        redundant_experts=redundant_experts,
+        two_batch_overlap=two_batch_overlap,
         calibration=calibration,
     )
     if moe_comm is not None or dp == 1 or moe_tp > 1:

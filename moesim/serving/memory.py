@@ -107,7 +107,7 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
     model, tp, pp = deployment.model, deployment.tp, deployment.pp
     moe_layers = ceil(model.num_moe_layers / pp)
     slots = (
-        ceil(model.num_experts / deployment.ep)
+        ceil((model.num_experts + (deployment.redundant_experts or 0)) / deployment.ep)
         if deployment.plan is None
         else deployment.plan.placement.num_slots // deployment.ep
     )

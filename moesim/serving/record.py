@@ -89,6 +89,7 @@ def describe_deployment(deployment: Deployment) -> dict[str, Any]:
     names = (
         "num_gpus", "tp", "dp", "pp", "ep", "moe_tp", "expert_dtype", "dense_dtype", "kv_dtype",
         "max_batch_tokens", "max_sequences", "memory_fraction", "moe_comm",
+        "redundant_experts", "two_batch_overlap",
     )  # fmt: skip
     return {
         "name": deployment.name,
@@ -113,6 +114,10 @@ def predictions(
     engine = deployment.engine
     out.append(f"engine's host time and request overhead: {engine.basis} ({engine.name})")
     routing = config.routing
+    if deployment.two_batch_overlap != "off":
+        out.append("two-batch overlap: the longer of computing and sending, SM share assumed")
+    if deployment.redundant_experts is not None:
+        out.append("placement of experts: EPLB that knows their popularity, assumed")
     if routing is None:
         what = "a routing trace" if deployment.trace is not None else "assumed popularity"
         out.append(f"load of experts: {what}")

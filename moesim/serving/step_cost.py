@@ -24,8 +24,11 @@ from moesim.choices import MoeComm, Phase
 from moesim.cost.curves import power_mean_max, weakest
 from moesim.cost.dense import GEMM_SHARPNESS, KV_ELEMENT_BYTES, causal_pairs
 from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF
+from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import calibration_of
 from moesim.serving.moe_load import MoeLoad, assumed_load, layer_us, load_of_trace
+from moesim.serving.overlap import overlapped_us, sm_share, thresholds
+from moesim.solvers.methods.eplb import rebalance_experts
 from moesim.types import FloatArray
 
 if TYPE_CHECKING:
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from moesim.cost.curves import Basis
     from moesim.cost.dense import DenseModel
     from moesim.cost.expert_gemm import ExpertGemmModel
-    from moesim.serving.batch import BatchShape
     from moesim.serving.deployment import Deployment
     from moesim.serving.engines import EngineProfile
 
@@ -172,11 +174,35 @@ class EngineStepCost:
 
     def step_us(self, batch: BatchShape) -> FloatArray:
         """Microseconds of every step of `batch`: shape [...], its arrays without the rank axis."""
-        time = self._rows_total(batch.rows) + self._attention_us(batch)
+        gpu = self._layers_us(batch) + self._head(self._sampled(batch)).max(axis=-1)
+        return np.where(batch.rows.sum(axis=-1) > 0, self._with_host(gpu, batch), 0.0)
+
+    def _layers_us(self, batch: BatchShape) -> FloatArray:
+        compute, comm = self._compute_and_comm_us(batch)
+        if self.deployment.two_batch_overlap == "off":
+            return compute + comm
+        limits, shares = self.overlap[:2], self.overlap[2:4]
+        decodes = (batch.prefill_tokens.max(axis=-1) == 0).astype(int)
+        compute_half, comm_half = self._compute_and_comm_us(batch.halved())
+        both = overlapped_us(
+            2 * compute_half, 2 * comm_half, shares[decodes], self.deployment.model.num_moe_layers
+        )
+        return np.where(batch.rows.mean(axis=-1) >= limits[decodes], both, compute + comm)
+
+    def _compute_and_comm_us(self, batch: BatchShape) -> tuple[FloatArray, FloatArray]:
+        """Of the slowest rank's layers and the experts, and of dispatch and combine."""
         total = batch.rows.sum(axis=-1)
-        gpu = time.max(axis=-1) + self._moe_total(total) - self._saved(batch)
-        gpu = gpu + self._head(self._sampled(batch)).max(axis=-1)
-        return np.where(total > 0, self._with_host(gpu, batch), 0.0)
+        own = self._rows_total(batch.rows) + self._attention_us(batch)
+        comm = self._moe["communication"](total)
+        return own.max(axis=-1) + self._moe_total(total) - comm, comm - self._saved(batch)
+
+    @property
+    def overlap(self) -> FloatArray:
+        """[5]: thresholds of two-batch overlap and share of the GPU that sending takes, each with
+        and without prompt tokens; MoE layers."""
+        shares = [sm_share(self._comm(phase)) for phase in ("prefill", "decode")]
+        limits = thresholds(self.deployment.two_batch_overlap)
+        return np.array([*limits, *shares, float(self.deployment.model.num_moe_layers)])
 
     def one_us(
         self,
@@ -187,6 +213,9 @@ class EngineStepCost:
         prefill_sequences: Sequence[float],
     ) -> float:
         """`step_us` of one step by plain numbers, one of each a DP rank; quick, nothing checked."""
+        if self.deployment.two_batch_overlap != "off":
+            given = (decode_tokens, decode_context_tokens, prefill_tokens, prefill_pairs)
+            return float(self.step_us(BatchShape.of(*given, prefill_sequences)))
         slowest, sampled, total, prefill = 0.0, 0.0, 0.0, False
         for n, context, p, pairs, count in zip(
             decode_tokens,
@@ -217,7 +246,8 @@ class EngineStepCost:
         return time + engine.step_host_us + engine.sequence_host_us * sampled
 
     def breakdown(self, batch: BatchShape) -> dict[str, FloatArray]:
-        """Microseconds by part, of the slowest DP rank; their sum is `step_us`."""
+        """Microseconds by part, of the slowest DP rank; their sum is `step_us`. "overlap" is what
+        two-batch overlap saves, below 0, of the parts as they are without it."""
         attention = self._attention_us(batch)
         slowest = np.argmax(self._rows_total(batch.rows) + attention, axis=-1)
 
@@ -229,7 +259,11 @@ class EngineStepCost:
         total = batch.rows.sum(axis=-1)
         for name, table in self._moe.items():
             parts[name] = parts.get(name, np.zeros(total.shape)) + table(total)
+        compute, comm = self._compute_and_comm_us(batch)
+        hidden = compute + comm - self._layers_us(batch)
         parts["communication"] = parts["communication"] - self._saved(batch)
+        if self.deployment.two_batch_overlap != "off":
+            parts["overlap"] = -hidden
         parts["head"] = self._head(self._sampled(batch)).max(axis=-1)
         gpu = sum(parts.values(), np.zeros(total.shape))
         parts["host"] = np.where(total > 0, self._with_host(gpu, batch) - gpu, 0.0)
@@ -464,7 +498,7 @@ class EngineStepCost:
 
     def _expert_layer_us(self, num_tokens: float, load: MoeLoad) -> float:
         d, model, kernel = self.deployment, self.deployment.model, self._expert_model
-        gpu_of_slot, expert_of_slot, share = self._slots(len(load.inclusion))
+        gpu_of_slot, expert_of_slot, share = self._slots
         width = max(1, model.moe_intermediate_size // d.moe_tp)
         work = layer_us(
             load,
@@ -484,8 +518,20 @@ class EngineStepCost:
             + kernel.token_overhead_us(local, model.real_top_k, model.expert_hidden)
         )
 
-    def _slots(self, num_layers: int) -> tuple[np.ndarray, np.ndarray, FloatArray]:
+    @cached_property
+    def _slots(self) -> tuple[np.ndarray, np.ndarray, FloatArray]:
+        """Of every slot: GPU [P], expert [layers, P] and its share of that one's tokens."""
         d, model = self.deployment, self.deployment.model
+        load = self._load()
+        num_layers = len(load.inclusion)
+        if d.redundant_experts is not None:
+            num_slots = model.num_experts + d.redundant_experts
+            nodes = ceil(d.ep / d.cluster.gpus_per_node)
+            nodes = nodes if d.ep % nodes == 0 else 1
+            table = rebalance_experts(load.inclusion, num_slots, 1, nodes, d.ep)
+            copies = np.stack([np.bincount(row, minlength=model.num_experts) for row in table])
+            share = 1.0 / np.take_along_axis(copies, table, axis=1)
+            return np.arange(num_slots) * d.ep // num_slots, table, share
         if d.plan is None:
             expert = np.tile(np.arange(model.num_experts), (num_layers, 1))
             gpu = np.arange(model.num_experts) * d.ep // model.num_experts

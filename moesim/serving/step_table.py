@@ -39,7 +39,8 @@ class StepTables(NamedTuple):
     ranks, for each of W domains; even_us: the same for tokens of all domains in equal shares;
     head_us: by sampled rows. terms: [M, Q, TERM_FIELDS], attention; unused ones have no layers.
     decode_saves_us: [M, points] by the tokens of all ranks, what a step without prompt tokens takes
-    less than `moe_us` says.
+    less than `moe_us` says. comm_us: [M, points], dispatch and combine in `moe_us`.
+    overlap: [M, 5], see `EngineStepCost.overlap`.
     eager_us: least time of a step with prompt tokens; host_us, sequence_us: added to every step,
     and for every sampled row of the rank that has most.
     """
@@ -56,6 +57,8 @@ class StepTables(NamedTuple):
     host_us: FloatArray
     sequence_us: FloatArray
     decode_saves_us: FloatArray
+    comm_us: FloatArray
+    overlap: FloatArray
 
 
 def tables_of(
@@ -105,6 +108,8 @@ def tables_of(
         np.array([p.step_host_us for p in profiles], np.float64),
         np.array([p.sequence_host_us for p in profiles], np.float64),
         _padded([(cost._decode_saves.counts, cost._decode_saves.times_us) for cost in costs])[1],
+        _padded([(c._moe_total.counts, c._moe["communication"].times_us) for c in costs])[1],
+        np.stack([cost.overlap for cost in costs]),
     )
 
 
@@ -202,6 +207,33 @@ def _moe_us(tables: Any, m: int, total: float, shares: Any) -> float:
 
 
 @kernel(**INTERNAL)
+def _ranks_us(
+    tables: Any,
+    m: int,
+    ranks: Any,
+    first: int,
+    last: int,
+    drafts: int,
+    extra_context: float,
+    part: float,
+) -> tuple[float, float]:
+    """What ranks compute on their own for `part` of their step: summed over them, and the most."""
+    total, slowest = 0.0, 0.0
+    for rank in range(first, last):
+        rows = ranks[rank].decode_rows * (1.0 + drafts) * part
+        prompt = float(ranks[rank].prefill_rows) * part
+        if rows + prompt == 0:
+            continue
+        context = ranks[rank].decode_context * (1.0 + extra_context * drafts) * part
+        pairs = ranks[rank].prefill_pairs * part
+        time = _table(tables.row_x[m], tables.row_us[m], rows + prompt)
+        time += _attention_us(tables.terms[m], rows, context, prompt, pairs)
+        slowest = max(slowest, time)
+        total += time
+    return total, slowest
+
+
+@kernel(**INTERNAL)
 def step_us(
     tables: Any,
     m: int,
@@ -218,27 +250,32 @@ def step_us(
     drafts: further tokens that each decoding sequence verifies. They are rows like others; cached
     tokens are read once more for each with `extra_context` 1, not again with 0.
     """
-    slowest, mean, sampled, total, prefill = 0.0, 0.0, 0.0, 0.0, False
+    sampled, total, prefill = 0.0, 0.0, False
     for rank in range(first, last):
         rows = ranks[rank].decode_rows * (1.0 + drafts)
         prompt = float(ranks[rank].prefill_rows)
-        if rows + prompt == 0:
-            continue
-        context = ranks[rank].decode_context * (1.0 + extra_context * drafts)
-        time = _table(tables.row_x[m], tables.row_us[m], rows + prompt)
-        time += _attention_us(tables.terms[m], rows, context, prompt, ranks[rank].prefill_pairs)
-        slowest = max(slowest, time)
-        mean += time
         sampled = max(sampled, rows + ranks[rank].prefill_sequences)
         total += rows + prompt
         prefill = prefill or prompt > 0
     if total == 0:
         return 0.0, 0.0, 0.0
-    time = slowest + _moe_us(tables, m, total, shares)
-    time += _table(tables.head_x[m], tables.head_us[m], sampled)
-    if not prefill:
-        time -= _table(tables.moe_x[m], tables.decode_saves_us[m], total)
+    kind = 0 if prefill else 1
+    mean, slowest = _ranks_us(tables, m, ranks, first, last, drafts, extra_context, 1.0)
+    if total / (last - first) >= tables.overlap[m, kind]:
+        mean, slowest = _ranks_us(tables, m, ranks, first, last, drafts, extra_context, 0.5)
+        mean, slowest = 2.0 * mean, 2.0 * slowest
+        comm = 2.0 * _table(tables.moe_x[m], tables.comm_us[m], total / 2.0)
+        time = slowest + 2.0 * _moe_us(tables, m, total / 2.0, shares) - comm
+        if not prefill:
+            comm -= 2.0 * _table(tables.moe_x[m], tables.decode_saves_us[m], total / 2.0)
+        time = max(time + tables.overlap[m, 2 + kind] * min(time, comm), comm)
+        time += comm / (2.0 * tables.overlap[m, 4])
     else:
+        time = slowest + _moe_us(tables, m, total, shares)
+        if not prefill:
+            time -= _table(tables.moe_x[m], tables.decode_saves_us[m], total)
+    time += _table(tables.head_x[m], tables.head_us[m], sampled)
+    if prefill:
         time = max(time, tables.eager_us[m])
     time += tables.host_us[m] + tables.sequence_us[m] * sampled
     return time, mean / (last - first), slowest

@@ -122,9 +122,13 @@ def test_a_model_that_does_not_fit_is_infeasible_with_numbers() -> None:
         figures("static", **{**STATIC, "model": "deepseek-v3"})
 
 
-def test_redundancy_needs_a_trace() -> None:
-    with pytest.raises(InputError, match="place experts by a routing trace"):
-        figures("static", **STATIC, redundant_experts=2)
+def test_a_solver_needs_a_trace_and_redundancy_does_not() -> None:
+    with pytest.raises(InputError, match="places experts by a routing trace"):
+        figures("static", **STATIC, solver="eplb")
+    wide = {**STATIC, "tp": 1, "dp": 4, "input_tokens": 4096}
+    in_order, redundant = (figures("static", **wide, **r) for r in ({}, {"redundant_experts": 16}))
+    assert redundant["ttft_mean_s"] < in_order["ttft_mean_s"]  # type: ignore[operator]
+    assert redundant["kv_token_capacity"] < in_order["kv_token_capacity"]  # type: ignore[operator]
 
 
 def test_requests_by_arrivals() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 import numpy as np
 from pydantic import Field, model_validator
 
-from moesim.choices import MoeComm
+from moesim.choices import MoeComm, Overlap
 from moesim.errors import InputError, UnknownNameError
 from moesim.model.dtypes import KV_BYTES, WEIGHT_BYTES
 from moesim.serving.engines import engine_profile
@@ -63,7 +63,8 @@ class DeploymentParams(Params):
     memory_fraction: Annotated[Number, Field(gt=0, le=1)] | None = None
     trace: Word | None = None
     solver: Word | None = None
-    redundant_experts: Annotated[Whole, Field(ge=0, le=1 << 20)] = 0
+    redundant_experts: Annotated[Whole, Field(ge=0, le=1 << 20)] | None = None
+    two_batch_overlap: Overlap = "off"
     seed: Annotated[Whole, Field(ge=0, le=2**31)] = 0
     imbalance_scale: Factor = 1.0
 
@@ -191,8 +192,11 @@ def service_of(
     names = (
         "engine", "tp", "dp", "pp", "ep", "moe_tp", "moe_comm", "expert_dtype", "dense_dtype",
         "kv_dtype", "max_batch_tokens", "max_sequences", "memory_fraction", "replicas",
+        "two_batch_overlap",
     )  # fmt: skip
     given = {name: params[name] for name in names}
+    if params["trace"] is None:
+        given["redundant_experts"] = params["redundant_experts"]
     trace = trace_of(params["trace"]) if params["trace"] is not None else None
     sized = partial(cluster_of, params["cluster"])
     model = model_of(params["model"])
@@ -233,13 +237,13 @@ def _plan(params: Mapping[str, Any], engine: Deployment) -> tuple[Plan | None, t
     """The placement that `solver` or `redundant_experts` ask for."""
     from moesim.studies.evaluators.routing import RoutingParams, plan_of
 
-    if params["solver"] is None and not params["redundant_experts"]:
-        return None, ()
-    if params["trace"] is None:
+    if params["trace"] is None and params["solver"] is not None:
         raise InputError(
-            "solver and redundant_experts place experts by a routing trace, and there is none",
+            "solver places experts by a routing trace, and there is none",
             "fix one: --set trace=sample:debian-moe",
         )
+    if params["trace"] is None or (params["solver"] is None and not params["redundant_experts"]):
+        return None, ()
     groups = params["ep"] or engine.tp * engine.dp
     content = RoutingParams(
         cluster=params["cluster"],
@@ -247,7 +251,7 @@ def _plan(params: Mapping[str, Any], engine: Deployment) -> tuple[Plan | None, t
         trace=params["trace"],
         model=params["model"],
         solver=params["solver"] or "eplb",
-        redundant_experts=params["redundant_experts"],
+        redundant_experts=params["redundant_experts"] or 0,
         objective="balance",
         seed=params["seed"],
         check_memory=False,

@@ -1,0 +1,87 @@
+"""Serving as people run it: redundant experts, overlap of two batches, pipeline stages, compressed
+caches, predicted lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moesim.errors import InputError
+from moesim.serving.batch import BatchShape
+from moesim.serving.deployment import deploy
+from moesim.serving.memory import gpu_memory
+from moesim.serving.overlap import SM_SHARE, overlapped_us, sm_share
+from moesim.serving.step_cost import EngineStepCost
+
+
+def ranks(count: int, each: float) -> np.ndarray:
+    return np.full(count, each)
+
+
+def test_redundant_experts_balance_the_layers() -> None:
+    """DeepSeek-V3 over 32 GPUs has 8 experts on each; 32 redundant ones make 9 slots. Every expert
+    has a slot in every layer, its slots' shares are 1 together, no rank is as busy as the busiest
+    of experts in their order, and a slot of 58 layers is 2.6 GB of every GPU."""
+    plain, more = (
+        EngineStepCost(deploy("DeepSeek-V3", "h200-sxm-ib", dp=32, redundant_experts=r))
+        for r in (None, 32)
+    )
+    gpu, expert, share = more._slots
+    assert np.bincount(gpu).tolist() == [9] * 32
+    for row, parts in zip(expert, share, strict=True):
+        assert np.bincount(row, parts, minlength=256) == pytest.approx(np.ones(256))
+    prompts = BatchShape.of(prefill_tokens=ranks(32, 4096.0))
+    assert float(more.breakdown(prompts)["experts"]) < 0.6 * float(
+        plain.breakdown(prompts)["experts"]
+    )
+    less = gpu_memory(more.deployment).expert_weight_bytes
+    less -= gpu_memory(plain.deployment).expert_weight_bytes
+    assert less == pytest.approx(58 * plain.deployment.model.expert_bytes("fp8"))
+
+
+@pytest.mark.parametrize("more", [-32, 1, 40])
+def test_slots_are_equal(more: int) -> None:
+    with pytest.raises(InputError, match="no equal number of slots on 32"):
+        deploy("DeepSeek-V3", "h200-sxm-ib", dp=32, redundant_experts=more)
+    with pytest.raises(InputError, match="slots on 1 expert-parallel ranks"):
+        deploy("DeepSeek-V3", "h200-sxm-ib", tp=8, redundant_experts=8)
+
+
+def test_overlap_by_hand() -> None:
+    """60 us to compute beside 30 us to send in two layers. Sending with 20 of 132 SMs slows 30 us
+    of computing by 20/132: 60 + 4.5; a quarter of the sending is not hidden: 72 us. With 30 us to
+    compute and 60 to send the longer is 60, and 15 stay: 75. Kernels without SMs: 60 + 7.5."""
+    share = np.array(SM_SHARE)
+    assert overlapped_us(np.array(60.0), np.array(30.0), share, 2) == pytest.approx(
+        72.045, abs=0.01
+    )
+    assert overlapped_us(np.array(30.0), np.array(60.0), share, 2) == pytest.approx(75.0)
+    none = np.array(sm_share("deepep_ll"))
+    assert overlapped_us(np.array(60.0), np.array(30.0), none, 2) == pytest.approx(67.5)
+
+
+def test_two_batches_overlap_where_asked_and_worth_it() -> None:
+    """Long prompts over four nodes hide most of their all-to-all; a rank with fewer tokens than the
+    engines' thresholds, and the phase that was not asked for, are as without."""
+    plain, prefill, both = (
+        EngineStepCost(deploy("DeepSeek-V3", "h200-sxm-ib", dp=32, two_batch_overlap=o))
+        for o in ("off", "prefill", "both")
+    )
+    prompts = BatchShape.of(prefill_tokens=ranks(32, 4096.0))
+    decode = BatchShape.of(ranks(32, 128.0), ranks(32, 128 * 4000.0))
+    few = BatchShape.of(ranks(32, 16.0), ranks(32, 16 * 4000.0))
+    short = BatchShape.of(prefill_tokens=ranks(32, 256.0))
+    before, after = float(plain.step_us(prompts)), float(prefill.step_us(prompts))
+    sent = float(plain.breakdown(prompts)["communication"])
+    assert before - sent < after < before - 0.4 * sent
+    assert float(both.step_us(prompts)) == after
+    assert float(prefill.step_us(decode)) == float(plain.step_us(decode))
+    assert float(both.step_us(decode)) != float(plain.step_us(decode))
+    for batch in (few, short):
+        assert float(both.step_us(batch)) == float(plain.step_us(batch))
+    parts = both.breakdown(prompts)
+    assert float(sum(parts.values())) == pytest.approx(after)  # type: ignore[arg-type]
+    one = both.one_us([128.0] * 32, [128 * 4000.0] * 32, [0.0] * 32, [0.0] * 32, [0.0] * 32)
+    assert one == pytest.approx(float(both.step_us(decode)))
+    with pytest.raises(InputError, match="no dispatch to hide"):
+        deploy("DeepSeek-V3", "h200-sxm-ib", tp=8, two_batch_overlap="both")
