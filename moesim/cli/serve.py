@@ -56,6 +56,7 @@ def serve(
             help="Data-parallel attention ranks.", show_default="GPUs of an engine / tp", min=1
         ),
     ] = None,
+    pp: Annotated[int, typer.Option(help="Pipeline stages of an engine.", min=1)] = 1,
     ep: Annotated[
         int | None,
         typer.Option(

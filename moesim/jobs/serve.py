@@ -133,6 +133,7 @@ def serve(
     replicas: int | None = None,
     tp: int | None = None,
     dp: int | None = None,
+    pp: int = 1,
     ep: int | None = None,
     engine: str = "vllm",
     moe_comm: MoeComm | None = None,
@@ -209,6 +210,7 @@ def serve(
         "replicas": replicas,
         "tp": tp,
         "dp": dp,
+        "pp": pp,
         "ep": ep,
         "decode_gpus": decode_gpus,
         "decode_replicas": decode_replicas,
@@ -299,7 +301,7 @@ def _pools(
     split = dict(asked)
     gpus = split.pop("gpus")
     if gpus is None:
-        gpus = service_gpus(split["replicas"], split["tp"], split["dp"])
+        gpus = service_gpus(split["replicas"], split["tp"], split["dp"], split["pp"] or 1)
         if isinstance(cluster, Cluster):
             gpus = cluster.num_gpus
         elif made is not None:

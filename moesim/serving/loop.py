@@ -237,7 +237,8 @@ def _begin_step(
         clock.peak_kv[m] = max(clock.peak_kv[m], used)
         kv += used / (last - first)
     inst[i].began_us = now
-    inst[i].busy_until_us = now + time
+    inst[i].busy_until_us = _through_stages(clock, inst, i, now, time)
+    inst[i].work_us = time
     inst[i].drafts = drafts
     inst[i].running = running
     inst[i].prompt_tokens = prompt
@@ -246,6 +247,20 @@ def _begin_step(
     inst[i].rank_max_us = slowest
     clock.counts[NUM_STEPS] += 1
     clock.drafts[drafts] += 1
+
+
+@kernel(**INTERNAL)
+def _through_stages(clock: Any, inst: Any, i: int, now: float, time: float) -> float:
+    """When a step that takes `time` leaves the last of its stages, equal ones, each of which serves
+    one batch at a time in the order that they come."""
+    stages, pipeline = inst[i].stages, inst[i].pipeline
+    if stages == 1:
+        return now + time
+    at = now
+    for s in range(stages):
+        at = max(at, clock.stage_free_us[pipeline, s]) + time / stages
+        clock.stage_free_us[pipeline, s] = at
+    return at
 
 
 @kernel(**INTERNAL)
@@ -318,7 +333,7 @@ def _end_step(
     row[7] += inst[i].rank_mean_us
     row[8] += inst[i].rank_max_us
     began = inst[i].began_us
-    _spread(clock, m, 3, began, now, 1.0)
+    _spread(clock, m, 3, began, now, inst[i].work_us / max(now - began, 1e-9))
     _spread(clock, m, 4, began, now, float(inst[i].running))
     _spread(clock, m, 6, began, now, inst[i].kv_used)
 

@@ -130,7 +130,7 @@ class ServingResult:
             ttft_s=ttft,
             tpot_s=tpot,
             e2e_s=e2e,
-            series=_series(clock, gpus, config),
+            series=_series(clock, _num_instances(deployment, config)),
             bin_s=bin_s,
             metrics={},
             num_gpus=sum(gpus),
@@ -138,7 +138,9 @@ class ServingResult:
             notes=notes,
             window=window,
         )
-        return replace(out, metrics=_metrics(out, clock, gpus, config, end_s, prefix_on))
+        instances = _num_instances(deployment, config)
+        metrics = _metrics(out, clock, gpus, instances, config, end_s, prefix_on)
+        return replace(out, metrics=metrics)
 
     def __len__(self) -> int:
         return len(self.status)
@@ -211,17 +213,19 @@ def _figure(values: FloatArray, q: float | None) -> float | None:
     return float(high if low == high or np.isinf(high) else low + (high - low) * (place % 1.0))
 
 
-def _num_instances(config: ServingConfig) -> list[int]:
-    return [config.replicas, *([config.decode_replicas] if config.decode is not None else [])]
+def _num_instances(deployment: Deployment, config: ServingConfig) -> list[int]:
+    """Batches that can be under way at a time, by role."""
+    front = config.replicas * deployment.pp
+    return [front, *([config.decode_replicas * config.decode.pp] if config.decode else [])]
 
 
-def _series(clock: Clock, gpus: list[int], config: ServingConfig) -> dict[str, Any]:
+def _series(clock: Clock, instances: list[int]) -> dict[str, Any]:
     """Rates and time averages by role: tokens/s, share of time in steps, sequences running
     and requests waiting on all instances, share of the KV cache in use, mean step."""
     width_s = float(clock.bin_us[0]) / 1e6
     used = int(np.flatnonzero(clock.series.sum(axis=(0, 2)) > 0).max(initial=0)) + 1
     out: dict[str, Any] = {}
-    for role, (name, num) in enumerate(zip(_ROLES, _num_instances(config), strict=False)):
+    for role, (name, num) in enumerate(zip(_ROLES, instances, strict=False)):
         raw = dict(zip(SERIES, clock.series[role, :used].T, strict=True))
         steps = np.maximum(raw["steps"], 1)
         wall_us = width_s * 1e6
@@ -272,6 +276,7 @@ def _metrics(
     out: ServingResult,
     clock: Clock,
     gpus: list[int],
+    instances: list[int],
     config: ServingConfig,
     end_s: float,
     prefix_on: bool,
@@ -282,9 +287,7 @@ def _metrics(
         series, wall = series[:, first:last], (last - first) * out.bin_s
     totals = [dict(zip(SERIES, row, strict=True)) for row in series.sum(axis=1)]
     wall_us = wall * 1e6
-    busy = sum(
-        t["busy_us"] / n * g for t, n, g in zip(totals, _num_instances(config), gpus, strict=False)
-    )
+    busy = sum(t["busy_us"] / n * g for t, n, g in zip(totals, instances, gpus, strict=False))
     steps = sum(t["steps"] for t in totals)
     slow = sum(t["rank_max_us"] for t in totals)
     waits = (out.start_s - out.arrival_s)[np.isfinite(out.start_s)]
@@ -294,7 +297,7 @@ def _metrics(
         **_rates(out),
         "gpu_utilisation": min(1.0, busy / out.num_gpus / wall_us),
         "rank_balance": sum(t["rank_mean_us"] for t in totals) / slow if slow else None,
-        "kv_used_mean": totals[0]["kv_us"] / (wall_us * config.replicas),
+        "kv_used_mean": totals[0]["kv_us"] / (wall_us * instances[0]),
         "kv_used_peak": float(clock.peak_kv[0]),
         "queue_mean": sum(t["waiting_us"] for t in totals) / wall_us,
         "queue_peak_on_a_rank": float(clock.counts[MOST_WAITING]),
@@ -309,7 +312,7 @@ def _metrics(
         "refused": float((out.degraded == REFUSE).sum()),
     }
     if config.decode is not None:
-        metrics["decode_kv_used_mean"] = totals[1]["kv_us"] / (wall_us * config.decode_replicas)
+        metrics["decode_kv_used_mean"] = totals[1]["kv_us"] / (wall_us * instances[1])
         metrics["decode_kv_used_peak"] = float(clock.peak_kv[1])
     if prefix_on:
         begun = np.isfinite(out.start_s)

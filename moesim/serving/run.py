@@ -58,6 +58,9 @@ def simulate_serving(
     Deterministic: the same inputs give the same bytes. `progress(done, total)` counts requests.
     A request whose prompt and output together exceed a rank's KV cache is counted as rejected.
     Each request reaches the scheduler after its time outside the engine (`EngineProfile`).
+    Pipeline stages: the engine has as many batches under way, each with its share of the sequences
+    and of the KV cache (the engine's cache is one), stages take equal times, and a batch waits
+    where the one before it is slower; that is the bubble.
     Ignored: time between the service's machines other than for KV caches, cancelled requests,
     and the host's work but for what the engine's profile holds.
     Raises InfeasibleError where the model does not fit, or no request does; MismatchError for
@@ -215,21 +218,27 @@ def _transfer(parts: list[Deployment], config: ServingConfig) -> tuple[float, fl
 def _instances(parts: list[Deployment], config: ServingConfig) -> Any:
     counts = [config.replicas] if len(parts) == 1 else [config.replicas, config.decode_replicas]
     roles = [BOTH] if len(parts) == 1 else [PREFILL, DECODE]
-    of = [part for part, n in zip(parts, counts, strict=True) for _ in range(n)]
-    last = np.cumsum([part.dp for part in of])
+    engines = [
+        (part, role) for part, role, n in zip(parts, roles, counts, strict=True) for _ in range(n)
+    ]
+    of = [(part, role, e) for e, (part, role) in enumerate(engines) for _ in range(part.pp)]
+    last = np.cumsum([part.dp for part, _, _ in of])
     out = np.zeros(len(of), INSTANCE)
-    out["first_rank"] = last - [part.dp for part in of]
+    out["first_rank"] = last - [part.dp for part, _, _ in of]
     out["last_rank"] = last
-    out["role"] = [role for role, n in zip(roles, counts, strict=True) for _ in range(n)]
-    out["max_tokens"] = [part.max_batch_tokens for part in of]
-    out["max_sequences"] = [part.max_sequences for part in of]
+    out["role"] = [role for _, role, _ in of]
+    out["pipeline"] = [engine for _, _, engine in of]
+    out["stages"] = [part.pp for part, _, _ in of]
+    out["max_tokens"] = [part.max_batch_tokens for part, _, _ in of]
+    out["max_sequences"] = [max(1, part.max_sequences // part.pp) for part, _, _ in of]
     out["busy_until_us"] = np.inf
     return out
 
 
 def _ranks(config: ServingConfig, inst: Any, capacity_tokens: tuple[int, ...]) -> Any:
     capacity = np.array([capacity_tokens[int(role == DECODE)] for role in inst["role"]])
-    blocks = np.repeat(capacity // config.block_size, inst["last_rank"] - inst["first_rank"])
+    blocks = capacity // inst["stages"] // config.block_size
+    blocks = np.repeat(blocks, inst["last_rank"] - inst["first_rank"])
     out = np.zeros(len(blocks), RANK)
     out["free_blocks"] = blocks
     out["total_blocks"] = blocks
@@ -307,6 +316,7 @@ def _clock(requests: Requests, inst: Any, max_drafts: int) -> Clock:
         peak_kv=np.zeros(2),
         drafts=np.zeros(max_drafts + 1, np.int64),
         accepted=np.zeros(2, np.int64),
+        stage_free_us=np.zeros((int(inst["pipeline"].max()) + 1, int(inst["stages"].max()))),
     )
 
 

@@ -134,6 +134,8 @@ INSTANCE = np.dtype(
         ("first_rank", "i8"),
         ("last_rank", "i8"),
         ("role", "i8"),
+        ("pipeline", "i8"),
+        ("stages", "i8"),
         ("max_tokens", "i8"),
         ("max_sequences", "i8"),
         ("drafts", "i8"),
@@ -142,12 +144,15 @@ INSTANCE = np.dtype(
         ("kv_used", "f8"),
         ("rank_mean_us", "f8"),
         ("rank_max_us", "f8"),
+        ("work_us", "f8"),
         ("began_us", "f8"),
         ("busy_until_us", "f8"),
     ]
 )
-"""An instance: ranks first_rank to last_rank (excluded). busy_until_us is infinite while idle; the
-fields before it, from drafts on, are of the step in progress."""
+"""An instance: ranks first_rank to last_rank (excluded). pipeline, stages: an engine with pipeline
+stages is as many instances, one for each batch that it has under way, which go through the same
+stages. work_us: of busy_until_us - began_us, what is not waiting for a stage. busy_until_us is
+infinite while idle; the fields before it, from drafts on, are of the step in progress."""
 
 REFS, NEWER, OLDER = 0, 1, 2
 """Planes of `prefix` [3, ranks, hashes + 1] int32, the last column the sentinel of the list of
@@ -158,7 +163,8 @@ neighbours in the list, from the sentinel's NEWER (next to go) to its OLDER (las
 class Clock(NamedTuple):
     """now_us: [1]. counts: see NEXT_ARRIVAL and so on. heap_us, heap_request: transfers under way,
     by time of arrival. front, back: ranks that take new requests, and transferred ones, in the
-    order of turns. series: [2 roles, bins, SERIES]; bin_us: [1]. peak_kv: [2]. drafts:
+    order of turns. stage_free_us: [pipelines, stages], when a stage is done with what was sent
+    through it. series: [2 roles, bins, SERIES]; bin_us: [1]. peak_kv: [2]. drafts:
     [spec_max + 1], steps by number of drafts; accepted: [2], drafts made and accepted.
     """
 
@@ -173,6 +179,7 @@ class Clock(NamedTuple):
     peak_kv: FloatArray
     drafts: IntArray
     accepted: IntArray
+    stage_free_us: FloatArray
 
 
 NEXT_ARRIVAL, NUM_DONE, NUM_TRANSFERS, TURN_FRONT, TURN_BACK, NUM_STEPS, MOST_WAITING = range(7)

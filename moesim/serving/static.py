@@ -10,7 +10,7 @@ exact since a decode step's time is linear in the cached tokens.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from math import ceil
 from typing import TYPE_CHECKING
@@ -130,15 +130,20 @@ def run_load_test(cost: EngineStepCost, test: LoadTest) -> StaticResult:
     rank with the fewest. Prompts are served in order, in chunks of what the step's token budget
     leaves ("mixed"), or in steps of their own ("prefill_first").
 
+    With pipeline stages as many batches are under way, alike, each with its share of the requests
+    and the KV cache; one of them is run, and nothing of it waits for another.
+
     Raises InfeasibleError where one request does not fit into the KV cache.
     """
     deployment = cost.deployment
-    memory = require_fit(deployment, test.input_tokens + test.output_tokens)
-    total = test.num_requests or 10 * test.concurrency
+    batches = min(deployment.pp, test.concurrency)
+    memory = require_fit(deployment, batches * (test.input_tokens + test.output_tokens))
+    total = ceil((test.num_requests or 10 * test.concurrency) / batches)
+    test = replace(test, concurrency=ceil(test.concurrency / batches), num_requests=total)
     rng = stream(test.seed)
     prompts = _lengths(rng, test.input_tokens, test.range_ratio, total)
     answers = _lengths(rng, test.output_tokens, test.range_ratio, total)
-    ranks = [_Rank(memory.kv_token_capacity) for _ in range(deployment.dp)]
+    ranks = [_Rank(memory.kv_token_capacity // batches) for _ in range(deployment.dp)]
     ttft, tpot = np.zeros(total), np.full(total, np.nan)
     engine = _Engine(cost, ranks)
     sent = min(test.concurrency, total)
@@ -160,7 +165,7 @@ def run_load_test(cost: EngineStepCost, test: LoadTest) -> StaticResult:
         ttft_ms=ttft / 1e3,
         tpot_ms=tpot / 1e3,
         duration_s=engine.now_us / 1e6,
-        output_tokens=int(answers.sum()),
+        output_tokens=int(answers.sum()) * batches,
     )
 
 
@@ -169,7 +174,7 @@ class _Engine:
         self.cost, self.ranks, self.now_us = cost, ranks, 0.0
         deployment = cost.deployment
         self.budget = deployment.max_batch_tokens
-        self.max_sequences = deployment.max_sequences
+        self.max_sequences = max(1, deployment.max_sequences // deployment.pp)
         self.profile = deployment.engine
         self.mixed = self.profile.prefill_policy == "mixed"
         # Starts of the last steps: a step was decided on when the oldest of them started.

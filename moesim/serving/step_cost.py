@@ -384,7 +384,20 @@ class EngineStepCost:
             latent = router.time_us(rows, 2 * model.expert_hidden, hidden)
             parts["latent_projections"] = moe_layers * latent
         parts["communication"] = self._tp_comm_us(rows)
+        if d.pp > 1:
+            parts["pipeline"] = (d.pp - 1) * self._stage_hop_us(rows)
         return parts
+
+    def _stage_hop_us(self, rows: FloatArray) -> FloatArray:
+        """Hidden states and residuals of a rank's rows from one stage to the next, cut over tp."""
+        d = self.deployment
+        moved = 2.0 * rows * d.model.hidden_size * ELEMENT_BYTES / d.tp
+        apart = d.tp * d.dp % d.cluster.gpus_per_node == 0
+        curve = self.calibration.collective(
+            "p2p", 2, 2 if apart else 1, nic_gb_per_s=d.cluster.nic_gb_per_s
+        )
+        self._bases.append(curve.basis)
+        return curve.time_us(0.0 if apart else moved, moved if apart else 0.0)
 
     def _rotary_and_cache_us(self) -> float:
         """Of one token in one layer of grouped attention, beyond the kernels' fixed time; a latent

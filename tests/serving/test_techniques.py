@@ -3,6 +3,8 @@ caches, predicted lengths."""
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import deploy
 from moesim.serving.memory import gpu_memory
 from moesim.serving.overlap import SM_SHARE, overlapped_us, sm_share
+from moesim.serving.static import LoadTest, run_load_test
 from moesim.serving.step_cost import EngineStepCost
 
 
@@ -85,3 +88,44 @@ def test_two_batches_overlap_where_asked_and_worth_it() -> None:
     assert one == pytest.approx(float(both.step_us(decode)))
     with pytest.raises(InputError, match="no dispatch to hide"):
         deploy("DeepSeek-V3", "h200-sxm-ib", tp=8, two_batch_overlap="both")
+
+
+def test_two_stages_by_hand(small: ModuleType) -> None:
+    """Steps of 2 ms in two stages of 1 ms; two requests of three tokens, each in a batch of its
+    own. A is in the stages from 0 to 1 and 1 to 2 ms, B from 1 to 2 and 2 to 3; A again from 2 to
+    4, and so on: tokens of A at 2, 4, 6 and of B at 3, 5, 7 ms. Both stages are busy from 1 to 6
+    and one before and after: 12 of 14 ms."""
+    two = small.small_deployment(pp=2)
+    result = small.serve(small.at_once([1, 1], [3, 3]), small.tables(2000.0), deployment=two)
+    assert result.first_token_s.tolist() == pytest.approx([2e-3, 3e-3])
+    assert result.finish_s.tolist() == pytest.approx([6e-3, 7e-3])
+    assert result.metrics["gpu_utilisation"] == pytest.approx(12 / 14)
+    assert result.num_gpus == 2
+
+
+def test_a_bubble_by_hand(small: ModuleType) -> None:
+    """1 ms per row. A's prompt of 4 rows is 2 ms in each stage, until 4 ms; B's of 2 rows is 1 ms
+    in each: the first is free at 2 ms, the second at 4 ms, so that it ends at 5 ms, not at 2."""
+    two = small.small_deployment(pp=2)
+    result = small.serve(
+        small.at_once([4, 2], [1, 1]), small.tables(0.0, row_us=1000.0), deployment=two
+    )
+    assert result.finish_s.tolist() == pytest.approx([4e-3, 5e-3])
+
+
+def test_stages_pass_rows_on_and_share_the_load(small: ModuleType) -> None:
+    """DeepSeek-V3 with tp 8 in two stages on two nodes: 1,024 rows of 7,168 values, twice (hidden
+    state and residual), in bf16 over 8 NICs are 3.67 MB each; at 85% of 50 GB/s that is 86 us and
+    the latencies. A load test with twice the requests gives nearly twice the tokens/s."""
+    one, two = (
+        EngineStepCost(deploy("DeepSeek-V3", "h200-sxm-ib", tp=8, pp=pp, ep=8)) for pp in (1, 2)
+    )
+    batch = BatchShape.of(prefill_tokens=1024.0)
+    hop = float(two.breakdown(batch)["pipeline"])
+    assert pytest.approx(86.4, abs=0.1) == 1024 * 7168 * 2 * 2 / 8 / (0.85 * 50e3)
+    assert 86 < hop < 130
+    assert float(two.step_us(batch)) == pytest.approx(float(one.step_us(batch)) + hop)
+    short, long = LoadTest(512, 16, 8, 16), LoadTest(512, 16, 16, 32)
+    rate, twice = run_load_test(one, short), run_load_test(two, long)
+    assert 1.9 < twice.output_tokens_per_s / rate.output_tokens_per_s <= 2.0
+    assert 1.0 <= twice.mean_tpot_ms / rate.mean_tpot_ms < 1.05
