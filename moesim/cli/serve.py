@@ -87,6 +87,17 @@ def serve(
         str | None, typer.Option(help="Experts' weights.", show_default="the model's")
     ] = None,
     kv_dtype: Annotated[str, typer.Option(help="KV cache: bf16 or fp8.")] = "bf16",
+    kv_scale: Annotated[
+        float, typer.Option(help="Bytes of a compressed KV cache, as a share of its precision's.")
+    ] = 1.0,
+    kv_window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a sequence that are kept and attended to, the last ones.",
+            show_default="all",
+            min=1,
+        ),
+    ] = None,
     max_batch_tokens: Annotated[
         int | None,
         typer.Option(help="Tokens of a step of one rank.", show_default="the engine's", min=1),
@@ -122,6 +133,14 @@ def serve(
     router: Annotated[
         Router, typer.Option(help="Which engine a request goes to.")
     ] = "least_loaded",
+    length_error: Annotated[
+        float | None,
+        typer.Option(
+            help="length_aware predicts each output's length, off by a log-normal factor of this"
+            " standard deviation (0: exactly).",
+            show_default="all outputs are taken as the mean",
+        ),
+    ] = None,
     decode_gpus: Annotated[
         int | None,
         typer.Option(

@@ -69,7 +69,9 @@ class ServingConfig:
     cache over the NICs of the two ranks (transfer_gb_per_s for one rank, and a latency).
     block_size: tokens of a KV block. prefix_cache: reuse of equal prompt beginnings; by default
     where the requests tell their content. chunk_tokens: most prompt tokens of one request in a
-    step. prefill_first: None as the engine does. until_s: stop there, whatever is unfinished.
+    step. prefill_first: None as the engine does. length_error: the router length_aware knows each
+    output's length off by a log-normal factor with this standard deviation of its logarithm (0:
+    exactly); None: it takes all to be the mean. until_s: stop there, whatever is unfinished.
     routing: the domains of the requests and what their routing costs (`moesim.serving.routing`).
     """
 
@@ -83,6 +85,7 @@ class ServingConfig:
     prefix_cache: bool | None = None
     chunk_tokens: int | None = None
     prefill_first: bool | None = None
+    length_error: float | None = None
     speculation: Speculation | None = None
     levels: tuple[Level, ...] = ()
     routing: DomainRouting | None = None
@@ -105,6 +108,14 @@ class ServingConfig:
             raise InputError(f"an end at {self.until_s} s", "give a time above 0")
         if self.seed < 0:
             raise InputError(f"seed {self.seed}", "give 0 or more")
+        error = self.length_error
+        if error is not None and not (math.isfinite(error) and error >= 0):
+            raise InputError(f"length_error is {error}", "give 0 or more, as 0.5")
+        if error is not None and self.router != "length_aware":
+            raise InputError(
+                f"length_error with router {self.router}, which does not look at lengths",
+                "use the router length_aware, or leave length_error out",
+            )
         rate = self.transfer_gb_per_s
         if (rate is not None and not rate > 0) or not self.transfer_latency_us >= 0:
             raise InputError(

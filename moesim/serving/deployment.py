@@ -44,6 +44,9 @@ class Deployment:
     if it were known; None leaves experts in their order. Not with a plan, which has its own.
     two_batch_overlap: steps with prompt tokens (prefill), without (decode), or both as two halves,
     one computing while the other communicates (`moesim.serving.overlap`); needs attention DP.
+    kv_scale: bytes of the KV cache, stored, read and sent, by those of its precision, where it is
+    compressed. kv_window: tokens of a sequence that are kept and attended to, the last ones, in
+    every layer; None for all. What either costs in quality is not claimed.
     calibration: measured kernels, by default the cluster's. imbalance_scale: experts' popularity
     differs from the mean by so many times as much, for what-if studies.
 
@@ -72,6 +75,8 @@ class Deployment:
     imbalance_scale: float = 1.0
     redundant_experts: int | None = None
     two_batch_overlap: Overlap = "off"
+    kv_scale: float = 1.0
+    kv_window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tp", "dp", "pp", "ep", "moe_tp", "max_batch_tokens", "max_sequences"):
@@ -101,6 +106,10 @@ class Deployment:
             raise InputError(
                 f"memory_fraction is {self.memory_fraction}", "give a share above 0, at most 1"
             )
+        if not 0 < self.kv_scale <= 1:
+            raise InputError(f"kv_scale is {self.kv_scale}", "give a share above 0, at most 1")
+        if self.kv_window is not None and self.kv_window < 1:
+            raise InputError(f"kv_window is {self.kv_window}", "give 1 token or more")
         self._check_shapes()
         if self.moe_comm not in get_args(MoeComm):
             raise UnknownNameError("moe_comm", str(self.moe_comm), get_args(MoeComm))
@@ -242,6 +251,8 @@ def deploy(
     trace: Trace | None = None,
     redundant_experts: int | None = None,
     two_batch_overlap: Overlap = "off",
+    kv_scale: float = 1.0,
+    kv_window: int | None = None,
     calibration: Calibration | None = None,
 ) -> Deployment:
     """A deployment with defaults for what is not given.
@@ -301,6 +312,8 @@ def deploy(
         trace=trace,
         redundant_experts=redundant_experts,
         two_batch_overlap=two_batch_overlap,
+        kv_scale=kv_scale,
+        kv_window=kv_window,
         calibration=calibration,
     )
     if moe_comm is not None or dp == 1 or moe_tp > 1:

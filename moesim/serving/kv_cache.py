@@ -14,6 +14,7 @@ def reserve(req: Any, ranks: Any, prefix: Any, cfg: Any, rank: int, r: int, toke
     """Give `r` the blocks that `tokens` cached tokens need; False, and nothing done, if the rank
     has not enough free or evictable ones."""
     have = req[r].blocks + req[r].shared * cfg.hash_blocks
+    tokens = min(tokens, cfg.kv_window)
     need = (tokens + cfg.block_size - 1) // cfg.block_size - have
     if need <= 0:
         return True

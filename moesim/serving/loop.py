@@ -169,13 +169,13 @@ def _arrive(
 @kernel(**INTERNAL)
 def _assign(req: Any, ranks: Any, cfg: Any, rank: int, r: int) -> None:
     ranks[rank].outstanding += 1
-    ranks[rank].backlog += req[r].prompt + cfg.mean_output
+    ranks[rank].backlog += req[r].prompt + req[r].expected
 
 
 @kernel(**INTERNAL)
 def _unassign(req: Any, ranks: Any, cfg: Any, rank: int, r: int) -> None:
     ranks[rank].outstanding -= 1
-    ranks[rank].backlog -= req[r].prompt + cfg.mean_output
+    ranks[rank].backlog -= req[r].prompt + req[r].expected
 
 
 @kernel(**INTERNAL)
@@ -358,7 +358,11 @@ def _begin_transfer(
     req[r].decode_rank = to
     _assign(req, ranks, cfg, to, r)
     start = max(now, ranks[rank].link_free_us, ranks[to].link_free_us)
-    end = start + cfg.transfer_latency_us + cfg.transfer_us_per_token * req[r].computed
+    end = (
+        start
+        + cfg.transfer_latency_us
+        + cfg.transfer_us_per_token * min(req[r].computed, cfg.kv_window)
+    )
     ranks[rank].link_free_us = end
     ranks[to].link_free_us = end
     child = clock.counts[NUM_TRANSFERS]

@@ -74,7 +74,7 @@ def kv_bytes_per_token_per_gpu(deployment: Deployment) -> float:
             cut = ceil(cache.heads / tp) / cache.heads if cache.heads else 1.0
             entry = cache.entry_bytes(element) / cache.tokens_per_entry
             total += len(kind.layer_ids) * entry * cut
-    return total / layers * ceil(layers / deployment.pp)
+    return total / layers * ceil(layers / deployment.pp) * deployment.kv_scale
 
 
 def state_bytes_per_gpu(deployment: Deployment, left: float) -> float:

@@ -89,7 +89,7 @@ def describe_deployment(deployment: Deployment) -> dict[str, Any]:
     names = (
         "num_gpus", "tp", "dp", "pp", "ep", "moe_tp", "expert_dtype", "dense_dtype", "kv_dtype",
         "max_batch_tokens", "max_sequences", "memory_fraction", "moe_comm",
-        "redundant_experts", "two_batch_overlap",
+        "redundant_experts", "two_batch_overlap", "kv_scale", "kv_window",
     )  # fmt: skip
     return {
         "name": deployment.name,
@@ -114,6 +114,10 @@ def predictions(
     engine = deployment.engine
     out.append(f"engine's host time and request overhead: {engine.basis} ({engine.name})")
     routing = config.routing
+    if deployment.kv_scale != 1.0 or deployment.kv_window is not None:
+        out.append("compressed KV cache: size as given; what it costs in quality is not claimed")
+    if config.length_error is not None:
+        out.append("router's prediction of lengths: log-normal error as given")
     if deployment.two_batch_overlap != "off":
         out.append("two-batch overlap: the longer of computing and sending, SM share assumed")
     if deployment.redundant_experts is not None:
@@ -173,7 +177,7 @@ def _service(config: ServingConfig) -> dict[str, Any]:
         name: getattr(config, name)
         for name in (
             "replicas", "router", "block_size", "prefix_cache", "chunk_tokens", "prefill_first",
-            "seed",
+            "length_error", "seed",
         )
     }  # fmt: skip
     if config.decode is not None:

@@ -34,11 +34,10 @@ from moesim.serving.state import (
 )
 from moesim.serving.step_cost import EngineStepCost
 from moesim.serving.step_table import StepTables, tables_of
-from moesim.types import Progress
+from moesim.types import FloatArray, Progress, stream
 
 if TYPE_CHECKING:
     from moesim.serving.deployment import Deployment
-    from moesim.serving.engines import EngineProfile
     from moesim.serving.requests import Requests
 
 EVENTS_A_CALL = 20_000
@@ -106,12 +105,12 @@ def run_tables(
     parts = [deployment] if config.decode is None else [deployment, config.decode]
     if capacity_tokens is None:
         capacity_tokens = tuple(gpu_memory(part).kv_token_capacity for part in parts)
-    prefix_on = _prefix_on(requests, config)
+    prefix_on = _prefix_on(requests, config, deployment.kv_window)
     settings = _settings(parts, requests, config, prefix_on)
     levels = _levels(requests, config)
     inst = _instances(parts, config)
     ranks = _ranks(config, inst, capacity_tokens)
-    req, order = _requests(requests, config, deployment.engine, ranks)
+    req, order = _requests(requests, config, deployment, ranks)
     clock = _clock(requests, inst, int(settings["spec_max"][0]))
     state = (
         req,
@@ -144,7 +143,7 @@ def run_tables(
     return ServingResult.of(deployment, requests, config, own, clock, basis, notes, prefix_on)
 
 
-def _prefix_on(requests: Requests, config: ServingConfig) -> bool:
+def _prefix_on(requests: Requests, config: ServingConfig, kept: int | None) -> bool:
     known = int(requests.block_indptr[-1]) > 0
     if config.prefix_cache and not known:
         raise InputError(
@@ -152,6 +151,11 @@ def _prefix_on(requests: Requests, config: ServingConfig) -> bool:
             "use requests with hash_ids (Mooncake's format), or leave the prefix cache off",
         )
     on = known if config.prefix_cache is None else config.prefix_cache
+    if on and kept:
+        raise InputError(
+            "a prefix cache with a KV cache of the last tokens alone: it does not keep beginnings",
+            "switch the prefix cache off, or leave `kv_window` out",
+        )
     if on and requests.block_tokens % config.block_size:
         raise MismatchError(
             f"KV blocks of {config.block_size} tokens do not divide the requests' blocks of "
@@ -192,7 +196,7 @@ def _settings(
         "spec_draft_share": spec.draft_share if spec else 0.0,
         "spec_context": parts[0].model.attention.kind == "mla",
         "seed": config.seed,
-        "mean_output": float(requests.output_tokens.mean()),
+        "kv_window": parts[0].kv_window or 1 << 40,
         "transfer_latency_us": latency,
         "transfer_us_per_token": per_token,
         "until_us": config.until_s * 1e6,
@@ -211,7 +215,7 @@ def _transfer(parts: list[Deployment], config: ServingConfig) -> tuple[float, fl
     if rate is None:
         nic = min(part.cluster.nic_gb_per_s or ASSUMED_NIC_GB_PER_S for part in parts)
         rate = nic * ASSUMED_NIC_EFFICIENCY * min(part.tp for part in parts)
-    size = parts[0].model.kv_bytes_per_token(parts[0].kv_dtype)
+    size = parts[0].model.kv_bytes_per_token(parts[0].kv_dtype) * parts[0].kv_scale
     return config.transfer_latency_us, size / (rate * 1e3)
 
 
@@ -246,10 +250,13 @@ def _ranks(config: ServingConfig, inst: Any, capacity_tokens: tuple[int, ...]) -
 
 
 def _requests(
-    requests: Requests, config: ServingConfig, engine: EngineProfile, ranks: Any
+    requests: Requests, config: ServingConfig, deployment: Deployment, ranks: Any
 ) -> tuple[Any, Any]:
     """Requests as they reach the scheduler, and that order."""
+    engine, kept = deployment.engine, deployment.kv_window
     total = requests.prompt_tokens + requests.output_tokens
+    if kept is not None:
+        total = np.minimum(total, kept)
     room = int(ranks["total_blocks"].min()) * config.block_size
     too_large = total > room
     if too_large.all():
@@ -275,12 +282,22 @@ def _requests(
     out["prompt"] = requests.prompt_tokens
     out["prefill_len"] = requests.prompt_tokens
     out["output"] = requests.output_tokens
+    out["expected"] = _expected_output(requests, config)
     out["level"] = np.unique(requests.priority, return_inverse=True)[1]
     out["domain"] = requests.domain
     out["hash_start"] = requests.block_indptr[:-1]
     out["hash_count"] = np.diff(requests.block_indptr)
     order = np.argsort(out["arrival_us"], kind="stable")
     return out[order], order
+
+
+def _expected_output(requests: Requests, config: ServingConfig) -> FloatArray:
+    """[R]: the mean output, or the own one off by a log-normal factor of `length_error`."""
+    output = requests.output_tokens.astype(np.float64)
+    if config.length_error is None:
+        return np.full(len(output), output.mean())
+    drawn = stream(config.seed).standard_normal(len(output))
+    return np.asarray(output * np.exp(config.length_error * drawn), np.float64)
 
 
 def _prefix(requests: Requests, num_ranks: int, on: bool) -> Any:

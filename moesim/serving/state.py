@@ -61,15 +61,16 @@ SETTINGS = np.dtype(
         ("spec_draft_share", "f8"),
         ("spec_context", "f8"),
         ("seed", "i8"),
-        ("mean_output", "f8"),
+        ("kv_window", "i8"),
         ("transfer_latency_us", "f8"),
         ("transfer_us_per_token", "f8"),
         ("until_us", "f8"),
     ]
 )
 """One record, which never changes during a run; see `ServingConfig` for meanings. spec_max: draft
-tokens at most, spec_fixed: that many always (-1: by goodput). mean_output: what the router takes an
-output to be. hash_blocks, hash_tokens: KV blocks and tokens in one block of a prompt's content."""
+tokens at most, spec_fixed: that many always (-1: by goodput). kv_window: tokens of a sequence that
+are kept at most. hash_blocks, hash_tokens: KV blocks and tokens in one block of a prompt's content.
+"""
 
 REQUEST = np.dtype(
     [
@@ -80,6 +81,7 @@ REQUEST = np.dtype(
         ("finish_us", "f8"),
         ("prompt", "i8"),
         ("output", "i8"),
+        ("expected", "f8"),
         ("level", "i8"),
         ("domain", "i8"),
         ("hash_start", "i8"),
@@ -100,12 +102,13 @@ REQUEST = np.dtype(
     ]
 )
 """A request. arrival_us: at the scheduler, in order. queued_us: when its queue got it, -1 after a
-preemption. output may shrink (SHORTEN) and level grow (DEMOTE). Times are -1 where it did not
-happen. computed: tokens whose keys and values are in the cache. prefill_len: tokens to compute
-before the next token comes (prompt, and after a preemption also what was generated). blocks: KV
-blocks of its own; shared: blocks of the prompt's content that it shares through the prefix cache.
-cached: prompt tokens found in the prefix cache when first started. arrived: its cache was
-transferred and waits. next_waiting: the request behind it in its queue."""
+preemption. expected: what the router takes the output to be. output may shrink (SHORTEN) and level
+grow (DEMOTE). Times are -1 where it did not happen. computed: tokens whose keys and values are in
+the cache. prefill_len: tokens to compute before the next token comes (prompt, and after a
+preemption also what was generated). blocks: KV blocks of its own; shared: blocks of the prompt's
+content that it shares through the prefix cache. cached: prompt tokens found in the prefix cache
+when first started. arrived: its cache was transferred and waits. next_waiting: the request behind
+it in its queue."""
 
 RANK = np.dtype(
     [

@@ -306,12 +306,22 @@ class EngineStepCost:
         prefill = dense.attention_kernel("prefill", width, d.kv_dtype)
         self._bases += [decode.basis, prefill.basis]
         seen = power_mean_max(
-            np.array(2.0 * kv_heads * width * KV_ELEMENT_BYTES[d.kv_dtype] / decode.gb_per_s / 1e3),
+            np.array(
+                2.0
+                * kv_heads
+                * width
+                * KV_ELEMENT_BYTES[d.kv_dtype]
+                * d.kv_scale
+                / decode.gb_per_s
+                / 1e3
+            ),
             np.array(4.0 * heads * width / decode.tflops / 1e6),
             decode.sharpness,
         )
         windowed = set(spec.window_layer_ids) - set(spec.linear_layer_ids)
-        counts = [(0, model.num_kv_layers - len(windowed)), (spec.window_tokens, len(windowed))]
+        kept = d.kv_window or 0
+        inner = min(spec.window_tokens, kept) if kept else spec.window_tokens
+        counts = [(kept, model.num_kv_layers - len(windowed)), (inner, len(windowed))]
         return tuple(
             AttentionTerms(
                 num_layers=count,
@@ -328,6 +338,10 @@ class EngineStepCost:
             if count
         )
 
+    @property
+    def _kv_element_bytes(self) -> float:
+        return KV_ELEMENT_BYTES[self.deployment.kv_dtype] * self.deployment.kv_scale
+
     def _mla_terms(self, dense: DenseModel, heads: int) -> AttentionTerms:
         model, d = self.deployment.model, self.deployment
         spec = model.attention
@@ -336,14 +350,20 @@ class EngineStepCost:
         self._bases += [decode.basis, prefill.basis]
         latent, rope = spec.kv_lora_rank, spec.qk_rope_head_dim
         seen = power_mean_max(
-            np.array((latent + rope) * KV_ELEMENT_BYTES[d.kv_dtype] / decode.kv_gb_per_s / 1e3),
+            np.array(
+                (latent + rope)
+                * KV_ELEMENT_BYTES[d.kv_dtype]
+                * d.kv_scale
+                / decode.kv_gb_per_s
+                / 1e3
+            ),
             np.array(2.0 * heads * (2 * latent + rope) / decode.attention_tflops / 1e6),
             decode.sharpness,
         )
         width = spec.qk_nope_head_dim + rope + spec.v_head_dim
         return AttentionTerms(
             num_layers=model.num_kv_layers,
-            window=0,
+            window=d.kv_window or 0,
             decode_launch_us=decode.launch_us,
             us_per_seen=float(seen),
             extra_tokens=decode.extra_tokens,

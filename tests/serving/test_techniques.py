@@ -10,6 +10,7 @@ import pytest
 
 from moesim.errors import InputError
 from moesim.serving.batch import BatchShape
+from moesim.serving.config import ServingConfig
 from moesim.serving.deployment import deploy
 from moesim.serving.memory import gpu_memory
 from moesim.serving.overlap import SM_SHARE, overlapped_us, sm_share
@@ -129,3 +130,54 @@ def test_stages_pass_rows_on_and_share_the_load(small: ModuleType) -> None:
     rate, twice = run_load_test(one, short), run_load_test(two, long)
     assert 1.9 < twice.output_tokens_per_s / rate.output_tokens_per_s <= 2.0
     assert 1.0 <= twice.mean_tpot_ms / rate.mean_tpot_ms < 1.05
+
+
+def test_a_compressed_cache_holds_more_and_is_read_sooner() -> None:
+    """A quarter of the bytes: four times the tokens; attention over a long context takes at least a
+    quarter of the time."""
+    full, quarter = (
+        deploy("Qwen3-30B-A3B", "h200-sxm-ib", tp=1, kv_scale=scale) for scale in (1.0, 0.25)
+    )
+    most = gpu_memory(full).kv_token_capacity
+    assert gpu_memory(quarter).kv_token_capacity == pytest.approx(4 * most, abs=4)
+    long = BatchShape.of(32.0, 32 * 32_000.0)
+    times = [float(EngineStepCost(d).breakdown(long)["attention"]) for d in (full, quarter)]
+    assert 0.25 <= times[1] / times[0] < 0.5
+    with pytest.raises(InputError, match="kv_scale is 0"):
+        deploy("Qwen3-30B-A3B", "h200-sxm-ib", tp=1, kv_scale=0.0)
+
+
+def test_a_window_keeps_the_last_tokens(small: ModuleType) -> None:
+    """64 tokens of cache. 100 + 10 tokens do not fit; the last 48 of them do, in three blocks, and
+    attention does not see more."""
+    requests = small.at_once([100, 4], [2, 2])
+    whole = small.serve(requests, small.tables(), capacity=64)
+    assert whole.counts() == {"unfinished": 0, "finished": 1, "rejected": 1, "refused": 0}
+    kept = small.small_deployment(kv_window=48)
+    requests = small.at_once([100], [2])
+    found = small.serve(requests, small.tables(0.0, row_us=1.0), capacity=64, deployment=kept)
+    assert found.counts()["finished"] == 1
+    assert found.metrics["kv_used_peak"] == pytest.approx(3 / 4)
+    terms = EngineStepCost(kept).attention[0]
+    seen = [float(terms.decode_us(np.array(1.0), np.array(n))) for n in (48.0, 100.0)]
+    assert seen[0] == seen[1]
+
+
+def test_a_router_that_predicts_lengths(small: ModuleType) -> None:
+    """Two engines, equal prompts, outputs of 1,000, 1 and 1. Taken as equal, the third goes to the
+    first engine again; known, to the second, where 2 tokens are outstanding and not 1,001."""
+
+    def ranks_of(error: float | None) -> list[int]:
+        requests = small.at_once([1, 1, 1], [1000, 1, 1])
+        result = small.serve(
+            requests, small.tables(), replicas=2, router="length_aware", length_error=error
+        )
+        return result.rank.tolist()
+
+    assert ranks_of(None) == [0, 1, 0]
+    assert ranks_of(0.0) == [0, 1, 1]
+    assert sorted(set(ranks_of(5.0))) == [0, 1]
+    with pytest.raises(InputError, match="does not look at lengths"):
+        ServingConfig(length_error=0.5)
+    with pytest.raises(InputError, match="length_error is -1"):
+        ServingConfig(length_error=-1.0, router="length_aware")

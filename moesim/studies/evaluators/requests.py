@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from moesim.serving.slo import LATENCIES, parse_slo
-from moesim.studies.evaluator import Evaluated, Factor, Number, StudyFigure, Whole, Word
+from moesim.studies.evaluator import Evaluated, Factor, Number, StudyFigure, Tokens, Whole, Word
 from moesim.studies.evaluators.static import (
     Degree,
     DeploymentEvaluator,
@@ -39,6 +39,8 @@ class RequestsParams(DeploymentParams):
     router: Literal["round_robin", "least_loaded", "length_aware"] = "least_loaded"
     decode_gpus: Degree | None = None
     decode_replicas: Degree | None = None
+    length_error: Annotated[Number, Field(ge=0, le=10)] | None = None
+    kv_window: Tokens | None = None
     chunk_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
     prefix_cache: bool | None = None
     transfer_gb_per_s: Annotated[Number, Field(gt=0, le=1e6)] | None = None
@@ -100,6 +102,7 @@ class RequestsEvaluator(DeploymentEvaluator):
         config = ServingConfig(
             replicas=front.replicas,
             router=params["router"],
+            length_error=params["length_error"],
             decode=None if back is None else back.engine,
             decode_replicas=1 if back is None else back.replicas,
             chunk_tokens=params["chunk_tokens"],

@@ -65,6 +65,7 @@ class DeploymentParams(Params):
     solver: Word | None = None
     redundant_experts: Annotated[Whole, Field(ge=0, le=1 << 20)] | None = None
     two_batch_overlap: Overlap = "off"
+    kv_scale: Annotated[Number, Field(gt=0, le=1)] = 1.0
     seed: Annotated[Whole, Field(ge=0, le=2**31)] = 0
     imbalance_scale: Factor = 1.0
 
@@ -192,9 +193,10 @@ def service_of(
     names = (
         "engine", "tp", "dp", "pp", "ep", "moe_tp", "moe_comm", "expert_dtype", "dense_dtype",
         "kv_dtype", "max_batch_tokens", "max_sequences", "memory_fraction", "replicas",
-        "two_batch_overlap",
+        "two_batch_overlap", "kv_scale",
     )  # fmt: skip
     given = {name: params[name] for name in names}
+    given["kv_window"] = params.get("kv_window")
     if params["trace"] is None:
         given["redundant_experts"] = params["redundant_experts"]
     trace = trace_of(params["trace"]) if params["trace"] is not None else None
