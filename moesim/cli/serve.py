@@ -119,6 +119,13 @@ def serve(
             show_default="where the log tells them",
         ),
     ] = None,
+    shared_reads: Annotated[
+        bool,
+        typer.Option(
+            "--shared-reads",
+            help="Read a beginning that sequences share once per step, as Hydragen does.",
+        ),
+    ] = False,
     prefill: Annotated[
         Literal["mixed", "first"] | None,
         typer.Option(

@@ -148,6 +148,7 @@ def serve(
     memory_fraction: float | None = None,
     block_size: int = 16,
     prefix_cache: bool | None = None,
+    shared_reads: bool = False,
     prefill: Literal["mixed", "first"] | None = None,
     chunk_tokens: int | None = None,
     router: Router = "least_loaded",
@@ -231,6 +232,7 @@ def serve(
         transfer_gb_per_s=transfer,
         block_size=block_size,
         prefix_cache=prefix_cache,
+        shared_reads=shared_reads,
         chunk_tokens=chunk_tokens,
         prefill_first=None if prefill is None else prefill == "first",
         speculation=(

@@ -68,11 +68,14 @@ class ServingConfig:
     compute prompts and first tokens, replicas of `decode` the rest, after a transfer of the KV
     cache over the NICs of the two ranks (transfer_gb_per_s for one rank, and a latency).
     block_size: tokens of a KV block. prefix_cache: reuse of equal prompt beginnings; by default
-    where the requests tell their content. chunk_tokens: most prompt tokens of one request in a
-    step. prefill_first: None as the engine does. length_error: the router length_aware knows each
-    output's length off by a log-normal factor with this standard deviation of its logarithm (0:
-    exactly); None: it takes all to be the mean. until_s: stop there, whatever is unfinished.
-    routing: the domains of the requests and what their routing costs (`moesim.serving.routing`).
+    where the requests tell their content. shared_reads: a decode step reads a beginning that
+    several sequences of a rank share once for all of them (Hydragen, arXiv:2402.05099; cascade
+    attention), not once for each; its arithmetic stays. chunk_tokens: most prompt tokens of one
+    request in a step. prefill_first: None as the engine does. length_error: the router length_aware
+    knows each output's length off by a log-normal factor with this standard deviation of its
+    logarithm (0: exactly); None: it takes all to be the mean. until_s: stop there, whatever is
+    unfinished. routing: the domains of the requests and what their routing costs
+    (`moesim.serving.routing`).
     """
 
     replicas: int = 1
@@ -83,6 +86,7 @@ class ServingConfig:
     transfer_latency_us: float = 50.0
     block_size: int = 16
     prefix_cache: bool | None = None
+    shared_reads: bool = False
     chunk_tokens: int | None = None
     prefill_first: bool | None = None
     length_error: float | None = None

@@ -38,6 +38,8 @@ def take(ranks: Any, prefix: Any, rank: int, block: int) -> None:
     if prefix[REFS, rank, block] == 0:
         _unlink(prefix, rank, block)
         ranks[rank].num_evictable -= 1
+    else:
+        ranks[rank].num_repeats += 1
     prefix[REFS, rank, block] += 1
 
 
@@ -53,6 +55,8 @@ def drop(ranks: Any, prefix: Any, rank: int, block: int) -> None:
         prefix[NEWER, rank, block] = end
         prefix[OLDER, rank, end] = block
         ranks[rank].num_evictable += 1
+    else:
+        ranks[rank].num_repeats -= 1
 
 
 @kernel(**INTERNAL)

@@ -177,7 +177,7 @@ def _service(config: ServingConfig) -> dict[str, Any]:
         name: getattr(config, name)
         for name in (
             "replicas", "router", "block_size", "prefix_cache", "chunk_tokens", "prefill_first",
-            "length_error", "seed",
+            "length_error", "shared_reads", "seed",
         )
     }  # fmt: skip
     if config.decode is not None:

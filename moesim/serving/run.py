@@ -151,6 +151,11 @@ def _prefix_on(requests: Requests, config: ServingConfig, kept: int | None) -> b
             "use requests with hash_ids (Mooncake's format), or leave the prefix cache off",
         )
     on = known if config.prefix_cache is None else config.prefix_cache
+    if config.shared_reads and not on:
+        raise InputError(
+            "shared reads of a prefix cache that is off",
+            "use requests with hash_ids (Mooncake's format), or leave `shared_reads` out",
+        )
     if on and kept:
         raise InputError(
             "a prefix cache with a KV cache of the last tokens alone: it does not keep beginnings",
@@ -197,6 +202,7 @@ def _settings(
         "spec_context": parts[0].model.attention.kind == "mla",
         "seed": config.seed,
         "kv_window": parts[0].kv_window or 1 << 40,
+        "shared_reads": config.shared_reads,
         "transfer_latency_us": latency,
         "transfer_us_per_token": per_token,
         "until_us": config.until_s * 1e6,

@@ -57,7 +57,7 @@ def plan_rank(
             _admit(
                 req, ids, ranks, queues, running, prefix, cfg, rank, left, sequences, now, decided
             )
-    return _sum_up(req, ranks, running, rank)
+    return _sum_up(req, ranks, running, cfg, rank)
 
 
 @kernel(**INTERNAL)
@@ -165,8 +165,9 @@ def _admit(
 
 
 @kernel(**INTERNAL)
-def _sum_up(req: Any, ranks: Any, running: Any, rank: int) -> int:
-    """The rank's part of the step in the terms of `BatchShape`; returns its tokens."""
+def _sum_up(req: Any, ranks: Any, running: Any, cfg: Any, rank: int) -> int:
+    """The rank's part of the step in the terms of `BatchShape`; returns its tokens. Blocks in use
+    more than once are taken as spread over decodes and prompts alike."""
     rows, context, prompt, pairs, chunks = 0, 0, 0, 0.0, 0
     for s in range(ranks[rank].num_running):
         n = running[1, rank, s]
@@ -182,6 +183,11 @@ def _sum_up(req: Any, ranks: Any, running: Any, rank: int) -> int:
             pairs += n * float(req[r].computed) + n * (n + 1.0) / 2.0
     ranks[rank].decode_rows = rows
     ranks[rank].decode_context = context
+    ranks[rank].decode_repeated = 0.0
+    if cfg.shared_reads and rows > 0:
+        share = rows / ranks[rank].num_running
+        repeated = ranks[rank].num_repeats * cfg.hash_tokens * share
+        ranks[rank].decode_repeated = min(repeated, float(context))
     ranks[rank].prefill_rows = prompt
     ranks[rank].prefill_pairs = pairs
     ranks[rank].prefill_sequences = chunks

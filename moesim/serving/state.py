@@ -62,6 +62,7 @@ SETTINGS = np.dtype(
         ("spec_context", "f8"),
         ("seed", "i8"),
         ("kv_window", "i8"),
+        ("shared_reads", "i8"),
         ("transfer_latency_us", "f8"),
         ("transfer_us_per_token", "f8"),
         ("until_us", "f8"),
@@ -117,20 +118,24 @@ RANK = np.dtype(
         ("free_blocks", "i8"),
         ("total_blocks", "i8"),
         ("num_evictable", "i8"),
+        ("num_repeats", "i8"),
         ("outstanding", "i8"),
         ("backlog", "f8"),
         ("link_free_us", "f8"),
         ("decode_rows", "i8"),
         ("decode_context", "i8"),
+        ("decode_repeated", "f8"),
         ("prefill_rows", "i8"),
         ("prefill_pairs", "f8"),
         ("prefill_sequences", "i8"),
     ]
 )
 """A rank. outstanding: its unfinished requests; backlog: prompt and expected output tokens of
-those. The last five are its part of the step, as in `BatchShape`. Beside the records:
-`running` [2, ranks, max sequences], running requests in order of admission, and their tokens in
-this step; `queues` [2, ranks, levels], first and last waiting request, -1 for none."""
+those. num_repeats: uses of cached blocks beyond the first of each. The last six are its part of the
+step, as in `BatchShape`; decode_repeated: of decode_context, what another sequence reads as well.
+Beside the records: `running` [2, ranks, max sequences], running requests in order of admission, and
+their tokens in this step; `queues` [2, ranks, levels], first and last waiting request, -1 for none.
+"""
 
 INSTANCE = np.dtype(
     [

@@ -53,6 +53,7 @@ class AttentionTerms:
     """Attention of one layer kind on one rank: decode is
     launch + us_per_seen x (context + extra x sequences), prefill is
     launch + pmax(us_per_row x rows, us_per_pair x pairs). `window`: keys a query sees, 0 for all.
+    us_per_repeat: of a cached token that the same kernel has read for another sequence.
     """
 
     num_layers: int
@@ -64,6 +65,7 @@ class AttentionTerms:
     us_per_row: float
     us_per_pair: float
     sharpness: float
+    us_per_repeat: float = 0.0
 
     def decode_us(self, sequences: FloatArray, context: FloatArray) -> FloatArray:
         """One layer; zero where there are no sequences."""
@@ -305,6 +307,7 @@ class EngineStepCost:
         decode = dense.attention_kernel("decode", width, d.kv_dtype)
         prefill = dense.attention_kernel("prefill", width, d.kv_dtype)
         self._bases += [decode.basis, prefill.basis]
+        arithmetic_us = 4.0 * heads * width / decode.tflops / 1e6
         seen = power_mean_max(
             np.array(
                 2.0
@@ -315,7 +318,7 @@ class EngineStepCost:
                 / decode.gb_per_s
                 / 1e3
             ),
-            np.array(4.0 * heads * width / decode.tflops / 1e6),
+            np.array(arithmetic_us),
             decode.sharpness,
         )
         windowed = set(spec.window_layer_ids) - set(spec.linear_layer_ids)
@@ -333,6 +336,7 @@ class EngineStepCost:
                 us_per_row=4.0 * width * (heads + kv_heads) / prefill.gb_per_s / 1e3,
                 us_per_pair=4.0 * heads * width / prefill.tflops / 1e6,
                 sharpness=prefill.sharpness,
+                us_per_repeat=arithmetic_us,
             )
             for window, count in counts
             if count
@@ -349,6 +353,7 @@ class EngineStepCost:
         prefill = dense.mla_module("prefill", d.dense_dtype, d.kv_dtype)
         self._bases += [decode.basis, prefill.basis]
         latent, rope = spec.kv_lora_rank, spec.qk_rope_head_dim
+        arithmetic_us = 2.0 * heads * (2 * latent + rope) / decode.attention_tflops / 1e6
         seen = power_mean_max(
             np.array(
                 (latent + rope)
@@ -357,7 +362,7 @@ class EngineStepCost:
                 / decode.kv_gb_per_s
                 / 1e3
             ),
-            np.array(2.0 * heads * (2 * latent + rope) / decode.attention_tflops / 1e6),
+            np.array(arithmetic_us),
             decode.sharpness,
         )
         width = spec.qk_nope_head_dim + rope + spec.v_head_dim
@@ -371,6 +376,7 @@ class EngineStepCost:
             us_per_row=(4.0 * heads * width + 4.0 * model.hidden_size) / prefill.kv_gb_per_s / 1e3,
             us_per_pair=2.0 * heads * width / prefill.attention_tflops / 1e6,
             sharpness=prefill.sharpness,
+            us_per_repeat=arithmetic_us,
         )
 
     def _row_parts(self, rows: FloatArray) -> dict[str, FloatArray]:

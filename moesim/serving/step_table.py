@@ -29,6 +29,7 @@ TERM_FIELDS = (
     "us_per_row",
     "us_per_pair",
     "sharpness",
+    "us_per_repeat",
 )
 
 
@@ -159,7 +160,9 @@ def _table(x: Any, y: Any, count: float) -> float:
 
 
 @kernel(**INTERNAL)
-def _attention_us(terms: Any, rows: float, context: float, prompt: float, pairs: float) -> float:
+def _attention_us(
+    terms: Any, rows: float, context: float, repeated: float, prompt: float, pairs: float
+) -> float:
     total = 0.0
     for q in range(len(terms)):
         layers, window = terms[q, 0], terms[q, 1]
@@ -169,6 +172,8 @@ def _attention_us(terms: Any, rows: float, context: float, prompt: float, pairs:
         if rows > 0:
             seen = min(context, rows * window) if window > 0 else context
             time += terms[q, 2] + terms[q, 3] * (seen + terms[q, 4] * rows)
+            if window == 0:
+                time -= (terms[q, 3] - terms[q, 9]) * repeated
         if prompt > 0:
             inside = pairs
             if window > 0:
@@ -225,9 +230,10 @@ def _ranks_us(
         if rows + prompt == 0:
             continue
         context = ranks[rank].decode_context * (1.0 + extra_context * drafts) * part
+        repeated = ranks[rank].decode_repeated * part
         pairs = ranks[rank].prefill_pairs * part
         time = _table(tables.row_x[m], tables.row_us[m], rows + prompt)
-        time += _attention_us(tables.terms[m], rows, context, prompt, pairs)
+        time += _attention_us(tables.terms[m], rows, context, repeated, prompt, pairs)
         slowest = max(slowest, time)
         total += time
     return total, slowest

@@ -43,6 +43,7 @@ class RequestsParams(DeploymentParams):
     kv_window: Tokens | None = None
     chunk_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
     prefix_cache: bool | None = None
+    shared_reads: bool = False
     transfer_gb_per_s: Annotated[Number, Field(gt=0, le=1e6)] | None = None
     goodput_slo: Word | None = None
 
@@ -107,6 +108,7 @@ class RequestsEvaluator(DeploymentEvaluator):
             decode_replicas=1 if back is None else back.replicas,
             chunk_tokens=params["chunk_tokens"],
             prefix_cache=params["prefix_cache"],
+            shared_reads=params["shared_reads"],
             transfer_gb_per_s=params["transfer_gb_per_s"],
             seed=params["seed"],
         )
