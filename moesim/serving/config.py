@@ -114,11 +114,11 @@ class ServingConfig:
             raise InputError(f"seed {self.seed}", "give 0 or more")
         error = self.length_error
         if error is not None and not (math.isfinite(error) and error >= 0):
-            raise InputError(f"length_error is {error}", "give 0 or more, as 0.5")
+            raise InputError(f"`length_error` is {error}", "give 0 or more, as 0.5")
         if error is not None and self.router != "length_aware":
             raise InputError(
-                f"length_error with router {self.router}, which does not look at lengths",
-                "use the router length_aware, or leave length_error out",
+                f"`length_error` with router {self.router}, which does not look at lengths",
+                "use the router length_aware, or leave `length_error` out",
             )
         rate = self.transfer_gb_per_s
         if (rate is not None and not rate > 0) or not self.transfer_latency_us >= 0:

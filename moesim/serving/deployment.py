@@ -107,9 +107,9 @@ class Deployment:
                 f"memory_fraction is {self.memory_fraction}", "give a share above 0, at most 1"
             )
         if not 0 < self.kv_scale <= 1:
-            raise InputError(f"kv_scale is {self.kv_scale}", "give a share above 0, at most 1")
+            raise InputError(f"`kv_scale` is {self.kv_scale}", "give a share above 0, at most 1")
         if self.kv_window is not None and self.kv_window < 1:
-            raise InputError(f"kv_window is {self.kv_window}", "give 1 token or more")
+            raise InputError(f"`kv_window` is {self.kv_window}", "give 1 token or more")
         self._check_shapes()
         if self.moe_comm not in get_args(MoeComm):
             raise UnknownNameError("moe_comm", str(self.moe_comm), get_args(MoeComm))

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 EVENTS_A_CALL = 20_000
 NUM_BINS = 1024
 MAX_PREFIX_ENTRIES = 200_000_000
+LENGTHS = 1
 
 
 def simulate_serving(
@@ -302,7 +303,7 @@ def _expected_output(requests: Requests, config: ServingConfig) -> FloatArray:
     output = requests.output_tokens.astype(np.float64)
     if config.length_error is None:
         return np.full(len(output), output.mean())
-    drawn = stream(config.seed).standard_normal(len(output))
+    drawn = stream(config.seed, LENGTHS).standard_normal(len(output))
     return np.asarray(output * np.exp(config.length_error * drawn), np.float64)
 
 

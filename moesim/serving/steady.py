@@ -67,7 +67,7 @@ class Window:
                 f"no steady state: {self.offered / self.seconds:,.2f} requests/s are offered and"
                 f" {self.served / self.seconds:,.2f} served; {before:,} were in the service after"
                 f" {self.start_s:,.0f} s and {after:,} after {self.end_s:,.0f} s: it is overloaded,"
-                " or the requests too few to tell"
+                " or the requests too few to tell. Latencies grow with the length of the run"
             )
         if self.state == "varying":
             return (
@@ -78,7 +78,7 @@ class Window:
             return (
                 f"no steady state, so no rates: arrivals end after {self.end_s:,.1f} s, before the"
                 f" output has levelled off, with {after:,} requests still in the service; give"
-                " several times as many"
+                " several times as many. Latencies are of a service that is still filling"
             )
         return ""
 

@@ -61,11 +61,17 @@ class StudyResult(Result):
         return dict(self.data)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per evaluated point: its parameters, status and figures in their base units."""
+        """One row per evaluated point: its parameters, engines, status and figures in their base
+        units."""
         import pandas as pd
 
         rows = [
-            {**outcome.params, "status": outcome.status, **outcome.figures}
+            {
+                **outcome.params,
+                "engines": outcome.engines,
+                "status": outcome.status,
+                **outcome.figures,
+            }
             for outcome in self.results.evaluated
         ]
         return pd.DataFrame(rows)

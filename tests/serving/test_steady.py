@@ -87,7 +87,7 @@ def test_a_run_shorter_than_its_requests_has_no_rates(small: ModuleType) -> None
     result = small.serve(requests, small.tables(10_000.0))
     assert result.window.state == "short"
     assert all(result.metrics[name] is None for name in RATES)
-    assert "give several times as many" in result.window.warning
+    assert "give several times as many. Latencies" in result.window.warning
     assert result.goodput(parse_slo("ttft<10s")) == {
         "share": 1.0,
         "requests_per_s": None,

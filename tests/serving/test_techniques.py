@@ -145,7 +145,7 @@ def test_a_compressed_cache_holds_more_and_is_read_sooner() -> None:
     long = BatchShape.of(32.0, 32 * 32_000.0)
     times = [float(EngineStepCost(d).breakdown(long)["attention"]) for d in (full, quarter)]
     assert 0.25 <= times[1] / times[0] < 0.5
-    with pytest.raises(InputError, match="kv_scale is 0"):
+    with pytest.raises(InputError, match="`kv_scale` is 0"):
         deploy("Qwen3-30B-A3B", "h200-sxm-ib", tp=1, kv_scale=0.0)
 
 
@@ -181,7 +181,7 @@ def test_a_router_that_predicts_lengths(small: ModuleType) -> None:
     assert sorted(set(ranks_of(5.0))) == [0, 1]
     with pytest.raises(InputError, match="does not look at lengths"):
         ServingConfig(length_error=0.5)
-    with pytest.raises(InputError, match="length_error is -1"):
+    with pytest.raises(InputError, match="`length_error` is -1"):
         ServingConfig(length_error=-1.0, router="length_aware")
 
 
