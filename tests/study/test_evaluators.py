@@ -67,8 +67,8 @@ def test_sizes_are_filled_in(given: dict[str, int], want: tuple[int, str]) -> No
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"gpus": 7, "dp": 2}, "7 GPUs do not divide over dp 2"),
-        ({"gpus": 8, "tp": 3}, "8 GPUs do not divide over tp 3"),
+        ({"gpus": 7, "dp": 2}, "7 GPUs cannot be divided over dp 2"),
+        ({"gpus": 8, "tp": 3}, "8 GPUs cannot be divided over tp 3"),
         ({"gpus": 8, "tp": 0}, "tp 0"),
         ({"dp": 1.5}, "dp 1.5"),
         ({"concurrency": 0}, "concurrency 0"),
@@ -83,7 +83,7 @@ def test_sizes_that_do_not_go_together(given: dict[str, Any], words: str) -> Non
 def test_combinations_of_a_grid_that_do_not_go_together_are_refused_points() -> None:
     point = make_point(get_evaluator("static"), {"model": "mixtral-8x7b", "gpus": 2, "tp": 4})
     assert isinstance(point.error, MismatchError)
-    assert "2 GPUs do not divide over tp 4" in str(point.error)
+    assert "2 GPUs cannot be divided over tp 4" in str(point.error)
     assert (point.params["gpus"], point.params["tp"], point.params["dp"]) == (2, 4, None)
 
 

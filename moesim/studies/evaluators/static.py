@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from moesim.choices import MoeComm, Overlap
 from moesim.errors import InputError, UnknownNameError
+from moesim.figures import count
 from moesim.model.dtypes import KV_BYTES, WEIGHT_BYTES
 from moesim.serving.engines import engine_profile
 from moesim.serving.fit import DEFAULT_GPUS, Split, default_pools, service_gpus
@@ -86,7 +87,7 @@ class DeploymentParams(Params):
         product = prod(known.values())
         if isinstance(gpus, int) and not raw.get("decode_gpus") and gpus % product:
             said = " x ".join(f"{name} {value}" for name, value in known.items())
-            raise ValueError(f"{gpus} GPUs do not divide over {said}")
+            raise ValueError(f"{count(gpus, 'GPU')} cannot be divided over {said}")
         return raw
 
 
