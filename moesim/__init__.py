@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moesim.model.names import load_model as load_model
     from moesim.placement import load_plan as load_plan
     from moesim.studies.job import study as study
+    from moesim.studies.recommend.job import recommend as recommend
     from moesim.trace.format import load_trace as load_trace
 
     __version__: str
@@ -31,6 +32,7 @@ _WHERE = {
     "plan": "moesim.jobs.plan",
     "simulate": "moesim.jobs.simulate",
     "serve": "moesim.jobs.serve",
+    "recommend": "moesim.studies.recommend.job",
     "study": "moesim.studies.job",
     "cache": "moesim.jobs.cache",
     "export": "moesim.jobs.export",

@@ -24,6 +24,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "plan": ("plan", "plan", "Place experts on GPUs, with held-out figures beside EPLB's."),
     "simulate": ("simulate", "simulate", "Replay a trace through a plan on a cluster."),
     "serve": ("serve", "serve", "Serve requests: TTFT, TPOT, throughput, goodput."),
+    "recommend": (
+        "recommend",
+        "recommend",
+        "How many GPUs a service needs, and how to split them.",
+    ),
     "whatif": ("whatif", "whatif", "Ask a question of many deployments at once."),
     "cache": ("cache", "cache", "Plan what stays in GPU memory when not all experts fit."),
     "export": ("export", "export", "Write a plan in a serving engine's format."),

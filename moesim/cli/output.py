@@ -28,6 +28,15 @@ def check_targets(*files: Path | None, plot: Path | None = None) -> None:
             )
 
 
+def check_folder(folder: Path | None) -> None:
+    """The same for a folder that is to be made."""
+    if folder is None:
+        return
+    if folder.exists():
+        raise InputError(f"cannot write {folder}: it exists already", "name a folder to be made")
+    check_targets(folder)
+
+
 def echo(text: str, err: bool = False, nl: bool = True) -> None:
     """Text for people or for a program, on standard output or error. Whatever names out of files
     are in it, no control character reaches the terminal."""

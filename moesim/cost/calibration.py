@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -192,8 +193,13 @@ def load_calibration(name_or_path: str | os.PathLike[str]) -> Calibration:
     known = calibration_names()
     if text_name not in known:
         raise UnknownNameError("calibration", text_name, known)
-    bundled = resources.files("moesim.topologies") / "calibration" / f"{text_name}.yaml"
-    return parse_calibration(bundled.read_text(encoding="utf-8"), where=text_name)
+    return _bundled(text_name)
+
+
+@cache
+def _bundled(name: str) -> Calibration:
+    file = resources.files("moesim.topologies") / "calibration" / f"{name}.yaml"
+    return parse_calibration(file.read_text(encoding="utf-8"), where=name)
 
 
 def parse_calibration(text: str, *, where: str = "calibration") -> Calibration:

@@ -85,16 +85,17 @@ def layer_us(
 ) -> float:
     """Mean over layers of the slowest GPU's time for its experts, launch excluded.
 
-    gpu_of_slot [P], expert_of_slot [X, P], share_of_slot [X, P]: a slot serves that share of its
-    expert's tokens (replicas in equal shares).
+    gpu_of_slot [P], ascending; expert_of_slot [X, P], share_of_slot [X, P]: a slot serves that
+    share of its expert's tokens (replicas in equal shares).
     """
     counts = load.counts(num_tokens)
     tokens = np.take_along_axis(counts, expert_of_slot, axis=1) * share_of_slot
-    num_gpus = int(gpu_of_slot.max()) + 1
-    per_gpu = np.zeros((len(tokens), num_gpus))
-    for gpu in range(num_gpus):
-        own = tokens[:, gpu_of_slot == gpu]
-        per_gpu[:, gpu] = model.slots_time_us(own, hidden, intermediate, num_matrices)
+    held = np.bincount(gpu_of_slot)
+    place = np.arange(len(gpu_of_slot)) - np.repeat(np.cumsum(held) - held, held)
+    own = np.zeros((len(tokens), len(held), held.max()))
+    own[:, gpu_of_slot, place] = tokens
+    mean = own.sum(axis=-1) / held
+    per_gpu = model.slots_time_us(own, hidden, intermediate, num_matrices, mean_tokens=mean)
     return float(per_gpu.max(axis=1).mean())
 
 

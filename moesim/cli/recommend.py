@@ -1,0 +1,114 @@
+"""`moesim recommend`: how many GPUs, how to split them, and the lines that start it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moesim.cli.options import JsonOption, PlotOption, SeedOption
+from moesim.cli.output import echo
+
+
+def recommend(
+    model: Annotated[
+        list[str],
+        typer.Option(help="Preset, Hugging Face config.json or model folder. May repeat."),
+    ],
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Type of GPU, in its bundled cluster. May repeat.", show_default="h200-sxm"
+        ),
+    ] = None,
+    cluster: Annotated[
+        list[str] | None,
+        typer.Option(help="Cluster name or YAML file instead of --gpu. May repeat."),
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="vllm, sglang or trtllm. May repeat.", show_default="vllm"),
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests per second to serve.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt tokens: a number, or lognormal(1000;0.8) and the like.",
+            show_default="1000",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Output tokens, likewise.", show_default="300")
+    ] = None,
+    requests: Annotated[
+        str | None, typer.Option(help="Request log instead of a rate and lengths.", metavar="FILE")
+    ] = None,
+    slo: Annotated[
+        str | None,
+        typer.Option(help="Promises to keep: ttft_p99<2s,tpot_p99<50ms.", show_default="none: say"),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Most GPUs to use.", show_default="256", min=1)
+    ] = None,
+    maximize: Annotated[
+        Literal["goodput"] | None,
+        typer.Option(help="Most requests/s on --gpus GPUs within the promises."),
+    ] = None,
+    expert_dtype: Annotated[
+        str | None, typer.Option(help="Experts' weights.", show_default="the model's")
+    ] = None,
+    kv_dtype: Annotated[str, typer.Option(help="KV cache: bf16 or fp8.")] = "bf16",
+    memory_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of GPU memory in use.", show_default="the engine's"),
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Dollars per GPU-hour: h200-sxm=3.5, or 3.5. May repeat.",
+            show_default="of the cluster files, assumed",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the answer, and the engine's launch lines and settings."),
+    ] = None,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Recommend how many GPUs a service needs and how to split them, with the next best options.
+
+    Example: moesim recommend --model DeepSeek-V3 --gpu h200-sxm --rate 50 --slo
+    "ttft_p99<2s,tpot_p99<50ms"
+    """
+    from moesim.cli.output import check_folder, check_targets, given, notice, wrote
+    from moesim.cli.progress import progress_bar
+    from moesim.studies.recommend.job import recommend as run
+
+    check_targets(plot=plot)
+    check_folder(out)
+    with progress_bar("trying layouts") as progress:
+        result = run(
+            **given(
+                run,
+                locals(),
+                engine=engine or "vllm",
+                price=price or (),
+            )
+        )
+    if plot is not None:
+        result.plot(plot)
+    if out is not None:
+        result.save(out)
+    notice(*result.notices)
+    if as_json:
+        echo(json.dumps(result.to_json(), indent=1, allow_nan=False))
+    else:
+        echo(result.summary())
+    if out is not None or plot is not None:
+        echo(wrote(out, plot), err=True)
+    if not result.kept:
+        raise typer.Exit(1)

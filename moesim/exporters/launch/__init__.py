@@ -1,0 +1,1 @@
+"""What starts a service: launch lines and settings files of each engine, and its benchmark."""

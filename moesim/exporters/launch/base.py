@@ -1,0 +1,112 @@
+"""A service as engines are told of it, whatever engine it is."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+Files = Mapping[str, str]
+PORTS = {"serving": 8300, "prefill": 8100, "decode": 8200}
+FRONT = "8000"
+"""Port of the router."""
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """`engines` engines of one role: "serving" does both, "prefill" and "decode" one each.
+
+    tp, dp, ep, moe_tp, moe_comm, dtypes and limits as `moesim.serving.deployment.Deployment`; the
+    limits are of one data-parallel rank. gpus_per_node: of the cluster.
+    """
+
+    role: Literal["serving", "prefill", "decode"]
+    engines: int
+    tp: int
+    dp: int
+    ep: int
+    moe_tp: int
+    moe_comm: str
+    kv_dtype: str
+    max_batch_tokens: int
+    max_sequences: int
+    memory_fraction: float
+    gpus_per_node: int
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of one engine."""
+        return self.tp * self.dp
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of one engine."""
+        return ceil(self.num_gpus / self.gpus_per_node)
+
+    @property
+    def port(self) -> int:
+        """Where engines of this role listen."""
+        return PORTS[self.role]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """model: what engines call it. rate, prompt, output: requests/s and mean tokens promised for;
+    seconds: how long a test of the promise runs."""
+
+    model: str
+    roles: Sequence[Role]
+    rate: float
+    prompt: float
+    output: float
+    seconds: float = 300.0
+
+    @property
+    def split(self) -> bool:
+        """Whether prompts and decoding are apart."""
+        return len(self.roles) > 1
+
+    @property
+    def num_prompts(self) -> int:
+        """Requests of a test of the promise."""
+        return max(100, round(self.rate * self.seconds))
+
+
+def script(comments: Sequence[str], commands: Sequence[Sequence[str]]) -> str:
+    """A shell script: comment lines, then commands with one option per line."""
+    lines = ["#!/usr/bin/env bash", "set -euo pipefail", *(f"# {line}" for line in comments)]
+    lines += [" \\\n  ".join(_grouped(command)) for command in commands]
+    return "\n".join(lines) + "\n"
+
+
+def _grouped(words: Sequence[str]) -> list[str]:
+    """Each option with its values on one line; $NAME is left to the shell."""
+    out: list[str] = []
+    for word in words:
+        text = f'"{word}"' if word.startswith("$") else shlex.quote(word)
+        if out and not word.startswith("--"):
+            out[-1] += f" {text}"
+        else:
+            out.append(text)
+    return out
+
+
+def where(role: Role) -> list[str]:
+    """Comment lines: on which machines a script runs."""
+    each = f"{role.num_gpus} GPUs" if role.num_gpus > 1 else "1 GPU"
+    lines = [f"{role.role}: {role.engines} engines of {each}; run this for each of them"]
+    if role.num_nodes > 1:
+        lines.append(
+            f"an engine spans {role.num_nodes} nodes: set HEAD to the address of the first, and"
+            f" NODE_RANK on each, 0 to {role.num_nodes - 1}"
+        )
+    elif role.num_gpus < role.gpus_per_node:
+        lines.append("several engines fit a node: give each its own GPUs (CUDA_VISIBLE_DEVICES)")
+    return lines
+
+
+def urls(role: Role) -> list[str]:
+    """Addresses of a role's engines, to be put in."""
+    return [f"http://{role.role.upper()}_{i}:{role.port}" for i in range(role.engines)]

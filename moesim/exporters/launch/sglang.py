@@ -1,0 +1,69 @@
+"""SGLang: `sglang.launch_server`, its router, its benchmark. Checked with 0.5.23 and sglang-router
+0.3.2."""
+
+from __future__ import annotations
+
+from moesim.exporters.launch.base import FRONT, Files, Role, Service, script, urls, where
+
+A2A = {"all_gather": "none", "deepep": "deepep", "deepep_ll": "deepep"}
+DEEPEP_MODE = {"deepep": "normal", "deepep_ll": "low_latency"}
+
+
+def files(service: Service) -> Files:
+    """A script per role, one for the router, one for the benchmark."""
+    out = {f"{role.role}.sh": _engine(service, role) for role in service.roles}
+    out["router.sh"] = _router(service)
+    bench = [
+        "python", "-m", "sglang.benchmark.serving", "--backend", "sglang", "--port", FRONT,
+        "--model", service.model, "--dataset-name", "random",
+        "--random-input-len", f"{service.prompt:.0f}",
+        "--random-output-len", f"{service.output:.0f}", "--random-range-ratio", "1",
+        "--request-rate", f"{service.rate:g}", "--num-prompts", f"{service.num_prompts}",
+        "--output-file", "bench.jsonl",
+    ]  # fmt: skip
+    out["bench.sh"] = script(["tests the promise; needs the router"], [bench])
+    return out
+
+
+def _engine(service: Service, role: Role) -> str:
+    """Tensor parallelism counts all GPUs, attention's data parallelism divides them; chunks and
+    running requests are of all data-parallel ranks together."""
+    command = [
+        "python", "-m", "sglang.launch_server", "--model-path", service.model,
+        "--tp-size", str(role.num_gpus),
+    ]  # fmt: skip
+    if role.dp > 1:
+        command += ["--attn-dp-size", str(role.dp)]
+    if role.ep > 1:
+        command += ["--ep-size", str(role.ep)]
+    if role.moe_comm in A2A and role.ep > 1:
+        command += ["--moe-a2a-backend", A2A[role.moe_comm]]
+    if role.moe_comm in DEEPEP_MODE:
+        command += ["--deepep-mode", DEEPEP_MODE[role.moe_comm]]
+    command += [
+        "--chunked-prefill-size", str(role.max_batch_tokens * role.dp),
+        "--max-running-requests", str(role.max_sequences * role.dp),
+        "--mem-fraction-static", f"{role.memory_fraction:g}",
+    ]  # fmt: skip
+    if role.kv_dtype != "bf16":
+        command += ["--kv-cache-dtype", "fp8_e4m3" if role.kv_dtype == "fp8" else role.kv_dtype]
+    if service.split:
+        command += ["--disaggregation-mode", role.role]
+        command += ["--disaggregation-transfer-backend", "nixl"]
+    if role.num_nodes > 1:
+        command += ["--nnodes", str(role.num_nodes), "--node-rank", "$NODE_RANK"]
+        command += ["--dist-init-addr", "$HEAD:5000"]
+    command += ["--host", "0.0.0.0", "--port", str(role.port)]
+    return script(where(role), [command])
+
+
+def _router(service: Service) -> str:
+    command = ["python", "-m", "sglang_router.launch_router", "--port", FRONT]
+    if service.split:
+        command.append("--pd-disaggregation")
+        for role in service.roles:
+            for url in urls(role):
+                command += [f"--{role.role}", url]
+    else:
+        command += ["--worker-urls", *urls(service.roles[0])]
+    return script(["the addresses are yours to put in"], [command])

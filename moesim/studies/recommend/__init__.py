@@ -1,0 +1,1 @@
+"""`recommend`: how many GPUs a service needs, and how to split them."""

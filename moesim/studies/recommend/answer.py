@@ -1,0 +1,154 @@
+"""One answer as plain data: the options, what binds, how firm it is, what was searched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isinf
+from typing import Any
+
+from moesim.cost.curves import weakest
+from moesim.errors import InfeasibleError
+from moesim.figures import LATENCIES
+from moesim.studies.prices import Prices
+from moesim.studies.recommend.firm import firmness, one_fewer
+from moesim.studies.recommend.layouts import Bench, Tried
+from moesim.studies.recommend.search import Searched, cheapest, fastest
+from moesim.studies.recommend.shapes import Shape, sized
+from moesim.types import Progress
+
+SHOWN = tuple(f"{name}_{stat}" for name in LATENCIES for stat in ("p50", "p99"))
+FIGURES = (*SHOWN, "kv_used_peak", "decode_kv_used_peak", "gpu_utilisation")
+BOUND_BY = {
+    "ttft": "time to first token",
+    "tpot": "time per output token",
+    "e2e": "end-to-end time",
+}
+
+
+def answer(
+    bench: Bench,
+    max_gpus: int,
+    prices: Prices,
+    *,
+    maximize: bool,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The answer of one model on one type of GPU with one engine.
+
+    Raises InfeasibleError where the model fits no engine of `max_gpus` GPUs at all.
+    """
+    searched = Searched()
+    if maximize:
+        found = fastest(bench, max_gpus, searched, progress)
+        options = [tried for _, tried in found]
+    else:
+        options = cheapest(bench, max_gpus, searched, progress)
+    if not options:
+        reasons = "; ".join(f"{cause} ({n})" for cause, n in searched.skipped.most_common(3))
+        raise InfeasibleError(
+            f"{bench.place.model.name} on up to {max_gpus} GPUs of {bench.place.cluster}: no layout"
+            f" can serve this ({reasons or 'none is possible'})",
+            "promise less, allow more GPUs, or name narrower `expert_dtype` or `kv_dtype`",
+        )
+    best = options[0]
+    kept = best.kept
+    firm = firmness(bench, best, max_gpus) if kept and not maximize else None
+    fewer = one_fewer(bench, best, best.rate) if kept else None
+    return {
+        "model": bench.place.model.name,
+        "cluster": bench.place.cluster,
+        "gpu": bench.engine(best.layout.front)[0].gpu.name,
+        "engine": bench.place.engine,
+        "kept": kept,
+        "options": [_option(bench, tried, prices) for tried in options],
+        "binds": _binds(best),
+        "fewer": None if fewer is None else _option(bench, fewer, prices),
+        "firm": None if firm is None else firm.to_json(),
+        "tried": [_point(tried) for tried in bench.tried],
+        "searched": {
+            "shapes": searched.shapes,
+            "families": searched.families,
+            "simulated": searched.simulated,
+            "skipped": dict(searched.skipped.most_common()),
+        },
+        "prices": dict(prices.used),
+        "basis": weakest(*(tried.basis for tried in options)),
+        "notes": list(best.notes),
+    }
+
+
+def _option(bench: Bench, tried: Tried, prices: Prices) -> dict[str, Any]:
+    layout, need = tried.layout, bench.need
+    back = layout.back
+    roles = {"serving" if back is None else "prefill": (layout.front, layout.replicas)}
+    if back is not None:
+        roles["decode"] = (back, layout.back_replicas)
+    dollars = {
+        name: prices.per_hour(sized(bench.place.cluster, shape.num_gpus * count))
+        for name, (shape, count) in roles.items()
+    }
+    total = None if None in dollars.values() else sum(d for d in dollars.values() if d)
+    tokens = tried.rate * need.output * 3600 / 1e6
+    return {
+        "layout": layout.name,
+        "num_gpus": layout.num_gpus,
+        "requests_per_s": tried.rate,
+        "output_tokens_per_s_per_gpu": tried.rate * need.output / layout.num_gpus,
+        "roles": {
+            name: {"engines": count, **_shape(bench, shape)}
+            for name, (shape, count) in roles.items()
+        },
+        "usd_per_hour": total,
+        "usd_per_million_output_tokens": None if total is None else total / tokens,
+        "split_usd": _split_usd(dollars, tried, bench) if back is not None else None,
+        "promises": {name: _finite(ratio) for name, ratio in tried.ratios.items()},
+        "kept": tried.kept,
+        "figures": {name: tried.figures[name] for name in FIGURES if name in tried.figures},
+    }
+
+
+def _split_usd(
+    dollars: Mapping[str, float | None], tried: Tried, bench: Bench
+) -> dict[str, float] | None:
+    """Dollars per million input tokens of the engines for prompts, and per million output tokens of
+    those that decode."""
+    prefill, decode = dollars["prefill"], dollars["decode"]
+    if prefill is None or decode is None:
+        return None
+    million = tried.rate * 3600 / 1e6
+    return {
+        "usd_per_million_input_tokens": prefill / (million * bench.need.prompt),
+        "usd_per_million_output_tokens": decode / (million * bench.need.output),
+    }
+
+
+def _shape(bench: Bench, shape: Shape) -> dict[str, Any]:
+    made = bench.engine(shape)[0]
+    names = ("tp", "dp", "pp", "ep", "moe_tp", "moe_comm", "expert_dtype", "kv_dtype")
+    more = ("max_batch_tokens", "max_sequences", "memory_fraction")
+    return {"gpus": shape.num_gpus} | {name: getattr(made, name) for name in (*names, *more)}
+
+
+def _binds(tried: Tried) -> dict[str, Any]:
+    """The promise with least room, by name and share of its limit in use."""
+    name = max(tried.ratios, key=lambda promise: tried.ratios[promise])
+    return {
+        "promise": name,
+        "what": BOUND_BY[name.partition("_")[0].partition("<")[0]],
+        "used": _finite(tried.ratios[name]),
+    }
+
+
+def _point(tried: Tried) -> dict[str, Any]:
+    return {
+        "layout": tried.layout.name,
+        "num_gpus": tried.layout.num_gpus,
+        "requests_per_s": tried.rate,
+        "kept": tried.kept,
+        "worst": _finite(tried.worst),
+    } | {name: tried.figures.get(name) for name in ("ttft_p99", "tpot_p99")}
+
+
+def _finite(ratio: float) -> float | None:
+    """None where requests are never served."""
+    return None if isinf(ratio) else ratio

@@ -1,0 +1,225 @@
+"""`recommend`: how many GPUs, how to split them, and what that costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moesim.cluster import cluster_names, gpu_names, load_cluster
+from moesim.errors import InfeasibleError, InputError, UnknownNameError
+from moesim.jobs import inputs
+from moesim.serving.requests import Requests
+from moesim.studies.prices import Prices, parse_prices
+from moesim.studies.recommend.answer import answer
+from moesim.studies.recommend.files import launch_files
+from moesim.studies.recommend.layouts import Bench
+from moesim.studies.recommend.need import UNSAID, Need, need_of
+from moesim.studies.recommend.result import RecommendResult
+from moesim.studies.recommend.shapes import Place
+from moesim.types import Progress
+
+if TYPE_CHECKING:
+    from moesim.jobs.inputs import ModelLike
+
+FORMAT, VERSION = "moesim-recommendation", 1
+MAX_GPUS = 256
+DEFAULT_GPU = "h200-sxm"
+
+
+def recommend(
+    model: ModelLike | Sequence[ModelLike],
+    *,
+    gpu: str | Sequence[str] | None = None,
+    cluster: str | Sequence[str] | None = None,
+    engine: str | Sequence[str] = "vllm",
+    rate: float | None = None,
+    prompt: int | str | None = None,
+    output: int | str | None = None,
+    requests: str | os.PathLike[str] | Requests | None = None,
+    slo: str | None = None,
+    gpus: int | None = None,
+    maximize: Literal["goodput"] | None = None,
+    expert_dtype: str | None = None,
+    kv_dtype: str = "bf16",
+    memory_fraction: float | None = None,
+    price: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RecommendResult:
+    """The fewest GPUs that serve `rate` requests/s within the promises, or with `maximize` the most
+    requests/s that `gpus` GPUs serve within them, and how the GPUs are split.
+
+    model, gpu, engine: one or several; an answer for each combination. gpu: a type, whose bundled
+    cluster is taken; cluster: one by name or file instead. requests: a log, or `rate` with the
+    lengths `prompt` and `output` (a number, or lognormal(1000;0.8) and the like). slo: promises,
+    "ttft_p99<2s,tpot_p99<50ms"; one without a percentile holds for 99% of the requests. gpus: the
+    most to use. Searched are tensor, data and expert parallelism, numbers of engines, prompts and
+    decoding together or apart, how tokens reach their experts, and tokens per step; see
+    docs/recommend.md for what is not. progress(done, total) counts kinds of layout.
+
+    Raises InputError and UnknownNameError for what is not clear, InfeasibleError where no
+    combination has an answer.
+    """
+    if maximize not in (None, "goodput"):
+        raise InputError(f"`maximize` {maximize}", "give goodput, or leave it out")
+    if maximize is not None and gpus is None:
+        raise InputError("`maximize` without `gpus`: goodput of how many?", "give `gpus`")
+    if maximize is None and rate is None and requests is None:
+        raise InputError(
+            "neither a rate nor a log of requests is given",
+            "give `rate`, `requests`, or `gpus` with `maximize`",
+        )
+    need = need_of(slo, rate, prompt, output, requests, seed)
+    defaults = _defaults(slo, prompt, output, requests, gpus, gpu, cluster)
+    prices = parse_prices(list(price))
+    options = _options(expert_dtype, kv_dtype, memory_fraction)
+    places = [
+        (inputs.model_id(one), Place(inputs.model_of(one), where, name, options))
+        for one, where, name in product(_list(model), _clusters(gpu, cluster), _list(engine))
+    ]
+    answers: list[dict[str, Any]] = []
+    refused: list[dict[str, str]] = []
+    files: dict[str, str] = {}
+    for i, (model_id, place) in enumerate(places):
+        bench = Bench(place, need)
+        try:
+            found = answer(
+                bench,
+                MAX_GPUS if gpus is None else gpus,
+                Prices(prices),
+                maximize=maximize is not None,
+                progress=_part(progress, i, len(places)),
+            )
+        except InfeasibleError as error:
+            if len(places) == 1:
+                raise
+            refused.append(_refusal(place, error))
+            continue
+        answers.append(found)
+        if found["kept"]:
+            written = launch_files(found, need, model_id or place.model.name)
+            folder = f"{_folder(place)}/" if len(places) > 1 else ""
+            files |= {folder + name: text for name, text in written.items()}
+    if not answers:
+        raise InfeasibleError(
+            "; ".join(one["cause"] for one in refused), "promise less, or allow more GPUs"
+        )
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "asked": _asked(need, gpus, maximize),
+        "defaults": defaults,
+        "notices": [*(need.log.notices if need.log is not None else ())],
+        "answers": answers,
+        "refused": refused,
+    }
+    return RecommendResult(record, files)
+
+
+def _folder(place: Place) -> str:
+    """What the files of one of several answers are called."""
+    text = f"{place.model.name}-{Path(place.cluster).stem}-{place.engine}"
+    return "".join(ch if ch.isalnum() or ch in "-._" else "-" for ch in text)
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _options(
+    expert_dtype: str | None, kv_dtype: str, memory_fraction: float | None
+) -> Mapping[str, Any]:
+    return {
+        "expert_dtype": expert_dtype,
+        "kv_dtype": kv_dtype,
+        "memory_fraction": memory_fraction,
+    }
+
+
+def _clusters(gpu: Any, cluster: Any) -> list[str]:
+    """Names of the clusters; of a type of GPU the first bundled one with nothing else in it."""
+    if cluster is not None:
+        if gpu is not None:
+            raise InputError("`gpu` and `cluster` both name the hardware", "leave one of them out")
+        return [str(one) for one in _list(cluster)]
+    return [_cluster_with(str(one)) for one in _list(DEFAULT_GPU if gpu is None else gpu)]
+
+
+def _cluster_with(gpu: str) -> str:
+    if gpu not in gpu_names():
+        raise UnknownNameError("GPU", gpu, gpu_names())
+    for name in cluster_names():
+        if {one.name for one in load_cluster(name).gpus} == {gpu}:
+            return name
+    raise InputError(
+        f"no bundled cluster is made of {gpu}",
+        "describe one in a YAML file (docs/topologies.md) and give it as `cluster`",
+    )
+
+
+def _defaults(
+    slo: str | None,
+    prompt: int | str | None,
+    output: int | str | None,
+    requests: Any,
+    gpus: int | None,
+    gpu: Any,
+    cluster: Any,
+) -> dict[str, str]:
+    out = {}
+    if gpu is None and cluster is None:
+        out["GPU"] = DEFAULT_GPU
+    if cluster is None:
+        out["cluster"] = ", ".join(_clusters(gpu, None))
+    if requests is None and prompt is None:
+        out["prompt"] = "1000 tokens"
+    if requests is None and output is None:
+        out["output"] = "300 tokens"
+    if gpus is None:
+        out["most GPUs"] = str(MAX_GPUS)
+    if slo is not None and not all("_" in part for part in slo.split(",")):
+        out["promises without a percentile"] = UNSAID
+    return out
+
+
+def _asked(need: Need, gpus: int | None, maximize: str | None) -> dict[str, Any]:
+    load = need.requests(need.rate)
+    goal = f"the most requests/s on {gpus} GPUs" if maximize else f"{need.rate:g} requests/s"
+    source = "a log" if need.log is not None else "drawn, Poisson arrivals"
+    text = (
+        f"{goal}, prompts of {need.prompt:,.0f} and outputs of {need.output:,.0f} tokens on"
+        f" average ({source}), {need.slo}"
+    )
+    return {
+        "text": text,
+        "rate": need.rate,
+        "prompt_tokens": need.prompt,
+        "output_tokens": need.output,
+        "slo": str(need.slo),
+        "promises": [
+            {"figure": b.name, "limit_s": b.limit_s, "text": str(b)} for b in need.slo.bounds
+        ],
+        "gpus": gpus,
+        "maximize": maximize,
+        "requests": load.describe(),
+        "seed": need.seed,
+    }
+
+
+def _refusal(place: Place, error: InfeasibleError) -> dict[str, str]:
+    return {
+        "model": place.model.name,
+        "gpu": place.cluster,
+        "engine": place.engine,
+        "cause": error.cause,
+    }
+
+
+def _part(progress: Progress | None, i: int, parts: int) -> Progress | None:
+    """Progress over all answers of what one counts."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(i * total + done, parts * total)

@@ -1,0 +1,169 @@
+"""Layouts of a service: how many engines of which shape, and what becomes of the requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moesim.cost.curves import Basis, weakest
+from moesim.serving.config import ServingConfig
+from moesim.serving.run import run_tables
+from moesim.serving.step_cost import EngineStepCost
+from moesim.serving.step_table import StepTables, tables_of
+from moesim.studies.recommend.need import Need
+from moesim.studies.recommend.shapes import Place, Shape
+
+if TYPE_CHECKING:
+    from moesim.serving.deployment import Deployment
+    from moesim.serving.requests import Requests
+    from moesim.serving.result import ServingResult
+
+TIMES = ("row_us", "moe_us", "even_us", "head_us", "eager_us", "host_us", "sequence_us")
+TERM_TIMES = (2, 3, 5, 6, 7)
+"""Columns of `StepTables.terms` that are times."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`replicas` engines of shape `front`; with `back` they compute prompts, and `back_replicas`
+    engines of that shape decode."""
+
+    front: Shape
+    replicas: int
+    back: Shape | None = None
+    back_replicas: int = 0
+
+    @property
+    def num_gpus(self) -> int:
+        back = 0 if self.back is None else self.back.num_gpus * self.back_replicas
+        return self.front.num_gpus * self.replicas + back
+
+    @property
+    def family(self) -> tuple[int, int, int]:
+        """What makes two layouts look different: the engines' sizes, and the tensor parallelism of
+        engines that do both."""
+        if self.back is None:
+            return self.front.num_gpus, 0, self.front.tp
+        return self.front.num_gpus, self.back.num_gpus, 0
+
+    @property
+    def name(self) -> str:
+        """As "2 x 8 prefill (tp1 dp8 ep8), 1 x 16 decode (tp1 dp16 ep16)"."""
+        if self.back is None:
+            return _named(self.replicas, self.front, "")
+        return (
+            f"{_named(self.replicas, self.front, ' prefill')},"
+            f" {_named(self.back_replicas, self.back, ' decode')}"
+        )
+
+
+def _named(count: int, shape: Shape, role: str) -> str:
+    parts = [f"tp{shape.tp}"]
+    parts += [f"dp{shape.dp}"] if shape.dp > 1 else []
+    parts += [f"ep{shape.ep}"] if shape.ep > 1 else []
+    return f"{count} x {shape.num_gpus}{role} ({' '.join(parts)})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tried:
+    """A layout after its simulation at `rate` requests/s.
+
+    figures: latencies in seconds, rates, shares, as `ServingResult.metrics`. ratios: each promise's
+    figure over its limit, below 1 where it is kept.
+    """
+
+    layout: Layout
+    rate: float
+    figures: Mapping[str, float | None]
+    ratios: Mapping[str, float]
+    basis: Basis
+    notes: tuple[str, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest ratio."""
+        return max(self.ratios.values())
+
+    @property
+    def kept(self) -> bool:
+        """Whether every promise is kept."""
+        return self.worst < 1.0
+
+
+@dataclass(slots=True)
+class Bench:
+    """Simulates layouts of one place for one need; engines' step costs are built once.
+
+    tried: all that was simulated, in order.
+    """
+
+    place: Place
+    need: Need
+    tried: list[Tried] = field(default_factory=list)
+    _engines: dict[Shape, tuple[Deployment, EngineStepCost]] = field(default_factory=dict)
+    _loads: dict[float, Requests] = field(default_factory=dict)
+
+    def engine(self, shape: Shape) -> tuple[Deployment, EngineStepCost]:
+        """The deployment of a shape and its step cost. Raises what they raise."""
+        if shape not in self._engines:
+            made = self.place.deployment(shape)
+            self._engines[shape] = made, EngineStepCost(made)
+        return self._engines[shape]
+
+    def requests(self, rate: float) -> Requests:
+        """The load at a rate."""
+        if rate not in self._loads:
+            self._loads[rate] = self.need.requests(rate)
+        return self._loads[rate]
+
+    def config(self, layout: Layout) -> ServingConfig:
+        """The service that a layout is."""
+        if layout.back is None:
+            return ServingConfig(replicas=layout.replicas, seed=self.need.seed)
+        return ServingConfig(
+            replicas=layout.replicas,
+            decode=self.engine(layout.back)[0],
+            decode_replicas=layout.back_replicas,
+            seed=self.need.seed,
+        )
+
+    def run(self, layout: Layout, rate: float, slower: float = 1.0) -> Tried:
+        """Requests at `rate` through a layout, every step `slower` times as long as predicted."""
+        front, cost = self.engine(layout.front)
+        costs = [cost] if layout.back is None else [cost, self.engine(layout.back)[1]]
+        requests = self.requests(rate)
+        result = run_tables(
+            front,
+            requests,
+            self.config(layout),
+            _slowed(tables_of(costs), slower),
+            basis=weakest(*(c.basis for c in costs), requests.basis),
+            notes=tuple(dict.fromkeys(note for c in costs for note in c.notes)),
+        )
+        tried = self._judged(layout, rate, result)
+        if slower == 1.0:
+            self.tried.append(tried)
+        return tried
+
+    def _judged(self, layout: Layout, rate: float, result: ServingResult) -> Tried:
+        found = result.promised(self.need.slo)
+        ratios = {
+            str(bound): _ratio(found[bound.name], bound.limit_s) for bound in self.need.slo.bounds
+        }
+        return Tried(layout, rate, dict(result.metrics), ratios, result.basis, result.notes)
+
+
+def _ratio(value: float | None, limit_s: float) -> float:
+    return 0.0 if value is None else value / limit_s
+
+
+def _slowed(tables: StepTables, factor: float) -> StepTables:
+    if factor == 1.0:
+        return tables
+    terms = tables.terms.copy()
+    terms[:, :, TERM_TIMES] *= factor
+    scaled = {name: np.asarray(getattr(tables, name)) * factor for name in TIMES}
+    return tables._replace(terms=terms, **scaled)

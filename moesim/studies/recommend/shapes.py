@@ -1,0 +1,118 @@
+"""Engines of one model on one cluster that a serving engine can run: its parallelism and exchange.
+
+vLLM takes any tensor times data parallelism and cuts or places experts over all of it
+(`--enable-expert-parallel`); SGLang the same (`--dp-size` within `--tp-size`, `--ep-size`);
+TensorRT-LLM either tensor or data parallelism in attention (`enable_attention_dp`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from moesim.choices import MoeComm
+from moesim.cluster import Cluster, load_cluster
+from moesim.serving.deployment import Deployment, deploy
+from moesim.serving.memory import gpu_memory
+
+if TYPE_CHECKING:
+    from moesim.model.spec import ModelSpec
+
+Role = Literal["mixed", "prefill", "decode"]
+MAX_ENGINE_GPUS = 64
+EXCHANGES: Mapping[Role, tuple[MoeComm, ...]] = {
+    "mixed": ("all_gather", "deepep"),
+    "prefill": ("all_gather", "deepep"),
+    "decode": ("all_gather", "deepep_ll"),
+}
+"""What each role may send tokens to experts by, where attention is data-parallel: DeepEP's
+low-latency kernels take few tokens per rank, as decoding engines have."""
+BUDGETS: Mapping[Role, tuple[int, ...]] = {
+    "mixed": (2048, 8192),
+    "prefill": (8192, 16384),
+    "decode": (0,),
+}
+"""Tokens of a step of one rank to try; 0 is the engine's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Parallelism of one engine; `budget` tokens of a step of one rank, 0 for the default."""
+
+    tp: int
+    dp: int
+    ep: int
+    moe_comm: MoeComm
+    budget: int
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tp * self.dp
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What engines are made of: the model, a cluster by name or file, the serving engine, and what
+    is the same for all of them (arguments of `deploy`)."""
+
+    model: ModelSpec
+    cluster: str
+    engine: str
+    options: Mapping[str, Any]
+
+    def deployment(self, shape: Shape) -> Deployment:
+        """Raises what `deploy` raises where the shape is none."""
+        given = dict(self.options)
+        if shape.budget:
+            given["max_batch_tokens"] = shape.budget
+        return deploy(
+            self.model,
+            sized(self.cluster, shape.num_gpus),
+            engine=self.engine,
+            tp=shape.tp,
+            dp=shape.dp,
+            ep=shape.ep,
+            moe_comm=shape.moe_comm,
+            **given,
+        )
+
+
+@cache
+def sized(cluster: str, num_gpus: int) -> Cluster:
+    """The cluster with as many GPUs."""
+    return load_cluster(cluster, num_gpus)
+
+
+def shapes(place: Place, role: Role, max_gpus: int) -> Iterator[Shape]:
+    """Every shape to try, sizes in powers of two; tensor parallelism and cut experts stay within a
+    node."""
+    model, node = place.model, sized(place.cluster, max_gpus).gpus_per_node
+    size = 1
+    while size <= min(max_gpus, MAX_ENGINE_GPUS):
+        for tp in (2**i for i in range(size.bit_length())):
+            if size % tp or tp > node or model.attention.num_heads % tp:
+                continue
+            if place.engine == "trtllm" and tp not in (1, size):
+                continue
+            dp = size // tp
+            for ep in dict.fromkeys((size, 1)):
+                cut = size // ep
+                if ep > model.num_experts or cut > node or model.moe_intermediate_size % cut:
+                    continue
+                for comm in _exchanges(role, dp, cut):
+                    for budget in BUDGETS[role]:
+                        yield Shape(tp, dp, ep, comm, budget)
+        size *= 2
+
+
+def _exchanges(role: Role, dp: int, cut: int) -> tuple[MoeComm, ...]:
+    if dp == 1:
+        return ("all_reduce",)
+    return ("all_gather",) if cut > 1 else EXCHANGES[role]
+
+
+def fits(deployment: Deployment, longest: int) -> bool:
+    """Whether a rank's KV cache holds the longest request."""
+    return gpu_memory(deployment).kv_token_capacity >= longest
