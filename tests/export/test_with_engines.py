@@ -30,6 +30,9 @@ import yaml
 
 from moesim.exporters import eplb, omni_infer, sglang, tensorrt_llm, vllm, vllm_ascend, vllm_pr41141
 from moesim.exporters.base import ExportOptions, ReadOptions
+from moesim.exporters.launch import sglang as sglang_launch
+from moesim.exporters.launch import vllm as vllm_launch
+from moesim.exporters.launch.base import Role, Service
 from moesim.placement import Placement, Plan
 from moesim.trace.importers import megatron, sglang_recorder, trtllm
 from moesim.trace.importers import vllm as vllm_import
@@ -297,6 +300,40 @@ def test_launch_lines_use_options_that_exist(wheel, tmp_path, plan):
     used |= {"--" + key for key in yaml.safe_load(vllm.encode(linear(), ExportOptions()))}
     for option in used:
         assert f'"{option}"' in text, option
+
+
+def test_lines_that_start_services_use_options_that_exist(wheel):
+    """Servers, routers and benchmarks, with prompts and decoding apart and together."""
+    one = {
+        "tp": 2, "dp": 8, "ep": 16, "moe_tp": 1, "kv_dtype": "fp8", "max_batch_tokens": 8192,
+        "max_sequences": 256, "memory_fraction": 0.9, "gpus_per_node": 8,
+    }  # fmt: skip
+    apart = [
+        Role("prefill", 2, moe_comm="deepep", **one),
+        Role("decode", 1, moe_comm="deepep_ll", **one),
+    ]
+    known = {
+        vllm_launch: ("vllm", "0.33.0", ("engine/arg_utils.py", "entrypoints", "benchmarks")),
+        sglang_launch: ("sglang", "0.5.23", ("srt/arg_groups", "srt/server_args.py", "benchmark")),
+    }
+    for module, (name, version, parts) in known.items():
+        root = wheel(name, version) / name
+        router = wheel(f"{name}-router", {"vllm": "0.1.17", "sglang": "0.3.2"}[name])
+        files = [
+            file for part in parts for file in sorted([root / part, *(root / part).rglob("*.py")])
+        ]
+        text = "".join(file.read_text() for file in files if file.is_file())
+        front = "".join(file.read_text() for file in router.rglob("router_args.py"))
+        front += "".join(file.read_text() for file in router.rglob("launch_router.py"))
+        for roles in (apart, [Role("serving", 3, moe_comm="all_gather", **one)]):
+            written = module.files(Service("org/model", roles, 10.0, 1000.0, 100.0))
+            for file, lines in written.items():
+                for option in words(lines.replace("\\\n", " ").splitlines()):
+                    bare = option.removeprefix("--")
+                    said = front if file == "router.sh" else text
+                    found = (f'"{option}"', f'"{bare.replace("-", "_")}"', f'}}{bare}"')
+                    field = f"    {bare.replace('-', '_')}: A["
+                    assert any(f in said for f in (*found, field)), (file, option)
 
 
 def linear() -> Plan:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
+from moesim.figures import count
+
 Files = Mapping[str, str]
 PORTS = {"serving": 8300, "prefill": 8100, "decode": 8200}
 FRONT = "8000"
@@ -95,8 +97,9 @@ def _grouped(words: Sequence[str]) -> list[str]:
 
 def where(role: Role) -> list[str]:
     """Comment lines: on which machines a script runs."""
-    each = f"{role.num_gpus} GPUs" if role.num_gpus > 1 else "1 GPU"
-    lines = [f"{role.role}: {role.engines} engines of {each}; run this for each of them"]
+    lines = [f"{role.role}: {count(role.engines, 'engine')} of {count(role.num_gpus, 'GPU')}"]
+    if role.engines > 1:
+        lines.append("run this for each of them")
     if role.num_nodes > 1:
         lines.append(
             f"an engine spans {role.num_nodes} nodes: set HEAD to the address of the first, and"

@@ -83,10 +83,10 @@ def _option(bench: Bench, tried: Tried, prices: Prices) -> dict[str, Any]:
     roles = {"serving" if back is None else "prefill": (layout.front, layout.replicas)}
     if back is not None:
         roles["decode"] = (back, layout.back_replicas)
-    dollars = {
-        name: prices.per_hour(sized(bench.place.cluster, shape.num_gpus * count))
-        for name, (shape, count) in roles.items()
-    }
+    dollars = {}
+    for name, (shape, count) in roles.items():
+        one = prices.per_hour(sized(bench.place.cluster, shape.num_gpus))
+        dollars[name] = None if one is None else one * count
     total = None if None in dollars.values() else sum(d for d in dollars.values() if d)
     tokens = tried.rate * need.output * 3600 / 1e6
     return {

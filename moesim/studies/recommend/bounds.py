@@ -2,8 +2,8 @@
 
 Means over a steady service, by Little's law: with N sequences decoding, a step of t seconds gives
 N tokens, so N / (t x output) requests/s, whose prompts are N x prompt / output tokens a step. What
-varies around the mean makes a service slower than that, so these are bounds from above; the
-simulation decides.
+varies around the mean makes a service slower than that, so these are taken as bounds from above;
+the simulation decides.
 """
 
 from __future__ import annotations
@@ -77,8 +77,30 @@ def _mixed(cost: EngineStepCost, need: Need, max_batch_tokens: int) -> Most:
             return Most(0.0, "tokens of a step")
         sequences, prompts = sequences[room], prompts[room]
         binds = binds if room.all() else "tokens of a step"
-        time = _tokens_s(cost, need, sequences, prompts)
+        time = _chunked_s(cost, need, sequences, prompts, max_batch_tokens)
     return _best(sequences, time, need, binds)
+
+
+def _chunked_s(
+    cost: EngineStepCost,
+    need: Need,
+    sequences: FloatArray,
+    prompts: FloatArray,
+    max_batch_tokens: int,
+) -> FloatArray:
+    """Mean seconds of a step with `prompts` tokens of prompts on average: the least of every step
+    having as many, some having a prompt's and the others none, and some being full."""
+    dp = cost.deployment.dp
+    without = _tokens_s(cost, need, sequences)
+    time = _tokens_s(cost, need, sequences, prompts)
+    full = max_batch_tokens * dp - sequences
+    for chunk in (np.minimum(need.prompt, full), full):
+        some = (chunk > 0) & (prompts < chunk)
+        share = prompts / np.maximum(chunk, 1.0)
+        mixed = (1 - share) * without
+        mixed = mixed + share * _tokens_s(cost, need, sequences, np.maximum(chunk, 1.0))
+        time = np.where(some, np.minimum(time, mixed), time)
+    return time
 
 
 def _best(sequences: FloatArray, time: FloatArray, need: Need, binds: str) -> Most:

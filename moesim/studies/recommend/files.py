@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesim.exporters.launch import sglang, trtllm, vllm
 from moesim.exporters.launch.base import Role, Service
-from moesim.studies.recommend.shapes import sized
+from moesim.studies.recommend.shapes import node_gpus
 
 if TYPE_CHECKING:
     from moesim.studies.recommend.need import Need
@@ -24,7 +24,7 @@ def launch_files(answer: Mapping[str, Any], need: Need, model: str) -> Mapping[s
         Role(
             name,
             role["engines"],
-            gpus_per_node=sized(answer["cluster"], best["num_gpus"]).gpus_per_node,
+            gpus_per_node=node_gpus(answer["cluster"]),
             **{key: role[key] for key in (*SHARED, *MORE)},
         )
         for name, role in best["roles"].items()

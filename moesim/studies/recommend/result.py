@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.errors import plain
-from moesim.figures import figure, text_table
+from moesim.figures import count, figure, text_table
 from moesim.files import atomic_directory
 from moesim.jobs.result import Result
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moesim.draw import Picture
 
 LATENCIES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")
+COLUMNS = ("GPUs", "$/h", "$/M out", "req/s", "tok/s/GPU")
 ERRORS = {"median": "half of the measured cases", "p90": "nine of ten"}
 
 
@@ -48,7 +49,10 @@ class RecommendResult(Result):
         if taken:
             lines.append(f"defaults taken: {taken}")
         lines.append(f"asked: {self.record['asked']['text']}")
-        for one in self.record["answers"]:
+        answers = self.record["answers"]
+        if len(answers) > 1:
+            lines += ["", _side_by_side(answers)]
+        for one in answers:
             lines += ["", *_answer(self.record["asked"], one)]
         for one in self.record["refused"]:
             lines += ["", f"{one['model']} on {one['gpu']}, {one['engine']}: {one['cause']}"]
@@ -119,10 +123,10 @@ def _answer(asked: Mapping[str, Any], one: Mapping[str, Any]) -> list[str]:
     best = one["options"][0]
     for name, role in best["roles"].items():
         lines.append(
-            f"  {name}: {role['engines']} x {role['gpus']} GPUs, tp {role['tp']}, dp {role['dp']},"
-            f" ep {role['ep']}, experts by {role['moe_comm']}, {role['max_batch_tokens']:,} tokens"
-            f" and {role['max_sequences']:,} sequences per step of a rank, experts"
-            f" {role['expert_dtype']}, KV {role['kv_dtype']}"
+            f"  {name}: {role['engines']} x {count(role['gpus'], 'GPU')}, tp {role['tp']}, dp"
+            f" {role['dp']}, ep {role['ep']}, experts by {role['moe_comm']},"
+            f" {role['max_batch_tokens']:,} tokens and {role['max_sequences']:,} sequences per step"
+            f" of a rank, experts {role['expert_dtype']}, KV {role['kv_dtype']}"
         )
     lines.append(_table(one["options"]))
     lines += [*_binding(one), *_firm(one)]
@@ -135,22 +139,45 @@ def _answer(asked: Mapping[str, Any], one: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _table(options: Sequence[Mapping[str, Any]]) -> str:
-    head = ["layout", "GPUs", "$/h", "$/M out", "req/s", "tok/s/GPU"]
-    head += [f"{name.replace('_', ' ').upper().replace('P', 'p', 0)} ms" for name in LATENCIES]
+def _side_by_side(answers: Sequence[Mapping[str, Any]]) -> str:
+    """The first option of every answer."""
+    head = ["model", "GPU", "engine", "layout", *COLUMNS]
     rows = []
-    for option in options:
-        dollars = option["usd_per_hour"], option["usd_per_million_output_tokens"]
-        rows.append(
-            [
-                option["layout"] + ("" if option["kept"] else " x"),
-                f"{option['num_gpus']}",
-                *("-" if d is None else f"{d:,.{i * 2}f}" for i, d in enumerate(dollars)),
-                f"{option['requests_per_s']:.3g}",
-                f"{option['output_tokens_per_s_per_gpu']:,.0f}",
-                *(figure(name).text(option["figures"].get(name)) for name in LATENCIES),
-            ]
-        )
+    for one in answers:
+        best = one["options"][0]
+        rows.append([one["model"], one["gpu"], one["engine"], _marked(best), *_cells(best)])
+    return text_table(head, rows, left=4)
+
+
+def _marked(option: Mapping[str, Any]) -> str:
+    """The layout, with a cross where it misses a promise."""
+    return str(option["layout"]) + ("" if option["kept"] else " x")
+
+
+def _cells(option: Mapping[str, Any]) -> list[str]:
+    dollars = option["usd_per_hour"], option["usd_per_million_output_tokens"]
+    return [
+        f"{option['num_gpus']}",
+        *("-" if d is None else f"{d:,.{i * 2}f}" for i, d in enumerate(dollars)),
+        f"{option['requests_per_s']:.3g}",
+        f"{option['output_tokens_per_s_per_gpu']:,.0f}",
+    ]
+
+
+def _table(options: Sequence[Mapping[str, Any]]) -> str:
+    head = ["layout", *COLUMNS]
+    head += [
+        f"{latency.upper()} {stat}, ms"
+        for latency, _, stat in (name.partition("_") for name in LATENCIES)
+    ]
+    rows = [
+        [
+            _marked(option),
+            *_cells(option),
+            *(figure(name).text(option["figures"].get(name)) for name in LATENCIES),
+        ]
+        for option in options
+    ]
     return text_table(head, rows)
 
 
@@ -181,7 +208,7 @@ def _firm(one: Mapping[str, Any]) -> list[str]:
         ]
     parts = []
     for name, row in firm["if_steps_differ_by"].items():
-        most = "more than allowed" if row["slower_gpus"] is None else f"{row['slower_gpus']}"
+        most = "none of this kind" if row["slower_gpus"] is None else f"{row['slower_gpus']}"
         low = row["faster_gpus"]
         span = most if str(low) == most else f"{low} to {most}"
         parts.append(f"{span} GPUs with steps {row['error']:.0%} off ({ERRORS[name]})")

@@ -91,8 +91,11 @@ class Searched:
     simulated: int = 0
 
 
-def families(bench: Bench, max_gpus: int, searched: Searched) -> list[Family]:
-    """Families with a closed form that allows some load, best first of each kind."""
+def families(
+    bench: Bench, max_gpus: int, searched: Searched, rate: float | None = None
+) -> list[Family]:
+    """Families with a closed form that allows some load. Engines for prompts and for decoding are
+    paired of those that need fewest GPUs, at `rate` or per request/s."""
     costs: dict[Shape, EngineStepCost] = {}
     by_role: dict[Role, list[Engine]] = {}
     for role in ("mixed", "prefill", "decode"):
@@ -101,22 +104,24 @@ def families(bench: Bench, max_gpus: int, searched: Searched) -> list[Family]:
             found = _engine(bench, role, shape, costs, searched)
             if found is not None:
                 by_role.setdefault(role, []).append(found)
-    fronts = _leading(by_role.get("prefill", []), SPLIT_FRONTS)
-    backs = _leading(by_role.get("decode", []), SPLIT_BACKS)
+    fronts = _leading(by_role.get("prefill", []), SPLIT_FRONTS, rate)
+    backs = _leading(by_role.get("decode", []), SPLIT_BACKS, rate)
     pairs = [Family(front, back) for front in fronts for back in backs]
     return [*(Family(engine) for engine in by_role.get("mixed", [])), *pairs]
 
 
-def _leading(engines: Sequence[Engine], count: int) -> list[Engine]:
+def _leading(engines: Sequence[Engine], count: int, rate: float | None) -> list[Engine]:
     """Those that need fewest GPUs, one of each shape but for the size of its steps."""
+
+    def order(engine: Engine) -> tuple[float, float]:
+        size = engine.shape.num_gpus
+        needed = 0 if rate is None else size * ceil(rate / engine.most.rate)
+        return needed, engine.gpus_per_rate
+
     first: dict[Shape, Engine] = {}
-    for engine in sorted(engines, key=_order):
+    for engine in sorted(engines, key=order):
         first.setdefault(replace(engine.shape, budget=0), engine)
     return list(first.values())[:count]
-
-
-def _order(engine: Engine) -> tuple[float, int]:
-    return engine.gpus_per_rate, engine.shape.num_gpus
 
 
 def _engine(
@@ -152,7 +157,7 @@ def cheapest(
     """The layouts of fewest GPUs that keep the promises, KEEP at most, best first: by GPUs, then by
     how far the promises are from being missed. Where none does: the one that misses least."""
     rate = bench.need.rate
-    found = families(bench, max_gpus, searched)
+    found = families(bench, max_gpus, searched, rate)
     found.sort(key=lambda f: (f.least(rate).num_gpus, f.front.gpus_per_rate))
     searched.families = len(found)
     best = _Best()

@@ -85,10 +85,16 @@ def sized(cluster: str, num_gpus: int) -> Cluster:
     return load_cluster(cluster, num_gpus)
 
 
+@cache
+def node_gpus(cluster: str) -> int:
+    """GPUs of a node of the cluster."""
+    return load_cluster(cluster).gpus_per_node
+
+
 def shapes(place: Place, role: Role, max_gpus: int) -> Iterator[Shape]:
     """Every shape to try, sizes in powers of two; tensor parallelism and cut experts stay within a
     node."""
-    model, node = place.model, sized(place.cluster, max_gpus).gpus_per_node
+    model, node = place.model, node_gpus(place.cluster)
     size = 1
     while size <= min(max_gpus, MAX_ENGINE_GPUS):
         for tp in (2**i for i in range(size.bit_length())):

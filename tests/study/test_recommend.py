@@ -1,0 +1,296 @@
+"""`recommend`: the search beside an exhaustive one, what is said of an answer, and its files."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+import moesim
+from moesim.cli.main import run
+from moesim.errors import InfeasibleError, InputError, UnknownNameError
+from moesim.exporters.launch import sglang, trtllm, vllm
+from moesim.exporters.launch.base import Role, Service
+from moesim.model.names import load_model
+from moesim.serving.config import ServingConfig
+from moesim.serving.run import simulate_serving
+from moesim.serving.synthetic import synthetic_requests
+from moesim.studies.recommend.bounds import most
+from moesim.studies.recommend.layouts import Bench, Layout
+from moesim.studies.recommend.need import need_of
+from moesim.studies.recommend.search import Searched, cheapest, families
+from moesim.studies.recommend.shapes import Place, Shape, shapes
+
+MODEL, CLUSTER = "gpt-oss-20b", "h200-sxm-ib"
+SLO = "ttft_p99<300ms,tpot_p99<12ms"
+
+
+def bench(rate: float, slo: str = SLO, engine: str = "vllm") -> Bench:
+    need = need_of(slo, rate, 1000, 200, None, 0)
+    return Bench(Place(load_model(MODEL), CLUSTER, engine, {}), need)
+
+
+@pytest.fixture(scope="module")
+def asked() -> dict[str, object]:
+    return {"gpu": "h200-sxm", "rate": 60.0, "prompt": 1000, "output": 200, "slo": SLO, "gpus": 4}
+
+
+@pytest.fixture(scope="module")
+def result(asked):
+    return moesim.recommend(MODEL, **asked)
+
+
+def test_no_smaller_layout_keeps_the_promises() -> None:
+    """The slow reference: every layout of up to 2 GPUs of every shape, all simulated."""
+    own = bench(60.0)
+    found = cheapest(own, 2, Searched())
+    fewest = min(
+        (layout.num_gpus for layout in every_layout(own, 2) if own.run(layout, own.need.rate).kept),
+        default=None,
+    )
+    assert fewest is not None
+    assert found[0].kept
+    assert found[0].layout.num_gpus == fewest
+
+
+def every_layout(own: Bench, gpus: int) -> list[Layout]:
+    out = [
+        Layout(shape, n)
+        for shape in shapes(own.place, "mixed", gpus)
+        for n in range(1, gpus // shape.num_gpus + 1)
+    ]
+    pairs = product(shapes(own.place, "prefill", gpus), shapes(own.place, "decode", gpus))
+    out += [Layout(a, 1, b, 1) for a, b in pairs if a.num_gpus + b.num_gpus <= gpus]
+    return out
+
+
+@pytest.mark.parametrize(("role", "budget"), [("mixed", 8192), ("prefill", 8192), ("decode", 8192)])
+def test_a_bound_is_not_below_what_the_simulation_serves(role, budget) -> None:
+    """At 1.15 times the bound the simulated engine misses a promise; what a closed form leaves out
+    (queues, uneven steps) only makes the engine slower."""
+    own = bench(1.0)
+    shape = Shape(1, 1, 1, "all_reduce", 0)
+    cost = own.engine(shape)[1]
+    bound = most(role, cost, own.need, budget)
+    assert bound.rate > 0
+    layout = {
+        "mixed": Layout(shape, 1),
+        "prefill": Layout(shape, 1, shape, 8),
+        "decode": Layout(shape, 8, shape, 1),
+    }[role]
+    assert not own.run(layout, 1.15 * bound.rate).kept
+
+
+def test_the_bound_of_decoding_is_littles_law() -> None:
+    """N sequences, a step of t seconds, 200 tokens each: N / (200 t) requests/s, at the most N
+    whose step keeps the promise."""
+    own = bench(1.0)
+    cost = own.engine(Shape(1, 1, 1, "all_reduce", 0))[1]
+    bound = most("decode", cost, own.need, 8192)
+    assert bound.binds == "TPOT"
+    step_s = 0.012
+    sequences = bound.rate * 200 * step_s
+    context = sequences * (1000 + 200 / 2)
+    assert cost.one_us([sequences], [context], [0], [0], [0]) / 1e6 == pytest.approx(0.012, rel=0.1)
+
+
+def test_options_keep_the_promises_and_are_in_order(result) -> None:
+    answer = result.record["answers"][0]
+    options = answer["options"]
+    assert answer["kept"]
+    assert all(option["kept"] for option in options)
+    keys = [(o["num_gpus"], max(o["promises"].values())) for o in options]
+    assert keys == sorted(keys)
+    looks = [tuple((r["gpus"], r["tp"]) for r in o["roles"].values()) for o in options]
+    assert len(set(looks)) == len(looks)
+    fewer = answer["fewer"]
+    assert fewer is None or fewer["num_gpus"] < options[0]["num_gpus"]
+
+
+def test_money_is_rate_times_price(result) -> None:
+    """$ per million output tokens = $/h / (requests/s x output x 3,600 s / 10^6)."""
+    for option in result.record["answers"][0]["options"]:
+        tokens = 60.0 * 200 * 3600 / 1e6
+        assert option["usd_per_hour"] == pytest.approx(option["num_gpus"] * 3.8)
+        assert option["usd_per_million_output_tokens"] == pytest.approx(
+            option["usd_per_hour"] / tokens
+        )
+
+
+def test_serving_the_answer_gives_the_same_figures(result) -> None:
+    option = result.record["answers"][0]["options"][0]
+    roles = list(option["roles"].values())
+    need = need_of(SLO, 60.0, 1000, 200, None, 0)
+    place = Place(load_model(MODEL), CLUSTER, "vllm", {})
+    parts = [
+        place.deployment(Shape(r["tp"], r["dp"], r["ep"], r["moe_comm"], r["max_batch_tokens"]))
+        for r in roles
+    ]
+    config = ServingConfig(
+        replicas=roles[0]["engines"],
+        decode=parts[1] if len(parts) > 1 else None,
+        decode_replicas=roles[1]["engines"] if len(parts) > 1 else 1,
+    )
+    served = simulate_serving(parts[0], need.requests(60.0), config)
+    for name in ("ttft_p99", "tpot_p99"):
+        assert served.metrics[name] == option["figures"][name]
+
+
+def test_slower_steps_never_need_fewer_gpus(result) -> None:
+    answer = result.record["answers"][0]
+    gpus = answer["options"][0]["num_gpus"]
+    for row in answer["firm"]["if_steps_differ_by"].values():
+        assert row["slower_gpus"] is None or row["slower_gpus"] >= gpus
+        assert row["faster_gpus"] <= gpus
+
+
+def test_same_question_same_answer(result, asked) -> None:
+    again = moesim.recommend(MODEL, **asked)
+    assert json.dumps(again.to_json()) == json.dumps(result.to_json())
+    assert again.files == result.files
+
+
+def test_goodput_of_given_gpus_rises_with_them(asked) -> None:
+    rest = {k: v for k, v in asked.items() if k not in ("rate", "gpus")}
+    rates = [
+        moesim.recommend(MODEL, gpus=n, maximize="goodput", **rest).record["answers"][0]["options"][
+            0
+        ]["requests_per_s"]
+        for n in (1, 2)
+    ]
+    assert rates[1] > 1.5 * rates[0] > 0
+
+
+def test_a_log_is_replayed_as_it_is(tmp_path: Path, asked) -> None:
+    log = synthetic_requests("poisson:rate=20,requests=2000,prompt=500,output=100")
+    rest = {k: v for k, v in asked.items() if k not in ("rate", "prompt", "output")}
+    found = moesim.recommend(MODEL, requests=log, **rest).record
+    assert found["asked"]["requests"]["num_requests"] == 2000
+    assert found["asked"]["prompt_tokens"] == 500
+    with pytest.raises(InputError, match="said twice"):
+        moesim.recommend(MODEL, requests=log, prompt=5, **rest)
+
+
+def test_several_answers_side_by_side(asked) -> None:
+    rest = {k: v for k, v in asked.items() if k not in ("gpu", "rate")}
+    found = moesim.recommend(
+        [MODEL], gpu=["h200-sxm", "a100-sxm"], rate=5.0, **(rest | {"gpus": 2})
+    )
+    assert [one["gpu"] for one in found.record["answers"]] == ["h200-sxm", "a100-sxm"]
+    assert found.record["answers"][1]["firm"]["held_out_tpot_error"] is None
+    assert "no service was measured on a100-sxm" in found.summary()
+    assert set(found.to_frame()["gpu"]) == {"h200-sxm", "a100-sxm"}
+    assert {name.split("/")[0] for name in found.files} == {
+        "GPT-OSS-20B-h200-sxm-ib-vllm",
+        "GPT-OSS-20B-a100-sxm-ib-vllm",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"slo": None}, "nothing is promised"),
+        ({"rate": None}, "neither a rate nor a log"),
+        ({"rate": 0.0}, "`rate` 0.0"),
+        ({"gpus": None, "maximize": "goodput"}, "without `gpus`"),
+        ({"cluster": CLUSTER}, "both name the hardware"),
+        ({"gpu": "h20-sxm"}, "no bundled cluster is made of h20-sxm"),
+    ],
+)
+def test_what_is_not_clear_is_refused(asked, change, error) -> None:
+    with pytest.raises(InputError, match=error):
+        moesim.recommend(MODEL, **(asked | change))
+
+
+def test_unknown_gpus_and_impossible_promises(asked) -> None:
+    with pytest.raises(UnknownNameError, match="h2000"):
+        moesim.recommend(MODEL, **(asked | {"gpu": "h2000"}))
+    with pytest.raises(InfeasibleError, match="a promise cannot be kept"):
+        moesim.recommend(MODEL, **(asked | {"slo": "tpot_p99<1us"}))
+
+
+def test_the_command(tmp_path: Path, capsys) -> None:
+    args = ["recommend", "--model", MODEL, "--rate", "5", "--slo", SLO, "--gpus", "2"]
+    out = tmp_path / "answer"
+    assert run([*args, "--out", str(out), "--plot", str(tmp_path / "p.png")]) == 0
+    said = capsys.readouterr()
+    assert "1 h200-sxm: 1 x 1 (tp1)" in said.out
+    assert "prompt: 1000 tokens; output: 300 tokens" in said.out
+    written = json.loads((out / "recommendation.json").read_text())
+    assert written["format"] == "moesim-recommendation"
+    assert {p.name for p in out.iterdir()} == {
+        "recommendation.json", "serving.sh", "router.sh", "bench.sh",
+    }  # fmt: skip
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    assert run([*args, "--out", str(out)]) == 2
+    assert "it exists already" in capsys.readouterr().err
+    assert run([*args[:-4], "--slo", "tpot_p99<1us"]) == 1
+
+
+def service(**changes: object) -> Service:
+    one = {
+        "tp": 1, "dp": 16, "ep": 16, "moe_tp": 1, "kv_dtype": "fp8", "max_batch_tokens": 8192,
+        "max_sequences": 256, "memory_fraction": 0.9, "gpus_per_node": 8,
+    }  # fmt: skip
+    roles = [
+        Role("prefill", 2, **(one | {"dp": 8, "ep": 8, "moe_comm": "deepep"})),
+        Role("decode", 1, **(one | {"moe_comm": "deepep_ll"} | changes)),
+    ]
+    return Service("org/model", roles, 50.0, 1000.0, 300.0)
+
+
+def test_launch_lines_of_vllm() -> None:
+    files = vllm.files(service())
+    decode = files["decode.sh"].splitlines()
+    for line in (
+        "vllm serve org/model \\",
+        "  --data-parallel-size 16 \\",
+        "  --enable-expert-parallel \\",
+        "  --all2all-backend deepep_low_latency \\",
+        "  --kv-cache-dtype fp8 \\",
+        "  --data-parallel-size-local 8 \\",
+        '  --data-parallel-address "$HEAD" \\',
+    ):
+        assert line in decode
+    assert '  --data-parallel-start-rank "$((NODE_RANK * 8))"' in files["decode-other-nodes.sh"]
+    assert "prefill-other-nodes.sh" not in files
+    assert files["router.sh"].count("--prefill http") == 2
+    assert "  --request-rate 50 \\" in files["bench.sh"].splitlines()
+
+
+def test_launch_lines_of_sglang_count_all_ranks_together() -> None:
+    """8,192 tokens and 256 sequences of each of 16 ranks: 131,072 and 4,096."""
+    decode = sglang.files(service())["decode.sh"].splitlines()
+    for line in (
+        "  --tp-size 16 \\",
+        "  --attn-dp-size 16 \\",
+        "  --chunked-prefill-size 131072 \\",
+        "  --max-running-requests 4096 \\",
+        "  --deepep-mode low_latency \\",
+        "  --disaggregation-mode decode \\",
+        "  --nnodes 2 \\",
+    ):
+        assert line in decode
+
+
+def test_settings_of_tensorrt_llm() -> None:
+    import yaml
+
+    files = trtllm.files(service())
+    decode = yaml.safe_load(files["decode.yaml"])
+    assert decode["enable_attention_dp"] is True
+    assert decode["kv_cache_config"] == {"dtype": "fp8", "free_gpu_memory_fraction": 0.9}
+    front = yaml.safe_load(files["disagg.yaml"])
+    assert front["context_servers"]["num_instances"] == 2
+    assert "disable_overlap_scheduler" in yaml.safe_load(files["prefill.yaml"])
+    assert "--tp_size 16" in files["decode.sh"]
+
+
+def test_families_are_of_shapes_that_hold_the_longest_request() -> None:
+    own = bench(5.0)
+    searched = Searched()
+    for family in families(own, 2, searched):
+        assert family.front.most.rate > 0
+    assert searched.shapes > 0
