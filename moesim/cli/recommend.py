@@ -10,13 +10,14 @@ import typer
 
 from moesim.cli.options import JsonOption, PlotOption, SeedOption
 from moesim.cli.output import echo
+from moesim.errors import InputError
 
 
 def recommend(
     model: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(help="Preset, Hugging Face config.json or model folder. May repeat."),
-    ],
+    ] = None,
     gpu: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,6 +72,16 @@ def recommend(
             show_default="of the cluster files, assumed",
         ),
     ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            help="Result of vLLM's or SGLang's benchmark, beside the prediction of --answer; --out"
+            " then is a file of the engine's constants refitted to it."
+        ),
+    ] = None,
+    answer: Annotated[
+        Path | None, typer.Option(help="Folder that --out wrote, whose first option was measured.")
+    ] = None,
     seed: SeedOption = 0,
     out: Annotated[
         Path | None,
@@ -88,6 +99,11 @@ def recommend(
     from moesim.cli.progress import progress_bar
     from moesim.studies.recommend.job import recommend as run
 
+    if measured is not None or answer is not None:
+        _measured(measured, answer, out, plot, as_json)
+        return
+    if not model:
+        raise InputError("no `model` is named", "name a preset or a Hugging Face config.json")
     check_targets(plot=plot)
     check_folder(out)
     with progress_bar("trying layouts") as progress:
@@ -112,3 +128,25 @@ def recommend(
         echo(wrote(out, plot), err=True)
     if not result.kept:
         raise typer.Exit(1)
+
+
+def _measured(
+    measured: Path | None, answer: Path | None, out: Path | None, plot: Path | None, as_json: bool
+) -> None:
+    from moesim.cli.output import check_targets, wrote
+    from moesim.studies.recommend.measured import compare_measured
+
+    if measured is None or answer is None:
+        raise InputError(
+            "`measured` and `answer` go together: a result, and the recommendation it is of",
+            "give both",
+        )
+    check_targets(out, plot=plot)
+    result = compare_measured(answer, measured)
+    if plot is not None:
+        result.plot(plot)
+    if out is not None:
+        result.save(out)
+    echo(json.dumps(result.to_json(), indent=1) if as_json else result.summary())
+    if out is not None or plot is not None:
+        echo(wrote(out, plot), err=True)

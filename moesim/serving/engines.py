@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from moesim.cost.curves import Basis
-from moesim.errors import UnknownNameError
+from moesim.errors import FormatError, InputError, UnknownNameError
 
 PrefillPolicy = Literal["mixed", "prefill_first"]
 
@@ -53,6 +54,10 @@ class EngineProfile:
     cache_write_ns: float = 0.0
     basis: Basis = "assumed"
     source: str = ""
+
+    def to_file(self) -> dict[str, Any]:
+        """What a file of a refitted engine holds."""
+        return {key: getattr(self, key) for key in FILE_KEYS}
 
 
 FITTED = (
@@ -121,8 +126,38 @@ ENGINES: Mapping[str, EngineProfile] = {
 }
 
 
+FILE_KEYS = ("name", "request_ms", "kernel_us", "basis", "source")
+
+
 def engine_profile(name: str) -> EngineProfile:
-    """The profile of "vllm", "sglang" or "trtllm". Raises UnknownNameError for another name."""
+    """The profile of "vllm", "sglang" or "trtllm", or of a file that refitting wrote (.yaml).
+
+    Raises UnknownNameError for another name, FormatError for a file that is none.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return _of_file(name)
     if name not in ENGINES:
         raise UnknownNameError("engine", name, ENGINES)
     return ENGINES[name]
+
+
+def _of_file(path: str) -> EngineProfile:
+    import yaml
+
+    remedy = "`moesim recommend --measured` writes such files"
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}", remedy) from None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise FormatError(f"{path}: no YAML", remedy) from None
+    if not isinstance(raw, dict) or set(raw) != set(FILE_KEYS) or raw["name"] not in ENGINES:
+        raise FormatError(f"{path}: no engine's constants, {', '.join(FILE_KEYS)}", remedy)
+    for key in ("request_ms", "kernel_us"):
+        value = raw[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
+            raise FormatError(f"{path}: {key} is {value!r:.40}", remedy)
+    if raw["basis"] not in get_args(Basis):
+        raise FormatError(f"{path}: basis is {raw['basis']!r:.40}", remedy)
+    known = {key: raw[key] for key in FILE_KEYS if key != "name"}
+    return replace(ENGINES[raw["name"]], **known | {"source": str(raw["source"])[:400]})

@@ -163,7 +163,7 @@ class EngineStepCost:
         other = copy(self)
         other.deployment = replace(self.deployment, engine=engine)
         more = engine.kernel_us - self.deployment.engine.kernel_us
-        more *= self._small_kernels()
+        more *= self.num_small_kernels
         small = self._rows["elementwise"]
         other._rows = {**self._rows, "elementwise": _Table(small.counts, small.times_us + more)}
         other._rows_total = _Table(self._rows_total.counts, self._rows_total.times_us + more)
@@ -390,7 +390,7 @@ class EngineStepCost:
         moved = 8.0 * rows * hidden * ELEMENT_BYTES / self._hbm
         parts = {
             "projections": model.num_kv_layers * self._projections_us(rows),
-            "elementwise": d.engine.kernel_us * self._small_kernels()
+            "elementwise": d.engine.kernel_us * self.num_small_kernels
             + layers * moved
             + model.num_kv_layers * rows * self._rotary_and_cache_us(),
             "router": moe_layers * router.time_us(rows, model.router_params // hidden, hidden),
@@ -439,7 +439,8 @@ class EngineStepCost:
             time += moved / engine.rotary_gb_per_s / 1e3
         return time
 
-    def _small_kernels(self) -> int:
+    @property
+    def num_small_kernels(self) -> int:
         """Small kernels of all layers: two norms each; rotary embedding and cache write of grouped
         attention, and quantising the inputs of its two GEMMs where those are in fp8 (a latent
         attention module is measured with all of them); choosing experts and ordering rows by them;

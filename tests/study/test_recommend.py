@@ -15,6 +15,7 @@ from moesim.exporters.launch import sglang, trtllm, vllm
 from moesim.exporters.launch.base import Role, Service
 from moesim.model.names import load_model
 from moesim.serving.config import ServingConfig
+from moesim.serving.engines import engine_profile
 from moesim.serving.run import simulate_serving
 from moesim.serving.synthetic import synthetic_requests
 from moesim.studies.recommend.bounds import most
@@ -29,7 +30,7 @@ SLO = "ttft_p99<300ms,tpot_p99<12ms"
 
 def bench(rate: float, slo: str = SLO, engine: str = "vllm") -> Bench:
     need = need_of(slo, rate, 1000, 200, None, 0)
-    return Bench(Place(load_model(MODEL), CLUSTER, engine, {}), need)
+    return Bench(Place(load_model(MODEL), CLUSTER, engine_profile(engine), {}), need)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_serving_the_answer_gives_the_same_figures(result) -> None:
     option = result.record["answers"][0]["options"][0]
     roles = list(option["roles"].values())
     need = need_of(SLO, 60.0, 1000, 200, None, 0)
-    place = Place(load_model(MODEL), CLUSTER, "vllm", {})
+    place = Place(load_model(MODEL), CLUSTER, engine_profile("vllm"), {})
     parts = [
         place.deployment(Shape(r["tp"], r["dp"], r["ep"], r["moe_comm"], r["max_batch_tokens"]))
         for r in roles

@@ -30,10 +30,13 @@ def answer(
     max_gpus: int,
     prices: Prices,
     *,
+    named: Mapping[str, str],
     maximize: bool,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The answer of one model on one type of GPU with one engine.
+
+    named: how the question names model and engine.
 
     Raises InfeasibleError where the model fits no engine of `max_gpus` GPUs at all.
     """
@@ -59,6 +62,7 @@ def answer(
         "cluster": bench.place.cluster,
         "gpu": bench.engine(best.layout.front)[0].gpu.name,
         "engine": bench.place.engine,
+        **named,
         "kept": kept,
         "options": [_option(bench, tried, prices) for tried in options],
         "binds": _binds(best),

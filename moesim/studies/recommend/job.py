@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesim.cluster import cluster_names, gpu_names, load_cluster
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.jobs import inputs
+from moesim.serving.engines import engine_profile
 from moesim.serving.requests import Requests
 from moesim.studies.prices import Prices, parse_prices
 from moesim.studies.recommend.answer import answer
@@ -77,19 +78,23 @@ def recommend(
     prices = parse_prices(list(price))
     options = _options(expert_dtype, kv_dtype, memory_fraction)
     places = [
-        (inputs.model_id(one), Place(inputs.model_of(one), where, name, options))
+        (one, str(name), Place(inputs.model_of(one), where, engine_profile(str(name)), options))
         for one, where, name in product(_list(model), _clusters(gpu, cluster), _list(engine))
     ]
     answers: list[dict[str, Any]] = []
     refused: list[dict[str, str]] = []
     files: dict[str, str] = {}
-    for i, (model_id, place) in enumerate(places):
+    for i, (given, name, place) in enumerate(places):
         bench = Bench(place, need)
         try:
             found = answer(
                 bench,
                 MAX_GPUS if gpus is None else gpus,
                 Prices(prices),
+                named={
+                    "model_source": given if isinstance(given, str) else place.model.name,
+                    "engine_source": name,
+                },
                 maximize=maximize is not None,
                 progress=_part(progress, i, len(places)),
             )
@@ -100,7 +105,7 @@ def recommend(
             continue
         answers.append(found)
         if found["kept"]:
-            written = launch_files(found, need, model_id or place.model.name)
+            written = launch_files(found, need, inputs.model_id(given) or place.model.name)
             folder = f"{_folder(place)}/" if len(places) > 1 else ""
             files |= {folder + name: text for name, text in written.items()}
     if not answers:

@@ -19,6 +19,7 @@ from moesim.serving.memory import gpu_memory
 
 if TYPE_CHECKING:
     from moesim.model.spec import ModelSpec
+    from moesim.serving.engines import EngineProfile
 
 Role = Literal["mixed", "prefill", "decode"]
 MAX_ENGINE_GPUS = 64
@@ -59,8 +60,13 @@ class Place:
 
     model: ModelSpec
     cluster: str
-    engine: str
+    profile: EngineProfile
     options: Mapping[str, Any]
+
+    @property
+    def engine(self) -> str:
+        """Name of the serving engine."""
+        return self.profile.name
 
     def deployment(self, shape: Shape) -> Deployment:
         """Raises what `deploy` raises where the shape is none."""
@@ -70,7 +76,7 @@ class Place:
         return deploy(
             self.model,
             sized(self.cluster, shape.num_gpus),
-            engine=self.engine,
+            engine=self.profile,
             tp=shape.tp,
             dp=shape.dp,
             ep=shape.ep,

@@ -1,0 +1,265 @@
+"""A benchmark of the deployment beside its prediction, and the engine's constants refitted to it.
+
+`vllm bench serve --save-result` writes one JSON object, SGLang's benchmark one per line; both have
+the same names for what is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesim.errors import FormatError, InputError
+from moesim.figures import figure, text_table
+from moesim.files import atomic_write
+from moesim.jobs.result import Result
+from moesim.model.names import load_model
+from moesim.serving.engines import EngineProfile, engine_profile
+from moesim.studies.recommend.layouts import Bench, Layout, Tried
+from moesim.studies.recommend.need import need_of
+from moesim.studies.recommend.shapes import Place, Shape
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moesim.draw import Picture
+
+MAX_BYTES = 64 << 20
+STATS = {"mean": "mean", "median": "p50", "p90": "p90", "p99": "p99"}
+"""A statistic as the tools call it, and as moesim does."""
+FITS = 3
+KEPT = ("tp", "dp", "ep", "moe_comm")
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """rate: requests/s that were sent; prompt, output: mean tokens of the requests completed.
+    figures: seconds by moesim's names."""
+
+    rate: float
+    completed: int
+    prompt: float
+    output: float
+    figures: Mapping[str, float]
+
+
+def read_benchmark(path: str | os.PathLike[str]) -> Benchmark:
+    """The last result in a file of vLLM's or SGLang's benchmark. Raises FormatError where it is
+    none, InputError for a run without a rate, since a promise is about a rate."""
+    where = Path(path).name
+    raw = _last_object(Path(path), where)
+    rate = _number(raw, "request_rate", where) if raw.get("request_rate") != "inf" else math.inf
+    if not math.isfinite(rate):
+        raise InputError(
+            f"{where}: all requests were sent at once, not at a rate",
+            "measure with a rate: the bench.sh that recommend writes does",
+        )
+    completed = _number(raw, "completed", where)
+    if completed < 1:
+        raise FormatError(f"{where}: no request was completed", "see the server's log")
+    figures = {
+        f"{latency}_{ours}": _number(raw, f"{theirs}_{latency}_ms", where) / 1e3
+        for latency in ("ttft", "tpot")
+        for theirs, ours in STATS.items()
+        if f"{theirs}_{latency}_ms" in raw
+    }
+    if "ttft_p50" not in figures or "tpot_p50" not in figures:
+        raise FormatError(f"{where}: no median of TTFT and TPOT", "keep the tool's own file")
+    return Benchmark(
+        rate,
+        int(completed),
+        _number(raw, "total_input_tokens", where) / completed,
+        _number(raw, "total_output_tokens", where) / completed,
+        figures,
+    )
+
+
+def _last_object(path: Path, where: str) -> dict[str, Any]:
+    remedy = "give what `vllm bench serve --save-result` or SGLang's --output-file wrote"
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise FormatError(f"{where}: more than {MAX_BYTES >> 20} MB", remedy)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {where}: {error}", remedy) from None
+    for part in (text, *reversed(text.splitlines())):
+        if not part.strip():
+            continue
+        try:
+            found = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and "request_rate" in found:
+            return found
+    raise FormatError(f"{where}: no result of a serving benchmark", remedy)
+
+
+def _number(raw: Mapping[str, Any], name: str, where: str) -> float:
+    value = raw.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise FormatError(f"{where}: {name} is {value!r:.40}", "give the tool's own file")
+    return float(value)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class MeasuredResult(Result):
+    """Measured, predicted, and predicted with the refitted `engine`; seconds by name."""
+
+    measured: Benchmark
+    predicted: Mapping[str, float | None]
+    refitted: Mapping[str, float | None]
+    engine: EngineProfile
+    layout: str
+
+    def line(self) -> str:
+        return (
+            f"{self.layout}: TPOT p50 {self._off('tpot_p50')}, TTFT p50 {self._off('ttft_p50')}"
+            " against the measurement"
+        )
+
+    def _off(self, name: str) -> str:
+        value = self.predicted[name]
+        return "-" if value is None else f"{value / self.measured.figures[name] - 1:+.0%}"
+
+    def summary(self) -> str:
+        rows = []
+        for name, value in self.measured.figures.items():
+            shown = figure(name)
+            rows.append(
+                [
+                    shown.heading,
+                    shown.text(value),
+                    shown.text(self.predicted[name]),
+                    self._off(name),
+                    shown.text(self.refitted[name]),
+                ]
+            )
+        head = ["", "measured", "predicted", "off", "refitted"]
+        return "\n".join(
+            [
+                f"{self.layout}: {self.measured.completed:,} requests at"
+                f" {self.measured.rate:g}/s, prompts of {self.measured.prompt:,.0f} and outputs of"
+                f" {self.measured.output:,.0f} tokens",
+                text_table(head, rows),
+                f"refitted to this run: request_ms {self.engine.request_ms:.1f}, kernel_us"
+                f" {self.engine.kernel_us:.2f} (it is no test of them: measure at another rate)",
+            ]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": "moesim-measured",
+            "version": 1,
+            "layout": self.layout,
+            "requests_per_s": self.measured.rate,
+            "measured": dict(self.measured.figures),
+            "predicted": {name: self.predicted[name] for name in self.measured.figures},
+            "refitted": {name: self.refitted[name] for name in self.measured.figures},
+            "engine": self.engine.to_file(),
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        import pandas as pd
+
+        data = self.to_json()
+        names = ("measured", "predicted", "refitted")
+        return pd.DataFrame({name: data[name] for name in names}).rename_axis("figure")
+
+    def picture(self) -> Picture:
+        from moesim.draw.charts import Bar, bars
+
+        rows = []
+        for name, value in self.measured.figures.items():
+            shown = figure(name)
+            both = (("measured", 1, value), ("predicted", 0, self.predicted[name] or 0.0))
+            rows += [
+                Bar(f"{shown.label}, {what}", (("", series, v * shown.factor),), shown.text(v))
+                for what, series, v in both
+            ]
+        return bars("Measured and predicted", rows, "ms")
+
+    def save(self, path: str | Path) -> Path:
+        """The refitted engine, a file that `engine` takes wherever an engine is named."""
+        import yaml
+
+        atomic_write(Path(path), yaml.safe_dump(self.engine.to_file(), sort_keys=False))
+        return Path(path)
+
+
+def compare_measured(
+    answer: str | os.PathLike[str], measured: str | os.PathLike[str]
+) -> MeasuredResult:
+    """answer: the folder that `recommend` wrote, whose first option was deployed. measured: the
+    benchmark's file.
+
+    `request_ms` is refitted to the median TTFT, `kernel_us` to the median TPOT. Raises FormatError
+    and InputError for files that are not such.
+    """
+    benchmark = read_benchmark(measured)
+    bench, layout = _deployed(Path(answer), benchmark)
+    first = bench.run(layout, benchmark.rate)
+    profile = bench.place.profile
+    last = first
+    for _ in range(FITS):
+        profile = _refitted(profile, bench, layout, last, benchmark, Path(measured).name)
+        last = _with(bench, profile).run(layout, benchmark.rate)
+    return MeasuredResult(benchmark, first.figures, last.figures, profile, layout.name)
+
+
+def _with(bench: Bench, profile: EngineProfile) -> Bench:
+    return Bench(replace(bench.place, profile=profile), bench.need)
+
+
+def _refitted(
+    profile: EngineProfile,
+    bench: Bench,
+    layout: Layout,
+    now: Tried,
+    benchmark: Benchmark,
+    source: str,
+) -> EngineProfile:
+    back = layout.front if layout.back is None else layout.back
+    kernels = bench.engine(back)[1].num_small_kernels
+    step = benchmark.figures["tpot_p50"] - (now.figures["tpot_p50"] or 0.0)
+    first = benchmark.figures["ttft_p50"] - (now.figures["ttft_p50"] or 0.0)
+    return replace(
+        profile,
+        kernel_us=max(0.0, profile.kernel_us + step * 1e6 / kernels),
+        request_ms=max(0.0, profile.request_ms + first * 1e3),
+        basis="measured",
+        source=f"kernel_us, request_ms refitted to {source}; others as {bench.place.engine}",
+    )
+
+
+def _deployed(folder: Path, benchmark: Benchmark) -> tuple[Bench, Layout]:
+    remedy = "give the folder that `moesim recommend --out` wrote"
+    file = folder / "recommendation.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        one = record["answers"][0]
+        if len(record["answers"]) != 1:
+            raise InputError(f"{folder.name} holds several answers", "give one that holds one")
+        roles = list(one["options"][0]["roles"].values())
+        first = roles[0]
+        options = {name: first[name] for name in ("expert_dtype", "kv_dtype", "memory_fraction")}
+        profile = engine_profile(one["engine_source"])
+        place = Place(load_model(one["model_source"]), one["cluster"], profile, options)
+        shapes = [Shape(**{n: r[n] for n in KEPT}, budget=r["max_batch_tokens"]) for r in roles]
+        counts = [int(role["engines"]) for role in roles]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise FormatError(f"{file}: no recommendation", remedy) from None
+    back = (shapes[1], counts[1]) if len(shapes) > 1 else (None, 0)
+    need = need_of(
+        record["asked"]["slo"],
+        benchmark.rate,
+        round(benchmark.prompt),
+        round(benchmark.output),
+        None,
+        record["asked"]["seed"],
+    )
+    return Bench(place, need), Layout(shapes[0], counts[0], *back)

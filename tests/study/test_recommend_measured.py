@@ -1,0 +1,95 @@
+"""A benchmark's file beside the prediction, and constants refitted to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import moesim
+from moesim.cli.main import run
+from moesim.errors import FormatError, InputError
+from moesim.serving.engines import ENGINES, engine_profile
+from moesim.studies.recommend.measured import compare_measured, read_benchmark
+
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recommend") / "answer"
+    found = moesim.recommend(
+        "gpt-oss-20b", gpu="h200-sxm", rate=5.0, slo="ttft_p99<1s,tpot_p99<20ms", gpus=1
+    )
+    return found.save(folder)
+
+
+def result(**changes: object) -> dict[str, object]:
+    """What `vllm bench serve` writes, of 1,000 requests of 1,000 and 300 tokens at 5/s."""
+    return {
+        "backend": "vllm", "request_rate": 5.0, "max_concurrency": None, "completed": 1000,
+        "total_input_tokens": 1_000_000, "total_output_tokens": 300_000,
+        "mean_ttft_ms": 95.0, "median_ttft_ms": 90.0, "p99_ttft_ms": 130.0,
+        "mean_tpot_ms": 7.1, "median_tpot_ms": 7.0, "p99_tpot_ms": 9.0,
+    } | changes  # fmt: skip
+
+
+def written(path: Path, *objects: object) -> Path:
+    path.write_text("\n".join(json.dumps(one) for one in objects) + "\n")
+    return path
+
+
+def test_refitting_meets_the_medians(answer, tmp_path) -> None:
+    found = compare_measured(answer, written(tmp_path / "b.json", result()))
+    assert found.refitted["tpot_p50"] == pytest.approx(7.0e-3, rel=0.02)
+    assert found.refitted["ttft_p50"] == pytest.approx(90e-3, rel=0.05)
+    assert found.measured.figures["ttft_p99"] == 0.130
+    assert "off" in found.summary()
+
+
+def test_the_refitted_engine_is_one(answer, tmp_path) -> None:
+    bench = written(tmp_path / "b.json", result())
+    out = tmp_path / "mine.yaml"
+    args = ["recommend", "--measured", str(bench), "--answer", str(answer), "--out", str(out)]
+    assert run(args) == 0
+    mine = engine_profile(str(out))
+    assert mine.name == "vllm"
+    assert mine.kernel_us != ENGINES["vllm"].kernel_us
+    served = moesim.serve(
+        "poisson:rate=5,requests=200,prompt=1000,output=300",
+        model="gpt-oss-20b", cluster="h200-sxm-ib", gpus=1, engine=str(out),
+    )  # fmt: skip
+    assert served.record["metrics"]["tpot_p50"] == pytest.approx(7.0e-3, rel=0.1)
+
+
+def test_the_last_line_of_sglangs_file_counts(tmp_path) -> None:
+    file = written(tmp_path / "b.jsonl", result(completed=1), result(request_rate=7.0))
+    assert read_benchmark(file).rate == 7.0
+    assert read_benchmark(file).prompt == 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"request_rate": "inf"}, InputError, "all requests were sent at once"),
+        ({"completed": 0}, FormatError, "no request was completed"),
+        ({"median_tpot_ms": "fast"}, FormatError, "median_tpot_ms is 'fast'"),
+        ({"total_input_tokens": None}, FormatError, "total_input_tokens is None"),
+    ],
+)
+def test_what_is_no_such_result(tmp_path, changes, error, said) -> None:
+    with pytest.raises(error, match=said):
+        read_benchmark(written(tmp_path / "b.json", result(**changes)))
+
+
+def test_other_files_are_refused(answer, tmp_path, capsys) -> None:
+    with pytest.raises(FormatError, match="no result of a serving benchmark"):
+        read_benchmark(written(tmp_path / "b.json", {"a": 1}))
+    bench = written(tmp_path / "b.json", result())
+    with pytest.raises(FormatError, match="no recommendation"):
+        compare_measured(tmp_path, bench)
+    assert run(["recommend", "--measured", str(bench)]) == 2
+    assert "--measured and --answer go together" in capsys.readouterr().err
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: vllm\nkernel_us: -1\nrequest_ms: 1\nbasis: measured\nsource: x\n")
+    with pytest.raises(FormatError, match="kernel_us is -1"):
+        engine_profile(str(bad))
