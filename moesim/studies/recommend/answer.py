@@ -107,6 +107,7 @@ def _option(bench: Bench, tried: Tried, prices: Prices) -> dict[str, Any]:
         "split_usd": _split_usd(dollars, tried, bench) if back is not None else None,
         "promises": {name: _finite(ratio) for name, ratio in tried.ratios.items()},
         "kept": tried.kept,
+        "overloaded": tried.overloaded,
         "figures": {name: tried.figures[name] for name in FIGURES if name in tried.figures},
     }
 

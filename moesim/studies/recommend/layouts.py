@@ -72,7 +72,8 @@ class Tried:
     """A layout after its simulation at `rate` requests/s.
 
     figures: latencies in seconds, rates, shares, as `ServingResult.metrics`. ratios: each promise's
-    figure over its limit, below 1 where it is kept.
+    figure over its limit, below 1 where it is kept. overloaded: requests pile up as long as the run
+    is, so that its latencies are none of a steady service.
     """
 
     layout: Layout
@@ -81,6 +82,7 @@ class Tried:
     ratios: Mapping[str, float]
     basis: Basis
     notes: tuple[str, ...]
+    overloaded: bool
 
     @property
     def worst(self) -> float:
@@ -89,8 +91,8 @@ class Tried:
 
     @property
     def kept(self) -> bool:
-        """Whether every promise is kept."""
-        return self.worst < 1.0
+        """Whether every promise is kept, and would be in a longer run."""
+        return self.worst < 1.0 and not self.overloaded
 
 
 @dataclass(slots=True)
@@ -153,7 +155,15 @@ class Bench:
         ratios = {
             str(bound): _ratio(found[bound.name], bound.limit_s) for bound in self.need.slo.bounds
         }
-        return Tried(layout, rate, dict(result.metrics), ratios, result.basis, result.notes)
+        return Tried(
+            layout,
+            rate,
+            dict(result.metrics),
+            ratios,
+            result.basis,
+            result.notes,
+            result.window.state in ("growing", "short"),
+        )
 
 
 def _ratio(value: float | None, limit_s: float) -> float:

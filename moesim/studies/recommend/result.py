@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LATENCIES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")
 COLUMNS = ("GPUs", "$/h", "$/M out", "req/s", "tok/s/GPU")
-ERRORS = {"median": "half of the measured cases", "p90": "nine of ten"}
+ERRORS = {"median": "half of the measured TPOTs", "p90": "nine of ten"}
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -99,7 +99,8 @@ def headline(asked: Mapping[str, Any], one: Mapping[str, Any]) -> str:
     best = one["options"][0]
     said = f"{one['model']}: {best['num_gpus']} {one['gpu']}: {best['layout']}"
     if not one["kept"]:
-        return f"{said} comes nearest, but misses {one['binds']['promise']}"
+        missed = "is overloaded" if best["overloaded"] else f"misses {one['binds']['promise']}"
+        return f"{said} comes nearest, but {missed}"
     if asked["maximize"]:
         said += f" serves {best['requests_per_s']:.3g} requests/s"
     return said + _money(best)
@@ -192,6 +193,8 @@ def _binding(one: Mapping[str, Any]) -> list[str]:
             for name, ratio in fewer["promises"].items()
             if ratio is None or ratio >= 1
         ]
+        if fewer["overloaded"] and not missed:
+            missed = ["a steady state: requests pile up"]
         what = f"misses {'; '.join(missed)}" if missed else "keeps the promises too"
         lines.append(f"one engine fewer ({fewer['layout']}, {fewer['num_gpus']} GPUs) {what}")
     return lines
@@ -208,8 +211,8 @@ def _firm(one: Mapping[str, Any]) -> list[str]:
         ]
     parts = []
     for name, row in firm["if_steps_differ_by"].items():
-        most = "none of this kind" if row["slower_gpus"] is None else f"{row['slower_gpus']}"
-        low = row["faster_gpus"]
-        span = most if str(low) == most else f"{low} to {most}"
-        parts.append(f"{span} GPUs with steps {row['error']:.0%} off ({ERRORS[name]})")
-    return [f"how firm: {'; '.join(parts)} (reports/serving-accuracy, {plain(one['engine'])})"]
+        low, most = row["faster_gpus"], row["slower_gpus"]
+        span = f"{low} to {most} GPUs" if most is not None else f"{low} GPUs to none of this kind"
+        span = f"{low} GPUs" if low == most else span
+        parts.append(f"{ERRORS[name]} were within {row['error']:.0%}: {span}")
+    return [f"how firm ({plain(one['engine'])}, reports/serving-accuracy): {'; '.join(parts)}"]
