@@ -45,7 +45,7 @@ def promises(answer: Mapping[str, Any]) -> Picture:
     """How much of the tightest promise each option uses, and which that is."""
     rows = []
     for option in answer["options"][:MAX_BARS]:
-        name = f"{option['num_gpus']}: {option['layout']}"
+        name = f"{option['num_gpus']} GPUs: {_short(option)}"
         known = {key: ratio for key, ratio in option["promises"].items() if ratio is not None}
         if len(known) < len(option["promises"]):
             rows.append(Bar(name, (("", 7, 0.0),), "never served"))
@@ -55,6 +55,15 @@ def promises(answer: Mapping[str, Any]) -> Picture:
         said = f"{known[worst]:.0%} {worst.partition('_')[0].upper()}"
         rows.append(Bar(name, (("", series, known[worst] * 100),), said))
     return bars("The tightest promise", rows, "share of the limit (%)", mark=(100.0, "limit"))
+
+
+def _short(option: Mapping[str, Any]) -> str:
+    """ "2 x 8 prefill, 1 x 16 decode", "7 x 8 tp8"."""
+    parts = []
+    for name, role in option["roles"].items():
+        said = f"tp{role['tp']}" if name == "serving" else name
+        parts.append(f"{role['engines']} x {role['gpus']} {said}")
+    return ", ".join(parts)
 
 
 def recommend_poster(record: Mapping[str, Any]) -> Picture:

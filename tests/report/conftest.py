@@ -52,6 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, build: Any) -> SimpleNamespac
         *("--vary", "concurrency=4,16", "--backend", "serial", "--set", "output_tokens=16"),
         *("--out", str(folder / "written.txt"), "--journal", str(folder / "journal.txt")),
     ]
+    files["recommendation"] = ["recommend", *promise, "--rate", "5", "--gpus", "2"]
     for name, arguments in files.items():
         (folder / f"{name}.json").write_text(_printed([*arguments, "--json"]))
     (folder / "speed.svg").unlink()

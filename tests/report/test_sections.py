@@ -191,3 +191,33 @@ def test_a_validation_of_cache_plans(tmp_path: Path) -> None:
     (figures,) = (b for b in found.blocks if isinstance(b, Figures))
     assert figures.items[0].table.rows == [["lru", "12", "2", "1.900", "−5.0%"]]
     assert "throttled" in notes(found)
+
+
+@pytest.fixture
+def recommendation(made: SimpleNamespace) -> Any:
+    return json.loads((made.folder / "recommendation.json").read_text())
+
+
+def test_a_recommendation_says_what_you_get_and_how_firm_it_is(
+    recommendation: Any, tmp_path: Path
+) -> None:
+    found = section(recommendation, tmp_path)
+    answer = recommendation["answers"][0]
+    best = answer["options"][0]
+    shown = cards(found)
+    assert shown["what you get"].value == f"{best['num_gpus']} x h200-sxm"
+    assert shown["what it costs"].value == f"${best['usd_per_hour']:,.0f}/h"
+    assert shown["what binds"].detail.startswith("tpot_p99<50ms")
+    assert "how firm" in shown
+    assert titles(found) == ["Layouts tried", "The tightest promise", "Options, best first"]
+
+
+def test_a_recommendation_that_misses_says_so(recommendation: Any, tmp_path: Path) -> None:
+    answer = recommendation["answers"][0]
+    answer["kept"] = answer["options"][0]["kept"] = False
+    answer["options"][0]["promises"]["tpot_p99<50ms"] = None
+    answer["binds"]["used"] = answer["firm"] = None
+    shown = cards(section(recommendation, tmp_path))
+    assert "what you get (misses a promise)" in shown
+    assert shown["what binds"].detail.endswith("without end")
+    assert "how firm" not in shown

@@ -18,6 +18,7 @@ from moesim.report.html.map_section import busiest_figure, map_blocks
 from moesim.report.html.parts import BASES, Figure, Figures, Note, Section
 from moesim.report.html.plan_section import plan_section, plan_views
 from moesim.report.html.provenance_section import provenance_section
+from moesim.report.html.recommend_section import recommend_section
 from moesim.report.html.runs import Run
 from moesim.report.html.serving_section import serving_section
 from moesim.report.html.simulation_section import simulation_section
@@ -32,6 +33,7 @@ MAX_PAGE_BYTES = 5_000_000
 SECTIONS: dict[str, Callable[[Run], Section]] = {
     "moesim-simulation": simulation_section,
     "moesim-serving-run": serving_section,
+    "moesim-recommendation": recommend_section,
     "moesim-study": study_section,
     "moesim-cache-run": cache_section,
     "moesim-cache-plan": cache_section,

@@ -19,13 +19,17 @@ FORMATS: dict[str, tuple[int, str]] = {
     "moesim-simulation": (1, "moesim simulate --json"),
     "moesim-serving-run": (1, "moesim simulate --requests --json"),
     "moesim-study": (1, "moesim whatif --json"),
+    "moesim-recommendation": (1, "moesim recommend --json"),
     "moesim-cache-plan": (1, "cache plan file"),
     "moesim-cache-run": (1, "moesim cache --json"),
     "moesim-validation": (1, "moesim validate --json"),
     "moesim-cache-validation": (1, "moesim validate --cache-plan --json"),
 }
 """Format: newest version that is read, and what writes it."""
-REMEDY = "give a plan file, or what plan, simulate, cache, validate or whatif write with --json"
+REMEDY = (
+    "give a plan file, or what plan, simulate, cache, validate, whatif or recommend write with"
+    " --json"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +53,9 @@ class Run:
         if self.format == "moesim-study":
             fixed = self.data.maybe("fixed")
             return fixed.text("model", "") if fixed is not None else ""
+        if self.format == "moesim-recommendation":
+            models = {answer.text("model", "") for answer in self.data.children("answers")}
+            return models.pop() if len(models) == 1 else ""
         origin = self.data.maybe("provenance") if self.format == "moesim-plan" else None
         named = origin.text("model", "") if origin is not None else ""
         return named or self.data.text("model", "")
