@@ -53,9 +53,6 @@ class Run:
         if self.format == "moesim-study":
             fixed = self.data.maybe("fixed")
             return fixed.text("model", "") if fixed is not None else ""
-        if self.format == "moesim-recommendation":
-            models = {answer.text("model", "") for answer in self.data.children("answers")}
-            return models.pop() if len(models) == 1 else ""
         origin = self.data.maybe("provenance") if self.format == "moesim-plan" else None
         named = origin.text("model", "") if origin is not None else ""
         return named or self.data.text("model", "")

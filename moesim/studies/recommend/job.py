@@ -115,6 +115,7 @@ def recommend(
     record = {
         "format": FORMAT,
         "version": VERSION,
+        "model": ", ".join(dict.fromkeys(place.model.name for _, _, place in places)),
         "asked": _asked(need, gpus, maximize),
         "defaults": defaults,
         "notices": [*(need.log.notices if need.log is not None else ())],
