@@ -65,6 +65,15 @@ def recommend(
         float | None,
         typer.Option(help="Share of GPU memory in use.", show_default="the engine's"),
     ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            help="Routing trace of the model: how uneven experts are, and what redundant ones are"
+            " worth.",
+            metavar="TRACE",
+            show_default="assumed skew",
+        ),
+    ] = None,
     price: Annotated[
         list[str] | None,
         typer.Option(

@@ -307,6 +307,7 @@ def test_lines_that_start_services_use_options_that_exist(wheel):
     one = {
         "tp": 2, "dp": 8, "ep": 16, "moe_tp": 1, "kv_dtype": "fp8", "max_batch_tokens": 8192,
         "max_sequences": 256, "memory_fraction": 0.9, "gpus_per_node": 8,
+        "two_batch_overlap": "both", "redundant_experts": 16,
     }  # fmt: skip
     apart = [
         Role("prefill", 2, moe_comm="deepep", **one),
@@ -326,7 +327,7 @@ def test_lines_that_start_services_use_options_that_exist(wheel):
         front = "".join(file.read_text() for file in router.rglob("router_args.py"))
         front += "".join(file.read_text() for file in router.rglob("launch_router.py"))
         for roles in (apart, [Role("serving", 3, moe_comm="all_gather", **one)]):
-            written = module.files(Service("org/model", roles, 10.0, 1000.0, 100.0))
+            written = module.files(Service("org/model", roles, 10.0, 1000.0, 100.0, 256))
             for file, lines in written.items():
                 for option in words(lines.replace("\\\n", " ").splitlines()):
                     bare = option.removeprefix("--")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -239,7 +240,7 @@ def service(**changes: object) -> Service:
         Role("prefill", 2, **(one | {"dp": 8, "ep": 8, "moe_comm": "deepep"})),
         Role("decode", 1, **(one | {"moe_comm": "deepep_ll"} | changes)),
     ]
-    return Service("org/model", roles, 50.0, 1000.0, 300.0)
+    return Service("org/model", roles, 50.0, 1000.0, 300.0, 256)
 
 
 def test_launch_lines_of_vllm() -> None:
@@ -274,6 +275,28 @@ def test_launch_lines_of_sglang_count_all_ranks_together() -> None:
         "  --nnodes 2 \\",
     ):
         assert line in decode
+
+
+def test_overlap_and_redundant_experts_are_told_to_the_engines() -> None:
+    """32 experts beyond 256: 288 slots for TensorRT-LLM, which counts slots."""
+    more = service(two_batch_overlap="decode", redundant_experts=32)
+    lines = vllm.files(more)["decode.sh"].splitlines()
+    assert "  --enable-dbo \\" in lines
+    assert """  --eplb-config '{"num_redundant_experts": 32}' \\""" in lines
+    lines = sglang.files(more)["decode.sh"].splitlines()
+    assert "  --enable-two-batch-overlap \\" in lines
+    assert "  --ep-num-redundant-experts 32 \\" in lines
+    assert "num_slots: 288" in trtllm.files(more)["decode.yaml"]
+    assert "--enable-dbo" not in vllm.files(more)["prefill.sh"]
+
+
+def test_redundant_experts_are_tried_where_a_trace_says_what_they_are_worth() -> None:
+    own = bench(5.0)
+    plain = list(shapes(own.place, "prefill", 8))
+    assert not any(shape.redundant for shape in plain)
+    traced = replace(own.place, options={"trace": object()})
+    more = [shape for shape in shapes(traced, "prefill", 8) if shape.redundant]
+    assert {(shape.ep, shape.redundant) for shape in more} == {(2, 2), (4, 4), (8, 8)}
 
 
 def test_settings_of_tensorrt_llm() -> None:

@@ -36,6 +36,8 @@ class Role:
     max_sequences: int
     memory_fraction: float
     gpus_per_node: int
+    two_batch_overlap: str = "off"
+    redundant_experts: int = 0
 
     @property
     def num_gpus(self) -> int:
@@ -63,6 +65,7 @@ class Service:
     rate: float
     prompt: float
     output: float
+    num_experts: int
     seconds: float = 300.0
 
     @property

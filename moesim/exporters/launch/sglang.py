@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from moesim.exporters.launch.base import FRONT, Files, Role, Service, script, urls, where
 
-A2A = {"all_gather": "none", "deepep": "deepep", "deepep_ll": "deepep"}
-DEEPEP_MODE = {"deepep": "normal", "deepep_ll": "low_latency"}
+A2A = {"all_gather": "none", "deepep": "deepep", "deepep_ll": "deepep", "deepep_auto": "deepep"}
+DEEPEP_MODE = {"deepep": "normal", "deepep_ll": "low_latency", "deepep_auto": "auto"}
 
 
 def files(service: Service) -> Files:
@@ -40,6 +40,10 @@ def _engine(service: Service, role: Role) -> str:
         command += ["--moe-a2a-backend", A2A[role.moe_comm]]
     if role.moe_comm in DEEPEP_MODE:
         command += ["--deepep-mode", DEEPEP_MODE[role.moe_comm]]
+    if role.two_batch_overlap != "off":
+        command.append("--enable-two-batch-overlap")
+    if role.redundant_experts:
+        command += ["--enable-eplb", "--ep-num-redundant-experts", str(role.redundant_experts)]
     command += [
         "--chunked-prefill-size", str(role.max_batch_tokens * role.dp),
         "--max-running-requests", str(role.max_sequences * role.dp),

@@ -50,6 +50,9 @@ def _settings(service: Service, role: Role) -> dict[str, Any]:
         "kv_cache_config": cache,
         "enable_chunked_prefill": True,
     }
+    if role.redundant_experts:
+        slots = service.num_experts + role.redundant_experts
+        out["moe_config"] = {"load_balancer": {"num_slots": slots, "layer_updates_per_iter": 1}}
     if service.split:
         out["cache_transceiver_config"] = {
             "backend": "DEFAULT",

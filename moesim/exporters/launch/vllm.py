@@ -10,6 +10,7 @@ ALL2ALL = {
     "all_gather": "allgather_reducescatter",
     "deepep": "deepep_high_throughput",
     "deepep_ll": "deepep_low_latency",
+    "nvlink": "flashinfer_nvlink_two_sided",
 }
 RPC_PORT = "13345"
 
@@ -42,6 +43,11 @@ def _engine(service: Service, role: Role) -> Files:
         command.append("--enable-expert-parallel")
     if role.moe_comm in ALL2ALL:
         command += ["--all2all-backend", ALL2ALL[role.moe_comm]]
+    if role.two_batch_overlap != "off":
+        command.append("--enable-dbo")
+    if role.redundant_experts:
+        balance = json.dumps({"num_redundant_experts": role.redundant_experts})
+        command += ["--enable-eplb", "--eplb-config", balance]
     command += [
         "--max-num-batched-tokens", str(role.max_batch_tokens),
         "--max-num-seqs", str(role.max_sequences),

@@ -130,8 +130,9 @@ def _split_usd(
 def _shape(bench: Bench, shape: Shape) -> dict[str, Any]:
     made = bench.engine(shape)[0]
     names = ("tp", "dp", "pp", "ep", "moe_tp", "moe_comm", "expert_dtype", "kv_dtype")
-    more = ("max_batch_tokens", "max_sequences", "memory_fraction")
-    return {"gpus": shape.num_gpus} | {name: getattr(made, name) for name in (*names, *more)}
+    more = ("max_batch_tokens", "max_sequences", "memory_fraction", "two_batch_overlap")
+    own = {"gpus": shape.num_gpus, "redundant_experts": shape.redundant}
+    return own | {name: getattr(made, name) for name in (*names, *more)}
 
 
 def _binds(tried: Tried) -> dict[str, Any]:

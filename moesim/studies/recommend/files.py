@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 WRITERS = {"vllm": vllm.files, "sglang": sglang.files, "trtllm": trtllm.files}
 SHARED = ("tp", "dp", "ep", "moe_tp", "moe_comm", "kv_dtype", "max_batch_tokens")
-MORE = ("max_sequences", "memory_fraction")
+MORE = ("max_sequences", "memory_fraction", "two_batch_overlap", "redundant_experts")
 
 
-def launch_files(answer: Mapping[str, Any], need: Need, model: str) -> Mapping[str, str]:
+def launch_files(
+    answer: Mapping[str, Any], need: Need, model: str, num_experts: int
+) -> Mapping[str, str]:
     """Text by file name. model: what the engine calls it."""
     best = answer["options"][0]
     roles = [
@@ -29,5 +31,5 @@ def launch_files(answer: Mapping[str, Any], need: Need, model: str) -> Mapping[s
         )
         for name, role in best["roles"].items()
     ]
-    service = Service(model, roles, best["requests_per_s"], need.prompt, need.output)
+    service = Service(model, roles, best["requests_per_s"], need.prompt, need.output, num_experts)
     return WRITERS[answer["engine"]](service)

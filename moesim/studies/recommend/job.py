@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ from moesim.studies.recommend.shapes import Place
 from moesim.types import Progress
 
 if TYPE_CHECKING:
-    from moesim.jobs.inputs import ModelLike
+    from moesim.jobs.inputs import ModelLike, TraceLike
 
 FORMAT, VERSION = "moesim-recommendation", 1
 MAX_GPUS = 256
@@ -46,6 +46,7 @@ def recommend(
     expert_dtype: str | None = None,
     kv_dtype: str = "bf16",
     memory_fraction: float | None = None,
+    trace: TraceLike | None = None,
     price: Sequence[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
@@ -57,9 +58,10 @@ def recommend(
     cluster is taken; cluster: one by name or file instead. requests: a log, or `rate` with the
     lengths `prompt` and `output` (a number, or lognormal(1000;0.8) and the like). slo: promises,
     "ttft_p99<2s,tpot_p99<50ms"; one without a percentile holds for 99% of the requests. gpus: the
-    most to use. Searched are tensor, data and expert parallelism, numbers of engines, prompts and
-    decoding together or apart, how tokens reach their experts, and tokens per step; see
-    docs/recommend.md for what is not. progress(done, total) counts kinds of layout.
+    most to use. trace: how uneven experts are, else assumed. Searched are tensor, data and expert
+    parallelism, numbers of engines, prompts and decoding together or apart, how tokens reach their
+    experts, two-batch overlap, and tokens per step; with a trace also redundant experts.
+    docs/recommend.md says what is not. progress(done, total) counts kinds of layout.
 
     Raises InputError and UnknownNameError for what is not clear, InfeasibleError where no
     combination has an answer.
@@ -76,7 +78,12 @@ def recommend(
     need = need_of(slo, rate, prompt, output, requests, seed)
     defaults = _defaults(slo, prompt, output, requests, gpus, gpu, cluster)
     prices = parse_prices(list(price))
-    options = _options(expert_dtype, kv_dtype, memory_fraction)
+    options = {
+        "expert_dtype": expert_dtype,
+        "kv_dtype": kv_dtype,
+        "memory_fraction": memory_fraction,
+        "trace": None if trace is None else inputs.token_trace_of(trace, "recommend"),
+    }
     places = [
         (one, str(name), Place(inputs.model_of(one), where, engine_profile(str(name)), options))
         for one, where, name in product(_list(model), _clusters(gpu, cluster), _list(engine))
@@ -105,7 +112,9 @@ def recommend(
             continue
         answers.append(found)
         if found["kept"]:
-            written = launch_files(found, need, inputs.model_id(given) or place.model.name)
+            written = launch_files(
+                found, need, inputs.model_id(given) or place.model.name, place.model.num_experts
+            )
             folder = f"{_folder(place)}/" if len(places) > 1 else ""
             files |= {folder + name: text for name, text in written.items()}
     if not answers:
@@ -133,16 +142,6 @@ def _folder(place: Place) -> str:
 
 def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _options(
-    expert_dtype: str | None, kv_dtype: str, memory_fraction: float | None
-) -> Mapping[str, Any]:
-    return {
-        "expert_dtype": expert_dtype,
-        "kv_dtype": kv_dtype,
-        "memory_fraction": memory_fraction,
-    }
 
 
 def _clusters(gpu: Any, cluster: Any) -> list[str]:

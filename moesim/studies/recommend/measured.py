@@ -249,7 +249,15 @@ def _deployed(folder: Path, benchmark: Benchmark) -> tuple[Bench, Layout]:
         options = {name: first[name] for name in ("expert_dtype", "kv_dtype", "memory_fraction")}
         profile = engine_profile(one["engine_source"])
         place = Place(load_model(one["model_source"]), one["cluster"], profile, options)
-        shapes = [Shape(**{n: r[n] for n in KEPT}, budget=r["max_batch_tokens"]) for r in roles]
+        shapes = [
+            Shape(
+                **{name: role[name] for name in KEPT},
+                budget=role["max_batch_tokens"],
+                overlap=role["two_batch_overlap"],
+                redundant=role["redundant_experts"],
+            )
+            for role in roles
+        ]
         counts = [int(role["engines"]) for role in roles]
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise FormatError(f"{file}: no recommendation", remedy) from None

@@ -128,6 +128,8 @@ def _answer(asked: Mapping[str, Any], one: Mapping[str, Any]) -> list[str]:
             f" {role['dp']}, ep {role['ep']}, experts by {role['moe_comm']},"
             f" {role['max_batch_tokens']:,} tokens and {role['max_sequences']:,} sequences per step"
             f" of a rank, experts {role['expert_dtype']}, KV {role['kv_dtype']}"
+            + (", two-batch overlap" if role["two_batch_overlap"] != "off" else "")
+            + (f", {role['redundant_experts']} redundant experts" * bool(role["redundant_experts"]))
         )
     lines.append(_table(one["options"]))
     lines += [*_binding(one), *_firm(one)]

@@ -8,11 +8,11 @@ TensorRT-LLM either tensor or data parallelism in attention (`enable_attention_d
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from moesim.choices import MoeComm
+from moesim.choices import MoeComm, Overlap
 from moesim.cluster import Cluster, load_cluster
 from moesim.serving.deployment import Deployment, deploy
 from moesim.serving.memory import gpu_memory
@@ -30,23 +30,32 @@ EXCHANGES: Mapping[Role, tuple[MoeComm, ...]] = {
 }
 """What each role may send tokens to experts by, where attention is data-parallel: DeepEP's
 low-latency kernels take few tokens per rank, as decoding engines have."""
+AUTO: Mapping[MoeComm, MoeComm] = {"deepep": "deepep_auto"}
+"""SGLang chooses DeepEP's kernels step by step in engines that do both."""
 BUDGETS: Mapping[Role, tuple[int, ...]] = {
     "mixed": (2048, 8192),
     "prefill": (8192, 16384),
     "decode": (0,),
 }
 """Tokens of a step of one rank to try; 0 is the engine's default."""
+OVERLAPS: Mapping[Role, Overlap] = {"mixed": "both", "prefill": "prefill", "decode": "decode"}
+"""Two-batch overlap of each role: vLLM's --enable-dbo, SGLang's --enable-two-batch-overlap."""
+NVLINK_DOMAIN = 8
+"""GPUs of a node beyond which its own all-to-all over NVLink is tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Parallelism of one engine; `budget` tokens of a step of one rank, 0 for the default."""
+    """Parallelism of one engine; `budget` tokens of a step of one rank, 0 for the default;
+    redundant: experts beyond one each, placed by the engine's EPLB, 0 without it."""
 
     tp: int
     dp: int
     ep: int
     moe_comm: MoeComm
     budget: int
+    overlap: Overlap = "off"
+    redundant: int = 0
 
     @property
     def num_gpus(self) -> int:
@@ -81,6 +90,8 @@ class Place:
             dp=shape.dp,
             ep=shape.ep,
             moe_comm=shape.moe_comm,
+            two_batch_overlap=shape.overlap,
+            redundant_experts=shape.redundant or None,
             **given,
         )
 
@@ -113,16 +124,34 @@ def shapes(place: Place, role: Role, max_gpus: int) -> Iterator[Shape]:
                 cut = size // ep
                 if ep > model.num_experts or cut > node or model.moe_intermediate_size % cut:
                     continue
-                for comm in _exchanges(role, dp, cut):
-                    for budget in BUDGETS[role]:
-                        yield Shape(tp, dp, ep, comm, budget)
+                plain = [Shape(tp, dp, ep, c, 0) for c in _exchanges(place, role, dp, cut)]
+                for shape in plain:
+                    for other in _variants(place, role, shape):
+                        yield from (replace(other, budget=budget) for budget in BUDGETS[role])
         size *= 2
 
 
-def _exchanges(role: Role, dp: int, cut: int) -> tuple[MoeComm, ...]:
+def _exchanges(place: Place, role: Role, dp: int, cut: int) -> tuple[MoeComm, ...]:
     if dp == 1:
         return ("all_reduce",)
-    return ("all_gather",) if cut > 1 else EXCHANGES[role]
+    if cut > 1:
+        return ("all_gather",)
+    found = EXCHANGES[role]
+    if place.engine == "sglang" and role == "mixed":
+        found = tuple(AUTO.get(comm, comm) for comm in found)
+    if node_gpus(place.cluster) > NVLINK_DOMAIN and place.engine != "sglang":
+        found = (*found, "nvlink")
+    return found
+
+
+def _variants(place: Place, role: Role, shape: Shape) -> Iterator[Shape]:
+    """The shape as it is; with two-batch overlap where the engine has it for its exchange; with a
+    redundant expert per GPU where a trace says how experts are loaded."""
+    yield shape
+    if shape.moe_comm.startswith("deepep") and place.engine != "trtllm":
+        yield replace(shape, overlap=OVERLAPS[role])
+    if shape.ep > 1 and place.options.get("trace") is not None:
+        yield replace(shape, redundant=shape.ep)
 
 
 def fits(deployment: Deployment, longest: int) -> bool:
