@@ -8,6 +8,7 @@ from moesim.errors import plain
 from moesim.figures import short_heading, text_table
 
 MAX_COLUMNS = 7
+UNSTEADY = "no steady state"
 COST = "cost_usd_per_hour"
 MONEY = {
     COST: "per hour",
@@ -29,7 +30,13 @@ def summary(data: dict[str, Any], rows: int) -> str:
     name = f"{plain(data['name'])}: " if data["name"] else ""
     lines = [f"{name}{data['about']}; {len(points)} points: {', '.join(parts)}"]
     lines += _table(data, _columns(data), rows)
-    lines += [*_refused(points), *_answer(data), *_sensitivity(data), *_basis(data)]
+    lines += [
+        *_remarks(data),
+        *_refused(points),
+        *_answer(data),
+        *_sensitivity(data),
+        *_basis(data),
+    ]
     return "\n".join(lines)
 
 
@@ -98,6 +105,21 @@ def number(value: float | None, unit: str) -> str:
     if abs(value) >= 1e4 or (abs(value) >= 100 and float(value).is_integer()):
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def _remarks(data: dict[str, Any]) -> list[str]:
+    """What is no steady state, by its kind: which points, and the first one's words."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for point in data["points"]:
+        for note in point.get("notes", ()):
+            if note.startswith(UNSTEADY):
+                kind = note[: len(UNSTEADY) + 10]
+                kinds.setdefault(kind, []).append((_settings(data, point), note))
+    return [
+        f"{'; '.join(where for where, _ in found[:4])}{', ...' if len(found) > 4 else ''}: {note}"
+        for found in kinds.values()
+        for note in [found[0][1]]
+    ]
 
 
 def _refused(points: list[dict[str, Any]]) -> list[str]:

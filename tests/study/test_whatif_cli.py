@@ -112,6 +112,18 @@ def test_processes_keep_their_commas_and_models_have_answers_of_their_own(
     assert "nowhere.csv" in capsys.readouterr().err
 
 
+def test_runs_without_a_steady_state_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """200 requests per second of 2,000 tokens end after a tenth of a second: nothing has ended."""
+    asked = ["--requests", "constant:rate=200,requests=20,output=2000", "--gpus", "1"]
+    asked += ["--model", "gpt-oss-20b", "--cluster", "h200-sxm-ib", "--sensitivity", "0"]
+    assert whatif(*asked, "--minimize", "ttft_p99") == 0
+    out = capsys.readouterr().out
+    assert "the one point (1 x tp1): no steady state, so no rates" in out
+    point = json.loads(Path("study.json").read_text())["points"][0]
+    assert point["figures"]["output_tokens_per_s"] is None
+    assert "cost_usd_per_million_output_tokens" not in point["figures"]
+
+
 def test_models_that_fit_nowhere_are_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert whatif("--model", "deepseek-v3", "--gpus", "1,2") == 1
     out = " ".join(capsys.readouterr().out.split())
