@@ -10,10 +10,9 @@ for prompts, a smooth maximum of rows and query-key pairs.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from math import ceil
 from typing import TYPE_CHECKING
@@ -22,9 +21,11 @@ import numpy as np
 
 from moesim.choices import MoeComm, Phase
 from moesim.cost.curves import power_mean_max, weakest
-from moesim.cost.dense import GEMM_SHARPNESS, KV_ELEMENT_BYTES, causal_pairs
+from moesim.cost.dense import GEMM_SHARPNESS
 from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF
+from moesim.serving.attention_us import attention_terms
 from moesim.serving.batch import BatchShape
+from moesim.serving.count_table import CountTable, count_grid
 from moesim.serving.deployment import calibration_of
 from moesim.serving.moe_load import MoeLoad, assumed_load, layer_us, load_of_trace
 from moesim.serving.overlap import overlapped_us, sm_share, thresholds
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from moesim.cost.calibration import Calibration
     from moesim.cost.collective import CollectiveCurve
     from moesim.cost.curves import Basis
-    from moesim.cost.dense import DenseModel
     from moesim.cost.expert_gemm import ExpertGemmModel
     from moesim.serving.deployment import Deployment
     from moesim.serving.engines import EngineProfile
@@ -45,91 +45,6 @@ SMALL_KERNELS = 4
 SMALL_KERNEL_US = 2.0
 LINEAR_ATTENTION_KERNELS = 6
 HBM_EFFICIENCY = 0.85
-GRID_PER_OCTAVE = 4
-
-
-@dataclass(frozen=True)
-class AttentionTerms:
-    """Attention of one layer kind on one rank: decode is
-    launch + us_per_seen x (context + extra x sequences), prefill is
-    launch + pmax(us_per_row x rows, us_per_pair x pairs). `window`: keys a query sees, 0 for all.
-    us_per_repeat: of a cached token that the same kernel has read for another sequence.
-    """
-
-    num_layers: int
-    window: int
-    decode_launch_us: float
-    us_per_seen: float
-    extra_tokens: float
-    prefill_launch_us: float
-    us_per_row: float
-    us_per_pair: float
-    sharpness: float
-    us_per_repeat: float = 0.0
-
-    def decode_us(self, sequences: FloatArray, context: FloatArray) -> FloatArray:
-        """One layer; zero where there are no sequences."""
-        seen = np.minimum(context, sequences * self.window) if self.window else context
-        time = self.decode_launch_us + self.us_per_seen * (seen + self.extra_tokens * sequences)
-        return np.where(sequences > 0, time, 0.0)
-
-    def prefill_us(self, rows: FloatArray, pairs: FloatArray) -> FloatArray:
-        """One layer; zero where there are no rows."""
-        if self.window:
-            length = np.maximum(2.0 * pairs / np.maximum(rows, 1.0) - 1.0, 1.0)
-            pairs = rows / length * causal_pairs(length, self.window)
-        time = power_mean_max(self.us_per_row * rows, self.us_per_pair * pairs, self.sharpness)
-        return np.where(rows > 0, self.prefill_launch_us + time, 0.0)
-
-    def one_us(self, sequences: float, context: float, rows: float, pairs: float) -> float:
-        """Both phases of one layer, as `decode_us` and `prefill_us`, by plain numbers."""
-        time = 0.0
-        if sequences > 0:
-            seen = min(context, sequences * self.window) if self.window else context
-            time = self.decode_launch_us + self.us_per_seen * (seen + self.extra_tokens * sequences)
-        if rows > 0:
-            if self.window:
-                length = max(2.0 * pairs / max(rows, 1.0) - 1.0, 1.0)
-                inside = min(length, self.window)
-                pairs = rows / length * (inside * (inside + 1) / 2 + (length - inside) * inside)
-            a, b = self.us_per_row * rows, self.us_per_pair * pairs
-            high, low = (a, b) if a > b else (b, a)
-            share = (1.0 + (low / high) ** self.sharpness) ** (1.0 / self.sharpness)
-            time += self.prefill_launch_us + high * share
-        return time
-
-
-@dataclass(eq=False)
-class _Table:
-    """Piecewise linear in a count, non-decreasing, 0 at 0; beyond the last point in proportion."""
-
-    counts: FloatArray
-    times_us: FloatArray
-
-    def __call__(self, count: FloatArray) -> FloatArray:
-        inside = np.interp(count, self.counts, self.times_us)
-        slope = self.times_us[-1] / self.counts[-1]
-        time = np.where(
-            count > self.counts[-1],
-            self.times_us[-1] + slope * (count - self.counts[-1]),
-            inside,
-        )
-        return np.where(count > 0, time, 0.0)
-
-    def one(self, count: float) -> float:
-        """The same for one count."""
-        points, times = self._lists
-        if count <= points[0]:
-            return times[0] if count > 0 else 0.0
-        if count >= points[-1]:
-            return times[-1] * count / points[-1]
-        i = bisect_left(points, count)
-        low = points[i - 1]
-        return times[i - 1] + (times[i] - times[i - 1]) * (count - low) / (points[i] - low)
-
-    @cached_property
-    def _lists(self) -> tuple[list[float], list[float]]:
-        return self.counts.tolist(), self.times_us.tolist()
 
 
 class EngineStepCost:
@@ -146,16 +61,19 @@ class EngineStepCost:
         self._bases: list[Basis] = [deployment.engine.basis, "assumed"]
         self._hbm = gpu.hbm_gb_per_s * HBM_EFFICIENCY * 1e3
         self._expert_model = self._pick_expert_model()
-        self.attention = self._attention_terms()
-        grid = _grid(deployment.max_batch_tokens + deployment.max_sequences)
-        everyone = _grid((deployment.max_batch_tokens + deployment.max_sequences) * deployment.dp)
-        self._rows = {name: _Table(grid, t) for name, t in self._row_parts(grid).items()}
-        self._rows_total = _Table(grid, sum(t.times_us for t in self._rows.values()))  # type: ignore[arg-type]
-        self._moe = {name: _Table(everyone, t) for name, t in self._moe_parts(everyone).items()}
-        self._moe_total = _Table(everyone, sum(t.times_us for t in self._moe.values()))  # type: ignore[arg-type]
-        self._decode_saves = _Table(everyone, self._saved_us(everyone))
-        heads = _grid(deployment.max_sequences * 2)
-        self._head = _Table(heads, self._head_us(heads))
+        self.attention, bases = attention_terms(deployment, self.calibration.dense)
+        self._bases += bases
+        grid = count_grid(deployment.max_batch_tokens + deployment.max_sequences)
+        everyone = count_grid(
+            (deployment.max_batch_tokens + deployment.max_sequences) * deployment.dp
+        )
+        self._rows = {name: CountTable(grid, t) for name, t in self._row_parts(grid).items()}
+        self._rows_total = CountTable(grid, sum(t.times_us for t in self._rows.values()))  # type: ignore[arg-type]
+        self._moe = {name: CountTable(everyone, t) for name, t in self._moe_parts(everyone).items()}
+        self._moe_total = CountTable(everyone, sum(t.times_us for t in self._moe.values()))  # type: ignore[arg-type]
+        self._decode_saves = CountTable(everyone, self._saved_us(everyone))
+        heads = count_grid(deployment.max_sequences * 2)
+        self._head = CountTable(heads, self._head_us(heads))
 
     def with_engine(self, engine: EngineProfile) -> EngineStepCost:
         """The same kernels under another profile: only the host's constants are taken from it,
@@ -165,8 +83,8 @@ class EngineStepCost:
         more = engine.kernel_us - self.deployment.engine.kernel_us
         more *= self.num_small_kernels
         small = self._rows["elementwise"]
-        other._rows = {**self._rows, "elementwise": _Table(small.counts, small.times_us + more)}
-        other._rows_total = _Table(self._rows_total.counts, self._rows_total.times_us + more)
+        other._rows = {**self._rows, "elementwise": CountTable(small.counts, small.times_us + more)}
+        other._rows_total = CountTable(self._rows_total.counts, self._rows_total.times_us + more)
         return other
 
     @property
@@ -294,90 +212,6 @@ class EngineStepCost:
             one = one + terms.prefill_us(batch.prefill_tokens, batch.prefill_pairs)
             total = total + terms.num_layers * one
         return total
-
-    def _attention_terms(self) -> tuple[AttentionTerms, ...]:
-        model, d = self.deployment.model, self.deployment
-        spec = model.attention
-        heads = spec.num_heads // d.tp
-        dense = self.calibration.dense
-        if spec.kind == "mla":
-            return (self._mla_terms(dense, heads),)
-        kv_heads = ceil(spec.num_kv_heads / d.tp)
-        width = spec.head_dim
-        decode = dense.attention_kernel("decode", width, d.kv_dtype)
-        prefill = dense.attention_kernel("prefill", width, d.kv_dtype)
-        self._bases += [decode.basis, prefill.basis]
-        arithmetic_us = 4.0 * heads * width / decode.tflops / 1e6
-        seen = power_mean_max(
-            np.array(
-                2.0
-                * kv_heads
-                * width
-                * KV_ELEMENT_BYTES[d.kv_dtype]
-                * d.kv_scale
-                / decode.gb_per_s
-                / 1e3
-            ),
-            np.array(arithmetic_us),
-            decode.sharpness,
-        )
-        windowed = set(spec.window_layer_ids) - set(spec.linear_layer_ids)
-        kept = d.kv_window or 0
-        inner = min(spec.window_tokens, kept) if kept else spec.window_tokens
-        counts = [(kept, model.num_kv_layers - len(windowed)), (inner, len(windowed))]
-        return tuple(
-            AttentionTerms(
-                num_layers=count,
-                window=window,
-                decode_launch_us=decode.launch_us,
-                us_per_seen=float(seen),
-                extra_tokens=decode.extra_tokens,
-                prefill_launch_us=prefill.launch_us,
-                us_per_row=4.0 * width * (heads + kv_heads) / prefill.gb_per_s / 1e3,
-                us_per_pair=4.0 * heads * width / prefill.tflops / 1e6,
-                sharpness=prefill.sharpness,
-                us_per_repeat=arithmetic_us,
-            )
-            for window, count in counts
-            if count
-        )
-
-    @property
-    def _kv_element_bytes(self) -> float:
-        return KV_ELEMENT_BYTES[self.deployment.kv_dtype] * self.deployment.kv_scale
-
-    def _mla_terms(self, dense: DenseModel, heads: int) -> AttentionTerms:
-        model, d = self.deployment.model, self.deployment
-        spec = model.attention
-        decode = dense.mla_module("decode", d.dense_dtype, d.kv_dtype)
-        prefill = dense.mla_module("prefill", d.dense_dtype, d.kv_dtype)
-        self._bases += [decode.basis, prefill.basis]
-        latent, rope = spec.kv_lora_rank, spec.qk_rope_head_dim
-        arithmetic_us = 2.0 * heads * (2 * latent + rope) / decode.attention_tflops / 1e6
-        seen = power_mean_max(
-            np.array(
-                (latent + rope)
-                * KV_ELEMENT_BYTES[d.kv_dtype]
-                * d.kv_scale
-                / decode.kv_gb_per_s
-                / 1e3
-            ),
-            np.array(arithmetic_us),
-            decode.sharpness,
-        )
-        width = spec.qk_nope_head_dim + rope + spec.v_head_dim
-        return AttentionTerms(
-            num_layers=model.num_kv_layers,
-            window=d.kv_window or 0,
-            decode_launch_us=decode.launch_us,
-            us_per_seen=float(seen),
-            extra_tokens=decode.extra_tokens,
-            prefill_launch_us=prefill.launch_us,
-            us_per_row=(4.0 * heads * width + 4.0 * model.hidden_size) / prefill.kv_gb_per_s / 1e3,
-            us_per_pair=2.0 * heads * width / prefill.attention_tflops / 1e6,
-            sharpness=prefill.sharpness,
-            us_per_repeat=arithmetic_us,
-        )
 
     def _row_parts(self, rows: FloatArray) -> dict[str, FloatArray]:
         """All layers' work of one rank by its rows alone."""
@@ -633,13 +467,3 @@ class EngineStepCost:
             share = rows * model.vocab_size * ELEMENT_BYTES * (d.tp - 1) / d.tp
             time = time + self._curve("all_gather", d.tp).time_us(share)
         return np.asarray(time + SMALL_KERNELS * SMALL_KERNEL_US, dtype=np.float64)
-
-
-def _grid(last: float) -> FloatArray:
-    """1 to `last`, every integer to 16 and then a few per octave."""
-    octaves = np.log2(max(last, 2.0) / 16.0)
-    fine = np.arange(1, min(17, int(last) + 1), dtype=np.float64)
-    if octaves <= 0:
-        return fine
-    coarse = 16.0 * 2.0 ** np.linspace(0, octaves, max(2, ceil(octaves * GRID_PER_OCTAVE) + 1))[1:]
-    return np.concatenate([fine, coarse])

@@ -178,7 +178,10 @@ def _one_answer(
         for name, said in MONEY.items()
         if figures.get(name) is not None
     ]
-    return [*lines, *([", ".join(money)] if len(money) > 1 else [])]
+    lines += [", ".join(money)] if len(money) > 1 else []
+    if any(note.startswith(UNSTEADY) for note in by_key[answer["point"]].get("notes", ())):
+        lines.append("the answer's run has no steady state: longer ones may keep less")
+    return lines
 
 
 def _bounds(question: dict[str, Any]) -> str:

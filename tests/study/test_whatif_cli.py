@@ -119,6 +119,7 @@ def test_runs_without_a_steady_state_are_named(capsys: pytest.CaptureFixture[str
     assert whatif(*asked, "--minimize", "ttft_p99") == 0
     out = capsys.readouterr().out
     assert "the one point (1 x tp1): no steady state, so no rates" in out
+    assert "the answer's run has no steady state" in out
     point = json.loads(Path("study.json").read_text())["points"][0]
     assert point["figures"]["output_tokens_per_s"] is None
     assert "cost_usd_per_million_output_tokens" not in point["figures"]

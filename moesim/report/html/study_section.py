@@ -100,12 +100,13 @@ def _cards(
 ) -> list[Card]:
     cards = []
     goal = question.text("goal", "")
-    if answer is not None:
-        params = answer.child("params")
-        detail = ", ".join(f"{plain(k)} {plain(v)}" for k, v in params.raw.items())
-        value = answer.number("value") if answer.has("value") else None
-        shown = _named(goal, data).said(value) if value is not None else "see below"
-        cards.append(Card(f"answer: {_named(goal, data).label}", shown, detail, basis))
+    per = data.text("per", "") if data.has("per") else ""
+    if per:
+        for one in data.children("answers"):
+            name = f"{plain(per)} {plain(one.raw.get('value'))}"
+            cards.append(_answer_card(name, one.maybe("answer"), goal, data, basis))
+    elif answer is not None:
+        cards.append(_answer_card("answer", answer, goal, data, basis))
     elif question.flag("asked"):
         nearest = data.maybe("nearest")
         missed = ", ".join(nearest.texts("missed")) if nearest is not None else ""
@@ -127,6 +128,16 @@ def _cards(
         )
         cards.append(Card("answer under other inputs", shown, detail, basis))
     return cards
+
+
+def _answer_card(name: str, answer: Fields | None, goal: str, data: Fields, basis: str) -> Card:
+    if answer is None:
+        return Card(name, "none", "no point keeps the promises", basis)
+    params = answer.child("params")
+    detail = ", ".join(f"{plain(k)} {plain(v)}" for k, v in params.raw.items())
+    value = answer.number("value") if answer.has("value") else None
+    shown = _named(goal, data).said(value) if value is not None else "see below"
+    return Card(f"{name}: {_named(goal, data).label}", shown, detail, basis)
 
 
 def _front(data: Fields, basis: str) -> list[Figure]:
