@@ -53,12 +53,19 @@ class LoadTest:
 
 @dataclass(frozen=True)
 class StaticResult:
-    """Times of the requests of a test, milliseconds; arrays by request in order of sending."""
+    """Times of the requests of a test, milliseconds; arrays by request in order of sending.
+
+    batches: of `concurrency` requests each, alike, that were under way at a time; the arrays are of
+    one of them.
+    """
 
     ttft_ms: np.ndarray
     tpot_ms: np.ndarray
     duration_s: float
     output_tokens: int
+    answers: np.ndarray
+    concurrency: int
+    batches: int = 1
 
     @property
     def mean_ttft_ms(self) -> float:
@@ -72,8 +79,25 @@ class StaticResult:
 
     @property
     def output_tokens_per_s(self) -> float:
-        """Output tokens of all requests over the duration of the test."""
+        """Output tokens of all requests over the duration of the test, as benchmark tools say."""
         return self.output_tokens / self.duration_s
+
+    @property
+    def has_middle(self) -> bool:
+        """Whether requests are left between the first ones in flight and the last."""
+        return len(self.answers) >= 3 * self.concurrency
+
+    @property
+    def steady_output_tokens_per_s(self) -> float:
+        """Output tokens per second with `concurrency` requests in flight for ever: their tokens
+        over the mean time of one (Little's law), without the first ones, which come at once, and
+        the last ones, beside which fewer run (INV-12); of all where there are none between."""
+        skip = self.concurrency if self.has_middle else 0
+        own = slice(skip, len(self.answers) - skip)
+        more = np.where(self.answers > 1, np.nan_to_num(self.tpot_ms) * (self.answers - 1), 0.0)
+        mean_s = float((self.ttft_ms + more)[own].mean()) / 1e3
+        in_flight = min(self.concurrency, len(self.answers)) * self.batches
+        return in_flight * float(self.answers[own].mean()) / mean_s
 
 
 @dataclass(eq=False)
@@ -166,6 +190,9 @@ def run_load_test(cost: EngineStepCost, test: LoadTest) -> StaticResult:
         tpot_ms=tpot / 1e3,
         duration_s=engine.now_us / 1e6,
         output_tokens=int(answers.sum()) * batches,
+        answers=answers,
+        concurrency=test.concurrency,
+        batches=batches,
     )
 
 

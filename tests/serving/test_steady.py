@@ -128,3 +128,25 @@ def test_mser_finds_the_end_of_a_ramp() -> None:
     assert mser_cut(np.array([0.0] * 5 + [10.0] * 15)) == 5
     assert mser_cut(np.array([10.0] * 20)) == 0
     assert mser_cut(np.arange(20.0)) is None
+
+
+def test_rates_of_load_tests_do_not_depend_on_their_length() -> None:
+    """Twenty or two hundred waves of 16 requests: the same steady rate, while the tokens over the
+    duration, ramp and drain included, differ."""
+    from moesim.serving.deployment import deploy
+    from moesim.serving.static import LoadTest, run_load_test
+    from moesim.serving.step_cost import EngineStepCost
+
+    cost = EngineStepCost(deploy("gpt-oss-20b", "h200-sxm-ib", tp=1))
+    few, many = (
+        run_load_test(cost, LoadTest(512, 64, 16, 16 * waves, range_ratio=0.5))
+        for waves in (20, 200)
+    )
+    assert few.steady_output_tokens_per_s == pytest.approx(
+        many.steady_output_tokens_per_s, rel=0.02
+    )
+    assert many.output_tokens_per_s == pytest.approx(many.steady_output_tokens_per_s, rel=0.02)
+    short = run_load_test(cost, LoadTest(512, 64, 16, 48))
+    assert short.has_middle
+    assert short.output_tokens_per_s < short.steady_output_tokens_per_s
+    assert not run_load_test(cost, LoadTest(512, 64, 16, 16)).has_middle

@@ -172,7 +172,9 @@ class StaticEvaluator(DeploymentEvaluator):
             params["seed"],
         )
         result = run_load_test(cost, test)
-        rate = result.output_tokens_per_s * in_flight / share
+        rate = result.steady_output_tokens_per_s * in_flight / share
+        if not result.has_middle:
+            notes = (*notes, "fewer than three requests for each in flight: rates hold the warm-up")
         out: dict[str, float | None] = {
             **_stats("ttft", result.ttft_ms),
             **_stats("tpot", result.tpot_ms),
