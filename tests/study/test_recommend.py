@@ -198,6 +198,8 @@ def test_several_answers_side_by_side(asked) -> None:
         ({"rate": 0.0}, "`rate` 0.0"),
         ({"gpus": None, "maximize": "goodput"}, "without `gpus`"),
         ({"cluster": CLUSTER}, "both name the hardware"),
+        ({"gpu": None, "cluster": "mixed-h100-a100"}, "mixes a100-sxm and h100-sxm"),
+        ({"kv_dtype": "fp9"}, "unknown kv_dtype 'fp9'"),
         ({"gpu": "h20-sxm"}, "no bundled cluster is made of h20-sxm"),
     ],
 )
@@ -209,6 +211,8 @@ def test_what_is_not_clear_is_refused(asked, change, error) -> None:
 def test_unknown_gpus_and_impossible_promises(asked) -> None:
     with pytest.raises(UnknownNameError, match="h2000"):
         moesim.recommend(MODEL, **(asked | {"gpu": "h2000"}))
+    with pytest.raises(InfeasibleError, match=r"closed forms need \d+ or more"):
+        moesim.recommend(MODEL, **(asked | {"rate": 5000.0, "gpus": 2}))
     with pytest.raises(InfeasibleError, match="a promise cannot be kept"):
         moesim.recommend(MODEL, **(asked | {"slo": "tpot_p99<1us"}))
 

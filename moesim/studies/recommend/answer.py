@@ -8,7 +8,7 @@ from typing import Any
 
 from moesim.cost.curves import weakest
 from moesim.errors import InfeasibleError
-from moesim.figures import LATENCIES
+from moesim.figures import LATENCIES, count
 from moesim.studies.prices import Prices
 from moesim.studies.recommend.firm import firmness, one_fewer
 from moesim.studies.recommend.layouts import Bench, Tried
@@ -48,9 +48,11 @@ def answer(
         options = cheapest(bench, max_gpus, searched, progress)
     if not options:
         reasons = "; ".join(f"{cause} ({n})" for cause, n in searched.skipped.most_common(3))
+        if searched.least_gpus is not None:
+            reasons = f"closed forms need {searched.least_gpus} or more"
         raise InfeasibleError(
-            f"{bench.place.model.name} on up to {max_gpus} GPUs of {bench.place.cluster}: no layout"
-            f" can serve this ({reasons or 'none is possible'})",
+            f"{bench.place.model.name} on up to {count(max_gpus, 'GPU')} of {bench.place.cluster}:"
+            f" no layout can serve this ({reasons})",
             "promise less, allow more GPUs, or name narrower `expert_dtype` or `kv_dtype`",
         )
     best = options[0]
@@ -88,9 +90,9 @@ def _option(bench: Bench, tried: Tried, prices: Prices) -> dict[str, Any]:
     if back is not None:
         roles["decode"] = (back, layout.back_replicas)
     dollars = {}
-    for name, (shape, count) in roles.items():
+    for name, (shape, engines) in roles.items():
         one = prices.per_hour(sized(bench.place.cluster, shape.num_gpus))
-        dollars[name] = None if one is None else one * count
+        dollars[name] = None if one is None else one * engines
     total = None if None in dollars.values() else sum(d for d in dollars.values() if d)
     tokens = tried.rate * need.output * 3600 / 1e6
     return {
@@ -99,8 +101,8 @@ def _option(bench: Bench, tried: Tried, prices: Prices) -> dict[str, Any]:
         "requests_per_s": tried.rate,
         "output_tokens_per_s_per_gpu": tried.rate * need.output / layout.num_gpus,
         "roles": {
-            name: {"engines": count, **_shape(bench, shape)}
-            for name, (shape, count) in roles.items()
+            name: {"engines": engines, **_shape(bench, shape)}
+            for name, (shape, engines) in roles.items()
         },
         "usd_per_hour": total,
         "usd_per_million_output_tokens": None if total is None else total / tokens,

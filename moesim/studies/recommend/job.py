@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesim.cluster import cluster_names, gpu_names, load_cluster
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.jobs import inputs
+from moesim.model.dtypes import KV_BYTES, WEIGHT_BYTES
 from moesim.serving.engines import engine_profile
 from moesim.serving.requests import Requests
 from moesim.studies.prices import Prices, parse_prices
@@ -78,6 +79,12 @@ def recommend(
     need = need_of(slo, rate, prompt, output, requests, seed)
     defaults = _defaults(slo, prompt, output, requests, gpus, gpu, cluster)
     prices = parse_prices(list(price))
+    for field, value, known in (
+        ("expert_dtype", expert_dtype, WEIGHT_BYTES),
+        ("kv_dtype", kv_dtype, KV_BYTES),
+    ):
+        if value is not None and value not in known:
+            raise UnknownNameError(field, value, known)
     options = {
         "expert_dtype": expert_dtype,
         "kv_dtype": kv_dtype,
@@ -149,8 +156,18 @@ def _clusters(gpu: Any, cluster: Any) -> list[str]:
     if cluster is not None:
         if gpu is not None:
             raise InputError("`gpu` and `cluster` both name the hardware", "leave one of them out")
-        return [str(one) for one in _list(cluster)]
+        return [_of_one_type(str(one)) for one in _list(cluster)]
     return [_cluster_with(str(one)) for one in _list(DEFAULT_GPU if gpu is None else gpu)]
+
+
+def _of_one_type(cluster: str) -> str:
+    types = {one.name for one in load_cluster(cluster).gpus}
+    if len(types) > 1:
+        raise InputError(
+            f"{cluster} mixes {' and '.join(sorted(types))}: which are the engines on?",
+            "ask of one type at a time with `gpu`; `moesim serve` takes pools of two",
+        )
+    return cluster
 
 
 def _cluster_with(gpu: str) -> str:

@@ -198,7 +198,9 @@ def _binding(one: Mapping[str, Any]) -> list[str]:
         if fewer["overloaded"] and not missed:
             missed = ["a steady state: requests pile up"]
         what = f"misses {'; '.join(missed)}" if missed else "keeps the promises too"
-        lines.append(f"one engine fewer ({fewer['layout']}, {fewer['num_gpus']} GPUs) {what}")
+        lines.append(
+            f"one engine fewer ({fewer['layout']}, {count(fewer['num_gpus'], 'GPU')}) {what}"
+        )
     return lines
 
 
@@ -214,7 +216,8 @@ def _firm(one: Mapping[str, Any]) -> list[str]:
     parts = []
     for name, row in firm["if_steps_differ_by"].items():
         low, most = row["faster_gpus"], row["slower_gpus"]
-        span = f"{low} to {most} GPUs" if most is not None else f"{low} GPUs to none of this kind"
-        span = f"{low} GPUs" if low == most else span
+        span = f"{count(low, 'GPU')} to none of this kind"
+        if most is not None:
+            span = count(low, "GPU") if low == most else f"{low} to {most} GPUs"
         parts.append(f"{ERRORS[name]} were within {row['error']:.0%}: {span}")
     return [f"how firm ({plain(one['engine'])}, reports/serving-accuracy): {'; '.join(parts)}"]

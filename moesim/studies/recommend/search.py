@@ -83,8 +83,10 @@ class Family:
 
 @dataclass(slots=True)
 class Searched:
-    """What a search looked at. skipped: shapes that could not be, by the reason."""
+    """What a search looked at. skipped: shapes that could not be, by the reason. least_gpus: the
+    fewest that a closed form allows, None where there is no family."""
 
+    least_gpus: int | None = None
     shapes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     families: int = 0
@@ -160,6 +162,8 @@ def cheapest(
     found = families(bench, max_gpus, searched, rate)
     found.sort(key=lambda f: (f.least(rate).num_gpus, f.front.gpus_per_rate))
     searched.families = len(found)
+    if found:
+        searched.least_gpus = found[0].least(rate).num_gpus
     best = _Best()
     nearest: Tried | None = None
     for done, family in enumerate(found):
