@@ -45,6 +45,7 @@ def to_json(results: Results) -> dict[str, Any]:
             "better": question.better,
         },
         "fixed": dict(study.space.fixed),
+        "defaults": _defaults(results),
         "axes": {name: list(values) for name, values in study.space.axes.items()},
         "cases": [dict(case) for case in study.space.cases],
         "varied": study.space.varied(),
@@ -75,6 +76,19 @@ def to_json(results: Results) -> dict[str, Any]:
 def save(data: dict[str, Any], path: str | Any) -> None:
     """Write the result; old file or none if that fails."""
     atomic_write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def _defaults(results: Results) -> dict[str, Any]:
+    """Parameters that nobody gave and that are the same at every point, without those that are
+    switched off or scale by 1."""
+    space = results.study.space
+    given = {*space.fixed, *space.axes, *(name for case in space.cases for name in case)}
+    out = {}
+    for name, field in results.study.evaluator.params.model_fields.items():
+        off = field.is_required() or field.default in (None, False, 0, "off")
+        if name not in given and not off and not name.endswith("_scale"):
+            out[name] = field.default
+    return out
 
 
 def _figures(results: Results) -> dict[str, dict[str, str]]:

@@ -29,6 +29,8 @@ def summary(data: dict[str, Any], rows: int) -> str:
     parts += [f"{skipped} not evaluated"] if skipped else []
     name = f"{plain(data['name'])}: " if data["name"] else ""
     lines = [f"{name}{data['about']}; {len(points)} points: {', '.join(parts)}"]
+    taken = ", ".join(f"{plain(key)} {plain(str(v))}" for key, v in data["defaults"].items())
+    lines += [f"defaults taken: {taken}"] if taken else []
     lines += _table(data, _columns(data), rows)
     lines += [
         *_remarks(data),

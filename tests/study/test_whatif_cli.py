@@ -105,7 +105,8 @@ def test_processes_keep_their_commas_and_models_have_answers_of_their_own(
     assert [a["value"] for a in data["answers"]] == ["qwen3-30b-a3b", "gpt-oss-20b"]
     assert {p["engines"] for p in data["points"]} == {"2 x tp1"}
     assert "model gpt-oss-20b: answer: " in out
-    head = out.splitlines()[1]
+    defaults, head = out.splitlines()[1:3]
+    assert defaults == "defaults taken: engine vllm, pp 1, kv_dtype bf16, router least_loaded"
     for column in ("engines", "TTFT p99, ms", "tok/s per GPU", "$/h"):
         assert column in head
     assert whatif(*asked, "--requests", "nowhere.csv") == 2
