@@ -134,6 +134,12 @@ class Calibration:
             sources={**other.sources, **self.sources},
         )
 
+    def with_shapes_of(self, other: Calibration) -> Calibration:
+        """This calibration with `other`'s expert kernels that are for one shape alone."""
+        own = {key: m for key, m in other.experts.items() if m.shape is not None}
+        sources = {**self.sources, **other.sources}
+        return replace(self, experts={**self.experts, **own}, sources=sources)
+
     def copy(
         self, direction: str, *, pinned: bool = True, num_gpus_at_once: int | None = None
     ) -> CopyModel:

@@ -327,10 +327,14 @@ def deploy(
 
 
 def calibration_of(deployment: Deployment) -> Calibration:
-    """The engine's own kernels on its GPU ("h200-vllm") where they are bundled, completed by the
-    GPU's calibration and datasheet figures."""
+    """The engine's own kernels on its GPU ("h200-vllm") where they are bundled, those measured in
+    the engine for a shape ("h200-vllm-engine") first, completed by the GPU's calibration and
+    datasheet figures."""
     gpu = deployment.gpu
     types = {g.name for g in deployment.cluster.gpus}
     general = calibration_of_gpu(gpu, deployment.cluster.calibration, len(types) == 1)
     own = f"{gpu.name.split('-')[0]}-{deployment.engine.name}"
-    return load_calibration(own).completed_by(general) if own in calibration_names() else general
+    names = calibration_names()
+    found = load_calibration(own).completed_by(general) if own in names else general
+    measured = f"{own}-engine"
+    return found.with_shapes_of(load_calibration(measured)) if measured in names else found

@@ -385,7 +385,8 @@ class EngineStepCost:
             expert_of_slot,
             share,
         )
-        local = num_tokens if d.moe_comm == "all_reduce" else num_tokens / d.dp
+        everyone = d.moe_comm in ("all_reduce", "all_gather")
+        local = num_tokens if everyone else num_tokens / d.dp
         return (
             kernel.layer_launch_us()
             + work
@@ -451,7 +452,7 @@ class EngineStepCost:
         known = {dtype for dtype, _ in self.calibration.experts}
         wanted = names.get(d.expert_dtype, (d.expert_dtype,))
         dtype = next((n for n in wanted if n in known), wanted[-1])
-        shape = (d.model.expert_hidden, d.model.moe_intermediate_size)
+        shape = (d.model.expert_hidden, d.model.moe_intermediate_size // d.moe_tp)
         own = f"{d.engine.name}_{'ep' if d.ep > 1 else 'tp'}"
         kernel = own if (dtype, own) in self.calibration.experts else None
         model = self.calibration.expert_ffn(dtype, kernel, shape=shape)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.cost.calibration import Calibration
+from moesim.cost.calibration import Calibration, load_calibration
 from moesim.cost.collective import CollectiveCurve, CollectiveModel
 from moesim.cost.curves import AffineMin
 from moesim.cost.dense import AttentionKernel, DenseModel, GemmModel
@@ -107,6 +107,39 @@ def test_prefill_attention_and_collectives_by_hand() -> None:
     # the embedding, then the experts of every layer.
     one = 3.0 + 1024 * 4096 * 2 / (100.0 * 1e3)
     assert parts["communication"] == pytest.approx((32 + 1 + 32) * one, rel=1e-3)
+
+
+def test_a_gathered_layer_sums_the_rows_of_all_ranks() -> None:
+    # Two DP ranks of 512 prompt tokens, top-2, hidden 4096, summed at 100 GB/s. Gathered, every
+    # rank sums over all 1,024 tokens; with an all-to-all over its own 512.
+    base = toy_calibration()
+    expert = base.experts["bf16", "toy"]
+    curve = CollectiveCurve("reduce_scatter", 2, 1, AffineMin(((2.0, 100.0),)))
+    curves = [*base.collectives.curves, curve, replace(curve, kind="all_to_all")]
+    base = replace(base, collectives=CollectiveModel(curves))
+    batch = BatchShape.of(prefill_tokens=np.array([512.0, 512.0]))
+    for comm, tokens in (("all_gather", 1024), ("nccl", 512)):
+        times = []
+        for rate in (None, 100.0):
+            kernels = {("bf16", "toy"): replace(expert, token_gb_per_s=rate)}
+            deployment = replace(
+                toy(tp=1, dp=2, moe_comm=comm), calibration=replace(base, experts=kernels)
+            )
+            times.append(float(EngineStepCost(deployment).breakdown(batch)["experts"]))
+        summed = tokens * 2 * 4096 * 2 / (100.0 * 1e3)
+        assert times[1] - times[0] == pytest.approx(32 * summed, rel=1e-3)
+
+
+def test_kernels_of_one_shape_go_before_the_engines_table() -> None:
+    # bf16 experts of 2048 x 1408 were measured in vLLM, those cut in two (2048 x 704) were not.
+    measured = load_calibration("h200-vllm-engine").expert_ffn("bf16", "vllm_ep", (2048, 1408))
+    whole = deploy("DeepSeek-V2-Lite", "h200-sxm-ib", tp=1, dp=2, expert_dtype="bf16")
+    cut = deploy("DeepSeek-V2-Lite", "h200-sxm-ib", tp=2, ep=1, expert_dtype="bf16")
+    assert whole.moe_tp == 1
+    assert EngineStepCost(whole)._expert_model == measured
+    assert EngineStepCost(cut)._expert_model.shape is None
+    public = load_calibration("h200-vllm").expert_ffn("bf16", "vllm_tp")
+    assert EngineStepCost(cut)._expert_model == public
 
 
 def test_a_chunk_has_the_pairs_of_its_cached_tokens() -> None:

@@ -50,7 +50,7 @@ ENGINES = ("vllm", "sglang", "trtllm")
 
 def of_engine(path: Path) -> bool:
     """Whether a file holds a serving engine's kernels."""
-    return path.stem.rpartition("-")[2] in ENGINES
+    return not set(ENGINES).isdisjoint(path.stem.split("-"))
 
 
 def engine_table(paths: list[Path]) -> str:
