@@ -15,6 +15,7 @@ Scope = Literal["step", "gpu"]
 OnLoss = Literal["reload", "replan", "wait", "fail"]
 Order = Literal["fifo", "pre-gated", "predicted"]
 Router = Literal["round_robin", "least_loaded", "length_aware"]
+MoveThrough = Literal["nccl", "gloo"]
 MoeComm = Literal[
     "all_reduce", "all_gather", "nccl", "deepep", "deepep_ll", "deepep_auto", "nvlink"
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moesim.choices import Fidelity, Keep, OnLoss, Order, Scope
+from moesim.choices import Fidelity, Keep, MoveThrough, OnLoss, Order, Scope
 from moesim.cli.options import (
     BatchTokensOption,
     JsonOption,
@@ -146,6 +146,14 @@ def simulate(
     rebalance_above: Annotated[
         float | None,
         typer.Option(help="Keep what has at least this balancedness.", show_default="never"),
+    ] = None,
+    rebalance_through: Annotated[
+        MoveThrough | None,
+        typer.Option(
+            help="Library that carries weights, as measured in vLLM on H200s: gloo is what vLLM"
+            " takes without NIXL.",
+            show_default="over the links, 1.5 ms a layer",
+        ),
     ] = None,
     offload: Annotated[
         bool,

@@ -23,7 +23,7 @@ from moesim.cost.calibration_schema import (
     WavesEntry,
 )
 from moesim.cost.collective import CollectiveCurve, CollectiveModel
-from moesim.cost.copies import CopyModel
+from moesim.cost.copies import CopyModel, WeightMove
 from moesim.cost.curves import AffineMin, SizeCurve, SizeTable
 from moesim.cost.dense import AttentionKernel, DenseModel, GemmModel, MlaModule
 from moesim.cost.expert_gemm import ExpertGemmModel
@@ -46,6 +46,7 @@ class Calibration:
     `issue_us`: host time to enqueue one call of a kind (collective, ffn, permute, reduce, fetch).
     `in_layer_saves_us`: what a row move or collective takes less in a layer than alone.
     `hand_over_us`: what a host copy takes longer where it waits for a kernel and a kernel for it.
+    `rearrangements`: moving expert weights while an engine serves.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Calibration:
     in_layer_saves_us: float = 0.0
     hand_over_us: float = 0.0
     host_copies: tuple[CopyModel, ...] = ()
+    rearrangements: tuple[WeightMove, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def collective(
@@ -256,6 +258,10 @@ def build_calibration(parsed: CalibrationFile) -> Calibration:
         issue_us={str(k): v for k, v in parsed.overheads.issue_us.items()},
         in_layer_saves_us=parsed.overheads.in_layer_saves_us,
         hand_over_us=parsed.overheads.hand_over_us,
+        rearrangements=tuple(
+            WeightMove(e.through, e.asynchronous, e.layer_us, e.gb_per_s, e.basis, e.source)
+            for e in parsed.rearrangements
+        ),
         sources=parsed.sources,
     )
 

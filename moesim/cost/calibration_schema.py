@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moesim.choices import Basis as Basis
+from moesim.choices import MoveThrough
 from moesim.choices import Phase as Phase
 from moesim.cost.collective import KINDS
 
@@ -278,6 +279,19 @@ class OverheadEntry(_Entry):
     ] = {}
 
 
+class RearrangementEntry(_Entry):
+    """Moving expert weights while an engine serves: `layer_us` of host time for each layer, and the
+    rate at which a GPU receives weights, where they do not go over the links at their own.
+
+    `through`: the library that carries them. `asynchronous`: beside the steps.
+    """
+
+    through: MoveThrough
+    asynchronous: bool = False
+    layer_us: NonNegative
+    gb_per_s: Positive | None = None
+
+
 class CalibrationFile(_Strict):
     """A whole file. `sources` maps the ids used in `source:` to what they are."""
 
@@ -294,6 +308,7 @@ class CalibrationFile(_Strict):
     gemm: list[GemmEntry] = []
     attention: list[AttentionEntry] = []
     mla: list[MlaEntry] = []
+    rearrangements: list[RearrangementEntry] = []
 
     @model_validator(mode="after")
     def _defaults_and_fans(self) -> CalibrationFile:

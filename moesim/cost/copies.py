@@ -12,6 +12,22 @@ from moesim.types import FloatArray
 
 
 @dataclass(frozen=True)
+class WeightMove:
+    """Moving expert weights while an engine serves, through one library, in or beside its steps.
+
+    layer_us: host time for each layer. gb_per_s: rate at which a GPU receives weights, None where
+    they go over the links at the links' rates.
+    """
+
+    through: str
+    asynchronous: bool
+    layer_us: float
+    gb_per_s: float | None = None
+    basis: Basis = "measured"
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class CopyModel:
     """Host-link (`h2d`, `d2h`, `both` at once) or local `permute` or `reduce` time by bytes.
 

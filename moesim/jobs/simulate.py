@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesim.choices import Fidelity, Keep, OnLoss, Order, Phase, ReplicaPolicy, Scope
+from moesim.choices import Fidelity, Keep, MoveThrough, OnLoss, Order, Phase, ReplicaPolicy, Scope
 from moesim.cluster import DEFAULT_CLUSTER, Cluster, cluster_names, load_cluster
 from moesim.errors import InputError
 from moesim.jobs import inputs
@@ -18,6 +18,7 @@ from moesim.jobs.simulate_steps import simulate_steps
 from moesim.planning.request import HBM_USABLE
 from moesim.sim.capacity import DropPolicy
 from moesim.sim.faults import Recovery, parse_fault
+from moesim.sim.migrate import measured_move
 from moesim.sim.rebalance import Rebalance
 from moesim.sim.stragglers import SlowWindow, parse_slow
 from moesim.types import Progress
@@ -73,6 +74,7 @@ def simulate(
     rebalance_plan: float = 10.0,
     rebalance_above: float | None = None,
     rebalance_solver: str = "eplb",
+    rebalance_through: MoveThrough | None = None,
     offload: bool = True,
     batching: Order | None = None,
     pool: int | None = None,
@@ -113,7 +115,13 @@ def simulate(
         drift=drift,
         faults=_faults(found, fault, mtbf, repair, on_loss, detect, restart),
         rebalance=_rebalance(
-            rebalance_every, rebalance_window, rebalance_async, rebalance_plan, rebalance_above
+            rebalance_every,
+            rebalance_window,
+            rebalance_async,
+            rebalance_plan,
+            rebalance_above,
+            rebalance_through,
+            found.cluster,
         ),
         rebalance_solver=rebalance_solver,
         caches=found.caches,
@@ -274,16 +282,26 @@ def _faults(
 
 
 def _rebalance(
-    every: int | None, window: int, asynchronous: bool, plan_ms: float, above: float | None
+    every: int | None,
+    window: int,
+    asynchronous: bool,
+    plan_ms: float,
+    above: float | None,
+    through: MoveThrough | None,
+    cluster: Cluster,
 ) -> Rebalance | None:
     if every is None:
-        if asynchronous or above is not None:
+        if asynchronous or above is not None or through is not None:
             raise InputError("how to rebalance was given, but not when", "add `rebalance_every`")
         return None
-    return Rebalance(
+    policy = Rebalance(
         every,
         window,
         asynchronous,
         plan_us=plan_ms * 1e3,
         threshold=math.inf if above is None else above,
     )
+    if through is None:
+        return policy
+    move = measured_move(through, asynchronous, cluster)
+    return replace(policy, layer_us=move.layer_us, gb_per_s=move.gb_per_s, through=through)

@@ -113,6 +113,8 @@ class SimRequest:
             out["mean time between failures"] = f"{self.faults.mtbf_us / 1e3:g} ms"
         if self.rebalance is not None:
             out["rebalance"] = f"every {self.rebalance.every_steps} steps, {self.rebalance_solver}"
+            if self.rebalance.through is not None:
+                out["rebalance"] += f", weights through {self.rebalance.through} as measured"
         if not self.home_ranks:
             out["parts"] = "MoE layers only"
         if self.network_scale != 1.0:

@@ -23,7 +23,7 @@ from moesim.errors import InputError, MismatchError
 from moesim.placement import Placement
 from moesim.sim.engine import Engine, SpeedModel
 from moesim.sim.event import Tally, run_step
-from moesim.sim.migrate import Mover, holdings, plan_moves
+from moesim.sim.migrate import Move, Mover, holdings, plan_moves
 from moesim.sim.prepare import Models, one_batch
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.base import Schedule
@@ -48,6 +48,9 @@ class Rebalance:
     a plan (vLLM pull request 28369 measured 80 ms before and 10 ms after its rewrite on DeepSeek-
     V2-Lite with 8 GPUs). layer_us: host work for each layer moved. record_us: what counting costs
     every step. threshold: no new plan where the window's mean balancedness is at least this.
+    gb_per_s: rate at which a GPU receives weights that do not go over the network's links (through
+    the hosts' memory, as gloo carries them); None: over the links, at their rates. through: the
+    library whose measured `layer_us` and rate these are, for the output.
     """
 
     every_steps: int
@@ -57,6 +60,8 @@ class Rebalance:
     layer_us: float = 1_500.0
     record_us: float = 0.0
     threshold: float = math.inf
+    gb_per_s: float | None = None
+    through: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "window_steps"):
@@ -66,6 +71,8 @@ class Rebalance:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} is {value}", "give 0 or more")
+        if self.gb_per_s is not None and not (math.isfinite(self.gb_per_s) and self.gb_per_s > 0):
+            raise InputError(f"gb_per_s is {self.gb_per_s}", "give more than 0")
         if math.isnan(self.threshold):
             raise InputError("the balancedness threshold is not a number", "give 0 to 1")
 
@@ -135,8 +142,14 @@ class Rebalancer:
                     yield env.timeout(policy.layer_us)
                     if attempt != self._attempt:
                         return
-                    self._sent = [self.engine.network.send(flow) for flow in self.mover.flows(some)]
-                    yield env.all_of(self._sent)
+                    if policy.gb_per_s is None:
+                        flows = self.mover.flows(some)
+                        self._sent = [self.engine.network.send(flow) for flow in flows]
+                        yield env.all_of(self._sent)
+                    else:
+                        yield env.timeout(self._received(some) / (policy.gb_per_s * 1e3))
+                        if attempt != self._attempt:
+                            return
                 self.arrived.append((layer, target[layer]))
             self.moving = False
 
@@ -145,6 +158,13 @@ class Rebalancer:
             start = self.engine.now_us
             env.run(until=process)
             self.stall_us += self.engine.now_us - start
+
+    def _received(self, moves: list[Move]) -> float:
+        """Bytes that the busiest GPU gets."""
+        count: dict[int, int] = {}
+        for move in moves:
+            count[move.target] = count.get(move.target, 0) + move.num_experts
+        return max(count.values()) * self.mover.expert_bytes
 
     def abandon(self) -> None:
         """Drop a plan under way: layers that have arrived stay, weights on their way are lost."""
@@ -160,6 +180,7 @@ class Rebalancer:
         """What new placements did and cost up to now."""
         return {
             "mode": "async" if self.policy.asynchronous else "sync",
+            "through": self.policy.through,
             "every_steps": self.policy.every_steps,
             "num_plans": self.num_plans,
             "num_skipped": self.num_skipped,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from moesim.cluster import load_cluster
 from moesim.errors import InputError, MismatchError
 from moesim.placement import Placement
 from moesim.planning.baselines import place_by_counts
 from moesim.sim.event import run_event
-from moesim.sim.migrate import build_mover
+from moesim.sim.migrate import build_mover, measured_move
 from moesim.sim.rebalance import Rebalance, RebalanceRun
 from moesim.sim.schedules.sequential import Sequential
 
@@ -168,3 +170,39 @@ def test_other_slots_are_refused(setting) -> None:
 def test_refused_policies(values) -> None:
     with pytest.raises(InputError):
         Rebalance(**values)
+
+
+def test_weights_through_the_host_take_their_bytes(setting) -> None:
+    """GPUs 0 and 1 change places: each of the 8 experts that they hold is 1 MB at 0.5 GB/s, 2 ms;
+    both receive at once, layer after layer, with 300 us of host time each."""
+    models, trace, batches, placement = setting
+    each = placement.slots_per_gpu
+    order = [*range(each, 2 * each), *range(each), *range(2 * each, placement.num_slots)]
+    swapped = replace(placement, physical_to_logical=placement.physical_to_logical[:, order])
+    policy = Rebalance(5, plan_us=100.0, layer_us=300.0, gb_per_s=0.5, through="gloo")
+    result, _ = rebalanced(models, trace, batches, placement, policy, lambda *_: swapped)
+    figures = result.extra["rebalance"]
+    assert figures["num_plans"] == 1
+    layers = placement.num_layers
+    assert figures["stall_us"] == pytest.approx(100.0 + layers * (300.0 + each * 2000.0))
+    assert figures["bytes_from_gpus"] == 2 * each * layers * 1e6
+
+
+def test_measured_moves_are_of_their_gpu() -> None:
+    """H200s have vLLM's figures, through gloo half a GB/s and less host time than NCCL's; H100s
+    have none, nor has NCCL beside the steps."""
+    h200 = load_cluster("h200-sxm-ib", num_gpus=8)
+    gloo, nccl = (measured_move(name, False, h200) for name in ("gloo", "nccl"))
+    assert gloo.gb_per_s is not None
+    assert 0.4 < gloo.gb_per_s < 0.7
+    assert nccl.gb_per_s is None
+    assert 3000 < nccl.layer_us < 6000
+    with pytest.raises(InputError, match="beside the steps was not measured on h200-sxm"):
+        measured_move("nccl", True, h200)
+    with pytest.raises(InputError, match="not measured on h100-sxm"):
+        measured_move("gloo", False, load_cluster("h100-sxm-ib", num_gpus=8))
+
+
+def test_a_rate_is_a_rate() -> None:
+    with pytest.raises(InputError, match="gb_per_s"):
+        Rebalance(3, gb_per_s=0.0)

@@ -36,6 +36,9 @@ def rows(path: Path) -> list[tuple[str, int, int, list[Any]]]:
             groups.setdefault(f"{entry.phase} MLA layer, {fit.regime}", []).append(fit)
     for entry in parsed.copies:
         groups.setdefault(f"pinned {entry.direction} copy", []).extend(entry.fit)
+    for move in parsed.rearrangements:
+        when = "beside" if move.asynchronous else "in"
+        groups.setdefault(f"weights through {move.through} {when} the step", []).extend(move.fit)
     for fit in parsed.overheads.fit:
         groups.setdefault(fit.regime, []).append(fit)
     return [

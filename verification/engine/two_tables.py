@@ -175,6 +175,15 @@ def part_of(kernel: str) -> str:
     return "rest"
 
 
+def other_rank(report: Path, record: dict[str, Any], key: str) -> list[Any]:
+    """The same profile of the other data-parallel rank."""
+    if record["mode"] != "dp":
+        return []
+    name = f"{record['model']}-dp{'-redundant' * record['redundant']}.1.json.gz"
+    raw = gzip.decompress((report / "raw" / name).read_bytes())
+    return list(json.loads(raw)["profile"][key])
+
+
 def kernels_table(report: Path) -> str:
     """Kernels of a prefill step of 16 x 1,024 tokens under linear, busier rank, milliseconds."""
     before = json.loads((report / "predictions.json").read_text())["models"]
@@ -190,7 +199,7 @@ def kernels_table(report: Path) -> str:
         name, case = key.split()
         wanted = before[record["model"]]["modes"][record["mode"]][name][case]
         best: dict[str, float] = {}
-        for worker in record["profile"][key]:
+        for worker in record["profile"][key] + other_rank(report, record, key):
             times: dict[str, float] = dict.fromkeys((*PARTS, "rest"), 0.0)
             for kernel, us, _ in worker:
                 times[part_of(kernel)] += us / 1e3
@@ -228,45 +237,46 @@ def moved(before: np.ndarray, after: np.ndarray, ranks: int = 2) -> tuple[int, i
     return most, copied
 
 
-def rearrangements_table(report: Path) -> str:
-    """What a rearrangement of 26 layers took, by the way that the weights go."""
+def cycles_of(report: Path) -> dict[str, list[tuple[float, float, dict[str, Any]]]]:
+    """{way: (GB that the busier rank receives, seconds, the record) of every rearrangement}, those
+    of the first start first; without the one that opens NCCL's connections."""
     raw = report / "raw"
     read = [json.loads(gzip.decompress(p.read_bytes())) for p in sorted(raw.glob("*.0.json.gz"))]
-    lines = [
-        "| weights go | rearrangements | experts received per rank | GB | took, s (range) | GB/s"
-    ]
-    lines[0] += " | step before, ms | longest step | step meanwhile | step after |"
-    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
-    found: dict[str, list[Any]] = {}
-    for record in read:
+    found: dict[str, list[tuple[float, float, dict[str, Any]]]] = {}
+    for record in reversed(read):
         given = record.get("balancer", {})
-        size = given.get("about", [{}])[0].get("bytes_per_expert", 0)
         for way in ("sync", "async", "sync-nccl"):
-            for cycle in given.get(way, {}).get("cycles", ()):
-                found.setdefault(way, []).append((cycle, size))
+            for cycle in given.get(way, {}).get("cycles", ())[way == "sync-nccl" :]:
+                far, _ = moved(np.array(cycle["before"]), np.array(cycle["after"]))
+                log = [row for worker in cycle["log"] for row in worker]
+                (start,) = [row for row in log if row[0] == "rearrange"]
+                last = [row for row in log if row[0] == "layer"][-1:] or [start]
+                gb = far * given["about"][0]["bytes_per_expert"] / 1e9
+                found.setdefault(way, []).append((gb, last[0][2] - start[1], cycle))
+    return found
+
+
+def rearrangements_table(report: Path) -> str:
+    """What a rearrangement of 26 layers took, by the way that the weights go."""
+    lines = ["| weights go | rearrangements | GB received | took, s (range) | GB/s"]
+    lines[0] += " | step before, ms | longest step | step meanwhile | step after |"
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     names = {
         "sync": "in the step, gloo",
         "sync-nccl": "in the step, NCCL",
         "async": "beside the steps, gloo",
     }
-    for way, cycles in found.items():
-        if way == "sync-nccl":
-            cycles = cycles[1:]  # the first opens NCCL's connections
+    for way, cycles in cycles_of(report).items():
         rows = []
-        for cycle, size in cycles:
-            far, _ = moved(np.array(cycle["before"]), np.array(cycle["after"]))
-            log = [row for worker in cycle["log"] for row in worker]
-            layers = [row for row in log if row[0] == "layer"]
-            (start,) = [row for row in log if row[0] == "rearrange"]
-            took = (layers[-1][2] if layers else start[2]) - start[1]
+        for gb, took, cycle in cycles:
             first, during, last = (np.diff(m) * 1e3 for m in cycle["marks"])
             steps = (np.median(first), during.max(), np.median(during), np.median(last))
-            rows.append([far, far * size / 1e9, took, *steps])
-        far, gb, took, first, longest, during, last = np.median(rows, axis=0)
-        times = np.array(rows)[:, 2]
+            rows.append([gb, took, *steps])
+        gb, took, first, longest, during, last = np.median(rows, axis=0)
+        times = np.array(rows)[:, 1]
         span = f"{took:.3g} ({times.min():.3g} to {times.max():.3g}) | {gb / took:.3g}"
         steps = f"{first:.2f} | {longest:,.0f} | {during:.2f} | {last:.2f}"
-        lines.append(f"| {names[way]} | {len(rows)} | {far:.0f} | {gb:.2f} | {span} | {steps} |")
+        lines.append(f"| {names[way]} | {len(rows)} | {gb:.2f} | {span} | {steps} |")
     return "\n".join(lines)
 
 
