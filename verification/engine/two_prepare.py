@@ -25,6 +25,7 @@ from two_cases import (
     CASES,
     MAX_BATCH_TOKENS,
     MAX_SEQUENCES,
+    MEMORY_FRACTION,
     MODELS,
     MODES,
     REDUNDANT,
@@ -37,6 +38,7 @@ from moesim.engine.schedule import PhaseRows
 from moesim.placement import Placement, Plan, load_plan
 from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import deploy
+from moesim.serving.memory import gpu_memory
 from moesim.serving.step_cost import EngineStepCost
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import Trace, save_trace
@@ -137,6 +139,7 @@ def shape_of(case: Any, dp: int) -> BatchShape:
 def predictions(spec: Any, trace: Trace, plans: dict[str, Plan]) -> dict[str, Any]:
     """{mode: {placement: {case: ms and parts}}}."""
     found: dict[str, Any] = {}
+    memory: dict[str, Any] = {}
     for mode, parallel in MODES.items():
         for name in plans:
             cost = EngineStepCost(
@@ -150,6 +153,7 @@ def predictions(spec: Any, trace: Trace, plans: dict[str, Plan]) -> dict[str, An
                     dense_dtype="bf16",
                     max_batch_tokens=MAX_BATCH_TOKENS,
                     max_sequences=MAX_SEQUENCES,
+                    memory_fraction=MEMORY_FRACTION,
                     trace=trace,
                     plan=plans[name],
                     **parallel,  # type: ignore[arg-type]
@@ -161,7 +165,16 @@ def predictions(spec: Any, trace: Trace, plans: dict[str, Plan]) -> dict[str, An
                 step = {k: round(float(v.sum()) / 1e3, 4) for k, v in parts.items()}
                 rows[case.key] = {"ms": round(sum(step.values()), 4), "parts_ms": step}
             found.setdefault(mode, {})[name] = rows
-    return {"basis": cost.basis, "modes": found}
+            if name.startswith("linear"):
+                memory.setdefault(mode, {})[name] = kv_bytes(cost)
+    return {"basis": cost.basis, "memory": memory, "modes": found}
+
+
+def kv_bytes(cost: EngineStepCost) -> dict[str, float]:
+    """Bytes of a GPU's weights and KV cache."""
+    memory = gpu_memory(cost.deployment)
+    weights = memory.expert_weight_bytes + memory.other_weight_bytes
+    return {"weights": weights, "kv_cache": memory.kv_cache_bytes}
 
 
 def main() -> None:

@@ -167,6 +167,27 @@ def orders_table(report: Path) -> str:
     return "\n".join(lines)
 
 
+def memory_table(report: Path) -> str:
+    """The engine's memory of a GPU, GB, beside what the model says."""
+    models = json.loads((report / "after.json").read_text())["models"]
+    lines = ["| model | mode | weights | predicted | activations | beside torch | KV cache"]
+    lines[0] += " | predicted |"
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for record in records(report):
+        name = "linear" + "+" * record["redundant"]
+        wanted = models[record["model"]]["memory"][record["mode"]][name]
+        found = record["memory"][0]
+        kv = found["available_kv_cache_memory_bytes"]
+        run = f"{record['model']}{', redundant' * record['redundant']} | {record['mode']}"
+        lines.append(
+            f"| {run} | {found['weights'] / 1e9:.2f} | {wanted['weights'] / 1e9:.2f} |"
+            f" {found['peak_activation_memory'] / 1e9:.2f} | {found['non_torch_memory'] / 1e9:.2f}"
+            f" | {kv / 1e9:.2f} | {wanted['kv_cache'] / 1e9:.2f}"
+            f" ({wanted['kv_cache'] / kv - 1:+.1%}) |"
+        )
+    return "\n".join(lines)
+
+
 def part_of(kernel: str) -> str:
     """Part of a step that a kernel belongs to."""
     for part, words in PARTS.items():
@@ -285,6 +306,7 @@ TABLES = {
     "orders": orders_table,
     "rearrangements": rearrangements_table,
     "kernels": kernels_table,
+    "memory": memory_table,
     "steps": steps_table,
 }
 
