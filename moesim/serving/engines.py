@@ -11,6 +11,8 @@ from moesim.cost.curves import Basis
 from moesim.errors import FormatError, InputError, UnknownNameError
 
 PrefillPolicy = Literal["mixed", "prefill_first"]
+MemoryRule = Literal["all", "weights_and_cache", "free"]
+Admission = Literal["prompt", "whole"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,17 @@ class EngineProfile:
     GPU's work).
     prefill_policy: "mixed" puts prompt chunks and decodes into one step (chunked prefill),
     "prefill_first" runs waiting prompts in steps of their own while decodes wait.
+    admission: "prompt" starts a request when the KV cache has room for its prompt, and preempts the
+    last one admitted when the cache is full; "whole" starts it when there is room for its prompt
+    and all of its answer, and never preempts.
     max_batch_tokens, max_sequences: the engine's defaults for a DP rank.
     runtime_gb: memory of a GPU that neither weights, KV cache nor activations use (CUDA context,
-    NCCL buffers, CUDA graphs). memory_fraction: share of the GPU's memory that the engine uses.
+    CUDA graphs); group_gb: the same for communication among several GPUs. sampler_bytes: memory per
+    sequence and word of the vocabulary that is kept for sampling.
+    memory_fraction: a share of the GPU's memory, and memory_rule what it bounds. "all": everything
+    (gpu_memory_utilization). "weights_and_cache": weights and KV cache, of the memory beside the
+    runtime; activations come out of the rest (mem_fraction_static). "free": the KV cache, of what
+    weights, activations and runtime leave (free_gpu_memory_fraction).
     """
 
     name: str
@@ -50,6 +60,10 @@ class EngineProfile:
     max_sequences: int
     runtime_gb: float
     memory_fraction: float
+    memory_rule: MemoryRule = "all"
+    admission: Admission = "prompt"
+    group_gb: float = 1.2
+    sampler_bytes: float = 4.0
     rotary_gb_per_s: float | None = None
     cache_write_ns: float = 0.0
     basis: Basis = "assumed"
@@ -80,8 +94,9 @@ ENGINES: Mapping[str, EngineProfile] = {
             prefill_policy="mixed",
             max_batch_tokens=8192,
             max_sequences=1024,
-            runtime_gb=3.0,
+            runtime_gb=0.9,
             memory_fraction=0.9,
+            sampler_bytes=13.0,
             rotary_gb_per_s=1900.0,
             cache_write_ns=8.2,
             basis="measured",
@@ -100,8 +115,9 @@ ENGINES: Mapping[str, EngineProfile] = {
             prefill_policy="prefill_first",
             max_batch_tokens=8192,
             max_sequences=1024,
-            runtime_gb=3.0,
+            runtime_gb=0.9,
             memory_fraction=0.88,
+            memory_rule="weights_and_cache",
             basis="measured",
             source=FITTED,
         ),
@@ -117,8 +133,10 @@ ENGINES: Mapping[str, EngineProfile] = {
             prefill_policy="mixed",
             max_batch_tokens=8192,
             max_sequences=2048,
-            runtime_gb=3.0,
+            runtime_gb=0.9,
             memory_fraction=0.9,
+            memory_rule="free",
+            admission="whole",
             basis="measured",
             source=FITTED,
         ),

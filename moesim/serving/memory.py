@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from moesim.serving.deployment import Deployment
 
 GB = 1e9
-HBM_BYTES_PER_GB = float(2**30)
-"""A GPU sold with 80 GB has 80 x 2**30 bytes: an H100 reports 81,559 MiB, an H200 143,771 MiB."""
+HBM_BYTES_PER_GB = 0.99 * 2**30
+"""What CUDA reports of a GPU sold with so many GB: 79.2 GiB for 80 (H100), 139.8 for 141 (H200)."""
 ACTIVATION_BYTES = 2
 
 
@@ -101,7 +101,8 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
     Weights: experts by slots (of the plan, else experts / ep) and moe_tp; attention, dense and
     shared layers cut by tp (shared experts and dense layers too); routers whole; embedding table
     and head cut by tp, both counted; multi-token-prediction layers left out. Activations: the
-    widest layer's rows of a full step, and logits of `max_sequences` rows in float32. Ignored:
+    widest layer's rows of a full step, and the engine's `sampler_bytes` for `max_sequences` rows of
+    the whole vocabulary. What the memory fraction bounds is the engine's (`memory_rule`). Ignored:
     fragmentation and page rounding.
     """
     model, tp, pp = deployment.model, deployment.tp, deployment.pp
@@ -132,10 +133,17 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
         2 * model.dense_intermediate_size / tp,
     )
     activations = rows * width * ACTIVATION_BYTES
-    activations += deployment.max_sequences * model.vocab_size * 4.0 / tp
+    engine = deployment.engine
+    activations += deployment.max_sequences * model.vocab_size * engine.sampler_bytes
     total = min(gpu.hbm_gb for gpu in deployment.cluster.gpus) * HBM_BYTES_PER_GB
-    runtime = deployment.engine.runtime_gb * GB
+    runtime = (engine.runtime_gb + (engine.group_gb if deployment.num_gpus > 1 else 0.0)) * GB
+    beside = activations + runtime
     usable = total * deployment.memory_fraction
+    if engine.memory_rule == "weights_and_cache":
+        usable = min(total, (total - runtime) * deployment.memory_fraction + beside)
+    elif engine.memory_rule == "free":
+        taken = experts + other + beside
+        usable = taken + max(0.0, total - taken) * deployment.memory_fraction
     return EngineMemory(
         total_bytes=total,
         usable_bytes=usable,
@@ -144,9 +152,7 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
         activation_bytes=activations,
         runtime_bytes=runtime,
         kv_bytes_per_token=kv_bytes_per_token_per_gpu(deployment),
-        state_bytes=state_bytes_per_gpu(
-            deployment, usable - experts - other - activations - runtime
-        ),
+        state_bytes=state_bytes_per_gpu(deployment, usable - experts - other - beside),
     )
 
 

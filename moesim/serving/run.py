@@ -189,6 +189,7 @@ def _settings(
     row = {
         "block_size": config.block_size,
         "prefill_first": first,
+        "reserve_answer": len(parts) if parts[-1].engine.admission == "whole" else 0,
         "steps_ahead": parts[0].engine.steps_ahead > 0,
         "router": ROUTERS[config.router],
         "num_levels": len(_levels(requests, config)),

@@ -6,7 +6,8 @@ the budget goes to prompts begun earlier and then to waiting ones. Prefill first
 prompts to compute does only those, and decodes when there are none (or none that fit).
 
 Waiting requests are admitted in order of level and arrival; the first that has no room blocks
-those behind it. Nothing is admitted in a step that preempted.
+those behind it: room for what the step computes of it, or, where the engine reserves answers, for
+prompt and answer. Nothing is admitted in a step that preempted.
 """
 
 from __future__ import annotations
@@ -134,8 +135,11 @@ def _admit(
         if r < 0 or req[r].queued_us > decided:
             level += 1
             continue
+        whole = req[r].prompt + req[r].output
         if req[r].arrived == 1:
-            room = min(req[r].prefill_len + 1 + cfg.spec_max, req[r].prompt + req[r].output)
+            room = min(req[r].prefill_len + 1 + cfg.spec_max, whole)
+            if cfg.reserve_answer:
+                room = whole
             if not reserve(req, ranks, prefix, cfg, rank, r, room):
                 break
             req[r].arrived = 0
@@ -148,7 +152,8 @@ def _admit(
             req[r].shared = hits
             found = hits * cfg.hash_tokens
             count = min(req[r].prefill_len - found, budget, cfg.chunk_tokens)
-            if not reserve(req, ranks, prefix, cfg, rank, r, found + count):
+            room = whole if cfg.reserve_answer == 1 else found + count
+            if not reserve(req, ranks, prefix, cfg, rank, r, room):
                 release(req, ids, ranks, prefix, rank, r)
                 break
             req[r].computed = found

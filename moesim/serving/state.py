@@ -48,6 +48,7 @@ SETTINGS = np.dtype(
     [
         ("block_size", "i8"),
         ("prefill_first", "i8"),
+        ("reserve_answer", "i8"),
         ("steps_ahead", "i8"),
         ("router", "i8"),
         ("num_levels", "i8"),
@@ -68,7 +69,9 @@ SETTINGS = np.dtype(
         ("until_us", "f8"),
     ]
 )
-"""One record, which never changes during a run; see `ServingConfig` for meanings. spec_max: draft
+"""One record, which never changes during a run; see `ServingConfig` for meanings. reserve_answer:
+a request starts when there is room for its answer too (`EngineProfile.admission`), 2: where it is
+decoded apart from prompts, 0: nowhere. spec_max: draft
 tokens at most, spec_fixed: that many always (-1: by goodput). kv_window: tokens of a sequence that
 are kept at most. hash_blocks, hash_tokens: KV blocks and tokens in one block of a prompt's content.
 """

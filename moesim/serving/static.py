@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -102,13 +102,17 @@ class StaticResult:
 
 @dataclass(eq=False)
 class _Request:
+    """`prompt` and `answer` are what is left to compute: a preempted request's prompt holds the
+    tokens it had been given."""
+
     number: int
     prompt: int
     answer: int
     sent_us: float
     done_prompt: int = 0
     ready_us: float = 0.0
-    first_us: float = 0.0
+    first_us: float | None = None
+    admitted: int = 0
 
 
 @dataclass(eq=False)
@@ -116,16 +120,19 @@ class _Rank:
     """One DP rank: prompts waiting or in chunks, sequences decoding, tokens reserved for them.
 
     `clock` counts the tokens that every running sequence has been given; `running` is a heap by the
-    clock at which a sequence ends, `context` the cached tokens of all of them.
+    clock at which a sequence ends, `context` the cached tokens of all of them. `whole`: prompts and
+    answers are reserved on admission, so that nothing is preempted.
     """
 
     capacity: int
     waiting: deque[_Request] = field(default_factory=deque)
     prompts: list[_Request] = field(default_factory=list)
     running: list[tuple[int, int, _Request]] = field(default_factory=list)
+    whole: bool = True
     reserved: int = 0
     clock: int = 0
     context: float = 0.0
+    admissions: int = 0
 
     def start(self, request: _Request) -> None:
         """A sequence whose prompt is done and whose first token is out."""
@@ -144,15 +151,54 @@ class _Rank:
             ended.append(request)
         return ended
 
+    def fits(self, request: _Request) -> bool:
+        """Room in the KV cache for another one."""
+        if self.whole:
+            return self.reserved + request.prompt + request.answer <= self.capacity
+        return self.used() + request.prompt + len(self.running) + 1 <= self.capacity
+
+    def used(self) -> float:
+        """Tokens that running sequences and admitted prompts hold."""
+        return self.context + sum(request.prompt for request in self.prompts)
+
+    def admit(self, request: _Request) -> None:
+        """Start a request's prompt."""
+        self.reserved += request.prompt + request.answer
+        self.admissions += 1
+        request.admitted = self.admissions
+        self.prompts.append(request)
+
+    def make_room(self) -> None:
+        """Preempt the last ones admitted until every running sequence has room for a token."""
+        while not self.whole and self.used() + len(self.running) > self.capacity:
+            everyone = [q for _, _, q in self.running] + self.prompts
+            self._preempt(max(everyone, key=lambda q: q.admitted))
+
+    def _preempt(self, request: _Request) -> None:
+        self.reserved -= request.prompt + request.answer
+        if request in self.prompts:
+            self.prompts.remove(request)
+        else:
+            place = next(i for i, item in enumerate(self.running) if item[2] is request)
+            end = self.running.pop(place)[0]
+            heapify(self.running)
+            given = request.answer - (end - self.clock)
+            self.context -= request.prompt + given
+            request.prompt += given
+            request.answer -= given
+        request.done_prompt = 0
+        self.waiting.appendleft(request)
+
 
 def run_load_test(cost: EngineStepCost, test: LoadTest) -> StaticResult:
     """Run the test on one deployment.
 
     A request reaches the scheduler after `request_ms` and its tokenising, and is admitted to the
     first step decided on thereafter, `steps_ahead` steps before that step runs, when the KV cache
-    has room for its whole prompt and answer, so nothing is ever preempted. Requests go to the DP
-    rank with the fewest. Prompts are served in order, in chunks of what the step's token budget
-    leaves ("mixed"), or in steps of their own ("prefill_first").
+    has room as the engine's `admission` wants it. Where a full cache preempts, the tokens given so
+    far are computed again as part of the prompt. Requests go to the DP rank with the fewest.
+    Prompts are served in order, in chunks of what the step's token budget leaves ("mixed"), or in
+    steps of their own ("prefill_first").
 
     With pipeline stages as many batches are under way, alike, each with its share of the requests
     and the KV cache; one of them is run, and nothing of it waits for another.
@@ -167,7 +213,9 @@ def run_load_test(cost: EngineStepCost, test: LoadTest) -> StaticResult:
     rng = stream(test.seed)
     prompts = _lengths(rng, test.input_tokens, test.range_ratio, total)
     answers = _lengths(rng, test.output_tokens, test.range_ratio, total)
-    ranks = [_Rank(memory.kv_token_capacity // batches) for _ in range(deployment.dp)]
+    whole = deployment.engine.admission == "whole"
+    room = memory.kv_token_capacity // batches
+    ranks = [_Rank(room, whole=whole) for _ in range(deployment.dp)]
     ttft, tpot = np.zeros(total), np.full(total, np.nan)
     engine = _Engine(cost, ranks)
     sent = min(test.concurrency, total)
@@ -177,10 +225,10 @@ def run_load_test(cost: EngineStepCost, test: LoadTest) -> StaticResult:
     while finished < total:
         for request in engine.step():
             finished += 1
-            ttft[request.number] = request.first_us - request.sent_us
-            if request.answer > 1:
-                spent = engine.now_us - request.first_us
-                tpot[request.number] = spent / (request.answer - 1)
+            first = engine.now_us if request.first_us is None else request.first_us
+            ttft[request.number] = first - request.sent_us
+            if answers[request.number] > 1:
+                tpot[request.number] = (engine.now_us - first) / (answers[request.number] - 1)
             if sent < total:
                 new = _Request(sent, int(prompts[sent]), int(answers[sent]), engine.now_us)
                 engine.send(new)
@@ -221,7 +269,10 @@ class _Engine:
             self.starts_us.clear()
         self.starts_us.append(self.now_us)
         for rank in self.ranks:
-            self._admit(rank)
+            before = len(rank.waiting)
+            rank.make_room()
+            if len(rank.waiting) == before:
+                self._admit(rank)
         prefill = any(rank.prompts for rank in self.ranks)
         if not prefill:
             return self._decode()
@@ -239,13 +290,18 @@ class _Engine:
                 request.done_prompt += tokens
                 if request.done_prompt == request.prompt:
                     rank.prompts.remove(request)
-                    request.first_us = self.now_us
+                    request.first_us = request.first_us or self.now_us
                     rank.start(request)
             ended += rank.produce(0)
         return ended
 
     def _decode(self) -> list[_Request]:
-        left = min(rank.running[0][0] - rank.clock for rank in self.ranks if rank.running)
+        busy = [rank for rank in self.ranks if rank.running]
+        left = min(rank.running[0][0] - rank.clock for rank in busy)
+        for rank in busy:
+            if not rank.whole:
+                room = int((rank.capacity - rank.used()) // len(rank.running))
+                left = min(left, max(1, room))
         decode = [len(rank.running) for rank in self.ranks]
         none = [0.0] * len(self.ranks)
 
@@ -267,15 +323,12 @@ class _Engine:
         while rank.waiting and self._fits(rank):
             if rank.waiting[0].ready_us > self.starts_us[0]:
                 return
-            request = rank.waiting.popleft()
-            rank.reserved += request.prompt + request.answer
-            rank.prompts.append(request)
+            rank.admit(rank.waiting.popleft())
 
     def _fits(self, rank: _Rank) -> bool:
         if len(rank.running) + len(rank.prompts) >= self.max_sequences:
             return False
-        need = rank.waiting[0].prompt + rank.waiting[0].answer
-        return rank.reserved + need <= rank.capacity
+        return rank.fits(rank.waiting[0])
 
     def _chunks(self, rank: _Rank) -> list[tuple[_Request, int]]:
         left = self.budget - (len(rank.running) if self.mixed else 0)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moesim.serving import static
 from moesim.serving.deployment import deploy
+from moesim.serving.engines import engine_profile
 from moesim.serving.requests import Requests
 from moesim.serving.run import simulate_serving
 from moesim.serving.static import LoadTest, run_load_test
@@ -34,3 +38,26 @@ def test_same_latencies(model: str, options: dict[str, Any], count: int) -> None
     opened = simulate_serving(deployment, requests)
     np.testing.assert_allclose(opened.ttft_s * 1e3, closed.ttft_ms, rtol=1e-4)
     np.testing.assert_allclose(opened.tpot_s * 1e3, closed.tpot_ms, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("admission", "ttft", "tpot"),
+    [("prompt", [1.0, 1.0], [1.0, 11 / 7]), ("whole", [1.0, 9.0], [1.0, 1.0])],
+)
+def test_full_cache(
+    monkeypatch: pytest.MonkeyPatch, admission: str, ttft: list[float], tpot: list[float]
+) -> None:
+    """Two prompts of 4 and answers of 8 tokens, steps of 1 ms, room for 16 tokens. Admitted by
+    prompt, both get their first token in step 1 and 3 more in steps 2 to 4; then 4 + 4 tokens of
+    each fill the cache and the second is preempted. The first ends in step 8; step 9 computes the
+    second's 8 tokens again and gives its fifth, step 12 its last: (12 - 1) / 7 a token. With room
+    for whole answers (12 tokens) the second starts when the first ends: steps 9 to 16."""
+    plain = {"request_ms": 0.0, "prompt_token_us": 0.0, "steps_ahead": 0, "admission": admission}
+    engine = replace(engine_profile("vllm"), **plain)
+    deployment = deploy("OLMoE-1B-7B", "h100-sxm-ib", tp=1, engine=engine)
+    memory = SimpleNamespace(kv_token_capacity=16)
+    monkeypatch.setattr(static, "require_fit", lambda *_: memory)
+    cost: Any = SimpleNamespace(deployment=deployment, one_us=lambda *_: 1000.0)
+    result = run_load_test(cost, LoadTest(4, 8, 2, num_requests=2))
+    np.testing.assert_allclose(result.ttft_ms, ttft)
+    np.testing.assert_allclose(result.tpot_ms, tpot)

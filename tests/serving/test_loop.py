@@ -106,6 +106,20 @@ def test_preempts_the_last_and_recomputes(small: ModuleType) -> None:
     assert result.generated_tokens.tolist() == [8, 8]
 
 
+def test_reserving_answers_never_preempts(small: ModuleType) -> None:
+    """The same two requests where prompt and answer are reserved: 12 tokens are three blocks of the
+    four, so the second waits for the end of the first (step 8) and runs steps 9 to 16."""
+    result = small.serve(
+        small.at_once([4, 4], [8, 8]),
+        small.tables(1000.0),
+        capacity=16,
+        block_size=4,
+        deployment=small.small_deployment(host={"admission": "whole"}),
+    )
+    assert result.preempted.tolist() == [0, 0]
+    np.testing.assert_allclose(result.finish_s, [8e-3, 16e-3])
+
+
 def test_urgent_requests_go_first(small: ModuleType) -> None:
     """One sequence at a time; arrivals 0, 1 and 2 at 0 with priorities 5, 5 and 1. The urgent one
     runs first (2 steps each), then the others by arrival."""

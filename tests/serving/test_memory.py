@@ -10,6 +10,7 @@ from moesim.cluster import load_cluster
 from moesim.errors import InfeasibleError
 from moesim.model.names import load_model
 from moesim.serving.deployment import deploy
+from moesim.serving.engines import engine_profile
 from moesim.serving.memory import gpu_memory, kv_bytes_per_token_per_gpu, require_fit
 
 
@@ -63,7 +64,7 @@ def test_all_gpus_of_deepseek_v3_hold_its_671_billion_parameters() -> None:
 
 def test_capacity_is_what_is_left_over_the_bytes_of_a_token() -> None:
     memory = gpu_memory(deploy("DeepSeek-V3", "h200-sxm-ib", tp=8, memory_fraction=0.9))
-    assert memory.total_bytes == 141 * 2**30
+    assert memory.total_bytes == 0.99 * 141 * 2**30
     left = memory.usable_bytes - memory.weight_bytes
     left -= memory.activation_bytes + memory.runtime_bytes
     assert memory.kv_token_capacity == int(left // 70_272)
@@ -73,7 +74,7 @@ def test_capacity_is_what_is_left_over_the_bytes_of_a_token() -> None:
 def test_deepseek_v3_does_not_fit_eight_h100s_and_the_error_has_the_numbers() -> None:
     with pytest.raises(InfeasibleError) as error:
         require_fit(deploy("DeepSeek-V3", "h100-sxm-ib", tp=8, max_batch_tokens=8192))
-    assert "77.3 GB for the engine" in error.value.cause  # 80 x 2**30 x 0.9 = 77.3e9
+    assert "76.5 GB for the engine" in error.value.cause  # 80 x 2**30 x 0.99 x 0.9 = 76.5e9
     assert "weights take 84.3" in error.value.cause
     assert "more GPUs" in error.value.remedy
 
@@ -99,7 +100,7 @@ def test_the_smallest_gpu_of_a_mixed_cluster_counts() -> None:
     small = load_cluster("h100-sxm-ib", 8).gpus[0]
     mixed = replace(cluster, gpus=(small, *cluster.gpus[1:]))
     memory = gpu_memory(deploy("Qwen3-30B-A3B", mixed, tp=8))
-    assert memory.total_bytes == 80 * 2**30
+    assert memory.total_bytes == 0.99 * 80 * 2**30
     assert load_model("Qwen3-30B-A3B").kv_bytes_per_token() == 98_304
 
 
@@ -144,3 +145,35 @@ def test_latent_experts_and_layers_without_feed_forward_part() -> None:
     memory = gpu_memory(deploy("Nemotron-3-Super", "h200-sxm-ib", tp=2))
     assert memory.expert_weight_bytes == 40 * 512 * 2 * 1024 * 2688 / 2
     assert memory.kv_bytes_per_token == 8 * 2 * 1 * 128 * 2
+
+
+def test_caches_that_engines_logged() -> None:
+    """github.com/vllm-project/vllm/issues/21348: Qwen3-235B-A22B-FP8 on 4 H100s. vLLM of July 2025
+    sorted logits to sample, about 36 bytes per sequence and word of the vocabulary; the profile
+    has what 0.23.0 takes."""
+    sorting = replace(engine_profile("vllm"), sampler_bytes=36.0)
+    where = {"cluster": "h100-sxm-ib", "tp": 4}
+    vllm = gpu_memory(deploy("Qwen3-235B-A22B-FP8", engine=sorting, **where))
+    assert vllm.kv_token_capacity == pytest.approx(178_880, rel=0.03)
+    sglang = gpu_memory(
+        deploy("Qwen3-235B-A22B-FP8", engine="sglang", memory_fraction=0.93, **where)
+    )
+    assert sglang.kv_token_capacity == pytest.approx(367_404, rel=0.03)
+
+
+def test_what_a_memory_fraction_bounds() -> None:
+    """Mixtral-8x7B on 4 GPUs of 79.2 GiB, fraction 0.8: of everything (vLLM), of weights and cache
+    beside the runtime (SGLang), of what is left for the cache (TensorRT-LLM)."""
+    total = 0.99 * 80 * 2**30
+
+    def of(engine: str) -> tuple[float, float, float, float]:
+        m = gpu_memory(deploy("Mixtral-8x7B", engine=engine, tp=4, memory_fraction=0.8))
+        return m.kv_cache_bytes, m.weight_bytes, m.activation_bytes, m.runtime_bytes
+
+    cache, weights, activations, runtime = of("vllm")
+    assert runtime == pytest.approx(2.1e9)
+    assert cache == pytest.approx(0.8 * total - weights - activations - runtime)
+    cache, weights, activations, runtime = of("sglang")
+    assert cache == pytest.approx(0.8 * (total - runtime) - weights)
+    cache, weights, activations, runtime = of("trtllm")
+    assert cache == pytest.approx(0.8 * (total - weights - activations - runtime))
