@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from moesim.cost.curves import Basis
 from moesim.errors import FormatError, InputError, UnknownNameError
+from moesim.types import FloatArray
 
 PrefillPolicy = Literal["mixed", "prefill_first"]
 MemoryRule = Literal["all", "weights_and_cache", "free"]
 Admission = Literal["prompt", "whole"]
+_Tokens = TypeVar("_Tokens", float, FloatArray)
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ class EngineProfile:
     rotary_gb_per_s, cache_write_ns: rate at which rotary embedding reads and writes queries and
     keys, and a token's cache write in one layer; both of grouped attention, beyond `kernel_us`, and
     not counted where None and 0.
-    eager_layer_us: host time to enqueue one layer where no CUDA graph is replayed; a step with
-    prompt tokens takes at least that many microseconds per layer.
-    request_ms, prompt_token_us: time of a request outside the engine's steps (HTTP, scheduler
-    queues, first answer back), and of tokenising, a prompt token.
+    eager_layer_us: what a layer adds to a step with prompt tokens beside its kernels: gaps between
+    them while the host enqueues, where no CUDA graph is replayed.
+    request_ms, request_layer_us, prompt_token_us: time of a request outside the engine's steps: of
+    itself (HTTP, scheduler queues, first answer back), per layer of the model (enqueuing its prompt
+    while the GPU is busy with other steps), and of tokenising, per prompt token.
     steps_ahead: steps already decided on when a request arrives (1 where scheduling overlaps the
     GPU's work).
     prefill_policy: "mixed" puts prompt chunks and decodes into one step (chunked prefill),
@@ -64,6 +67,7 @@ class EngineProfile:
     admission: Admission = "prompt"
     group_gb: float = 1.2
     sampler_bytes: float = 4.0
+    request_layer_us: float = 0.0
     rotary_gb_per_s: float | None = None
     cache_write_ns: float = 0.0
     basis: Basis = "assumed"
@@ -72,6 +76,11 @@ class EngineProfile:
     def to_file(self) -> dict[str, Any]:
         """What a file of a refitted engine holds."""
         return {key: getattr(self, key) for key in FILE_KEYS}
+
+    def outside_us(self, num_layers: int, prompt_tokens: _Tokens) -> _Tokens:
+        """Microseconds of requests of so many prompt tokens outside the engine's steps."""
+        fixed = self.request_ms * 1e3 + self.request_layer_us * num_layers
+        return fixed + self.prompt_token_us * prompt_tokens  # type: ignore[return-value]
 
 
 FITTED = (
@@ -86,9 +95,9 @@ ENGINES: Mapping[str, EngineProfile] = {
             name="vllm",
             step_host_us=0.0,
             sequence_host_us=0.0,
-            kernel_us=3.8,
-            eager_layer_us=480.0,
-            request_ms=56.0,
+            kernel_us=2.0,
+            eager_layer_us=880.0,
+            request_ms=0.0,
             prompt_token_us=0.0,
             steps_ahead=1,
             prefill_policy="mixed",
@@ -107,9 +116,9 @@ ENGINES: Mapping[str, EngineProfile] = {
             name="sglang",
             step_host_us=0.0,
             sequence_host_us=0.0,
-            kernel_us=3.8,
-            eager_layer_us=480.0,
-            request_ms=262.0,
+            kernel_us=2.0,
+            eager_layer_us=1700.0,
+            request_ms=168.0,
             prompt_token_us=0.0,
             steps_ahead=1,
             prefill_policy="prefill_first",
@@ -125,9 +134,9 @@ ENGINES: Mapping[str, EngineProfile] = {
             name="trtllm",
             step_host_us=0.0,
             sequence_host_us=0.0,
-            kernel_us=3.8,
-            eager_layer_us=480.0,
-            request_ms=101.0,
+            kernel_us=2.0,
+            eager_layer_us=0.0,
+            request_ms=124.0,
             prompt_token_us=0.0,
             steps_ahead=1,
             prefill_policy="mixed",

@@ -275,7 +275,8 @@ def _requests(
         )
     out = np.zeros(len(requests), REQUEST)
     out["status"] = np.where(too_large, TOO_LARGE, 0)
-    outside = engine.request_ms * 1e3 + engine.prompt_token_us * requests.prompt_tokens
+    layers = deployment.model.num_hidden_layers
+    outside = deployment.engine.outside_us(layers, requests.prompt_tokens.astype(np.float64))
     out["arrival_us"] = requests.arrival_s * 1e6 + outside
     for name in (
         "queued_us",

@@ -22,6 +22,7 @@ from moesim.serving.memory import require_fit
 from moesim.types import stream
 
 if TYPE_CHECKING:
+    from moesim.serving.speculative import Speculation
     from moesim.serving.step_cost import EngineStepCost
 
 
@@ -121,16 +122,17 @@ class _Rank:
 
     `clock` counts the tokens that every running sequence has been given; `running` is a heap by the
     clock at which a sequence ends, `context` the cached tokens of all of them. `whole`: prompts and
-    answers are reserved on admission, so that nothing is preempted.
+    answers are reserved on admission, so that nothing is preempted. Tokens are whole numbers but
+    where speculation gives so many per step on average.
     """
 
     capacity: int
     waiting: deque[_Request] = field(default_factory=deque)
     prompts: list[_Request] = field(default_factory=list)
-    running: list[tuple[int, int, _Request]] = field(default_factory=list)
+    running: list[tuple[float, int, _Request]] = field(default_factory=list)
     whole: bool = True
     reserved: int = 0
-    clock: int = 0
+    clock: float = 0
     context: float = 0.0
     admissions: int = 0
 
@@ -139,14 +141,14 @@ class _Rank:
         heappush(self.running, (self.clock + request.answer - 1, request.number, request))
         self.context += request.prompt + 1
 
-    def produce(self, tokens: int) -> list[_Request]:
+    def produce(self, tokens: float) -> list[_Request]:
         """Give every running sequence `tokens` more; take out and return those that end."""
         self.clock += tokens
         self.context += tokens * len(self.running)
         ended = []
         while self.running and self.running[0][0] <= self.clock:
-            request = heappop(self.running)[2]
-            self.context -= request.prompt + request.answer
+            end, _, request = heappop(self.running)
+            self.context -= request.prompt + request.answer + self.clock - end
             self.reserved -= request.prompt + request.answer
             ended.append(request)
         return ended
@@ -182,19 +184,21 @@ class _Rank:
             place = next(i for i, item in enumerate(self.running) if item[2] is request)
             end = self.running.pop(place)[0]
             heapify(self.running)
-            given = request.answer - (end - self.clock)
-            self.context -= request.prompt + given
+            given = request.answer - ceil(end - self.clock)
+            self.context -= request.prompt + request.answer - (end - self.clock)
             request.prompt += given
             request.answer -= given
         request.done_prompt = 0
         self.waiting.appendleft(request)
 
 
-def run_load_test(cost: EngineStepCost, test: LoadTest) -> StaticResult:
+def run_load_test(
+    cost: EngineStepCost, test: LoadTest, speculation: Speculation | None = None
+) -> StaticResult:
     """Run the test on one deployment.
 
-    A request reaches the scheduler after `request_ms` and its tokenising, and is admitted to the
-    first step decided on thereafter, `steps_ahead` steps before that step runs, when the KV cache
+    A request reaches the scheduler after the engine's `outside_us`, and is admitted to the first
+    step decided on thereafter, `steps_ahead` steps before that step runs, when the KV cache
     has room as the engine's `admission` wants it. Where a full cache preempts, the tokens given so
     far are computed again as part of the prompt. Requests go to the DP rank with the fewest.
     Prompts are served in order, in chunks of what the step's token budget leaves ("mixed"), or in
@@ -202,6 +206,9 @@ def run_load_test(cost: EngineStepCost, test: LoadTest) -> StaticResult:
 
     With pipeline stages as many batches are under way, alike, each with its share of the requests
     and the KV cache; one of them is run, and nothing of it waits for another.
+
+    speculation: every step drafts `max_drafts` tokens and gives each sequence the mean number that
+    is accepted; the length is not chosen step by step as `simulate_serving` does.
 
     Raises InfeasibleError where one request does not fit into the KV cache.
     """
@@ -217,7 +224,7 @@ def run_load_test(cost: EngineStepCost, test: LoadTest) -> StaticResult:
     room = memory.kv_token_capacity // batches
     ranks = [_Rank(room, whole=whole) for _ in range(deployment.dp)]
     ttft, tpot = np.zeros(total), np.full(total, np.nan)
-    engine = _Engine(cost, ranks)
+    engine = _Engine(cost, ranks, speculation)
     sent = min(test.concurrency, total)
     for i in range(sent):
         engine.send(_Request(i, int(prompts[i]), int(answers[i]), 0.0))
@@ -245,8 +252,15 @@ def run_load_test(cost: EngineStepCost, test: LoadTest) -> StaticResult:
 
 
 class _Engine:
-    def __init__(self, cost: EngineStepCost, ranks: list[_Rank]) -> None:
+    def __init__(
+        self, cost: EngineStepCost, ranks: list[_Rank], speculation: Speculation | None
+    ) -> None:
         self.cost, self.ranks, self.now_us = cost, ranks, 0.0
+        self.drafts, self.gain, self.drafting = 0, 1.0, 0.0
+        if speculation is not None:
+            self.drafts = speculation.max_drafts
+            self.gain = float(speculation.expected()[-1])
+            self.drafting = self.drafts * speculation.draft_share
         deployment = cost.deployment
         self.budget = deployment.max_batch_tokens
         self.max_sequences = max(1, deployment.max_sequences // deployment.pp)
@@ -256,7 +270,8 @@ class _Engine:
         self.starts_us = deque([0.0], maxlen=1 + self.profile.steps_ahead)
 
     def send(self, request: _Request) -> None:
-        delay = self.profile.request_ms * 1e3 + self.profile.prompt_token_us * request.prompt
+        layers = self.cost.deployment.model.num_hidden_layers
+        delay = self.profile.outside_us(layers, float(request.prompt))
         request.ready_us = request.sent_us + delay
         rank = min(self.ranks, key=lambda r: len(r.waiting) + len(r.prompts) + len(r.running))
         rank.waiting.append(request)
@@ -281,11 +296,11 @@ class _Engine:
         context = [rank.context if self.mixed else 0.0 for rank in self.ranks]
         rows = [float(sum(n for _, n in rank)) for rank in chunks]
         pairs = [sum(n * q.done_prompt + n * (n + 1) / 2.0 for q, n in rank) for rank in chunks]
-        self.now_us += self.cost.one_us(decode, context, rows, pairs, [len(c) for c in chunks])
+        self.now_us += self._step_us(decode, context, rows, pairs, [len(c) for c in chunks])
         ended: list[_Request] = []
         for rank, taken in zip(self.ranks, chunks, strict=True):
             if self.mixed:
-                ended += rank.produce(1)
+                ended += rank.produce(self.gain)
             for request, tokens in taken:
                 request.done_prompt += tokens
                 if request.done_prompt == request.prompt:
@@ -295,19 +310,43 @@ class _Engine:
             ended += rank.produce(0)
         return ended
 
+    def _step_us(
+        self,
+        decode: list[int],
+        context: list[float],
+        rows: list[float],
+        pairs: list[float],
+        chunks: list[float],
+    ) -> float:
+        """One step, with the rows and the drafting of speculation where there is decoding."""
+        if not self.drafts:
+            return self.cost.one_us(decode, context, rows, pairs, chunks)
+        base = self.cost.one_us(decode, context, rows, pairs, chunks)
+        latent = self.cost.deployment.model.attention.kind == "mla"
+        again = 1 + self.drafts if latent else 1
+        verified = self.cost.one_us(
+            [n * (1 + self.drafts) for n in decode],
+            [tokens * again for tokens in context],
+            rows,
+            pairs,
+            chunks,
+        )
+        return verified + self.drafting * base * any(decode)
+
     def _decode(self) -> list[_Request]:
         busy = [rank for rank in self.ranks if rank.running]
-        left = min(rank.running[0][0] - rank.clock for rank in busy)
+        left = ceil(min(rank.running[0][0] - rank.clock for rank in busy) / self.gain)
         for rank in busy:
             if not rank.whole:
-                room = int((rank.capacity - rank.used()) // len(rank.running))
-                left = min(left, max(1, room))
+                room = (rank.capacity - rank.used()) // (len(rank.running) * self.gain)
+                left = min(left, max(1, int(room)))
         decode = [len(rank.running) for rank in self.ranks]
         none = [0.0] * len(self.ranks)
 
         def step_us(ahead: float) -> float:
-            context = [rank.context + ahead * len(rank.running) for rank in self.ranks]
-            return self.cost.one_us(decode, context, none, none, none)
+            more = ahead * self.gain
+            context = [rank.context + more * len(rank.running) for rank in self.ranks]
+            return self._step_us(decode, context, none, none, none)
 
         coming = [r.waiting[0].ready_us for r in self.ranks if r.waiting and self._fits(r)]
         if coming:
@@ -317,7 +356,7 @@ class _Engine:
         for k in range(max(1, left - self.profile.steps_ahead), left):
             self.starts_us.append(self.now_us + k * time)
         self.now_us += left * time
-        return [q for rank in self.ranks for q in rank.produce(left)]
+        return [q for rank in self.ranks for q in rank.produce(left * self.gain)]
 
     def _admit(self, rank: _Rank) -> None:
         while rank.waiting and self._fits(rank):

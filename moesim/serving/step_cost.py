@@ -162,7 +162,7 @@ class EngineStepCost:
         if not prefill:
             time -= self._decode_saves.one(total)
         if prefill:
-            time = max(time, engine.eager_layer_us * self.deployment.model.num_hidden_layers)
+            time += engine.eager_layer_us * self.deployment.model.num_hidden_layers
         return time + engine.step_host_us + engine.sequence_host_us * sampled
 
     def breakdown(self, batch: BatchShape) -> dict[str, FloatArray]:
@@ -201,7 +201,7 @@ class EngineStepCost:
         engine = self.deployment.engine
         prefill = batch.prefill_tokens.max(axis=-1) > 0
         eager = engine.eager_layer_us * self.deployment.model.num_hidden_layers
-        busy = np.where(prefill, np.maximum(gpu_us, eager), gpu_us)
+        busy = gpu_us + np.where(prefill, eager, 0.0)
         sequences = self._sampled(batch).max(axis=-1)
         return busy + engine.step_host_us + engine.sequence_host_us * sequences
 

@@ -42,7 +42,7 @@ class StepTables(NamedTuple):
     decode_saves_us: [M, points] by the tokens of all ranks, what a step without prompt tokens takes
     less than `moe_us` says. comm_us: [M, points], dispatch and combine in `moe_us`.
     overlap: [M, 5], see `EngineStepCost.overlap`.
-    eager_us: least time of a step with prompt tokens; host_us, sequence_us: added to every step,
+    eager_us: added to steps with prompt tokens; host_us, sequence_us: added to every step,
     and for every sampled row of the rank that has most.
     """
 
@@ -282,6 +282,6 @@ def step_us(
             time -= _table(tables.moe_x[m], tables.decode_saves_us[m], total)
     time += _table(tables.head_x[m], tables.head_us[m], sampled)
     if prefill:
-        time = max(time, tables.eager_us[m])
+        time += tables.eager_us[m]
     time += tables.host_us[m] + tables.sequence_us[m] * sampled
     return time, mean / (last - first), slowest

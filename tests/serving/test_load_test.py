@@ -14,6 +14,7 @@ from moesim.serving.deployment import deploy
 from moesim.serving.engines import engine_profile
 from moesim.serving.requests import Requests
 from moesim.serving.run import simulate_serving
+from moesim.serving.speculative import Speculation
 from moesim.serving.static import LoadTest, run_load_test
 from moesim.serving.step_cost import EngineStepCost
 
@@ -61,3 +62,17 @@ def test_full_cache(
     result = run_load_test(cost, LoadTest(4, 8, 2, num_requests=2))
     np.testing.assert_allclose(result.ttft_ms, ttft)
     np.testing.assert_allclose(result.tpot_ms, tpot)
+
+
+def test_speculation_gives_its_mean_of_tokens_per_step() -> None:
+    """Prompt of 4, answer of 11 tokens; steps of 1 ms, a drafted token 0.1 ms more. Two drafts
+    at acceptance 0.5 give 1 + 0.5 + 0.25 = 1.75 tokens in 1 + 2 x 0.1 ms: 10 tokens after the first
+    take 10 / 1.75, that is 6 steps of 1.2 ms, 0.72 ms per token."""
+    plain = {"request_ms": 0.0, "prompt_token_us": 0.0, "steps_ahead": 0}
+    engine = replace(engine_profile("vllm"), **plain)
+    deployment = deploy("OLMoE-1B-7B", "h100-sxm-ib", tp=1, engine=engine)
+    cost: Any = SimpleNamespace(deployment=deployment, one_us=lambda *_: 1000.0)
+    speculation = Speculation(acceptance=0.5, max_drafts=2, draft_share=0.1, fixed=True)
+    result = run_load_test(cost, LoadTest(4, 11, 1, num_requests=1), speculation)
+    np.testing.assert_allclose(result.ttft_ms, [1.0])
+    np.testing.assert_allclose(result.tpot_ms, [0.72])

@@ -204,14 +204,15 @@ def test_rotary_embedding_and_cache_write_are_counted_by_token() -> None:
     assert found["DeepSeek-V3"] == 0.0
 
 
-def test_host_time_is_added_and_eager_launches_bound_a_prefill_step() -> None:
-    engine = replace(QUIET, step_host_us=100.0, sequence_host_us=3.0, eager_layer_us=1e5)
+def test_host_time_is_added_and_so_are_gaps_of_a_prefill_step() -> None:
+    """32 layers of 50 us each where the step has prompt tokens."""
+    engine = replace(QUIET, step_host_us=100.0, sequence_host_us=3.0, eager_layer_us=50.0)
     quiet = EngineStepCost(toy())
     slow = quiet.with_engine(engine)
     decode = BatchShape.of(4, 400)
     assert slow.step_us(decode) == pytest.approx(quiet.step_us(decode) + 100.0 + 4 * 3.0)
     prefill = BatchShape.of(prefill_tokens=10)
-    assert slow.step_us(prefill) == pytest.approx(32 * 1e5 + 100.0 + 3.0)
+    assert slow.step_us(prefill) == pytest.approx(quiet.step_us(prefill) + 32 * 50 + 100.0 + 3.0)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 --data ../shared/data/measured/serving_h100_h200_moe.csv --out reports/serving-accuracy`.
 
 Three passes. Kernels only: no engine constant at all, nothing fitted to serving rows. Held out:
-five constants fitted to the rows of all other models; every model is predicted by constants that
-never saw it on any engine. All rows: constants fitted to all, which the shipped profiles have.
+each engine's constants fitted to its rows of all other models; every model is predicted by
+constants that never saw it. All rows: constants fitted to all, which the shipped profiles have.
+Which constants an engine has is chosen by held-out loss (`fit_constants.choose`).
 Writes `results.json` (aggregates only), `tables.md` and a plot.
 """
 
@@ -20,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fit_constants import START, fit, linearise
+from fit_constants import START, Linear, choose, fit, linearise
 from plots import scatter
 from predict import CONSTANTS, NONE, Constants, Prediction, Predictor, errors
 from rows import Row, read_rows, refusal
@@ -41,7 +42,7 @@ def main() -> None:
     usable = [row for row in rows if not refused[row.number]]
     predictor = Predictor()
     kernels_only = predictor.predict_all(usable, NONE)
-    shipped, without = fit_all(predictor, usable)
+    shipped, without, losses = fit_all(predictor, usable)
     held_out: dict[int, Prediction] = {}
     for group, constants in without.items():
         held_out |= predictor.predict_all([r for r in usable if r.group == group], constants)
@@ -52,6 +53,10 @@ def main() -> None:
         "distinct_measurements": len({row.measurement for row in rows}),
         "predicted": len(usable),
         "refused": refusals(rows, refused),
+        "held_out_loss": {
+            engine: {name: round(loss, 3) for name, loss in found.items()}
+            for engine, found in losses.items()
+        },
         "constants": {engine: rounded(c) for engine, c in shipped.items()},
         "constants_without": {
             group: {engine: rounded(c) for engine, c in found.items()}
@@ -68,13 +73,28 @@ def main() -> None:
 
 def fit_all(
     predictor: Predictor, rows: list[Row]
-) -> tuple[dict[str, Constants], dict[str, dict[str, Constants]]]:
-    """Constants by engine from all rows, and by left-out model from the others."""
-    at: dict[str, Constants] = dict.fromkeys(sorted({row.engine for row in rows}), START)
+) -> tuple[dict[str, Constants], dict[str, dict[str, Constants]], dict[str, dict[str, float]]]:
+    """Constants by engine from all rows, and by left-out model from the others; and the held-out
+    loss of every subset of constants that was tried."""
+    engines = sorted({row.engine for row in rows})
+    at: dict[str, Constants] = dict.fromkeys(engines, START)
     for _ in range(ITERATIONS):
-        linear = linearise(predictor, rows, at)
-        at = fit(linear)
-    return at, {group: fit(linear, leave_out=group) for group in sorted({r.group for r in rows})}
+        parts = _by_engine(predictor, rows, at)
+        found = {engine: choose(linear) for engine, linear in parts.items()}
+        at = {engine: fit(parts[engine], found[engine][0]) for engine in engines}
+    groups = sorted({row.group for row in rows})
+    without = {
+        group: {engine: fit(parts[engine], found[engine][0], leave_out=group) for engine in engines}
+        for group in groups
+    }
+    return at, without, {engine: losses for engine, (_, losses) in found.items()}
+
+
+def _by_engine(
+    predictor: Predictor, rows: list[Row], at: dict[str, Constants]
+) -> dict[str, Linear]:
+    linear = linearise(predictor, rows, at)
+    return {engine: linear.of(engine) for engine in at}
 
 
 def rounded(constants: Constants) -> dict[str, float]:
@@ -135,6 +155,11 @@ def tables(results: dict[str, Any]) -> str:
         lines.append(
             f"| {engine} | " + " | ".join(f"{found[name]:.3g}" for name in CONSTANTS) + " |"
         )
+    losses = results["held_out_loss"]
+    lines += ["", "| held-out loss with | " + " | ".join(losses) + " |", "|---" * 4 + "|"]
+    for subset in next(iter(losses.values())):
+        cells = " | ".join(f"{found[subset]:.2f}" for found in losses.values())
+        lines.append(f"| {subset} | {cells} |")
     lines += ["", "| rows refused | engine | model | why |", "|---|---|---|---|"]
     for item in results["refused"]:
         lines.append(f"| {item['rows']} | {item['engine']} | {item['model']} | {item['why']} |")

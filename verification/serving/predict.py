@@ -11,16 +11,21 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from rows import Row, deployment_of, load_test_of
+from rows import Row, deployment_of, load_test_of, speculation_of
 
 from moesim.serving.engines import ENGINES, EngineProfile
 from moesim.serving.static import run_load_test
 from moesim.serving.step_cost import EngineStepCost
 
-CONSTANTS = ("kernel_us", "eager_layer_us", "request_ms")
+CONSTANTS = ("kernel_us", "eager_layer_us", "request_ms", "request_layer_us")
 FIXED = {"step_host_us": 0.0, "sequence_host_us": 0.0, "prompt_token_us": 0.0}
 Constants = Mapping[str, float]
-NONE: Constants = {"kernel_us": 2.0, "eager_layer_us": 0.0, "request_ms": 0.0}
+NONE: Constants = {
+    "kernel_us": 2.0,
+    "eager_layer_us": 0.0,
+    "request_ms": 0.0,
+    "request_layer_us": 0.0,
+}
 """Nothing fitted: no host time; small kernels of 2 us, which is assumed."""
 
 
@@ -50,7 +55,7 @@ class Predictor:
             self._costs[key] = EngineStepCost(deployment_of(row, ENGINES[row.engine]))
         cost = self._costs[key].with_engine(profile(row.engine, constants))
         test = load_test_of(row)
-        result = run_load_test(cost, test)
+        result = run_load_test(cost, test, speculation_of(row))
         return Prediction(result.mean_ttft_ms, result.mean_tpot_ms)
 
     def predict_all(
@@ -65,7 +70,7 @@ class Predictor:
         for row in rows:
             own = constants.get(row.engine, constants)  # type: ignore[call-overload]
             key = (row.engine, row.model, row.system, row.tp, row.dp, row.ep, row.moe_tp)
-            key += (row.isl, row.osl, row.concurrency)
+            key += (row.isl, row.osl, row.concurrency, row.drafts)
             if key not in done:
                 done[key] = self.predict(row, own)
             out[row.number] = done[key]

@@ -11,9 +11,15 @@ concurrency and parallelism are known; the same loop is assumed.
 from __future__ import annotations
 
 import csv
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from launched_kernels import with_deepgemm, with_marlin
 
 from moesim.errors import InfeasibleError, MoesimError
 from moesim.model.hf_config import spec_from_config
@@ -21,9 +27,14 @@ from moesim.model.names import load_model
 from moesim.model.spec import ModelSpec
 from moesim.serving.deployment import Deployment, deploy
 from moesim.serving.engines import EngineProfile
+from moesim.serving.speculative import Speculation
 from moesim.serving.static import LoadTest
 
 CLUSTERS = {"h100_sxm": "h100-sxm-ib", "h200_sxm": "h200-sxm-ib"}
+MODELS = (
+    "DeepSeek-R1", "DeepSeek-V3", "GLM-5", "gpt-oss-120b", "Kimi-K2.5", "MiniMax-M2.5",
+    "Qwen3-235B", "Qwen3.5-397B-A17B",
+)  # fmt: skip
 SPECULATION = "speculative decoding not recorded; the recipe's runs with and without are mixed"
 QWEN_35 = {
     "model_type": "qwen3_next",
@@ -55,7 +66,8 @@ class Launch:
     """What a public launch script says that the row does not: overrides of `deploy`.
 
     expert_parallel: the script turns expert parallelism on whatever the recorded size. weights:
-    dtype of the checkpoint that was served, where it is not the preset's.
+    dtype of the checkpoint that was served, where it is not the preset's. kernels: gives a
+    deployment expert kernels other than its engine's table has.
     """
 
     kv_dtype: str = "bf16"
@@ -63,6 +75,7 @@ class Launch:
     memory_fraction: float | None = None
     expert_parallel: bool = False
     weights: str | None = None
+    kernels: Callable[[Deployment], Deployment] | None = None
 
 
 LAUNCHES: dict[tuple[str, str], Launch] = {
@@ -70,23 +83,33 @@ LAUNCHES: dict[tuple[str, str], Launch] = {
     ("sglang", "DeepSeek-R1"): Launch(max_batch_tokens=32768, memory_fraction=0.82),
     ("sglang", "GLM-5"): Launch(memory_fraction=0.85, weights="fp8"),
     ("sglang", "Qwen3.5-397B-A17B"): Launch("fp8", 16384, 0.8),
-    ("trtllm", "DeepSeek-V3"): Launch("fp8", 9280, 0.75),
+    ("trtllm", "DeepSeek-V3"): Launch("fp8", 9280, 0.75, expert_parallel=True),
+    ("trtllm", "DeepSeek-R1"): Launch("fp8", 9280, 0.75, expert_parallel=True),
     ("trtllm", "gpt-oss-120b"): Launch(max_batch_tokens=20000, memory_fraction=0.85),
-    ("vllm", "gpt-oss-120b"): Launch(max_batch_tokens=8192, memory_fraction=0.9),
+    ("vllm", "gpt-oss-120b"): Launch(
+        max_batch_tokens=8192, memory_fraction=0.9, kernels=with_marlin
+    ),
+    ("vllm", "Qwen3-235B"): Launch(kernels=with_deepgemm),
     ("vllm", "Kimi-K2.5"): Launch(memory_fraction=0.95),
     ("vllm", "MiniMax-M2.5 h200_sxm"): Launch(memory_fraction=0.95, expert_parallel=True),
     ("vllm", "MiniMax-M2.5 h100_sxm"): Launch(memory_fraction=0.9),
 }
 RANDOM_RANGE = 0.8
+SPECULATED = "measured=2026-01-14"
+"""Of the two recipes for DeepSeek-R1 in TensorRT-LLM, with and without multi-token prediction, the
+runs of this day had it: their TPOT is 25 to 50 % below that of three other days, which agree within
+1 % of each other at every length and concurrency."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured row. `concurrency` in flight over the replica; times in milliseconds."""
+    """One measured row. `concurrency` in flight over the replica; times in milliseconds; `drafts`
+    that the recipe has multi-token prediction draft per step."""
 
     number: int
     engine: str
     version: str
+    path: str
     model: str
     system: str
     isl: int
@@ -99,6 +122,7 @@ class Row:
     ttft_ms: float
     tpot_ms: float
     refused: str = ""
+    drafts: int = 0
 
     @property
     def group(self) -> str:
@@ -116,6 +140,15 @@ def read_rows(path: Path) -> list[Row]:
     """All rows of the file, those that cannot be predicted with `refused` set."""
     with path.open(newline="") as file:
         return [_row(i, raw) for i, raw in enumerate(csv.DictReader(file))]
+
+
+def read_sample(path: Path) -> list[Row]:
+    """Rows of aiconfigurator's whole `silicon_sample.csv` of the models, GPUs and mode that
+    `read_rows`'s file has: MoE models, one engine on H100s or H200s."""
+    with path.open(newline="") as file:
+        raw = [r for r in csv.DictReader(file) if r["system"] in CLUSTERS and r["mode"] == "agg"]
+    rows = [_row(i, r) for i, r in enumerate(raw)]
+    return [row for row in rows if row.model in MODELS]
 
 
 def _row(number: int, raw: dict[str, str]) -> Row:
@@ -136,12 +169,18 @@ def _row(number: int, raw: dict[str, str]) -> Row:
         refused = "disaggregated"
     elif raw["pp_size"] not in ("", "1.0", "1"):
         refused = "pipeline parallelism"
-    elif (raw["backend"], model) == ("trtllm", "DeepSeek-R1"):
-        refused = SPECULATION
+    drafts = 0
+    if (raw["backend"], model) == ("trtllm", "DeepSeek-R1"):
+        source = raw.get("silicon_data_source", "")
+        if not source:
+            refused = SPECULATION
+        elif SPECULATED in source:
+            drafts = 1 if dp > 1 else 3
     return Row(
         number=number,
         engine=raw["backend"],
         version=raw["backend_version"],
+        path=raw["model_path"],
         model=model,
         system=raw["system"],
         isl=int(raw["isl"]),
@@ -154,6 +193,7 @@ def _row(number: int, raw: dict[str, str]) -> Row:
         ttft_ms=float(raw["silicon_ttft_ms"]),
         tpot_ms=float(raw["silicon_tpot_ms"]),
         refused=refused,
+        drafts=drafts,
     )
 
 
@@ -175,7 +215,7 @@ def deployment_of(row: Row, engine: EngineProfile) -> Deployment:
     ep, moe_tp = row.ep, row.moe_tp
     if launch.expert_parallel:
         ep, moe_tp = row.tp * row.dp, 1
-    return deploy(
+    deployment = deploy(
         model_of(row.model),
         CLUSTERS[row.system],
         engine=engine,
@@ -189,6 +229,7 @@ def deployment_of(row: Row, engine: EngineProfile) -> Deployment:
         max_batch_tokens=launch.max_batch_tokens,
         memory_fraction=launch.memory_fraction,
     )
+    return deployment if launch.kernels is None else launch.kernels(deployment)
 
 
 def load_test_of(row: Row) -> LoadTest:
@@ -210,3 +251,9 @@ def refusal(row: Row, engine: EngineProfile) -> str:
     except MoesimError as error:
         return error.cause
     return ""
+
+
+def speculation_of(row: Row) -> Speculation | None:
+    """Multi-token prediction as the recipe drafts, its acceptance moesim's default: no row says it,
+    and none is used to find it."""
+    return Speculation(max_drafts=row.drafts, fixed=True) if row.drafts else None
