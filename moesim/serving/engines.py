@@ -84,8 +84,8 @@ class EngineProfile:
 
 
 FITTED = (
-    "kernel_us, eager_layer_us and request_ms fitted to measured serving rows of "
-    "github.com/ai-dynamo/aiconfigurator @095f58a (reports/serving-accuracy); the rest assumed"
+    "eager_layer_us, request_ms and request_layer_us, where not 0, fitted to measured serving rows "
+    "of github.com/ai-dynamo/aiconfigurator @095f58a (reports/serving-accuracy); the rest assumed"
 )
 
 ENGINES: Mapping[str, EngineProfile] = {
@@ -96,7 +96,7 @@ ENGINES: Mapping[str, EngineProfile] = {
             step_host_us=0.0,
             sequence_host_us=0.0,
             kernel_us=2.0,
-            eager_layer_us=880.0,
+            eager_layer_us=850.0,
             request_ms=0.0,
             prompt_token_us=0.0,
             steps_ahead=1,
@@ -117,8 +117,9 @@ ENGINES: Mapping[str, EngineProfile] = {
             step_host_us=0.0,
             sequence_host_us=0.0,
             kernel_us=2.0,
-            eager_layer_us=1700.0,
-            request_ms=168.0,
+            eager_layer_us=2000.0,
+            request_ms=0.0,
+            request_layer_us=1950.0,
             prompt_token_us=0.0,
             steps_ahead=1,
             prefill_policy="prefill_first",
@@ -136,7 +137,7 @@ ENGINES: Mapping[str, EngineProfile] = {
             sequence_host_us=0.0,
             kernel_us=2.0,
             eager_layer_us=0.0,
-            request_ms=124.0,
+            request_ms=105.0,
             prompt_token_us=0.0,
             steps_ahead=1,
             prefill_policy="mixed",
