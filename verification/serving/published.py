@@ -156,6 +156,8 @@ def variants(case: Case) -> dict[str, dict[str, Any]]:
         out["without overlap"] = {**case.options, "two_batch_overlap": "off"}
     if case.options["redundant_experts"]:
         out["without EPLB"] = {**case.options, "redundant_experts": None}
+    if len(out) == 3:
+        out["with neither"] = {**out["without overlap"], "redundant_experts": None}
     return out
 
 
@@ -181,12 +183,14 @@ def main() -> None:
 
 def tables(found: list[dict[str, Any]]) -> str:
     lines = [
-        "| deployment | tokens/s, published | predicted | | without overlap | without EPLB |",
-        "|---|---|---|---|---|---|",
+        "| deployment | tokens/s, published | predicted | | without overlap | without EPLB "
+        "| with neither |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in found:
         per = "per node" if row["per"] == 8 else "per GPU"
-        less = [f"{row[n]:,}" if n in row else "" for n in ("without overlap", "without EPLB")]
+        names = ("without overlap", "without EPLB", "with neither")
+        less = [f"{row[n]:,}" if n in row else "" for n in names]
         star = " *" if row["unknown"] else ""
         lines.append(
             f"| {row['name']}{star} | {row['published']:,} {per} | {row['as published']:,} | "
