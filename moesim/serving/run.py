@@ -261,7 +261,7 @@ def _requests(
     requests: Requests, config: ServingConfig, deployment: Deployment, ranks: Any
 ) -> tuple[Any, Any]:
     """Requests as they reach the scheduler, and that order."""
-    engine, kept = deployment.engine, deployment.kv_window
+    kept = deployment.kv_window
     total = requests.prompt_tokens + requests.output_tokens
     if kept is not None:
         total = np.minimum(total, kept)

@@ -156,8 +156,7 @@ def _first_token_s(cost: EngineStepCost, need: Need, max_batch_tokens: int) -> f
     rows[:, 0] = need.prompt / len(rows)
     done = np.arange(len(rows))[:, None] * rows
     batch = BatchShape.of(prefill_tokens=rows, prefill_pairs=rows * done + rows * (rows + 1) / 2)
-    engine = d.engine
-    outside = engine.request_ms * 1e3 + engine.prompt_token_us * need.prompt
+    outside = d.engine.outside_us(d.model.num_hidden_layers, float(need.prompt))
     return float((cost.step_us(batch).sum() + outside) / 1e6)
 
 

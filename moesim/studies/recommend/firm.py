@@ -12,9 +12,9 @@ from moesim.studies.recommend.layouts import Bench, Layout, Tried
 from moesim.studies.recommend.search import GROWTH, larger
 
 HELD_OUT_TPOT: Mapping[str, tuple[float, float]] = {
-    "vllm": (0.057, 0.47),
-    "sglang": (0.159, 0.25),
-    "trtllm": (0.162, 0.40),
+    "vllm": (0.054, 0.18),
+    "sglang": (0.174, 0.23),
+    "trtllm": (0.143, 0.33),
 }
 """Error of TPOT by engine, median and 90th percentile, on measured H100 and H200 rows of models
 that no constant was fitted to (reports/serving-accuracy)."""
