@@ -46,7 +46,7 @@ def result(asked):
 
 def test_no_smaller_layout_keeps_the_promises() -> None:
     """The slow reference: every layout of up to 2 GPUs of every shape, all simulated."""
-    own = bench(60.0)
+    own = bench(30.0)
     found = cheapest(own, 2, Searched())
     fewest = min(
         (layout.num_gpus for layout in every_layout(own, 2) if own.run(layout, own.need.rate).kept),
