@@ -20,6 +20,7 @@ from moesim.serving.engines import engine_profile
 from moesim.serving.run import simulate_serving
 from moesim.serving.synthetic import synthetic_requests
 from moesim.studies.recommend.bounds import most
+from moesim.studies.recommend.firm import HELD_OUT_TPOT
 from moesim.studies.recommend.layouts import Bench, Layout
 from moesim.studies.recommend.need import need_of
 from moesim.studies.recommend.search import Searched, cheapest, families
@@ -322,3 +323,16 @@ def test_families_are_of_shapes_that_hold_the_longest_request() -> None:
     for family in families(own, 2, searched):
         assert family.front.most.rate > 0
     assert searched.shapes > 0
+
+
+def test_how_firm_is_what_the_report_says() -> None:
+    report = Path(__file__).parents[2] / "reports" / "serving-accuracy" / "results.json"
+    lines = json.loads(report.read_text())["errors"]["held out"]
+    found = {
+        line["engine"]: (line["tpot_median"], line["tpot_p90"])
+        for line in lines
+        if line["model"] == "all" and line["engine"] in HELD_OUT_TPOT
+    }
+    assert found.keys() == HELD_OUT_TPOT.keys()
+    for engine, errors in HELD_OUT_TPOT.items():
+        assert found[engine] == pytest.approx(errors, abs=0.006)
