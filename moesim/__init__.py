@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesim.cluster import load_cluster as load_cluster
+    from moesim.jobs.balance import balance as balance
     from moesim.jobs.cache import cache as cache
     from moesim.jobs.export import export as export
     from moesim.jobs.export import import_plan as import_plan
@@ -34,6 +35,7 @@ _WHERE = {
     "serve": "moesim.jobs.serve",
     "recommend": "moesim.studies.recommend.job",
     "study": "moesim.studies.job",
+    "balance": "moesim.jobs.balance",
     "cache": "moesim.jobs.cache",
     "export": "moesim.jobs.export",
     "import_plan": "moesim.jobs.export",

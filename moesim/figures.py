@@ -111,6 +111,18 @@ PLACEMENT_FIGURES = (
 )
 """What is shown of a placement, in order."""
 
+BALANCE_FIGURES = (
+    "step_us",
+    "against_none",
+    "charged",
+    "imbalance",
+    "stall_us_per_plan",
+    "num_plans",
+    "moved_experts",
+    "kv_bytes_less",
+)
+"""What is shown of a balancing scheme, in order."""
+
 SERVICE_FIGURES = (
     "offered_requests_per_s",
     "requests_per_s",
@@ -157,6 +169,13 @@ _ALL: tuple[Figure, ...] = (
     _ms_of_us("dispatch_us", "dispatch per step"),
     _ms_of_us("compute_us", "routed experts per step"),
     _ms_of_us("combine_us", "combine per step"),
+    # A balancing scheme on a course of steps.
+    _percent("against_none", "against none"),
+    _percent("charged", "the same, charged for KV cache"),
+    Figure("stall_us_per_plan", "stall per plan", "ms", 1, 1e-3),
+    Figure("num_plans", "plans made", "", 0),
+    Figure("moved_experts", "experts moved per step", "", 2),
+    Figure("kv_bytes_less", "KV cache less per GPU", "GB", 2, 1e-9),
     # A step of the simulation.
     Figure("tokens_per_s", "tokens/s", "", 0, better="high"),
     Figure("tokens_per_s_per_gpu", "tokens/s per GPU", "", 1, better="high"),

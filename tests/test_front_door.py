@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import moesim
+from moesim.cli.balance import balance
 from moesim.cli.cache import cache
 from moesim.cli.plan import plan
 from moesim.cli.serve import serve
@@ -26,8 +27,9 @@ CALLBACKS = {"progress", "stop", "notify", "sweep"}
         (simulate, moesim.simulate),
         (serve, moesim.serve),
         (cache, moesim.cache),
+        (balance, moesim.balance),
     ],
-    ids=["plan", "simulate", "serve", "cache"],
+    ids=["plan", "simulate", "serve", "cache", "balance"],
 )
 def test_names_and_defaults_agree(
     command: Callable[..., Any], function: Callable[..., Any]

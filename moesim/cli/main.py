@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "How many GPUs a service needs, and how to split them.",
     ),
     "whatif": ("whatif", "whatif", "Ask a question of many deployments at once."),
+    "balance": ("balance", "balance", "Compare ways to balance experts; is it worth it?"),
     "cache": ("cache", "cache", "Plan what stays in GPU memory when not all experts fit."),
     "export": ("export", "export", "Write a plan in a serving engine's format."),
     "engine": ("engine", "app", "Serving engines: replay a routing trace inside one."),

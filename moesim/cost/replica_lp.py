@@ -69,6 +69,26 @@ def share_out(
 
 
 @kernel
+def share_given(
+    demand: Array,
+    quota: Array,
+    slots: Array,
+    count: Array,
+    gpu_of_slot: Array,
+    node_of_gpu: Array,
+    share: Array,
+) -> None:
+    """Fill share [E, G, R] so that every replica serves its `quota` [E, R]; the rest as in
+    `share_out`."""
+    gpus = np.empty(slots.shape[1], np.int64)
+    for e in range(len(demand)):
+        if count[e] > 1:
+            for r in range(count[e]):
+                gpus[r] = gpu_of_slot[slots[e, r]]
+            deal(demand[e], gpus, count[e], node_of_gpu, quota[e], share[e])
+
+
+@kernel
 def nearest_quota(demand: Array, gpus: Array, count: int, node_of_gpu: Array, quota: Array) -> None:
     """Add `demand` [G] of one expert to the quotas [R] of the nearest replicas: on the home GPU,
     else evenly over those of its node, else evenly over all."""

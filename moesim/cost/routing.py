@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moesim import compat
 from moesim.choices import Dedup as Dedup
-from moesim.cost.replica_lp import share_out
+from moesim.cost.replica_lp import share_given, share_out
 from moesim.errors import InputError, UnknownNameError
 from moesim.kernels import kernel
 from moesim.placement import Placement, ReplicaPolicy
@@ -75,6 +75,7 @@ def route(
     policy: ReplicaPolicy = "split",
     dedup: Dedup = "gpu",
     home: npt.NDArray[np.int32] | None = None,
+    quota: npt.NDArray[np.int64] | None = None,
 ) -> Routed:
     """Route every token of every batch through the placement (C2, C6 of the design).
 
@@ -85,6 +86,8 @@ def route(
              else over all.
     lp:      the shares that make the largest GPU load of each batch and layer least, by exact
              linear program; choices on their home GPU first, then on its node (see `replica_lp`).
+    quota: [L, E, R], for one batch, in place of a policy: the choices that each replica of an
+    expert (in the order of `logical_to_physical`) serves; they add up to the expert's choices.
     Choices of -1 are skipped; ids are trusted, since `load_trace` has checked them. `home` defaults
     to `home_ranks`. Raises MismatchError when trace and placement differ in layers or experts,
     InputError for a home that is no GPU, UnknownNameError for an unknown `policy` or `dedup`.
@@ -116,8 +119,9 @@ def route(
         placement.replica_count,
         placement.gpu_of_slot,
         placement.node_of_gpu,
-        POLICY_CODES[policy],
+        POLICY_CODES[policy] if quota is None else POLICY_CODES["lp"],
         DEDUP_CODES[dedup],
+        np.zeros((0, 0, 0), np.int64) if quota is None else quota,
         slot_tokens,
         messages,
         fan_out,
@@ -186,9 +190,11 @@ def share_batch(
     replica_count: Array,
     gpu_of_slot: Array,
     node_of_gpu: Array,
+    quota: Array,
     share: Array,
 ) -> None:
-    """Fill share [L, E, G, R] for the `tokens` of one batch (policy lp), whose homes are `home`."""
+    """Fill share [L, E, G, R] for the `tokens` of one batch, whose homes are `home`: as `quota`
+    [L, E, R] says, by linear program where it is empty (policy lp)."""
     num_layers, top_k = expert_ids.shape[1], expert_ids.shape[2]
     num_experts, num_gpus = share.shape[1], share.shape[2]
     demand = np.zeros((num_layers, num_experts, num_gpus), np.int64)
@@ -200,6 +206,17 @@ def share_batch(
                     demand[layer, expert, home[i]] += 1
     fixed = np.empty(num_gpus, np.int64)
     for layer in range(num_layers):
+        if len(quota) > 0:
+            share_given(
+                demand[layer],
+                quota[layer],
+                logical_to_physical[layer],
+                replica_count[layer],
+                gpu_of_slot,
+                node_of_gpu,
+                share[layer],
+            )
+            continue
         fixed[:] = 0
         for e in range(num_experts):
             if replica_count[layer, e] == 1:
@@ -227,6 +244,7 @@ def route_kernel(
     node_of_gpu: Array,
     policy: int,
     dedup: int,
+    quota: Array,
     slot_tokens: Array,
     messages: Array,
     fan_out: Array,
@@ -262,6 +280,7 @@ def route_kernel(
                 replica_count,
                 gpu_of_slot,
                 node_of_gpu,
+                quota,
                 share,
             )
         for first in range(indptr[b], indptr[b + 1], BLOCK_TOKENS):

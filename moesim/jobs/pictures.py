@@ -10,6 +10,7 @@ import numpy as np
 from moesim.draw import Picture
 
 if TYPE_CHECKING:
+    from moesim.jobs.balance_result import BalanceResult
     from moesim.jobs.cache_result import CacheJob
     from moesim.jobs.plan_result import PlanResult
     from moesim.jobs.simulate_result import SimReport
@@ -53,6 +54,22 @@ def simulation_picture(report: SimReport) -> Picture:
         {name: found.breakdown_us() for name, found in results.items()},
         {name: found.step_us for name, found in results.items()},
         {name: found.gpu_busy.mean(axis=0).tolist() for name, found in results.items()},
+    )
+
+
+def balance_picture(result: BalanceResult) -> Picture:
+    """What every scheme is worth against doing nothing, best first."""
+    from moesim.draw.balance import worth_of_schemes
+
+    found = {
+        row.name: (row.charged.value, row.charged.low, row.charged.high)
+        for row in sorted(result.rows[1:], key=lambda row: row.charged.value)
+    }
+    return worth_of_schemes(
+        f"{result.model} on {result.num_gpus} GPUs, {result.phase} steps of"
+        f" {result.batch_tokens:,} tokens",
+        found,
+        f"predicted, from {result.step.basis} figures",
     )
 
 

@@ -155,6 +155,7 @@ def _follow(
                 replica_count[one],
                 gpu_of_slot,
                 node_of_gpu,
+                np.zeros((0, 0, 0), np.int64),
                 share,
             )
         for t in range(num_tokens):

@@ -1,0 +1,250 @@
+"""The result of `balance`: every scheme's figures, and the verdict in words and flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from moesim.errors import plain
+from moesim.figures import BALANCE_FIGURES, count, figure, text_table
+from moesim.jobs.result import Result
+from moesim.planning.balancing.lineup import NONE, R
+from moesim.planning.evaluate import Interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moesim.cost.step import StepModel
+    from moesim.draw import Picture
+    from moesim.planning.balancing.bench import Outcome
+
+INTERVALS = ("against_none", "charged")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One scheme. step_us: MoE time per step with stalls spread over all steps; against_none: the
+    same as a share of doing nothing's, less 1, paired; charged: that, at the batch that the KV
+    cache still holds. parts_us: of the mean step, by part; stalls and slowed_us per step.
+    kv_bytes_less: on every GPU; kv_share: what is left of the KV cache, None where it is not known.
+    pays_from_steps: interval from which moves are paid back, infinite where nothing is gained, None
+    where nothing moves.
+    """
+
+    name: str
+    about: str
+    outcome: Outcome
+    step_us: Interval
+    against_none: Interval
+    charged: Interval
+    imbalance: Interval
+    parts_us: Mapping[str, float]
+    kv_bytes_less: float
+    kv_share: float | None
+    pays_from_steps: float | None
+    num_steps: int
+
+    @property
+    def pays(self) -> bool:
+        """Whether it is better than doing nothing beyond its interval."""
+        return self.charged.high < 0
+
+    def value(self, name: str) -> float:
+        """A figure of BALANCE_FIGURES."""
+        done = self.outcome
+        found = {
+            "stall_us_per_plan": done.stall_us / done.num_plans if done.num_plans else 0.0,
+            "num_plans": float(done.num_plans),
+            "moved_experts": done.moved_experts / self.num_steps,
+            "kv_bytes_less": self.kv_bytes_less,
+        }
+        if name in found:
+            return found[name]
+        interval: Interval = getattr(self, name)
+        return interval.value
+
+    def words(self) -> str:
+        """What it is worth, in one line."""
+        low, value, high = (100 * getattr(self.charged, n) for n in ("low", "value", "high"))
+        said = [f"{value:+.1f}% ({low:+.1f} to {high:+.1f})"]
+        if self.value("stall_us_per_plan") >= 500:
+            every = self.num_steps / self.outcome.num_plans
+            stall = figure("stall_us_per_plan").text(self.value("stall_us_per_plan"))
+            said.append(f"stalls {stall} ms every {every:,.0f} steps")
+        if self.kv_bytes_less >= 5e6:
+            less = f"{figure('kv_bytes_less').text(self.kv_bytes_less)} GB less KV cache per GPU"
+            if self.kv_share is not None:
+                less += f" ({100 * (1 - self.kv_share):.1f}% of it)"
+            said.append(less)
+        if self.outcome.note:
+            said.append(self.outcome.note)
+        return ", ".join(said)
+
+    def to_json(self) -> dict[str, Any]:
+        done = self.outcome
+        return {
+            "about": self.about,
+            "enable": done.enable,
+            **{n: getattr(self, n).to_json() for n in ("step_us", *INTERVALS, "imbalance")},
+            "parts_us": dict(self.parts_us),
+            **{n: self.value(n) for n in BALANCE_FIGURES[4:]},
+            "moved_bytes": done.moved_bytes / self.num_steps,
+            "num_skipped": done.num_skipped,
+            "kv_share": self.kv_share,
+            "pays": self.pays,
+            "pays_from_steps": None if self.pays_from_steps == inf else self.pays_from_steps,
+            "note": done.note,
+        }
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class BalanceResult(Result):
+    """rows: the schemes, `none` first; charged_for_kv: whether the batch is taken to be bounded by
+    the KV cache; redundant_experts: per layer, in the schemes that use them. stretches: of the log,
+    as the course went. defaults: what was left out, by name, as text."""
+
+    model: str
+    cluster: str
+    num_gpus: int
+    phase: str
+    batch_tokens: int
+    num_steps: int
+    num_judged: int
+    num_requests: int
+    stretches: tuple[str, ...]
+    rows: tuple[Row, ...]
+    step: StepModel
+    charged_for_kv: bool
+    redundant_experts: int
+    defaults: dict[str, str]
+    notices: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> Row | None:
+        """The scheme with the least time of those that beat doing nothing; None for none."""
+        good = [row for row in self.rows if row.pays]
+        return min(good, key=lambda row: row.charged.value) if good else None
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether anything beats doing nothing."""
+        return self.best is not None
+
+    def line(self) -> str:
+        return (
+            f"{plain(self.model)} on {count(self.num_gpus, 'GPU')} of {self.cluster}:"
+            f" {self.verdict()[0]}"
+        )
+
+    def verdict(self) -> list[str]:
+        """The answer, then what each engine's own balancer is worth at its defaults."""
+        best = self.best
+        if best is None:
+            lines = ["leave balancing off: nothing beats doing nothing"]
+        else:
+            lines = [f"take {best.name}: {best.words()}", f"  {best.outcome.enable}"]
+        for row in self.rows:
+            if row.name.startswith("eplb-") and row.outcome.num_plans and row is not best:
+                worse = row.charged.low > 0
+                word = "on pays" if row.pays else "leave it off" if worse else "no difference"
+                lines.append(f"{row.name}: {word}: {row.words()}")
+            elif row.name.startswith("eplb-") and not row.outcome.num_plans:
+                if row.outcome.num_skipped:
+                    lines.append(f"{row.name}: makes no plan, its threshold is never missed")
+                elif "eplb-once" not in row.name:
+                    lines.append(
+                        f"{row.name}: makes no plan in {self.num_steps:,} steps; give more `steps`"
+                    )
+        return lines
+
+    def summary(self) -> str:
+        lines = []
+        if self.defaults:
+            taken = "; ".join(f"{name}: {value}" for name, value in self.defaults.items())
+            lines.append(f"defaults taken: {taken}")
+        lines += [
+            f"{plain(self.model)} on {count(self.num_gpus, 'GPU')} of {self.cluster}:"
+            f" {self.num_steps:,} {self.phase} steps of {self.batch_tokens:,} tokens through"
+            f" {count(len(self.stretches), 'stretch').replace('stretchs', 'stretches')} of the log",
+            f"held-out: {count(self.num_requests, 'request')} that no scheme saw,"
+            f" {self.num_judged:,} steps judged; 95% bootstrap intervals over requests",
+            self._table(),
+            f"{R}: with {self.redundant_experts} redundant experts per layer",
+            *self.verdict(),
+            *self._break_even(),
+            f"predicted times rest on {self.step.basis} figures: {'; '.join(self.step.notes)};"
+            " stalls: measured link rates, plan and host times of vLLM's pull request 28369",
+        ]
+        if self.charged_for_kv:
+            lines.append(
+                "charged: time per token at the batch that the KV cache still holds, as if it"
+                " bounded the batch"
+            )
+        return "\n".join(lines)
+
+    def _table(self) -> str:
+        shown = [figure(n) for n in BALANCE_FIGURES if n != "charged" or self.charged_for_kv]
+        rows = []
+        for row in self.rows:
+            cells = [row.name]
+            for known in shown:
+                if known.name in INTERVALS:
+                    found = getattr(row, known.name)
+                    half = 100 * (found.high - found.low) / 2
+                    cells.append(
+                        "" if row.name == NONE else f"{100 * found.value:+.2f} ±{half:.2f}"
+                    )
+                elif known.name in BALANCE_FIGURES[4:] and not row.value(known.name):
+                    cells.append("")
+                else:
+                    cells.append(known.text(row.value(known.name)))
+            rows.append(cells)
+        return text_table(["scheme", *(known.heading for known in shown)], rows)
+
+    def _break_even(self) -> list[str]:
+        found = [row for row in self.rows if row.pays_from_steps is not None]
+        if not found:
+            return []
+        steps = [(row.name, float(row.pays_from_steps or 0)) for row in found]
+        said = "; ".join(f"{n} {'never' if s == inf else f'{s:,.0f}'}" for n, s in steps)
+        return [f"moves are paid back from an interval of so many steps: {said}"]
+
+    def to_json(self) -> dict[str, Any]:
+        best = self.best
+        return {
+            "format": "moesim-balance",
+            "version": 1,
+            "model": self.model,
+            "cluster": self.cluster,
+            "num_gpus": self.num_gpus,
+            "phase": self.phase,
+            "batch_tokens": self.batch_tokens,
+            "num_steps": self.num_steps,
+            "num_judged": self.num_judged,
+            "num_requests": self.num_requests,
+            "stretches": list(self.stretches),
+            "held_out": True,
+            "basis": self.step.basis,
+            "predictions": list(self.step.notes),
+            "charged_for_kv": self.charged_for_kv,
+            "redundant_experts": self.redundant_experts,
+            "best": None if best is None else best.name,
+            "verdict": self.verdict(),
+            "schemes": {row.name: row.to_json() for row in self.rows},
+            "defaults": self.defaults,
+            "notices": list(self.notices),
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per scheme, its figures in base units."""
+        import pandas as pd
+
+        data = {row.name: {n: row.value(n) for n in BALANCE_FIGURES} for row in self.rows}
+        return pd.DataFrame.from_dict(data, orient="index").rename_axis("scheme")
+
+    def picture(self) -> Picture:
+        from moesim.jobs.pictures import balance_picture
+
+        return balance_picture(self)

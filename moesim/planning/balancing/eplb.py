@@ -1,0 +1,162 @@
+"""EPLB while serving: a new placement every so many steps, from the loads of a window of them.
+
+The scheme of vLLM (`EPLBConfig`: window_size 1000, step_interval 3000, use_async true since 0.24)
+and of SGLang (`--eplb-rebalance-num-iterations` 1000, `--eplb-rebalance-layers-per-chunk`,
+`--eplb-min-rebalancing-utilization-threshold`). Synchronous: serving stops for the plan and, chunk
+after chunk of layers in consecutive steps, for the weights. Asynchronous: both happen beside the
+steps, and a layer changes over at the first step after its weights have arrived.
+
+Ours is the closed form of the asynchronous moves: while weights move, dispatch and combine have
+half of the busiest link, so W microseconds of weights delay steps by W x their share of the time.
+Taken from the MoE time alone; attention, in which links are idle, would hide more. Ignored: what
+recording loads costs, and that vLLM makes its first plan sooner than an interval after the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, inf
+
+import numpy as np
+
+from moesim.placement import Placement
+from moesim.planning.balancing.bench import Bench, Moves, Outcome, Table
+from moesim.planning.loads import measure_loads
+from moesim.sim.rebalance import slot_table
+from moesim.solvers.methods.eplb import rebalance_experts
+from moesim.solvers.repair import separate_replicas
+from moesim.types import Array, FloatArray
+
+Target = Callable[[Bench, FloatArray, Table, int], Table]
+"""From mean loads [L, E] of the window, slots held [L, G, S] and the step to the slots wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rhythm:
+    """every, window: steps. threshold: no new plan where the window's mean balancedness is at least
+    this. chunk: layers that move in one step, 0 for all; synchronous only."""
+
+    every: int
+    window: int
+    asynchronous: bool = False
+    threshold: float = inf
+    chunk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Eplb:
+    """EPLB with `redundant` slots, hierarchical where `grouped`, else global."""
+
+    name: str
+    about: str
+    rhythm: Rhythm
+    redundant: int = 0
+    grouped: bool = False
+    enable: str = ""
+
+    def run(self, bench: Bench) -> Outcome:
+        return periodic(bench, self.rhythm, self.redundant, self._target, self.enable)
+
+    def _target(self, bench: Bench, load: FloatArray, held: Table, step: int) -> Table:
+        groups, nodes = bench.model.n_group, bench.cluster.num_nodes
+        if not self.grouped:
+            groups = nodes = 1
+        slots = held.shape[1] * held.shape[2]
+        table = rebalance_experts(load, slots, groups, nodes, bench.num_gpus).reshape(held.shape)
+        separate_replicas(table, load)
+        return table
+
+
+def periodic(
+    bench: Bench,
+    rhythm: Rhythm,
+    redundant: int,
+    target: Target,
+    enable: str,
+    start: Placement | None = None,
+) -> Outcome:
+    """Serve the course with a new placement by `target` in the rhythm, from `start` (linear) on."""
+    course = bench.course
+    if start is None:
+        start = bench.placed("linear", "balance", redundant)
+    held = slot_table(start)
+    track = [(0, start)]
+    first = bench.price([(0, start)])
+    step_us = float(first.step_us.mean())
+    links = float((first.parts_us["dispatch"] + first.parts_us["combine"]).mean()) / step_us
+    clock = _Clock(bench, rhythm, step_us, links)
+    busy_until, plans, skipped, moved = 0, 0, 0, 0
+    for step in range(rhythm.every, course.num_steps, rhythm.every):
+        if step < busy_until:
+            skipped += 1
+            continue
+        seen = course.seen(step, rhythm.window)
+        if rhythm.threshold < inf and _balance(bench, seen, track[-1][1]) >= rhythm.threshold:
+            skipped += 1
+            continue
+        wanted = target(bench, seen.mean(axis=0, dtype=np.float64), held, step)
+        moves = bench.moving(held, wanted)
+        plans, moved = plans + 1, moved + int(moves.experts.sum())
+        for when, layers in clock.changes(step, moves):
+            held = held.copy()
+            held[layers] = wanted[layers]
+            track.append((when, _placement(start, held)))
+            busy_until = when
+    return Outcome(
+        bench.price([entry for entry in track if entry[0] < course.num_steps]),
+        clock.stall_us,
+        clock.slowed_us,
+        plans,
+        skipped,
+        moved,
+        moved * bench.expert_bytes,
+        redundant / bench.num_gpus,
+        enable=enable,
+    )
+
+
+class _Clock:
+    """When layers change over, and what that costs. links: share of a step that uses them."""
+
+    def __init__(self, bench: Bench, rhythm: Rhythm, step_us: float, links: float) -> None:
+        self.costs, self.rhythm, self.step_us, self.links = bench.costs, rhythm, step_us, links
+        self.stall_us = self.slowed_us = 0.0
+
+    def changes(self, step: int, moves: Moves) -> list[tuple[int, slice]]:
+        """(first step, layers) of the changes that a plan at `step` leads to, ascending."""
+        return self._beside(step, moves) if self.rhythm.asynchronous else self._stopped(step, moves)
+
+    def _stopped(self, step: int, moves: Moves) -> list[tuple[int, slice]]:
+        layers = len(moves.experts)
+        size = self.rhythm.chunk or layers
+        out = []
+        self.stall_us += self.costs.plan_us
+        for i, first in enumerate(range(0, layers, size)):
+            some = slice(first, min(first + size, layers))
+            changed = int((moves.experts[some] > 0).sum())
+            self.stall_us += changed * self.costs.layer_us + moves.us(some)
+            out.append((step + i, some))
+        return out
+
+    def _beside(self, step: int, moves: Moves) -> list[tuple[int, slice]]:
+        at, out = self.costs.plan_us, []
+        for layer in np.flatnonzero(moves.experts).tolist():
+            some = slice(layer, layer + 1)
+            weights = moves.us(some)
+            at += self.costs.layer_us + weights * (1.0 + self.links)
+            self.slowed_us += weights * self.links
+            out.append((step + ceil(at / self.step_us), some))
+        return out
+
+
+def _balance(bench: Bench, seen: Array, placement: Placement) -> float:
+    order = np.arange(len(seen))
+    found = measure_loads(seen, placement, order, len(order), bench.step.speed)
+    return float(np.nanmean(found.values["balancedness"]))
+
+
+def _placement(like: Placement, held: Table) -> Placement:
+    return Placement(
+        held.reshape(len(held), -1).copy(), like.num_gpus, like.num_nodes, like.num_experts
+    )

@@ -1,0 +1,119 @@
+"""`moesim.balance`: the verdict, its words, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import moesim
+from moesim.cli.main import run
+from moesim.errors import InputError, UnknownNameError
+from moesim.jobs.balance_result import BalanceResult
+
+
+def skewed(build: ModuleType, skew: float, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return build.random_trace(rng, 2048, 3, 16, 2, skew=skew, request_tokens=16)
+
+
+def compare(build: ModuleType, skew: float = 1.0, **options: object) -> BalanceResult:
+    given = {"schemes": ("plan", "eplb-sglang", "moonep"), "steps": 400, "batch_tokens": 64}
+    return moesim.balance(
+        skewed(build, skew),
+        cluster=build.small_cluster(1, 4),
+        model=build.toy_model(3, 16, 2),
+        redundant_experts=0,
+        **(given | options),
+    )
+
+
+def test_a_plan_beats_doing_nothing_on_skewed_experts(build: ModuleType) -> None:
+    result = compare(build, schemes=("plan-balance",))
+    assert [row.name for row in result.rows] == ["none", "plan-balance"]
+    assert result.rows[0].against_none.value == 0
+    assert result.best is not None
+    assert result.best.name == "plan-balance"
+    assert result.worth_it
+    assert "take plan-balance: -" in result.verdict()[0]
+    assert "moesim plan --objective balance" in result.verdict()[1]
+    shown = result.to_json()
+    assert shown["best"] == "plan-balance"
+    assert json.loads(json.dumps(shown, allow_nan=False)) == shown
+    assert result.to_frame().loc["plan-balance", "against_none"] < 0
+    assert len(repr(result)) < 2000
+
+
+def test_stalls_are_charged_and_named(build: ModuleType) -> None:
+    """A plan of 500 ms every 100 steps costs more than any step saves."""
+    result = compare(build, schemes=("eplb-asked",), interval=100, window=50, rebalance_plan=500.0)
+    row = result.rows[1]
+    assert row.outcome.num_plans == 3
+    assert row.value("stall_us_per_plan") >= 500e3
+    assert row.step_us.value - row.parts_us["stalls"] < row.parts_us["stalls"]
+    assert not result.worth_it
+    assert result.verdict()[0] == "leave balancing off: nothing beats doing nothing"
+    assert "eplb-asked: leave it off: +" in result.verdict()[1]
+    assert "stalls 50" in result.verdict()[1]
+    assert row.pays_from_steps is not None
+    assert row.pays_from_steps > 100
+
+
+def test_redundant_slots_are_charged_in_decode(build: ModuleType) -> None:
+    """An expert of 600 kB in 3 layers and 1 slot a GPU: 1.8 MB; the charge is the step's time over
+    what is left of the KV cache."""
+    trace = skewed(build, 1.0)
+    decode = type(trace)(
+        **{
+            **{name: getattr(trace, name) for name in trace.__dataclass_fields__},
+            "phases": np.ones(trace.num_tokens, np.uint8),
+        }
+    )
+    result = moesim.balance(
+        decode,
+        cluster=build.small_cluster(1, 4),
+        model=build.toy_model(3, 16, 2),
+        redundant_experts=4,
+        schemes=("plan+r",),
+        steps=400,
+        batch_tokens=64,
+    )
+    row = result.rows[1]
+    assert result.charged_for_kv
+    assert row.kv_bytes_less == 3 * 600_000
+    assert row.kv_share is not None
+    assert 1 + row.charged.value == pytest.approx((1 + row.against_none.value) / row.kv_share)
+
+
+def test_names_and_numbers_that_cannot_be_used(build: ModuleType) -> None:
+    with pytest.raises(UnknownNameError, match="eplb"):
+        compare(build, schemes=("eplbb",))
+    with pytest.raises(InputError, match="3 redundant experts"):
+        moesim.balance(
+            skewed(build, 1.0),
+            cluster=build.small_cluster(1, 4),
+            model=build.toy_model(3, 16, 2),
+            redundant_experts=3,
+        )
+    with pytest.raises(InputError, match="layers_per_chunk"):
+        compare(build, interval=10, layers_per_chunk=1, rebalance_async=True)
+    with pytest.raises(InputError, match="number of GPUs"):
+        moesim.balance(skewed(build, 1.0))
+
+
+def test_same_inputs_same_answer(build: ModuleType) -> None:
+    assert compare(build).to_json() == compare(build).to_json()
+
+
+def test_command_prints_the_verdict_and_exits_with_it(build, tmp_path, capsys) -> None:
+    """The bundled sample: EPLB at SGLang's defaults alone does not pay, so the exit is 1."""
+    path = tmp_path / "b.json"
+    args = ["balance", "--trace", "sample:debian-moe", "--gpus", "8", "--steps", "1200"]
+    args += ["--schemes", "eplb-sglang+r", "--out", str(path), "--json"]
+    code = run(args)
+    said = json.loads(capsys.readouterr().out)
+    assert said == json.loads(path.read_text())
+    assert code == (0 if said["best"] else 1)
+    assert set(said["schemes"]) == {"none", "eplb-sglang+r"}
