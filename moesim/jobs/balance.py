@@ -18,6 +18,7 @@ from moesim.planning.balancing.lineup import NONE, Asked, lineup
 from moesim.planning.case import token_case
 from moesim.planning.evaluate import Interval
 from moesim.planning.request import PlanRequest, check_options
+from moesim.planning.worth import worth_by_domain
 from moesim.serving.deployment import deploy
 from moesim.serving.memory import gpu_memory
 from moesim.trace.empty import loaded_layers, only_layers, require_load
@@ -127,6 +128,16 @@ def balance(
         outcomes.append(scheme.run(bench))
         if progress is not None:
             progress(done + 1, len(some))
+    worth = worth_by_domain(
+        replace(case.problem, capacity=bench.room(extra)),
+        loaded,
+        data.tune,
+        data.held_out,
+        data.phase,
+        data.batch_tokens,
+    )
+    if worth is not None:
+        case.notices.extend(worth.notices())
     kv = _kv_bytes(spec, sized, case.notices)
     charged = data.phase == "decode" and kv is not None
     return BalanceResult(
@@ -143,6 +154,7 @@ def balance(
         step=case.step,
         charged_for_kv=charged,
         redundant_experts=least + extra,
+        worth=worth,
         defaults={**case.defaults, **defaults},
         notices=tuple(case.notices),
     )

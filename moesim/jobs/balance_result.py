@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moesim.cost.step import StepModel
     from moesim.draw import Picture
     from moesim.planning.balancing.bench import Outcome
+    from moesim.planning.worth import Worth
 
 INTERVALS = ("against_none", "charged")
 
@@ -103,7 +104,8 @@ class Row:
 class BalanceResult(Result):
     """rows: the schemes, `none` first; charged_for_kv: whether the batch is taken to be bounded by
     the KV cache; redundant_experts: per layer, in the schemes that use them. stretches: of the log,
-    as the course went. defaults: what was left out, by name, as text."""
+    as the course went. worth: of plans on domains that tuning lacks, None
+    where the trace cannot tell. defaults: what was left out, by name, as text."""
 
     model: str
     cluster: str
@@ -116,6 +118,7 @@ class BalanceResult(Result):
     stretches: tuple[str, ...]
     rows: tuple[Row, ...]
     step: StepModel
+    worth: Worth | None
     charged_for_kv: bool
     redundant_experts: int
     defaults: dict[str, str]
@@ -174,6 +177,7 @@ class BalanceResult(Result):
             f"{R}: with {self.redundant_experts} redundant experts per layer",
             *self.verdict(),
             *self._break_even(),
+            *(self.worth.lines() if self.worth is not None else ()),
             f"predicted times rest on {self.step.basis} figures: {'; '.join(self.step.notes)};"
             " stalls: measured link rates, plan and host times of vLLM's pull request 28369",
         ]
@@ -230,6 +234,7 @@ class BalanceResult(Result):
             "predictions": list(self.step.notes),
             "charged_for_kv": self.charged_for_kv,
             "redundant_experts": self.redundant_experts,
+            "unseen": None if self.worth is None else self.worth.to_json(),
             "best": None if best is None else best.name,
             "verdict": self.verdict(),
             "schemes": {row.name: row.to_json() for row in self.rows},

@@ -32,6 +32,7 @@ from moesim.planning.request import (
     check_options,
 )
 from moesim.planning.robust import parse_robust
+from moesim.planning.worth import worth_by_domain, worth_by_step
 from moesim.solvers.base import Objective, Solution, Solver, Stop, never, run_solver
 from moesim.solvers.bounds.load import LP_LAYERS, LowerBound, lower_bound
 from moesim.solvers.objective import PlacementCost
@@ -149,6 +150,8 @@ def make_plan(
     with _timed(seconds, "evaluation"):
         judge = case.make_judge(case)
         candidates = _evaluate(case, judge, solved, refined)
+    with _timed(seconds, "worth on unseen traffic"):
+        _unseen(case, refined)
     return _assemble(case, judge, candidates, refined, bound, seconds)
 
 
@@ -249,6 +252,25 @@ def _evaluate(
     if request.extras.robust is not None:
         _price_of_robustness(case, judge, by_name, refined)
     return candidates
+
+
+def _unseen(case: Case, refined: Refined) -> None:
+    """Say what plans are worth on traffic that tuning lacks, where the trace can tell."""
+    if case.problem.stop() or case.problem.num_gpus == 1:
+        return
+    data = case.data
+    if data is None:
+        loads = case.request.workload.trace
+        assert isinstance(loads, LoadTrace)
+        found = worth_by_step(case.problem, np.asarray(loads.expert_load))
+    else:
+        found = worth_by_domain(
+            case.problem, data.trace, data.tune, data.held_out, data.phase, data.batch_tokens
+        )
+    if found is not None:
+        refined.lines += found.lines()
+        refined.evaluation["unseen"] = found.to_json()
+        case.notices.extend(found.notices())
 
 
 def _price_of_robustness(

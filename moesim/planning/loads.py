@@ -72,13 +72,13 @@ def split_steps(expert_load: npt.NDArray[np.int64]) -> LoadSplit:
 
 
 def measure_loads(
-    steps: npt.NDArray[np.int64],
+    steps: npt.NDArray[Any],
     placement: Placement,
     order: npt.NDArray[np.int64],
     main: int,
     speed: FloatArray,
 ) -> Measured:
-    """Balance of every step (steps[order], of which the first `main` are the point figures) over
+    """Balance of every step of loads [S, L, E] (steps[order], of which the first `main` are the point figures) over
     GPUs of relative speed [G]."""
     table = placement.physical_to_logical
     safe = np.where(table == EMPTY, 0, table)
