@@ -5,7 +5,29 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from moesim.types import FloatArray
+from moesim.placement import EMPTY, Placement
+from moesim.types import Array, FloatArray
+
+CHUNK_CELLS = 20_000_000
+
+
+def gpu_loads(steps: Array, placement: Placement) -> FloatArray:
+    """[S, L, G] tokens of every GPU for loads [S, L, E] of the experts, shared equally among the
+    replicas of each."""
+    table = placement.physical_to_logical
+    safe = np.where(table == EMPTY, 0, table)
+    share = np.where(table == EMPTY, 0.0, 1.0)
+    share /= np.take_along_axis(placement.replica_count, safe, axis=1)
+    num_layers, num_slots = table.shape
+    gpus = np.empty((len(steps), num_layers, placement.num_gpus))
+    chunk = max(1, CHUNK_CELLS // (num_layers * num_slots))
+    for start in range(0, len(steps), chunk):
+        part = steps[start : start + chunk].astype(np.float64)
+        slots = np.take_along_axis(part, safe[None], axis=2) * share
+        gpus[start : start + chunk] = slots.reshape(*slots.shape[:2], placement.num_gpus, -1).sum(
+            axis=3
+        )
+    return gpus
 
 
 def imbalance(load: npt.NDArray[np.number], speed: FloatArray | None = None) -> FloatArray:

@@ -56,8 +56,8 @@ def plan(
     robust: Annotated[
         str | None,
         typer.Option(
-            help="Make the worst small, not the mean: worst-domain, or cvar:0.9 for the worst"
-            " tenth of batches.",
+            help="Make the worst small, not the mean: worst-domain, cvar:0.9 for the worst"
+            " tenth of batches, or unseen for domains that tuning lacks.",
         ),
     ] = None,
     old_plan: Annotated[

@@ -217,3 +217,25 @@ def deal(
                 share[home, r] += taken
                 left[r] -= taken
                 want[home] -= taken
+
+
+@kernel
+def least_loads(
+    counts: Array, slots: Array, count: Array, gpu_of_slot: Array, node_of_gpu: Array, out: Array
+) -> None:
+    """Fill out [B] with the largest GPU load, as small as replicas allow, of every batch of one
+    layer; counts: [B, E] tokens, slots: [E, R] and count: [E] as in `share_out`."""
+    num_experts, num_gpus = counts.shape[1], node_of_gpu.shape[0]
+    gpus = np.zeros(slots.shape, np.int64)
+    for e in range(num_experts):
+        for r in range(count[e]):
+            gpus[e, r] = gpu_of_slot[slots[e, r]]
+    for b in range(len(counts)):
+        quota = np.zeros(slots.shape, np.int64)
+        load = np.zeros(num_gpus, np.int64)
+        for e in range(num_experts):
+            tokens = np.int64(counts[b, e])
+            for r in range(count[e]):
+                quota[e, r] = tokens // count[e] + (r < tokens % count[e])
+                load[gpus[e, r]] += quota[e, r]
+        out[b] = level(gpus, count, quota, load)

@@ -265,7 +265,13 @@ def _unseen(case: Case, refined: Refined) -> None:
         found = worth_by_step(case.problem, np.asarray(loads.expert_load))
     else:
         found = worth_by_domain(
-            case.problem, data.trace, data.tune, data.held_out, data.phase, data.batch_tokens
+            case.problem,
+            data.trace,
+            data.tune,
+            data.held_out,
+            data.phase,
+            data.batch_tokens,
+            "lp" if case.request.workload.replica_policy == "lp" else "split",
         )
     if found is not None:
         refined.lines += found.lines()

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from moesim import compat
 from moesim.errors import InputError
 from moesim.figures import count
-from moesim.metrics import balancedness, imbalance
-from moesim.placement import EMPTY, Placement
+from moesim.metrics import balancedness, gpu_loads, imbalance
+from moesim.placement import Placement
 from moesim.planning.case import Case
 from moesim.planning.evaluate import NUM_RESAMPLES, Measured, Sample
 from moesim.planning.request import PlanRequest, check_memory, slots_of
@@ -40,7 +40,6 @@ NEEDS_TOKENS = {
 }
 """Fields of a request that counts cannot serve, with the value that asks for nothing."""
 
-CHUNK_CELLS = 20_000_000
 UNEQUAL = 4.0
 """How far apart the 10th and 90th percentile of tokens a step may be before a notice says so."""
 
@@ -72,27 +71,15 @@ def split_steps(expert_load: npt.NDArray[np.int64]) -> LoadSplit:
 
 
 def measure_loads(
-    steps: npt.NDArray[Any],
+    steps: npt.NDArray[np.int64],
     placement: Placement,
     order: npt.NDArray[np.int64],
     main: int,
     speed: FloatArray,
 ) -> Measured:
-    """Balance of every step of loads [S, L, E] (steps[order], of which the first `main` are the point figures) over
+    """Balance of every step [S, L, E] (steps[order], the first `main` are the point figures) over
     GPUs of relative speed [G]."""
-    table = placement.physical_to_logical
-    safe = np.where(table == EMPTY, 0, table)
-    share = np.where(table == EMPTY, 0.0, 1.0)
-    share /= np.take_along_axis(placement.replica_count, safe, axis=1)
-    num_layers, num_slots = table.shape
-    gpus = np.empty((len(steps), num_layers, placement.num_gpus))
-    chunk = max(1, CHUNK_CELLS // (num_layers * num_slots))
-    for start in range(0, len(steps), chunk):
-        part = steps[start : start + chunk].astype(np.float64)
-        slots = np.take_along_axis(part, safe[None], axis=2) * share
-        gpus[start : start + chunk] = slots.reshape(*slots.shape[:2], placement.num_gpus, -1).sum(
-            axis=3
-        )
+    gpus = gpu_loads(steps, placement)
     values = {
         "imbalance": imbalance(gpus, speed)[order],
         "balancedness": balancedness(gpus, speed)[order],

@@ -23,12 +23,14 @@ from moesim.planning.robust import (
     MIN_DOMAIN_SHARE,
     Losses,
     Robust,
+    RobustSolution,
     cvar,
     domain_counts,
     domain_requests,
     solve_robust,
 )
 from moesim.planning.tuning import batch_counts
+from moesim.planning.unseen import UnseenSolution, solve_unseen
 from moesim.solvers.base import Problem, Solution
 from moesim.trace.batches import Batches, Phase, RequestIndex, draw_batches
 from moesim.trace.format import Trace
@@ -118,14 +120,28 @@ def refine(
             domains = domain_counts(
                 data.trace, data.tune, data.phase, data.batch_tokens, request.search.seed
             )
-        found = solve_robust(
-            request.solver,
-            problem,
-            solved[request.solver.name],
-            request.extras.robust,
-            domains,
-            progress=progress,
-        )
+        found: RobustSolution | UnseenSolution
+        if request.extras.robust.kind == "unseen":
+            found = solve_unseen(
+                request.solver,
+                problem,
+                solved[request.solver.name],
+                data.trace,
+                data.tune,
+                data.phase,
+                data.batch_tokens,
+                request.workload.replica_policy,
+            )
+            out.lines.append(found.line())
+        else:
+            found = solve_robust(
+                request.solver,
+                problem,
+                solved[request.solver.name],
+                request.extras.robust,
+                domains,
+                progress=progress,
+            )
         solved[name] = found.solution
         out.chosen = name
         out.evaluation["robust"] = {

@@ -43,17 +43,17 @@ OTHER = "other"
 class Robust:
     """What is made as small as possible. level: of the CVaR, between 0 (the mean) and 1."""
 
-    kind: Literal["worst-domain", "cvar"]
+    kind: Literal["worst-domain", "cvar", "unseen"]
     level: float = 0.0
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "worst-domain" else f"cvar:{self.level:g}"
+        return f"cvar:{self.level:g}" if self.kind == "cvar" else self.kind
 
 
 def parse_robust(text: str) -> Robust:
-    """`worst-domain` or `cvar:LEVEL`. Raises InputError for anything else."""
-    if text == "worst-domain":
-        return Robust("worst-domain")
+    """`worst-domain`, `unseen` or `cvar:LEVEL`. Raises InputError for anything else."""
+    if text == "worst-domain" or text == "unseen":
+        return Robust(text)  # type: ignore[arg-type]
     kind, _, number = text.partition(":")
     try:
         level = float(number) if number else 0.9
@@ -62,7 +62,7 @@ def parse_robust(text: str) -> Robust:
     if kind != "cvar" or not 0 <= level < 1:
         raise InputError(
             f"`robust` {text[:40]!r} is unknown",
-            "use worst-domain, or cvar:0.9 (the mean of the worst tenth of batches)",
+            "use worst-domain, unseen, or cvar:0.9 (the mean of the worst tenth of batches)",
         )
     return Robust("cvar", level)
 

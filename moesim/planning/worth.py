@@ -18,14 +18,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moesim.choices import ReplicaPolicy
+from moesim.cost.replica_lp import least_loads
 from moesim.errors import plain
-from moesim.planning.loads import measure_loads
+from moesim.metrics import gpu_loads, imbalance
+from moesim.placement import Placement
 from moesim.planning.robust import MIN_DOMAIN_SHARE, domain_requests
 from moesim.planning.tuning import batch_counts
 from moesim.solvers.base import Problem, run_solver
 from moesim.solvers.registry import find_solver
 from moesim.trace.batches import Phase, RequestIndex, draw_batches
 from moesim.trace.format import Trace
+from moesim.types import FloatArray
 
 Counts = npt.NDArray[np.float32]
 FOLDS = 4
@@ -106,6 +110,7 @@ def worth_by_domain(
     held_out: RequestIndex,
     phase: Phase,
     batch_tokens: int,
+    policy: ReplicaPolicy = "split",
 ) -> Worth | None:
     """For the slots and GPUs of `problem`; None for a trace with fewer than two domains of a size
     worth judging on both sides."""
@@ -135,7 +140,7 @@ def worth_by_domain(
         )
         for name in shown
     }
-    return _worth(problem, without, _folds(sizes), batches, "domain")
+    return _worth(problem, without, folds_of(sizes), batches, "domain", policy)
 
 
 def worth_by_step(problem: Problem, steps: npt.NDArray[np.int64]) -> Worth | None:
@@ -155,12 +160,33 @@ def worth_by_step(problem: Problem, steps: npt.NDArray[np.int64]) -> Worth | Non
     return _worth(problem, without, [[name] for name in names], batches, "part of the steps")
 
 
+def excess_by_layer(
+    placement: Placement, counts: Counts, policy: ReplicaPolicy, speed: FloatArray
+) -> FloatArray:
+    """[L] excess imbalance of `counts` [B, L, E], NaN without load. Replicas share equally, or for
+    policy lp as well as they can, in each batch; speeds count for equal shares only."""
+    if policy != "lp":
+        return np.asarray(np.nanmean(imbalance(gpu_loads(counts, placement), speed), axis=0)) - 1.0
+    slots, count = placement.logical_to_physical(), placement.replica_count
+    out = np.empty(placement.num_layers)
+    for layer in range(len(out)):
+        own = np.ascontiguousarray(counts[:, layer])
+        most = np.zeros(len(own))
+        least_loads(
+            own, slots[layer], count[layer], placement.gpu_of_slot, placement.node_of_gpu, most
+        )
+        even = own.sum(axis=1) / placement.num_gpus
+        out[layer] = np.mean(most[even > 0] / even[even > 0]) - 1.0 if even.any() else np.nan
+    return out
+
+
 def _worth(
     problem: Problem,
     without: Callable[[Sequence[str]], Counts],
     folds: Sequence[Sequence[str]],
     batches: Mapping[str, Counts],
     what: str,
+    policy: ReplicaPolicy = "split",
 ) -> Worth:
     searched = problem.num_layers * problem.num_experts <= SEARCHED_EXPERTS
     solver = "local_search" if searched else "greedy"
@@ -170,13 +196,12 @@ def _worth(
             problem, counts=without(left_out), objective="balance", traffic=None, num_groups=1
         )
         placement = run_solver(find_solver(solver), tuned).placement
-        out = {}
-        for name in judged:
-            counts = batches[name]
-            order = np.arange(len(counts))
-            found = measure_loads(counts, placement, order, len(order), problem.speed)
-            out[name] = float(np.nanmean(found.values["imbalance"])) - 1.0
-        return out
+        return {
+            name: float(
+                np.nanmean(excess_by_layer(placement, batches[name], policy, problem.speed))
+            )
+            for name in judged
+        }
 
     seen = excess((), list(batches))
     unseen: dict[str, float] = {}
@@ -184,10 +209,11 @@ def _worth(
         judged = [name for name in fold if name in batches]
         if judged:
             unseen |= excess(fold, judged)
-    return Worth({n: (seen[n], unseen[n]) for n in batches}, what, len(folds), solver)
+    said = solver if policy == "split" else f"{solver}, replicas {policy}"
+    return Worth({n: (seen[n], unseen[n]) for n in batches}, what, len(folds), said)
 
 
-def _folds(sizes: Mapping[str, int]) -> list[list[str]]:
+def folds_of(sizes: Mapping[str, int]) -> list[list[str]]:
     """Names in at most FOLDS groups, the largest first to the smallest group so far."""
     folds: list[list[str]] = [[] for _ in range(min(FOLDS, len(sizes)))]
     total = [0] * len(folds)

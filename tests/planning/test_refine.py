@@ -121,7 +121,7 @@ def test_unknown_robustness(text: str) -> None:
     if text == "cvar:":
         assert parse_robust(text) == Robust("cvar", 0.9)
         return
-    with pytest.raises(InputError, match=r"worst-domain, or cvar:0\.9"):
+    with pytest.raises(InputError, match=r"worst-domain, unseen, or cvar:0\.9"):
         parse_robust(text)
 
 
@@ -357,7 +357,7 @@ def test_robust_on_the_command_line(folder: Path, capsys: Capture) -> None:
     assert "price of worst-domain: imbalance" in shown
     assert load_plan(folder / "plan.json").evaluation["robust"]["objective"] == "worst-domain"
     assert plan("--robust", "best") == 2
-    assert "use worst-domain, or cvar:0.9" in capsys.readouterr().err
+    assert "use worst-domain, unseen, or cvar:0.9" in capsys.readouterr().err
 
 
 def test_from_on_the_command_line(folder: Path, capsys: Capture) -> None:

@@ -7,10 +7,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from moesim.errors import MismatchError
+from moesim.placement import Placement
 from moesim.planning.case import token_case
 from moesim.planning.request import PlanRequest
-from moesim.planning.worth import Worth, _folds, worth_by_domain, worth_by_step
-from moesim.solvers.base import Problem
+from moesim.planning.unseen import solve_unseen
+from moesim.planning.worth import Worth, excess_by_layer, folds_of, worth_by_domain, worth_by_step
+from moesim.solvers.base import Problem, run_solver
+from moesim.solvers.registry import find_solver
 
 
 def problem_of(counts: np.ndarray, gpus: int, slots: int) -> Problem:
@@ -86,4 +90,46 @@ def test_narrow_traces_name_what_to_capture() -> None:
 def test_folds_are_about_equal() -> None:
     """9, 5, 4, 3, 1 into four: 9 | 5 | 4 | 3 + 1."""
     sizes = {"a": 9, "b": 5, "c": 4, "d": 3, "e": 1}
-    assert _folds(sizes) == [["a"], ["b"], ["c"], ["d", "e"]]
+    assert folds_of(sizes) == [["a"], ["b"], ["c"], ["d", "e"]]
+
+
+def test_unseen_takes_the_kind_of_batch_that_carries_over(build: ModuleType) -> None:
+    """Each layer of the result is that of one of the two plans, and on left-out domains it is never
+    less even than the plain one in every layer."""
+    parts = [
+        build.random_trace(np.random.default_rng(seed), 128, 3, 8, 2, skew=1.5) for seed in range(4)
+    ]
+    trace = build.make_trace(
+        np.concatenate([part.expert_ids for part in parts]),
+        8,
+        request_ids=np.arange(512) // 8,
+        domain_ids=np.arange(512) // 128,
+        domains=("a", "b", "c", "d"),
+    )
+    cluster = build.small_cluster(1, 4)
+    asked = PlanRequest.of(trace, cluster, None, batch_tokens=32, check_memory=False)
+    data = token_case(asked).data
+    problem = token_case(asked).problem
+    assert data is not None
+    solver = find_solver("local_search")
+    plain = run_solver(solver, problem)
+    found = solve_unseen(solver, problem, plain, trace, data.tune, "prefill", 32, "split")
+    assert found.unseen <= found.plain_unseen
+    same = (
+        found.solution.placement.physical_to_logical == plain.placement.physical_to_logical
+    ).all(axis=1)
+    assert (~same).sum() <= found.by_domain
+    with pytest.raises(MismatchError, match="large enough"):
+        solve_unseen(
+            solver, problem, plain, trace, data.tune.select(data.tune.ids < 32), "prefill", 32, "lp"
+        )
+
+
+def test_excess_under_best_choice_by_hand() -> None:
+    """Two GPUs hold experts 0, 1 and 0, 2; 8 tokens of 0, 4 of 1, none of 2. Equal shares: 8 and 4,
+    excess 8 / 6 - 1; the best shares: 6 and 6."""
+    placement = Placement(np.array([[0, 1, 0, 2]], np.int32), 2, 1, 3)
+    counts = np.array([[[8, 4, 0]]], np.float32)
+    speed = np.ones(2)
+    assert excess_by_layer(placement, counts, "split", speed) == pytest.approx(8 / 6 - 1)
+    assert excess_by_layer(placement, counts, "lp", speed) == pytest.approx(0.0)

@@ -20,9 +20,9 @@ from math import ceil, inf
 
 import numpy as np
 
+from moesim.metrics import balancedness, gpu_loads
 from moesim.placement import Placement
 from moesim.planning.balancing.bench import Bench, Moves, Outcome, Table
-from moesim.planning.loads import measure_loads
 from moesim.sim.rebalance import slot_table
 from moesim.solvers.methods.eplb import rebalance_experts
 from moesim.solvers.repair import separate_replicas
@@ -151,9 +151,7 @@ class _Clock:
 
 
 def _balance(bench: Bench, seen: Array, placement: Placement) -> float:
-    order = np.arange(len(seen))
-    found = measure_loads(seen, placement, order, len(order), bench.step.speed)
-    return float(np.nanmean(found.values["balancedness"]))
+    return float(np.nanmean(balancedness(gpu_loads(seen, placement), bench.step.speed)))
 
 
 def _placement(like: Placement, held: Table) -> Placement:
