@@ -71,6 +71,19 @@ def balance(
         bool, typer.Option("--rebalance-async", help="Its weights move beside the steps.")
     ] = False,
     rebalance_plan: Annotated[float, typer.Option(help="Ms to compute a placement.")] = 10.0,
+    requests: Annotated[
+        str | None,
+        typer.Option(
+            help="Log or poisson:..., as for moesim serve: judge by their time per output token.",
+        ),
+    ] = None,
+    first: Annotated[
+        int | None, typer.Option(help="The first so many requests.", show_default="all", min=1)
+    ] = None,
+    rate_scale: Annotated[float, typer.Option(help="Let requests arrive so much faster.")] = 1.0,
+    slo: Annotated[
+        str | None, typer.Option(help="Promises to requests, as ttft<2s,tpot<50ms.")
+    ] = None,
     all_to_all: Annotated[
         str | None,
         typer.Option(help="nccl, deepep, deepep_ll or nvlink.", show_default="by cluster"),

@@ -205,6 +205,18 @@ def serve(
             " code 1 where it is missed."
         ),
     ] = None,
+    rebalance_every: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps between two placements of an engine, as 3000; or 1000,3000 for prompt and"
+            " decoding engines.",
+            show_default="never",
+        ),
+    ] = None,
+    rebalance_stall: Annotated[
+        str | None,
+        typer.Option(help="Ms that each placement stops an engine, as many numbers."),
+    ] = None,
     rate_scale: Annotated[float, typer.Option(help="Let requests arrive so much faster.")] = 1.0,
     first: Annotated[
         int | None, typer.Option(help="The first so many requests.", show_default="all", min=1)
@@ -249,6 +261,10 @@ def serve(
                 locals(),
                 priorities=None if priorities is None else numbers(priorities, "priorities"),
                 level=level or (),
+                rebalance_every=_whole(rebalance_every),
+                rebalance_stall=numbers(rebalance_stall, "rebalance_stall")
+                if rebalance_stall
+                else (),
                 domain_mix=None if domain_mix is None else _mix(domain_mix),
             )
         )
@@ -262,6 +278,16 @@ def serve(
         echo(result.summary())
     if result.missed:
         raise typer.Exit(1)
+
+
+def _whole(text: str | None) -> list[int]:
+    from moesim.jobs.serve import numbers
+
+    found = numbers(text, "rebalance_every") if text else []
+    for value in found:
+        if value != int(value):
+            raise InputError(f"`rebalance_every` {text!r:.60}", "give whole steps")
+    return [int(value) for value in found]
 
 
 def _mix(text: str) -> dict[str, float]:

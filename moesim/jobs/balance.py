@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,16 +12,20 @@ import numpy as np
 from moesim.choices import Phase
 from moesim.errors import InputError, MoesimError
 from moesim.jobs import inputs
+from moesim.jobs.arrivals import arriving_requests
 from moesim.jobs.balance_result import BalanceResult, Row
 from moesim.planning.balancing.bench import PARTS, Bench, Costs, Outcome, Scheme
 from moesim.planning.balancing.course import Course, make_course
 from moesim.planning.balancing.lineup import NONE, Asked, lineup
+from moesim.planning.balancing.service import Load, Served, serve_schemes
 from moesim.planning.case import token_case
 from moesim.planning.evaluate import Interval
 from moesim.planning.request import PlanRequest, check_options
 from moesim.planning.worth import worth_by_domain
+from moesim.serving.config import Stall
 from moesim.serving.deployment import deploy
 from moesim.serving.memory import gpu_memory
+from moesim.serving.slo import parse_slo
 from moesim.trace.empty import loaded_layers, only_layers, require_load
 from moesim.types import FloatArray, Progress
 
@@ -28,6 +33,9 @@ if TYPE_CHECKING:
     from moesim.cluster import Cluster
     from moesim.jobs.inputs import ClusterLike, ModelLike, TraceLike
     from moesim.model.spec import ModelSpec
+    from moesim.serving.requests import Requests
+    from moesim.serving.slo import Slo
+    from moesim.trace.format import Trace
 
 DEFAULT_STEPS = 12_000
 DEFAULT_SEARCH_S = 20.0
@@ -51,6 +59,10 @@ def balance(
     layers_per_chunk: int | None = None,
     rebalance_async: bool = False,
     rebalance_plan: float = 10.0,
+    requests: Requests | str | os.PathLike[str] | None = None,
+    first: int | None = None,
+    rate_scale: float = 1.0,
+    slo: str | None = None,
     all_to_all: str | None = None,
     time_limit: float = DEFAULT_SEARCH_S,
     ignore_memory: bool = False,
@@ -63,7 +75,8 @@ def balance(
     redundant_experts: slots beyond one for each expert in the schemes that use them, one per GPU by
     default. interval, window, threshold, layers_per_chunk, rebalance_async: EPLB once more with
     these, beside the engines' defaults. The other names and defaults are those of `moesim balance`;
-    progress(done, total) counts schemes.
+    requests: a log, or arrivals drawn, as for `serve`: every scheme serves them too, and time per
+    output token decides. progress(done, total) counts schemes.
 
     Raises MismatchError where inputs do not belong together, InfeasibleError where the experts do
     not fit the memory, UnknownNameError for names and InputError for numbers that cannot be used.
@@ -138,8 +151,19 @@ def balance(
     )
     if worth is not None:
         case.notices.extend(worth.notices())
+    served = None
     kv = _kv_bytes(spec, sized, case.notices)
     charged = data.phase == "decode" and kv is not None
+    rows = _rows(bench, some, outcomes, kv, charged)
+    if requests is not None:
+        arriving = arriving_requests(requests, seed=seed, first=first, rate_scale=rate_scale)
+        promises = parse_slo(slo) if slo is not None else None
+        served = _served(rows, spec, sized, loaded, arriving, promises)
+    elif slo is not None or first is not None or rate_scale != 1.0:
+        raise InputError(
+            "`slo`, `first` and `rate_scale` are about requests, and there are none",
+            "give a log or arrivals with `requests`",
+        )
     return BalanceResult(
         model=spec.name,
         cluster=sized.name,
@@ -150,7 +174,8 @@ def balance(
         num_judged=len(course.step_of),
         num_requests=course.num_requests,
         stretches=course.names,
-        rows=_rows(bench, some, outcomes, kv, charged),
+        rows=rows,
+        served=served,
         step=case.step,
         charged_for_kv=charged,
         redundant_experts=least + extra,
@@ -189,6 +214,30 @@ def _kv_bytes(model: ModelSpec, cluster: Cluster, notices: list[str]) -> float |
         notices.append("no memory is left for a KV cache: redundant slots are not charged")
         return None
     return memory.kv_cache_bytes
+
+
+def _served(
+    rows: Sequence[Row],
+    model: ModelSpec,
+    cluster: Cluster,
+    trace: Trace,
+    requests: Requests,
+    slo: Slo | None,
+) -> dict[str, Served]:
+    """What every scheme is worth to the requests, those left out whose slots leave no KV cache."""
+    base = rows[0].step_us.value
+    loads = {}
+    for row in rows:
+        done, share = row.outcome, row.kv_share
+        if share is not None and share <= 0:
+            continue
+        stall = None
+        if done.num_plans and done.stall_us:
+            stall = Stall(row.num_steps // done.num_plans, done.stall_us / done.num_plans)
+        moe_us = row.step_us.value - done.stall_us / row.num_steps
+        loads[row.name] = Load(moe_us / base, 1.0 if share is None else share, stall)
+    deployment = deploy(model, cluster, tp=1, dp=cluster.num_gpus, trace=trace)
+    return serve_schemes(deployment, requests, loads, slo)
 
 
 def _rows(

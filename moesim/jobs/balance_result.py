@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moesim.cost.step import StepModel
     from moesim.draw import Picture
     from moesim.planning.balancing.bench import Outcome
+    from moesim.planning.balancing.service import Served
     from moesim.planning.worth import Worth
 
 INTERVALS = ("against_none", "charged")
@@ -66,10 +67,9 @@ class Row:
         interval: Interval = getattr(self, name)
         return interval.value
 
-    def words(self) -> str:
-        """What it is worth, in one line."""
-        low, value, high = (100 * getattr(self.charged, n) for n in ("low", "value", "high"))
-        said = [f"{value:+.1f}% ({low:+.1f} to {high:+.1f})"]
+    def costs(self) -> list[str]:
+        """What it takes, in words."""
+        said = []
         if self.value("stall_us_per_plan") >= 500:
             every = self.num_steps / self.outcome.num_plans
             stall = figure("stall_us_per_plan").text(self.value("stall_us_per_plan"))
@@ -81,7 +81,7 @@ class Row:
             said.append(less)
         if self.outcome.note:
             said.append(self.outcome.note)
-        return ", ".join(said)
+        return said
 
     def to_json(self) -> dict[str, Any]:
         done = self.outcome
@@ -105,7 +105,8 @@ class BalanceResult(Result):
     """rows: the schemes, `none` first; charged_for_kv: whether the batch is taken to be bounded by
     the KV cache; redundant_experts: per layer, in the schemes that use them. stretches: of the log,
     as the course went. worth: of plans on domains that tuning lacks, None
-    where the trace cannot tell. defaults: what was left out, by name, as text."""
+    where the trace cannot tell. served: the requests under every scheme, where there are any.
+    defaults: what was left out, by name, as text."""
 
     model: str
     cluster: str
@@ -119,6 +120,7 @@ class BalanceResult(Result):
     rows: tuple[Row, ...]
     step: StepModel
     worth: Worth | None
+    served: Mapping[str, Served] | None
     charged_for_kv: bool
     redundant_experts: int
     defaults: dict[str, str]
@@ -127,8 +129,17 @@ class BalanceResult(Result):
     @property
     def best(self) -> Row | None:
         """The scheme with the least time of those that beat doing nothing; None for none."""
-        good = [row for row in self.rows if row.pays]
-        return min(good, key=lambda row: row.charged.value) if good else None
+        good = [row for row in self.rows if self.gain(row).high < 0]
+        return min(good, key=lambda row: self.gain(row).value) if good else None
+
+    def gain(self, row: Row) -> Interval:
+        """What decides: change of the time per output token of the requests served, else of the MoE
+        time."""
+        if self.served is None:
+            return row.charged
+        if row.name not in self.served:
+            return Interval(inf, inf, inf)
+        return self.served[row.name].tpot
 
     @property
     def worth_it(self) -> bool:
@@ -141,18 +152,26 @@ class BalanceResult(Result):
             f" {self.verdict()[0]}"
         )
 
+    def words(self, row: Row) -> str:
+        """What a scheme is worth and takes, in one line."""
+        gain = self.gain(row)
+        low, value, high = (100 * x for x in (gain.low, gain.value, gain.high))
+        what = " TPOT" if self.served is not None else ""
+        return ", ".join([f"{value:+.1f}%{what} ({low:+.1f} to {high:+.1f})", *row.costs()])
+
     def verdict(self) -> list[str]:
         """The answer, then what each engine's own balancer is worth at its defaults."""
         best = self.best
         if best is None:
             lines = ["leave balancing off: nothing beats doing nothing"]
         else:
-            lines = [f"take {best.name}: {best.words()}", f"  {best.outcome.enable}"]
+            lines = [f"take {best.name}: {self.words(best)}", f"  {best.outcome.enable}"]
         for row in self.rows:
             if row.name.startswith("eplb-") and row.outcome.num_plans and row is not best:
-                worse = row.charged.low > 0
-                word = "on pays" if row.pays else "leave it off" if worse else "no difference"
-                lines.append(f"{row.name}: {word}: {row.words()}")
+                gain = self.gain(row)
+                worse = gain.low > 0
+                word = "on pays" if gain.high < 0 else "leave it off" if worse else "no difference"
+                lines.append(f"{row.name}: {word}: {self.words(row)}")
             elif row.name.startswith("eplb-") and not row.outcome.num_plans:
                 if row.outcome.num_skipped:
                     lines.append(f"{row.name}: makes no plan, its threshold is never missed")
@@ -175,6 +194,7 @@ class BalanceResult(Result):
             f" {self.num_judged:,} steps judged; 95% bootstrap intervals over requests",
             self._table(),
             f"{R}: with {self.redundant_experts} redundant experts per layer",
+            *self._service(),
             *self.verdict(),
             *self._break_even(),
             *(self.worth.lines() if self.worth is not None else ()),
@@ -207,6 +227,20 @@ class BalanceResult(Result):
             rows.append(cells)
         return text_table(["scheme", *(known.heading for known in shown)], rows)
 
+    def _service(self) -> list[str]:
+        if self.served is None:
+            return []
+        first = next(iter(self.served.values()))
+        shown = [figure(name) for name in first.figures]
+        rows = [
+            [name, *(known.text(found.figures[known.name]) for known in shown)]
+            for name, found in self.served.items()
+        ]
+        return [
+            "the requests, served by the engine with data-parallel attention:",
+            text_table(["scheme", *(known.heading for known in shown)], rows),
+        ]
+
     def _break_even(self) -> list[str]:
         found = [row for row in self.rows if row.pays_from_steps is not None]
         if not found:
@@ -235,6 +269,12 @@ class BalanceResult(Result):
             "charged_for_kv": self.charged_for_kv,
             "redundant_experts": self.redundant_experts,
             "unseen": None if self.worth is None else self.worth.to_json(),
+            "served": None
+            if self.served is None
+            else {
+                name: {**s.figures, "ttft": s.ttft.to_json(), "tpot": s.tpot.to_json()}
+                for name, s in self.served.items()
+            },
             "best": None if best is None else best.name,
             "verdict": self.verdict(),
             "schemes": {row.name: row.to_json() for row in self.rows},

@@ -15,9 +15,9 @@ from moesim.cluster import Cluster
 from moesim.errors import InputError
 from moesim.figures import LATENCIES, SERVICE_FIGURES, figure, text_table
 from moesim.jobs import inputs
+from moesim.jobs.arrivals import arriving_requests
 from moesim.jobs.result import Result
-from moesim.serving.arrivals import load_requests
-from moesim.serving.config import Level, ServingConfig
+from moesim.serving.config import Level, ServingConfig, Stall
 from moesim.serving.deployment import Deployment
 from moesim.serving.fit import (
     Split,
@@ -32,7 +32,6 @@ from moesim.serving.routing import DomainRouting
 from moesim.serving.run import simulate_serving
 from moesim.serving.slo import parse_slo
 from moesim.serving.speculative import Speculation
-from moesim.serving.synthetic import is_synthetic, synthetic_requests
 from moesim.types import Progress
 
 if TYPE_CHECKING:
@@ -87,6 +86,7 @@ class ServeResult(Result):
         )
         one = record["deployment"]
         lines.append(f"{record['name']}; KV cache of {one['kv_tokens_per_rank']:,} tokens per rank")
+        lines += [line for line in record["predictions"] if line.startswith("rebalancing: ")]
         others = [f"{n:,} {name}" for name, n in counts.items() if n and name != "finished"]
         lines.append(", ".join([f"{counts['finished']:,} finished", *others]))
         lines += [_latencies(metrics), *_levels(record["by_level"])]
@@ -166,6 +166,8 @@ def serve(
     trace: TraceLike | None = None,
     domain_mix: Mapping[str, float] | None = None,
     drift_hours: float | None = None,
+    rebalance_every: Sequence[int] = (),
+    rebalance_stall: Sequence[float] = (),
     slo: str | None = None,
     rate_scale: float = 1.0,
     first: int | None = None,
@@ -181,8 +183,9 @@ def serve(
     requests: a log by its path, or arrivals drawn as "poisson:rate=8,requests=2000,prompt=1000,
     output=200". time_unit, block_tokens: what a log does not say of itself. replicas, tp, dp, ep:
     what is left out is `serving.fit.default_split`'s, with a cluster given as an object in one
-    engine. The other names and defaults are those of `moesim serve`; progress(done, total)
-    counts requests.
+    engine. rebalance_every, rebalance_stall: steps between two placements and ms that each stops an
+    engine; two of each for engines that take prompts and engines that decode, one for both. The
+    other names and defaults are those of `moesim serve`; progress(done, total) counts requests.
 
     Raises InputError where the GPUs do not divide or nothing names the model, InfeasibleError where
     the model does not fit or a promise cannot be kept even by an idle service.
@@ -191,11 +194,15 @@ def serve(
         raise InputError(f"`prefill` {prefill}", "give mixed or first")
     promises = parse_slo(slo) if slo is not None else None
     defaults: dict[str, str] = {}
-    arriving = _arriving(requests, skip_empty, time_unit, block_tokens, seed)
-    if first is not None:
-        arriving = arriving.first(first)
-    if rate_scale != 1.0:
-        arriving = arriving.scaled(rate_scale)
+    arriving = arriving_requests(
+        requests,
+        seed=seed,
+        skip_empty=skip_empty,
+        time_unit=time_unit,
+        block_tokens=block_tokens,
+        first=first,
+        rate_scale=rate_scale,
+    )
     if priorities is not None:
         arriving = arriving.with_priorities(list(priorities), seed)
     options = {
@@ -240,6 +247,7 @@ def serve(
         ),
         levels=_level_rules(level),
         routing=_routing(deployment, domain_mix, drift_hours, seed),
+        stalls=_stalls(rebalance_every, rebalance_stall, back is not None),
         until_s=float("inf") if until is None else until,
         seed=seed,
     )
@@ -258,28 +266,6 @@ def serve(
             notices=arriving.notices,
             seconds=time.perf_counter() - begin,
         )
-    )
-
-
-def _arriving(
-    requests: Requests | str | os.PathLike[str],
-    skip_empty: bool,
-    time_unit: str | None,
-    block_tokens: int | None,
-    seed: int,
-) -> Requests:
-    log = not isinstance(requests, Requests) and not is_synthetic(str(requests))
-    if not log and (time_unit is not None or block_tokens is not None):
-        raise InputError(
-            "`time_unit` and `block_tokens` are for request logs, not for drawn requests",
-            "leave them out",
-        )
-    if isinstance(requests, Requests):
-        return requests
-    if not log:
-        return synthetic_requests(str(requests), seed)
-    return load_requests(
-        str(requests), skip_empty=skip_empty, time_unit=time_unit, block_tokens=block_tokens
     )
 
 
@@ -367,6 +353,17 @@ def numbers(text: str, name: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"`{name}` {text!r:.60} holds no number", "give numbers") from None
+
+
+def _stalls(every: Sequence[int], ms: Sequence[float], apart: bool) -> tuple[Stall, ...]:
+    """Of the engines that take requests, then of those that decode."""
+    if len(every) != len(ms) or len(every) > 1 + apart:
+        raise InputError(
+            f"{len(every)} numbers in `rebalance_every` and {len(ms)} in `rebalance_stall`",
+            "give one of each, or with `decode_gpus` two: of prompt and of decoding engines",
+        )
+    found = tuple(Stall(n, us * 1e3) for n, us in zip(every, ms, strict=True))
+    return found * (1 + apart) if len(found) == 1 else found
 
 
 def _latencies(metrics: Mapping[str, float | None]) -> str:

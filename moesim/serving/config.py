@@ -60,6 +60,21 @@ class Level:
             raise InputError(f"a share of {self.share} of the output", "give a share, as 0.5")
 
 
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Every `every_steps` steps of an engine it stands still for `us` microseconds: placements made
+    anew, synchronously (`moesim balance` says how long that takes)."""
+
+    every_steps: int
+    us: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.every_steps <= 1 << 30:
+            raise InputError(f"a stall every {self.every_steps} steps", "give at least 1")
+        if not 0 <= self.us < math.inf:
+            raise InputError(f"a stall of {self.us} us", "give 0 or more")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ServingConfig:
     """A service around a deployment. Every replica is the deployment once.
@@ -75,7 +90,8 @@ class ServingConfig:
     knows each output's length off by a log-normal factor with this standard deviation of its
     logarithm (0: exactly); None: it takes all to be the mean. until_s: stop there, whatever is
     unfinished. routing: the domains of the requests and what their routing costs
-    (`moesim.serving.routing`).
+    (`moesim.serving.routing`). stalls: of the engines that take requests, then of those that
+    decode; none where left out.
     """
 
     replicas: int = 1
@@ -93,6 +109,7 @@ class ServingConfig:
     speculation: Speculation | None = None
     levels: tuple[Level, ...] = ()
     routing: DomainRouting | None = None
+    stalls: tuple[Stall, ...] = ()
     until_s: float = math.inf
     seed: int = 0
 

@@ -228,6 +228,9 @@ def _begin_step(
     drafts, time, mean, slowest = choose_drafts(
         cfg, expected, tables, m, ranks, first, last, shares
     )
+    inst[i].steps += 1
+    if inst[i].stall_every > 0 and inst[i].steps % inst[i].stall_every == 0:
+        time += inst[i].stall_us
     running, prompt, kv = 0, 0, 0.0
     for rank in range(first, last):
         running += ranks[rank].num_running

@@ -134,6 +134,11 @@ def predictions(
             out.append("drift of the domains: assumed form")
     parts = [deployment, *([config.decode] if config.decode is not None else [])]
     out += list(dict.fromkeys(_price(gpu) for part in parts for gpu in part.cluster.gpus))
+    for which, stall in zip(("engines", "decoding engines"), config.stalls, strict=False):
+        out.append(
+            f"rebalancing: {which} stand still {stall.us / 1e3:g} ms every {stall.every_steps:,}"
+            " steps (given)"
+        )
     if config.decode is not None:
         out.append("transfer of KV caches: assumed rate and latency")
     if config.speculation is not None:

@@ -244,6 +244,9 @@ def _instances(parts: list[Deployment], config: ServingConfig) -> Any:
     out["max_tokens"] = [part.max_batch_tokens for part, _, _ in of]
     out["max_sequences"] = [max(1, part.max_sequences // part.pp) for part, _, _ in of]
     out["busy_until_us"] = np.inf
+    for role, stall in zip(dict.fromkeys(roles), config.stalls, strict=False):
+        out["stall_every"][out["role"] == role] = stall.every_steps
+        out["stall_us"][out["role"] == role] = stall.us
     return out
 
 

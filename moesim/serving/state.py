@@ -149,6 +149,9 @@ INSTANCE = np.dtype(
         ("stages", "i8"),
         ("max_tokens", "i8"),
         ("max_sequences", "i8"),
+        ("steps", "i8"),
+        ("stall_every", "i8"),
+        ("stall_us", "f8"),
         ("drafts", "i8"),
         ("prompt_tokens", "i8"),
         ("running", "i8"),
@@ -162,7 +165,7 @@ INSTANCE = np.dtype(
 )
 """An instance: ranks first_rank to last_rank (excluded). pipeline, stages: an engine with pipeline
 stages is as many instances, one for each batch that it has under way, which go through the same
-stages. work_us: of busy_until_us - began_us, what is not waiting for a stage. busy_until_us is
+stages. Every `stall_every` (0: never) of its `steps` so far takes `stall_us` longer. work_us: of busy_until_us - began_us, what is not waiting for a stage. busy_until_us is
 infinite while idle; the fields before it, from drafts on, are of the step in progress."""
 
 REFS, NEWER, OLDER = 0, 1, 2

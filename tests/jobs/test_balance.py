@@ -117,3 +117,30 @@ def test_command_prints_the_verdict_and_exits_with_it(build, tmp_path, capsys) -
     assert said == json.loads(path.read_text())
     assert code == (0 if said["best"] else 1)
     assert set(said["schemes"]) == {"none", "eplb-sglang+r"}
+
+
+def test_requests_feel_stalls_and_smaller_caches(build: ModuleType) -> None:
+    """Requests decide where there are any: with a plan of 500 ms every 100 steps the time per
+    output token is worse, and the table and JSON say so."""
+    result = compare(
+        build,
+        schemes=("eplb-asked",),
+        interval=100,
+        window=50,
+        rebalance_plan=500.0,
+        requests="poisson:rate=100,requests=400,prompt=20,output=200",
+        slo="tpot<100ms",
+    )
+    assert result.served is not None
+    assert list(result.served) == ["none", "eplb-asked"]
+    assert result.served["none"].tpot.value == 0.0
+    assert result.served["eplb-asked"].tpot.low > 0
+    figures = {name: found.figures for name, found in result.served.items()}
+    assert figures["eplb-asked"]["tpot_p99"] > figures["none"]["tpot_p99"]
+    assert "goodput_share" in figures["none"]
+    said = result.summary()
+    assert "eplb-asked: leave it off: +" in said
+    assert "% TPOT (" in said
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["served"]["none"]["tpot_mean"]
+    with pytest.raises(InputError, match="about requests"):
+        compare(build, slo="tpot<100ms")

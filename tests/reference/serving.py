@@ -215,7 +215,8 @@ class Service:
     """front: instances (lists of ranks) that take requests; back: instances that decode what the
     front sends them, empty for none. front_us, back_us: times of their steps. router as in
     `ServingConfig`; transfer: latency and microseconds per token; steps_ahead: whether a step's
-    requests are decided on when the step before begins."""
+    requests are decided on when the step before begins. stalls: (steps between, microseconds) of
+    the front's steps, then of the back's."""
 
     front: list[list[Rank]]
     front_us: StepTime
@@ -224,6 +225,7 @@ class Service:
     router: str = "least_loaded"
     transfer: tuple[float, float] = (0.0, 0.0)
     steps_ahead: int = 0
+    stalls: tuple[tuple[int, float], ...] = ()
 
     def run(self, requests: Requests) -> list[_Request]:
         """Serve everything; requests in their order."""
@@ -297,6 +299,8 @@ class Service:
     def engine(self, instance: list[Rank], step_us: StepTime, sends: bool) -> Iterator[Any]:
         """Steps of one instance, one after the other."""
         decided = inf
+        every, stall_us = (*self.stalls, (0, 0.0), (0, 0.0))[0 if instance in self.front else 1]
+        steps = 0
         while True:
             loads = [rank.make_plan(self.env.now, decided) for rank in instance]
             if not any(load[0] + load[2] for load in loads) and decided < self.env.now:
@@ -308,7 +312,9 @@ class Service:
                 continue
             if self.steps_ahead:
                 decided = self.env.now
-            yield self.env.timeout(step_us(loads))
+            steps += 1
+            stall = stall_us if every and steps % every == 0 else 0.0
+            yield self.env.timeout(step_us(loads) + stall)
             for rank in instance:
                 for r, count in list(rank.plan.items()):
                     self.progress(rank, r, count, sends)

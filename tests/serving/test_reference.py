@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from moesim.serving.config import Stall
 from moesim.serving.requests import Requests
 from tests.reference.serving import Rank, Service
 
@@ -66,6 +67,7 @@ def test_same_times(
             for _ in range(count)
         ]
 
+    stalls = ((3, 500.0), (5, 900.0)) if seed == 2 else ()
     service = Service(
         instances(2),
         step_us,
@@ -73,6 +75,7 @@ def test_same_times(
         router=router,
         transfer=(70.0, 1.5),
         steps_ahead=seed % 2,
+        stalls=stalls,
     )
     slow = service.run(requests)
     step = small.tables(**STEP)
@@ -90,6 +93,7 @@ def test_same_times(
         decode=deployment if split else None,
         transfer_gb_per_s=kv_bytes / 1.5e3,
         transfer_latency_us=70.0,
+        stalls=tuple(Stall(*stall) for stall in stalls),
     )
     assert (fast.status == 1).all()
     np.testing.assert_allclose(
