@@ -30,7 +30,7 @@ class Greedy:
         load = problem.mean_load
         for layer in range(problem.num_layers):
             count = replica_counts(load[layer], problem.num_slots, problem.num_gpus)
-            _place(load[layer], count, problem, table[layer])
+            place_replicas(load[layer], count, problem, table[layer])
         moved = separate_replicas(table, load)
         notes = (moved_note(moved),) if moved else ()
         return Solution(pack_table(problem, table), "feasible", notes=notes)
@@ -50,9 +50,10 @@ def replica_counts(load: npt.NDArray[Any], num_slots: int, num_gpus: int) -> npt
     return count
 
 
-def _place(
+def place_replicas(
     load: npt.NDArray[Any], count: npt.NDArray[np.int64], problem: Problem, out: npt.NDArray[Any]
 ) -> None:
+    """Fill out [G, S] of one layer with `count` [E] replicas of its experts, by their load [E]."""
     share = load / count
     replicas = np.repeat(np.arange(len(load)), count)
     total = np.zeros(problem.num_gpus)

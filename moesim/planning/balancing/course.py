@@ -32,6 +32,8 @@ MAX_JUDGED = 1000
 MAX_JUDGED_CHOICES = 120_000_000
 MAX_SEEN_BATCHES = 64
 MAX_STEPS = 1 << 30
+FILL = 2.0
+"""Tokens of a stretch's requests over a batch's, up to which requests are drawn several times."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,8 +73,12 @@ class Course:
         stretch = np.searchsorted(self.cuts, steps, side="right") - 1
         parts = []
         for q, many in zip(*np.unique(stretch, return_counts=True), strict=True):
+            enough = FILL * self.batch_tokens / max(1, len(self.tune[q].token_idx))
+            pool = self.tune[q]
+            if enough > 1:
+                pool = resample_requests(pool, self.seed + step, enough)
             batches = draw_batches(
-                self.tune[q],
+                pool,
                 self.batches.phase,
                 self.batch_tokens,
                 int(many),
@@ -149,7 +155,8 @@ def make_course(
             rows = np.flatnonzero((stretch == q) & (group_of == g))
             if not len(rows):
                 continue
-            pool = resample_requests(requests, seed * 7919 + q * NUM_RESAMPLES + g)
+            enough = max(1.0, FILL * batch_tokens / max(1, len(requests.token_idx)))
+            pool = resample_requests(requests, seed * 7919 + q * NUM_RESAMPLES + g, enough)
             drawn = draw_batches(pool, phase, batch_tokens, len(rows), seed + g)
             for i, row in enumerate(rows):
                 picked[row] = drawn[i]
