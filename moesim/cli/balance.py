@@ -84,6 +84,12 @@ def balance(
     slo: Annotated[
         str | None, typer.Option(help="Promises to requests, as ttft<2s,tpot<50ms.")
     ] = None,
+    break_even: Annotated[
+        bool,
+        typer.Option(
+            "--break-even", help="Compare at other batches and paces of drift: where it pays."
+        ),
+    ] = False,
     all_to_all: Annotated[
         str | None,
         typer.Option(help="nccl, deepep, deepep_ll or nvlink.", show_default="by cluster"),

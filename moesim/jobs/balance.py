@@ -13,6 +13,7 @@ from moesim.choices import Phase
 from moesim.errors import InputError, MoesimError
 from moesim.jobs import inputs
 from moesim.jobs.arrivals import arriving_requests
+from moesim.jobs.balance_points import break_even as find_break_even
 from moesim.jobs.balance_result import BalanceResult, Row
 from moesim.planning.balancing.bench import PARTS, Bench, Costs, Outcome, Scheme
 from moesim.planning.balancing.course import Course, make_course
@@ -63,6 +64,7 @@ def balance(
     first: int | None = None,
     rate_scale: float = 1.0,
     slo: str | None = None,
+    break_even: bool = False,
     all_to_all: str | None = None,
     time_limit: float = DEFAULT_SEARCH_S,
     ignore_memory: bool = False,
@@ -76,7 +78,8 @@ def balance(
     default. interval, window, threshold, layers_per_chunk, rebalance_async: EPLB once more with
     these, beside the engines' defaults. The other names and defaults are those of `moesim balance`;
     requests: a log, or arrivals drawn, as for `serve`: every scheme serves them too, and time per
-    output token decides. progress(done, total) counts schemes.
+    output token decides. break_even: compare at other batches and paces of drift too.
+    progress(done, total) counts schemes.
 
     Raises MismatchError where inputs do not belong together, InfeasibleError where the experts do
     not fit the memory, UnknownNameError for names and InputError for numbers that cannot be used.
@@ -164,7 +167,7 @@ def balance(
             "`slo`, `first` and `rate_scale` are about requests, and there are none",
             "give a log or arrivals with `requests`",
         )
-    return BalanceResult(
+    result = BalanceResult(
         model=spec.name,
         cluster=sized.name,
         num_gpus=sized.num_gpus,
@@ -176,6 +179,7 @@ def balance(
         stretches=course.names,
         rows=rows,
         served=served,
+        points=None,
         step=case.step,
         charged_for_kv=charged,
         redundant_experts=least + extra,
@@ -183,6 +187,28 @@ def balance(
         defaults={**case.defaults, **defaults},
         notices=tuple(case.notices),
     )
+    if not break_even:
+        return result
+
+    def again(tokens: int, steps: int, names: Sequence[str]) -> BalanceResult:
+        return balance(
+            loaded,
+            cluster=sized,
+            model=spec,
+            phase=data.phase,
+            batch_tokens=tokens,
+            redundant_experts=least + extra,
+            steps=steps,
+            drift=drift,
+            schemes=names,
+            rebalance_plan=rebalance_plan,
+            all_to_all=all_to_all,
+            time_limit=time_limit,
+            ignore_memory=ignore_memory,
+            seed=seed,
+        )
+
+    return replace(result, points=find_break_even(result, again))
 
 
 def _extra(asked: int | None, least: int, gpus: int, experts: int, defaults: dict[str, str]) -> int:

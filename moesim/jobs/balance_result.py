@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesim.errors import plain
 from moesim.figures import BALANCE_FIGURES, count, figure, text_table
+from moesim.jobs.balance_points import Points
 from moesim.jobs.result import Result
 from moesim.planning.balancing.lineup import NONE, R
 from moesim.planning.evaluate import Interval
@@ -106,7 +107,7 @@ class BalanceResult(Result):
     the KV cache; redundant_experts: per layer, in the schemes that use them. stretches: of the log,
     as the course went. worth: of plans on domains that tuning lacks, None
     where the trace cannot tell. served: the requests under every scheme, where there are any.
-    defaults: what was left out, by name, as text."""
+    points: where balancing begins to pay, if asked. defaults: what was left out, by name."""
 
     model: str
     cluster: str
@@ -121,6 +122,7 @@ class BalanceResult(Result):
     step: StepModel
     worth: Worth | None
     served: Mapping[str, Served] | None
+    points: Points | None
     charged_for_kv: bool
     redundant_experts: int
     defaults: dict[str, str]
@@ -197,6 +199,7 @@ class BalanceResult(Result):
             *self._service(),
             *self.verdict(),
             *self._break_even(),
+            *(self.points.lines() if self.points is not None else ()),
             *(self.worth.lines() if self.worth is not None else ()),
             f"predicted times rest on {self.step.basis} figures: {'; '.join(self.step.notes)};"
             " stalls: measured link rates, plan and host times of vLLM's pull request 28369",
@@ -275,6 +278,7 @@ class BalanceResult(Result):
                 name: {**s.figures, "ttft": s.ttft.to_json(), "tpot": s.tpot.to_json()}
                 for name, s in self.served.items()
             },
+            "break_even": None if self.points is None else self.points.to_json(),
             "best": None if best is None else best.name,
             "verdict": self.verdict(),
             "schemes": {row.name: row.to_json() for row in self.rows},

@@ -12,7 +12,7 @@ import numpy as np
 from moesim.solvers.base import Problem, Solution, empty_slots, pack_table
 from moesim.solvers.methods.greedy import place_replicas, replica_counts
 from moesim.solvers.repair import separate_replicas
-from moesim.types import FloatArray, Progress
+from moesim.types import FloatArray, IntArray, Progress
 
 
 class TwoCopies:
@@ -41,13 +41,13 @@ class TwoCopies:
         return Solution(found, "feasible", notes=(note,))
 
 
-def covered(load: FloatArray, replicas: FloatArray) -> float:
+def covered(load: FloatArray, replicas: IntArray) -> float:
     """Share of the load [L, E] that is of experts with two replicas or more [L, E]."""
     total = load.sum()
     return float(load[replicas >= 2].sum() / total) if total else 1.0
 
 
-def _counts(load: FloatArray, problem: Problem) -> np.ndarray:
+def _counts(load: FloatArray, problem: Problem) -> IntArray:
     """[E] replicas: two of as many of the most loaded experts as slots allow, then `greedy`'s."""
     experts, slots = len(load), problem.num_slots
     second = min(slots - experts, experts)

@@ -11,6 +11,7 @@ import pytest
 import moesim
 from moesim.cli.main import run
 from moesim.errors import InputError, UnknownNameError
+from moesim.jobs.balance_points import crossings
 from moesim.jobs.balance_result import BalanceResult
 
 
@@ -110,7 +111,7 @@ def test_same_inputs_same_answer(build: ModuleType) -> None:
 def test_command_prints_the_verdict_and_exits_with_it(build, tmp_path, capsys) -> None:
     """The bundled sample: EPLB at SGLang's defaults alone does not pay, so the exit is 1."""
     path = tmp_path / "b.json"
-    args = ["balance", "--trace", "sample:debian-moe", "--gpus", "8", "--steps", "1200"]
+    args = ["balance", "--trace", "sample:debian-moe", "--gpus", "8", "--steps", "1200", "--batch-tokens", "512"]
     args += ["--schemes", "eplb-sglang+r", "--out", str(path), "--json"]
     code = run(args)
     said = json.loads(capsys.readouterr().out)
@@ -144,3 +145,21 @@ def test_requests_feel_stalls_and_smaller_caches(build: ModuleType) -> None:
     assert json.loads(json.dumps(result.to_json(), allow_nan=False))["served"]["none"]["tpot_mean"]
     with pytest.raises(InputError, match="about requests"):
         compare(build, slo="tpot<100ms")
+
+
+def test_crossings_by_hand() -> None:
+    """+2% at 100 tokens, -2% at 10,000: half way in the logarithm, 1,000. A gain that never changes
+    its sign crosses nowhere."""
+    (where,) = crossings({100: 0.02, 10_000: -0.02})
+    assert where == (pytest.approx(1000.0), True)
+    assert crossings({100: -0.02, 10_000: -0.01}) == []
+
+
+def test_break_even_tries_other_batches_and_paces(build: ModuleType) -> None:
+    result = compare(build, schemes=("eplb-sglang",), steps=4000, batch_tokens=64, break_even=True)
+    assert result.points is not None
+    assert list(result.points.by_batch["eplb-sglang"]) == [4, 16, 64, 256, 1024]
+    assert list(result.points.by_steps["eplb-sglang"]) == [250, 1000, 4000, 16000]
+    (said,) = [line for line in result.points.lines() if "tokens per step" in line]
+    assert said.startswith("eplb-sglang: pays ")
+    assert set(result.to_json()["break_even"]) == {"batch_tokens", "steps"}
