@@ -71,6 +71,9 @@ def balance(
         bool, typer.Option("--rebalance-async", help="Its weights move beside the steps.")
     ] = False,
     rebalance_plan: Annotated[float, typer.Option(help="Ms to compute a placement.")] = 10.0,
+    rebalance_layer: Annotated[
+        float, typer.Option(help="Ms of host work for each layer that moves.")
+    ] = 9.0,
     requests: Annotated[
         str | None,
         typer.Option(

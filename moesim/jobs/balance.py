@@ -60,6 +60,7 @@ def balance(
     layers_per_chunk: int | None = None,
     rebalance_async: bool = False,
     rebalance_plan: float = 10.0,
+    rebalance_layer: float = 9.0,
     requests: Requests | str | os.PathLike[str] | None = None,
     first: int | None = None,
     rate_scale: float = 1.0,
@@ -131,7 +132,7 @@ def balance(
     )
     if steps == DEFAULT_STEPS:
         defaults["steps"] = f"{steps:,}"
-    costs = Costs(plan_us=rebalance_plan * 1e3)
+    costs = Costs(plan_us=rebalance_plan * 1e3, layer_us=rebalance_layer * 1e3)
     bench = Bench(course, case.step, sized, spec, case.problem.capacity, case.problem, costs)
     filled = float(np.diff(course.batches.indptr).mean())
     if filled < 0.9 * data.batch_tokens:
@@ -202,6 +203,7 @@ def balance(
             drift=drift,
             schemes=names,
             rebalance_plan=rebalance_plan,
+            rebalance_layer=rebalance_layer,
             all_to_all=all_to_all,
             time_limit=time_limit,
             ignore_memory=ignore_memory,

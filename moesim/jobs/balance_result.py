@@ -202,7 +202,7 @@ class BalanceResult(Result):
             *(self.points.lines() if self.points is not None else ()),
             *(self.worth.lines() if self.worth is not None else ()),
             f"predicted times rest on {self.step.basis} figures: {'; '.join(self.step.notes)};"
-            " stalls: measured link rates, plan and host times of vLLM's pull request 28369",
+            " stalls: measured link rates, plan and host times from vLLM's pull request 28369",
         ]
         if self.charged_for_kv:
             lines.append(

@@ -111,7 +111,17 @@ def test_same_inputs_same_answer(build: ModuleType) -> None:
 def test_command_prints_the_verdict_and_exits_with_it(build, tmp_path, capsys) -> None:
     """The bundled sample: EPLB at SGLang's defaults alone does not pay, so the exit is 1."""
     path = tmp_path / "b.json"
-    args = ["balance", "--trace", "sample:debian-moe", "--gpus", "8", "--steps", "1200", "--batch-tokens", "512"]
+    args = [
+        "balance",
+        "--trace",
+        "sample:debian-moe",
+        "--gpus",
+        "8",
+        "--steps",
+        "1200",
+        "--batch-tokens",
+        "512",
+    ]
     args += ["--schemes", "eplb-sglang+r", "--out", str(path), "--json"]
     code = run(args)
     said = json.loads(capsys.readouterr().out)

@@ -90,12 +90,16 @@ class Scheme(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Times that no link explains; microseconds. plan_us: computing a placement, layer_us: host
-    work of each layer that moves (defaults of `moesim.sim.rebalance.Rebalance`, from vLLM pull
-    request 28369); batch_us: planning one layer of one batch, for schemes that do (assumed)."""
+    """Times that no link explains; microseconds.
+
+    plan_us: computing a placement. layer_us: host work of each layer that moves: vLLM pull request
+    28369 measured 10 ms and, in all, 260 ms for 26 layers of DeepSeek-V2-Lite on 8 H100s, of which
+    the weights explain 12 (reports/balance); 32 GB200s took 15 ms per layer. batch_us: planning one
+    layer of one batch, for schemes that do (assumed).
+    """
 
     plan_us: float = 10_000.0
-    layer_us: float = 1_500.0
+    layer_us: float = 9_000.0
     batch_us: float = 10.0
 
     def __post_init__(self) -> None:
