@@ -4,7 +4,8 @@ Batches as served mix domains, so that a plan tuned on them is even on the mix; 
 batches of one domain each is even on every domain by itself. Which carries over to a domain that
 neither has seen differs from layer to layer, and is found by trial: groups of domains are left out
 in turn, both plans are made from the others, and every layer takes the kind that was more even on
-what was left out; half of what decides is the mean over layers, since one layer's trial is noisy. Replicas, slots and objective are those of the plain plan.
+what was left out. One layer's trial is noisy, so that half of what decides is the mean over layers.
+Replicas, slots and objective are those of the plain plan.
 """
 
 from __future__ import annotations
