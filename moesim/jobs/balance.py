@@ -261,7 +261,9 @@ def _served(
             continue
         stall = None
         if done.num_plans and done.stall_us:
-            stall = Stall(row.num_steps // done.num_plans, done.stall_us / done.num_plans)
+            stall = Stall(
+                max(1, round(row.num_steps / done.num_plans)), done.stall_us / done.num_plans
+            )
         moe_us = row.step_us.value - done.stall_us / row.num_steps
         loads[row.name] = Load(moe_us / base, 1.0 if share is None else share, stall)
     deployment = deploy(model, cluster, tp=1, dp=cluster.num_gpus, trace=trace)

@@ -174,13 +174,8 @@ class BalanceResult(Result):
                 worse = gain.low > 0
                 word = "on pays" if gain.high < 0 else "leave it off" if worse else "no difference"
                 lines.append(f"{row.name}: {word}: {self.words(row)}")
-            elif row.name.startswith("eplb-") and not row.outcome.num_plans:
-                if row.outcome.num_skipped:
-                    lines.append(f"{row.name}: makes no plan, its threshold is never missed")
-                elif "eplb-once" not in row.name:
-                    lines.append(
-                        f"{row.name}: makes no plan in {self.num_steps:,} steps; give more `steps`"
-                    )
+            elif row.outcome.num_skipped and not row.outcome.num_plans:
+                lines.append(f"{row.name}: makes no plan, its threshold is never missed")
         return lines
 
     def summary(self) -> str:

@@ -51,7 +51,7 @@ def test_stalls_are_charged_and_named(build: ModuleType) -> None:
     """A plan of 500 ms every 100 steps costs more than any step saves."""
     result = compare(build, schemes=("eplb-asked",), interval=100, window=50, rebalance_plan=500.0)
     row = result.rows[1]
-    assert row.outcome.num_plans == 3
+    assert row.outcome.num_plans == pytest.approx(4)
     assert row.value("stall_us_per_plan") >= 500e3
     assert row.step_us.value - row.parts_us["stalls"] < row.parts_us["stalls"]
     assert not result.worth_it

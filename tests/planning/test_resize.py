@@ -29,9 +29,9 @@ def moved(old: Placement, new: Placement) -> int:
 
 def test_wider_by_hand() -> None:
     """Experts of 8, 2, 4, 4, 1, 1, 2, 2 tokens on two GPUs, to four: an even share is 6. GPU 0 has
-    18 and gives two away: the nearest to 12 / 2, expert 0 (8), then the nearest to 4, expert 2. GPU
-    1 has 6 and gives two near 0: 4 and 5. Expert 0 goes to GPU 2, 2 to GPU 3, then 4 to the lighter,
-    GPU 3, which is full with it, and 5 to GPU 2."""
+    18 and gives two away: the nearest to 12 / 2, expert 0 (8), then the nearest to 4, expert 2.
+    GPU 1 has 6 and gives two near 0: 4 and 5. Expert 0 goes to GPU 2, 2 to GPU 3, then 4 to the
+    lighter, GPU 3, which is full with it, and 5 to GPU 2."""
     old = linear(8, 2)
     load = np.array([[8.0, 2, 4, 4, 1, 1, 2, 2]])
     new = resize(old, load, 4, 1)

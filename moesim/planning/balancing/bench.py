@@ -60,8 +60,8 @@ class Outcome:
     priced: Priced
     stall_us: float = 0.0
     slowed_us: float = 0.0
-    num_plans: int = 0
-    num_skipped: int = 0
+    num_plans: float = 0.0
+    num_skipped: float = 0.0
     moved_experts: float = 0.0
     moved_bytes: float = 0.0
     slots: float = 0.0

@@ -9,7 +9,7 @@ steps, and a layer changes over at the first step after its weights have arrived
 Ours is the closed form of the asynchronous moves: while weights move, dispatch and combine have
 half of the busiest link, so W microseconds of weights delay steps by W x their share of the time.
 Taken from the MoE time alone; attention, in which links are idle, would hide more. Ignored: what
-recording loads costs, and that vLLM makes its first plan sooner than an interval after the start.
+recording loads costs, and how a service starts: it has run for long.
 """
 
 from __future__ import annotations
@@ -76,41 +76,46 @@ def periodic(
     enable: str,
     start: Placement | None = None,
 ) -> Outcome:
-    """Serve the course with a new placement by `target` in the rhythm, from `start` (linear) on."""
+    """Serve the course with a new placement by `target` in the rhythm, in the steady state: the log
+    comes round again and again, so that the course begins with what was planned at its end, and
+    costs are those of as many plans as intervals fit. start: what was there before the first plan
+    (linear)."""
     course = bench.course
     if start is None:
         start = bench.placed("linear", "balance", redundant)
-    held = slot_table(start)
-    track = [(0, start)]
     first = bench.price([(0, start)])
     step_us = float(first.step_us.mean())
     links = float((first.parts_us["dispatch"] + first.parts_us["combine"]).mean()) / step_us
-    clock = _Clock(bench, rhythm, step_us, links)
-    busy_until, plans, skipped, moved = 0, 0, 0, 0
-    for step in range(rhythm.every, course.num_steps, rhythm.every):
-        if step < busy_until:
-            skipped += 1
+    held, track, busy_until = slot_table(start), [(0, start)], 0
+    before, during = (_Clock(bench, rhythm, step_us, links) for _ in range(2))
+    for step in range(0, course.num_steps, rhythm.every):
+        clock = during if step else before
+        seen = course.seen(step or course.num_steps, rhythm.window)
+        even = rhythm.threshold < inf and _balance(bench, seen, track[-1][1]) >= rhythm.threshold
+        if step < busy_until or even:
+            clock.skipped += 1
             continue
-        seen = course.seen(step, rhythm.window)
-        if rhythm.threshold < inf and _balance(bench, seen, track[-1][1]) >= rhythm.threshold:
-            skipped += 1
-            continue
-        wanted = target(bench, seen.mean(axis=0, dtype=np.float64), held, step)
-        moves = bench.moving(held, wanted)
-        plans, moved = plans + 1, moved + int(moves.experts.sum())
-        for when, layers in clock.changes(step, moves):
+        wanted = target(bench, seen.mean(axis=0, dtype=np.float64), held, step or course.num_steps)
+        changes = clock.changes(step, bench.moving(held, wanted))
+        for when, layers in changes:
             held = held.copy()
             held[layers] = wanted[layers]
-            track.append((when, _placement(start, held)))
-            busy_until = when
+            if step:
+                track.append((when, _placement(start, held)))
+                busy_until = when
+        if not step:
+            track = [(0, _placement(start, held))]
+    if not during.plans + during.skipped:
+        during = before
+    rounds = course.num_steps / rhythm.every / (during.plans + during.skipped)
     return Outcome(
         bench.price([entry for entry in track if entry[0] < course.num_steps]),
-        clock.stall_us,
-        clock.slowed_us,
-        plans,
-        skipped,
-        moved,
-        moved * bench.expert_bytes,
+        during.stall_us * rounds,
+        during.slowed_us * rounds,
+        during.plans * rounds,
+        during.skipped * rounds,
+        during.moved * rounds,
+        during.moved * rounds * bench.expert_bytes,
         redundant / bench.num_gpus,
         enable=enable,
     )
@@ -122,9 +127,12 @@ class _Clock:
     def __init__(self, bench: Bench, rhythm: Rhythm, step_us: float, links: float) -> None:
         self.costs, self.rhythm, self.step_us, self.links = bench.costs, rhythm, step_us, links
         self.stall_us = self.slowed_us = 0.0
+        self.plans = self.skipped = self.moved = 0
 
     def changes(self, step: int, moves: Moves) -> list[tuple[int, slice]]:
         """(first step, layers) of the changes that a plan at `step` leads to, ascending."""
+        self.plans += 1
+        self.moved += int(moves.experts.sum())
         return self._beside(step, moves) if self.rhythm.asynchronous else self._stopped(step, moves)
 
     def _stopped(self, step: int, moves: Moves) -> list[tuple[int, slice]]:

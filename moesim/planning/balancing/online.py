@@ -83,6 +83,6 @@ class Online:
             fresh,
             moving_us=moving_us,
             price_us=bench.price_us,
-            steps=float(min(self.rhythm.every, course.num_steps - step)),
+            steps=float(self.rhythm.every),
         )
         return np.ascontiguousarray(slot_table(found.placement), np.int32)
