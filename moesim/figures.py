@@ -173,7 +173,7 @@ _ALL: tuple[Figure, ...] = (
     _percent("against_none", "against none"),
     _percent("charged", "the same, charged for KV cache"),
     Figure("stall_us_per_plan", "stall per plan", "ms", 1, 1e-3),
-    Figure("num_plans", "plans made", "", 0),
+    Figure("num_plans", "plans made", "", 1),
     Figure("moved_experts", "experts moved per step", "", 2),
     Figure("kv_bytes_less", "KV cache less per GPU", "GB", 2, 1e-9),
     # A step of the simulation.

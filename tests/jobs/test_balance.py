@@ -57,7 +57,7 @@ def test_stalls_are_charged_and_named(build: ModuleType) -> None:
     assert not result.worth_it
     assert result.verdict()[0] == "leave balancing off: nothing beats doing nothing"
     assert "eplb-asked: leave it off: +" in result.verdict()[1]
-    assert "stalls 50" in result.verdict()[1]
+    assert "stalls 527.1 ms every 100 steps" in result.verdict()[1]
     assert row.pays_from_steps is not None
     assert row.pays_from_steps > 100
 
