@@ -165,8 +165,9 @@ INSTANCE = np.dtype(
 )
 """An instance: ranks first_rank to last_rank (excluded). pipeline, stages: an engine with pipeline
 stages is as many instances, one for each batch that it has under way, which go through the same
-stages. Every `stall_every` (0: never) of its `steps` so far takes `stall_us` longer. work_us: of busy_until_us - began_us, what is not waiting for a stage. busy_until_us is
-infinite while idle; the fields before it, from drafts on, are of the step in progress."""
+stages. Every `stall_every` (0: never) of its `steps` so far takes `stall_us` longer. work_us: of
+busy_until_us - began_us, what is not waiting for a stage. busy_until_us is infinite while idle; the
+fields before it, from drafts on, are of the step in progress."""
 
 REFS, NEWER, OLDER = 0, 1, 2
 """Planes of `prefix` [3, ranks, hashes + 1] int32, the last column the sentinel of the list of

@@ -40,6 +40,7 @@ def main(path: str, gpus: int, redundant: int, batch_tokens: int) -> None:
         redundant_experts=redundant,
         batch_tokens=batch_tokens,
         check_memory=False,
+        time_limit_s=1e5,
     )
     case = token_case(request)
     data, problem = case.data, case.problem

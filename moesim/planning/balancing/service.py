@@ -43,10 +43,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Served:
-    """figures: FIGURES, and goodput_share with promises. tpot, ttft: paired change of the mean
+    """figures: FIGURES, and goodput_share with promises, None where the run is too short for a
+    rate. tpot, ttft: paired change of the mean
     against doing nothing, as a share, over requests that both finished."""
 
-    figures: Mapping[str, float]
+    figures: Mapping[str, float | None]
     ttft: Interval
     tpot: Interval
 
@@ -73,7 +74,7 @@ def serve_schemes(
 
 
 def _served(found: ServingResult, base: ServingResult, slo: Slo | None) -> Served:
-    figures = {name: float(found.metrics[name] or 0.0) for name in FIGURES}
+    figures: dict[str, float | None] = {name: found.metrics[name] for name in FIGURES}
     if slo is not None:
         figures["goodput_share"] = found.goodput(slo)["share"]
     return Served(figures, _paired(found.ttft_s, base.ttft_s), _paired(found.tpot_s, base.tpot_s))
