@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesim import metrics
 from moesim.cluster import Cluster
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
 from moesim.jobs.plan import make_plan
 from moesim.jobs.plan_result import PlanResult
 from moesim.placement import EMPTY, Placement, parse_plan
-from moesim.planning import loads as loads_module
 from moesim.planning.evaluate import NUM_RESAMPLES
 from moesim.planning.loads import measure_loads, split_steps, unequal_steps
 from moesim.planning.request import PlanRequest
@@ -143,7 +143,7 @@ def test_pieces_of_the_steps_give_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     placement = Placement(np.tile(np.arange(4, dtype=np.int32), (3, 1)), 2, 1, 4)
     args = (steps, placement, np.arange(7), 7, np.ones(2))
     whole = measure_loads(*args)
-    monkeypatch.setattr(loads_module, "CHUNK_CELLS", 25)
+    monkeypatch.setattr(metrics, "CHUNK_CELLS", 25)
     parts = measure_loads(*args)
     np.testing.assert_array_equal(whole.values["imbalance"], parts.values["imbalance"])
     np.testing.assert_array_equal(whole.gpu_load, parts.gpu_load)
