@@ -16,6 +16,7 @@ from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNam
 from moesim.jobs.plan import make_plan
 from moesim.jobs.plan_result import PlanResult
 from moesim.placement import EMPTY, Placement, parse_plan
+from moesim.planning import loads as loads_module
 from moesim.planning.evaluate import NUM_RESAMPLES
 from moesim.planning.loads import measure_loads, split_steps, unequal_steps
 from moesim.planning.request import PlanRequest
