@@ -97,7 +97,7 @@ def balance(
         str | None,
         typer.Option(help="nccl, deepep, deepep_ll or nvlink.", show_default="by cluster"),
     ] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds for each of our plans.")] = 20.0,
+    time_limit: Annotated[float, typer.Option(help="Seconds for each of our plans.")] = 60.0,
     ignore_memory: Annotated[
         bool, typer.Option("--ignore-memory", help="Compare even if the weights do not fit.")
     ] = False,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from moesim.trace.format import Trace
 
 DEFAULT_STEPS = 12_000
-DEFAULT_SEARCH_S = 20.0
+DEFAULT_SEARCH_S = 60.0
 
 
 def balance(
@@ -145,6 +145,7 @@ def balance(
         outcomes.append(scheme.run(bench))
         if progress is not None:
             progress(done + 1, len(some))
+    case.notices.extend(bench.notices)
     worth = worth_by_domain(
         replace(case.problem, capacity=bench.room(extra)),
         loaded,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -278,3 +279,11 @@ def test_threshold_keeps_what_is_balanced(build: ModuleType) -> None:
     bench = bench_of(build)
     kept = Eplb("e", "", Rhythm(10, 10, threshold=0.1)).run(bench)
     assert (kept.num_plans, kept.num_skipped, kept.stall_us) == (0, pytest.approx(8), 0.0)
+
+
+def test_plans_cut_off_by_the_clock_are_named(build: ModuleType) -> None:
+    bench = bench_of(build)
+    bench.problem = replace(bench.problem, time_limit_s=0.0)
+    bench.placed("local_search", "balance", 4)
+    (said,) = bench.notices
+    assert "time limit of 0 s" in said

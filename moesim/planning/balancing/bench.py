@@ -143,6 +143,7 @@ class Bench:
         self._latency_us = float(self.cluster.routes().latency_us.max(initial=0.0))
         self.homes = home_ranks(self.course.trace, self.course.batches, self.num_gpus)
         self._placed: dict[tuple[Any, ...], Placement] = {}
+        self.notices: list[str] = []
 
     @property
     def num_gpus(self) -> int:
@@ -175,7 +176,14 @@ class Bench:
                 traffic=self.problem.traffic if objective != "balance" else None,
                 num_groups=self.model.n_group if grouped else 1,
             )
-            self._placed[key] = run_solver(find_solver(solver), problem).placement
+            found = run_solver(find_solver(solver), problem)
+            if found.status == "time_limit":
+                self.notices.append(
+                    f"{solver} for {objective} with {redundant} more slots stopped at its time"
+                    f" limit of {problem.time_limit_s:g} s: a slower machine gives another plan"
+                    " (`time_limit`)"
+                )
+            self._placed[key] = found.placement
         return self._placed[key]
 
     def price(

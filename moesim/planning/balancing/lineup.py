@@ -24,6 +24,13 @@ SGLANG = Rhythm(1000, 1000)
 OURS = Rhythm(1000, 100, asynchronous=True)
 EXPORT = "moesim plan{} --out plan.json, then moesim export plan.json --to ENGINE"
 
+CHOICE = {
+    "split": "",
+    "nearest": "; the engine has to choose the nearest replica",
+    "lp": "; SGLang: --ep-dispatch-algorithm lp",
+}
+"""What else an engine needs for a policy of choosing replicas."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -126,7 +133,7 @@ def _static(extra: int, least: int) -> list[Scheme]:
                 "time",
                 extra,
                 policy=policy,  # type: ignore[arg-type]
-                enable=EXPORT.format(more),
+                enable=EXPORT.format(more) + CHOICE[policy],
             )
         )
     out.append(
