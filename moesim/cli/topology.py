@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +12,13 @@ import typer
 
 from moesim.cli.output import echo
 from moesim.errors import plain
+from moesim.figures import count
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+    from moesim.cluster import Machine
 
 app = typer.Typer(help="Clusters: GPUs, links and memory tiers.", no_args_is_help=True)
 
@@ -23,11 +29,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing
 
 @app.command("list")
 def list_topologies(as_json: JsonOption = False) -> None:
-    """List the shipped clusters and GPU specs.
+    """List the shipped clusters, GPUs and hosts; a GPU and a host make a machine.
 
     Example: moesim topology list
     """
-    from moesim.cluster import cluster_names, gpu_names, load_cluster, load_gpu
+    from moesim.cluster import cluster_names, gpu_names, host_names, load_cluster, load_gpu
     from moesim.cluster.summary import vertex_counts
 
     rows: list[dict[str, Any]] = []
@@ -47,7 +53,8 @@ def list_topologies(as_json: JsonOption = False) -> None:
             }
         )
     if as_json:
-        echo(json.dumps({"clusters": rows, "gpus": list(gpu_names())}, indent=2))
+        listing = {"clusters": rows, "gpus": list(gpu_names()), "hosts": list(host_names())}
+        echo(json.dumps(listing, indent=2))
         return
     from rich.table import Table
 
@@ -87,12 +94,44 @@ def list_topologies(as_json: JsonOption = False) -> None:
         )
     console.print()
     console.print(specs)
-    console.print("\nRates are dense TFLOPS, links per direction. --gpus N resizes any cluster.")
+    console.print()
+    console.print(_host_table())
+    console.print(
+        "\nRates are dense TFLOPS, links per direction. --gpus N resizes any cluster. A machine is"
+        " a GPU and a host: rtx-4090+ddr5-2ch, 2xrtx-3090+ddr4-4ch."
+    )
+
+
+def _host_table() -> Table:
+    from rich.table import Table
+
+    from moesim.cluster import host_names, load_host
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("host")
+    for title in ("DRAM GB", "GB/s", "sockets", "cores", "slot GB/s"):
+        table.add_column(title, justify="right")
+    table.add_column("vectors")
+    for name in host_names():
+        host = load_host(name)
+        table.add_row(
+            name,
+            f"{host.dram_gb:g}" + (" unified" if host.unified else ""),
+            f"{host.dram_gb_per_s:g}",
+            str(host.sockets),
+            str(host.cores),
+            f"{host.pcie_gb_per_s:g}",
+            host.vectors,
+        )
+    return table
 
 
 @app.command("show")
 def show_topology(
-    name: Annotated[str, typer.Argument(help="Name of a shipped cluster, or a YAML file.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="A shipped cluster, a machine (rtx-4090+ddr5-2ch), or a YAML file."),
+    ],
     gpus: Annotated[
         int | None, typer.Option("--gpus", help="Number of GPUs (default: the file's own).")
     ] = None,
@@ -111,7 +150,7 @@ def show_topology(
       moesim topology show gb200-nvl72 --plot nvl72.png
       moesim topology show h100-sxm-ib --yaml > mine.yaml
     """
-    from moesim.cluster import find_cluster_file, load_cluster
+    from moesim.cluster import find_cluster_file, is_machine, load_cluster, load_machine
     from moesim.cluster.summary import describe
     from moesim.draw import check_target
     from moesim.errors import InputError
@@ -119,6 +158,12 @@ def show_topology(
     if as_yaml and as_json:
         raise InputError("--yaml and --json together", "choose one")
     check_target(plot)
+    if is_machine(name):
+        if plot is not None or gpus is not None or as_yaml:
+            raise InputError("--plot, --gpus and --yaml are for clusters", "leave them out")
+        machine = load_machine(name)
+        echo(json.dumps(asdict(machine), indent=2) if as_json else _machine_text(machine))
+        return
     cluster = load_cluster(name, gpus)
     if plot is not None:
         from moesim.draw.topology import topology as drawn
@@ -135,16 +180,24 @@ def show_topology(
 
 @app.command("check")
 def check_topology(
-    file: Annotated[Path, typer.Argument(help="YAML file of a cluster.")],
+    file: Annotated[Path, typer.Argument(help="YAML file of a cluster or of a machine.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Check a cluster file: schema, units, connectivity and routes.
+    """Check a cluster file (schema, units, connectivity, routes) or a machine file (schema).
 
     Exit code 0 if it can be used, 2 with one line of cause (the field and its line) and one of
     remedy if not. Example: moesim topology check mine.yaml
     """
-    from moesim.cluster import check_cluster_file
+    from moesim.cluster import check_cluster_file, is_machine, load_machine
 
+    if is_machine(file.resolve()):
+        machine = load_machine(file.resolve())
+        if as_json:
+            echo(json.dumps({"name": machine.name, "num_gpus": len(machine.gpus)}, indent=2))
+        else:
+            gpus = ", ".join(gpu.name for gpu in machine.gpus)
+            echo(f"{machine.name}: valid machine, {gpus} beside {machine.host.name}")
+        return
     cluster = check_cluster_file(file)
     basis = cluster.basis()
     if as_json:
@@ -159,6 +212,25 @@ def check_topology(
         return
     nodes = "1 node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
     echo(f"{cluster.name}: valid, {cluster.num_gpus} GPUs in {nodes}, figures {basis.kind}")
+
+
+def _machine_text(machine: Machine) -> str:
+    host = machine.host
+    lines = [machine.name]
+    for gpu, number in Counter(machine.gpus).items():
+        rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in gpu.tflops.items())
+        lines.append(
+            f"  {number} x {gpu.title}: {gpu.hbm_gb:g} GB at {gpu.hbm_gb_per_s:g} GB/s, dense"
+            f" TFLOPS {rates}, host link {gpu.pcie_gb_per_s:g} GB/s"
+        )
+    memory = "the same memory" if host.unified else f"{host.dram_gb:g} GB of DRAM"
+    lines.append(
+        f"  {host.title}: {memory} at {host.dram_gb_per_s:g} GB/s, {host.cores} cores with"
+        f" {host.vectors} in {count(host.sockets, 'socket')}"
+    )
+    lines.append(f"figures: {machine.basis} at the weakest")
+    lines += [f"  {block.where}: {block.kind} ({block.source})" for block in machine.blocks]
+    return "\n".join(lines)
 
 
 def _print_cluster(info: dict[str, Any], console: Console) -> None:

@@ -12,6 +12,7 @@ from moesim.cluster.load import (
     load_gpu,
     topology_dir,
 )
+from moesim.cluster.machine import Host, Machine, host_names, is_machine, load_host, load_machine
 from moesim.cluster.types import (
     KINDS,
     LINK_CLASSES,
@@ -32,14 +33,20 @@ __all__ = [
     "Cluster",
     "Fabric",
     "GpuSpec",
+    "Host",
     "HostRoutes",
+    "Machine",
     "PathSet",
     "RouteTable",
     "check_cluster_file",
     "cluster_names",
     "find_cluster_file",
     "gpu_names",
+    "host_names",
+    "is_machine",
     "load_cluster",
     "load_gpu",
+    "load_host",
+    "load_machine",
     "topology_dir",
 ]

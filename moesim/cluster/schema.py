@@ -115,6 +115,7 @@ class GpuFile(_Model):
     version: Literal[1] = 1
     name: Name
     title: Text
+    host: Name | None = None
     memory: MemorySchema
     compute: GpuCompute
     links: GpuLinks
@@ -144,6 +145,7 @@ class GpuFile(_Model):
             kernel_launch_us=self.launch.kernel_launch_us,
             price_usd_per_hour=self.price.price_usd_per_hour,
             blocks=blocks,
+            host=self.host or "",
         )
 
 

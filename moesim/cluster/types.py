@@ -55,6 +55,7 @@ class GpuSpec:
 
     `tflops` maps a number format of DTYPES to 1e12 operations per second; `nvlink_gb_per_s` is 0
     for a GPU without NVLink; `pcie_gb_per_s` is the link to the host, whatever its technology.
+    `host` names the host that such a GPU usually has, empty where none is usual.
     """
 
     name: str
@@ -67,6 +68,7 @@ class GpuSpec:
     kernel_launch_us: float
     price_usd_per_hour: float
     blocks: tuple[BasisBlock, ...]
+    host: str = ""
 
     def peak_tflops(self, dtype: str) -> float:
         """Dense rate for `dtype`: `fp4`, `fp8` or `bf16` (`fp16` counts as `bf16`).

@@ -1,0 +1,1 @@
+"""Nominal figures of host types."""
