@@ -81,14 +81,16 @@ def show_model(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME_OR_PATH", help="A preset, a config.json, or a folder that holds one."
+            metavar="NAME_OR_PATH",
+            help="A preset, a config.json or a folder that holds one, or a .gguf file.",
         ),
     ],
     as_json: JsonOption = False,
 ) -> None:
     """Show one model: its shape, its sizes, the keys read.
 
-    Examples: moesim model show DeepSeek-V3; moesim model show ./my-model/config.json --json
+    Examples: moesim model show DeepSeek-V3; moesim model show ./my-model/config.json --json;
+    moesim model show Qwen3-30B-A3B-Q4_K_M.gguf
     """
     from moesim.model.names import load_reading
 
@@ -191,7 +193,7 @@ def _size_rows(spec: ModelSpec) -> list[tuple[str, str]]:
 
     flops = _count(spec.expert_flops_per_token)
     rows = [("one expert", f"{_count(spec.expert_params)} params, {flops} flops per token")]
-    for dtype in WEIGHT_BYTES:
+    for dtype in dict.fromkeys((*WEIGHT_BYTES, spec.expert_dtype)):
         if dtype == "fp16" != spec.expert_dtype:
             continue  # as long as bf16
         stored = " (as stored)" if dtype == spec.expert_dtype else ""

@@ -22,7 +22,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Preset, Hugging Face config.json or model folder.",
+        help="Preset, Hugging Face config.json or model folder, or .gguf file.",
         show_default="the one that the trace or plan names",
     ),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moesim.errors import UnknownNameError
+from moesim.model.ggml import CACHE_BYTES, QUANTISED_BYTES
 
 WEIGHT_BYTES: Mapping[str, float] = {
     "fp32": 4.0,
@@ -40,7 +41,13 @@ KV_BYTES: Mapping[str, float] = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1
 
 
 def bytes_per(table: Mapping[str, float], dtype: str) -> float:
-    """Bytes per element of `dtype` in one of the tables above; UnknownNameError otherwise."""
-    if dtype not in table:
-        raise UnknownNameError("dtype", str(dtype), table)
-    return table[dtype]
+    """Bytes per element of `dtype` in one of the tables above, or of a type of GGUF files where
+    weights or KV caches may have it; UnknownNameError otherwise."""
+    known: Mapping[str, float] = {}
+    if table is WEIGHT_BYTES:
+        known = QUANTISED_BYTES
+    elif table is KV_BYTES:
+        known = CACHE_BYTES
+    if dtype not in table and dtype not in known:
+        raise UnknownNameError("dtype", str(dtype), (*table, *known))
+    return table[dtype] if dtype in table else known[dtype]

@@ -1,4 +1,5 @@
-"""Model specs by name: presets for the models people serve, or any Hugging Face `config.json`."""
+"""Model specs by name: presets for the models people serve, any Hugging Face `config.json`, or a
+GGUF file."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from moesim.errors import FormatError, InputError, UnknownNameError
+from moesim.errors import FormatError, InputError, UnknownNameError, plain
 from moesim.model.attention import AttentionSpec
 from moesim.model.dtypes import KV_BYTES, TOKEN_BYTES, WEIGHT_BYTES, bytes_per
 from moesim.model.hf.reader import Reading, read_config
@@ -31,7 +32,8 @@ __all__ = [
 
 
 def load_model(name_or_path: str) -> ModelSpec:
-    """The spec of a preset (name or alias, any case) or of a `config.json` or a folder with one.
+    """The spec of a preset (name or alias, any case), of a `config.json` or a folder with one, or
+    of a `.gguf` file.
 
     A preset wins over a file of the same name: write `./name` for the file. Raises
     UnknownNameError with the nearest known name, InputError for a path that cannot be read, and
@@ -53,11 +55,11 @@ def load_reading(name_or_path: str) -> Reading:
     except (OSError, ValueError):  # too long, or a NUL character
         exists = False
     if exists:
-        return read_hf_config(path)
-    if path.suffix == ".json" or name_or_path.startswith((".", "/", "~")):
+        return _from_gguf(path) if path.suffix == ".gguf" else read_hf_config(path)
+    if path.suffix in (".json", ".gguf") or name_or_path.startswith((".", "/", "~")):
         raise InputError(
             f"no such file: {name_or_path:.200}",
-            "name a preset (moesim model list), a config.json, or a folder with one",
+            "name a preset (moesim model list), a config.json, a folder with one, or a .gguf file",
         )
     raise UnknownNameError("model", name_or_path[:200], [*preset_names(), *_aliases()])
 
@@ -89,6 +91,16 @@ def _from_folder(folder: Path) -> Reading:
     if not config.exists():
         raise InputError(f"no config.json in {folder}", "name the folder that holds the model")
     return read_hf_config(config)
+
+
+def _from_gguf(path: Path) -> Reading:
+    from moesim.model.gguf import read_gguf
+    from moesim.model.gguf_spec import spec_of
+
+    file = read_gguf(path)
+    spec, _, read = spec_of(file)
+    left = tuple(key for key in file.metadata if key not in read)
+    return Reading(spec, read, harmless=tuple(map(plain, left)))
 
 
 @cache

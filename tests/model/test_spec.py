@@ -286,8 +286,8 @@ def test_unknown_dtypes_are_refused_by_name() -> None:
         spec.kv_bytes_per_token("mxfp4")
     with pytest.raises(UnknownNameError, match="int4"):
         spec.token_bytes("int4")
-    with pytest.raises(UnknownNameError, match="q4_k"):
-        dataclasses.replace(spec, expert_dtype="q4_k")
+    with pytest.raises(UnknownNameError, match="q9_k"):
+        dataclasses.replace(spec, expert_dtype="q9_k")
 
 
 @pytest.mark.parametrize(
