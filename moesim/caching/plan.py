@@ -46,7 +46,8 @@ class CachePlan:
     compute what it finishes before the link; cpu_layers: absolute layers always on the CPU.
     prefetch: None for none. bits: [L][E] bits of each expert, None where all have the model's
     type. nvme: [L] expert ids that live on NVMe; all others that are not pinned live in DRAM.
-    memory, predicted, provenance: plain JSON data; `predicted` holds held-out figures.
+    memory, predicted, provenance: plain JSON data; `predicted` holds held-out figures. engines:
+    placements of engines on the same machine, by name, as `cache` found them.
     """
 
     model: str
@@ -64,6 +65,7 @@ class CachePlan:
     memory: dict[str, Any] = field(default_factory=dict)
     predicted: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    engines: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises FormatError for slots, experts or layers that are not the model's."""
@@ -142,6 +144,7 @@ class CachePlan:
             "memory": self.memory,
             "predicted": self.predicted,
             "provenance": self.provenance,
+            **({"engines": self.engines} if self.engines else {}),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -205,7 +208,7 @@ def parse_cache_plan(raw: Any) -> CachePlan:
     if not isinstance(raw.get("policy"), str):
         raise FormatError("policy must be a name", _REMEDY)
     bits = raw.get("bits")
-    for name in ("memory", "predicted", "provenance"):
+    for name in ("memory", "predicted", "provenance", "engines"):
         if not isinstance(raw.get(name) or {}, dict):
             raise FormatError(f"{name} must be an object", _REMEDY)
     return CachePlan(
@@ -224,6 +227,7 @@ def parse_cache_plan(raw: Any) -> CachePlan:
         memory=raw.get("memory") or {},
         predicted=raw.get("predicted") or {},
         provenance=raw.get("provenance") or {},
+        engines=raw.get("engines") or {},
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.caching.timeline_kernel import StepTimes
+from moesim.cluster.machine import Machine
 from moesim.cluster.types import GpuSpec
 from moesim.cost.calibration import Calibration
 from moesim.cost.curves import Basis, weakest
@@ -17,10 +18,15 @@ from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.step import calibration_of_gpu
 from moesim.errors import InputError
 from moesim.model.names import WEIGHT_BYTES, ModelSpec, bytes_per
+from moesim.offloading.rates import cpu_rates, gpu_rates
 from moesim.types import FloatArray
 
 SCALE_BITS = 0.5
 """Bits per weight for the scales of a quantised expert: 16 bits for each group of 32."""
+EXPERT_CALL_US = 5.0
+"""Of one expert on the CPU within a layer's call, with an engine's kernels; assumed."""
+SOCKETS_SHARE = 0.8
+"""Of several sockets' rates that a NUMA-aware engine reaches; assumed."""
 KERNELS_BEFORE_GATE = 6
 """Kernels of a layer before its experts: two norms, projections, attention, output, router."""
 
@@ -61,7 +67,8 @@ class Rates:
     """What `StepTimes` are made from, for one model on one GPU and host.
 
     `basis` is the weakest kind among them and `notes` name each with its source. `num_gpus`: GPUs
-    of the host that copy at once.
+    of the host that copy at once. read_share: of HBM's bandwidth, reached on dense weights.
+    layer_us: launches of one layer in all, None for those of the GPU's figures.
     """
 
     model: ModelSpec
@@ -72,6 +79,8 @@ class Rates:
     basis: Basis
     notes: tuple[str, ...] = field(default=())
     num_gpus: int = 1
+    read_share: float = HBM_EFFICIENCY
+    layer_us: float | None = None
 
     def transfer_s(self, num_bytes: npt.ArrayLike) -> FloatArray:
         """Seconds of one copy of `num_bytes` from pinned host memory to the GPU."""
@@ -118,6 +127,50 @@ def build_rates(
         f" {TFLOPS_EFFICIENCY:.0%} of peak arithmetic)",
     )
     return Rates(model, gpu, host, experts, found, basis, notes, num_gpus)
+
+
+def engine_rates(model: ModelSpec, machine: Machine) -> Rates:
+    """Rates of the first GPU of a machine with kernels such as engines of quantised weights have
+    (`offloading.rates`), so that a caching plan differs from theirs by its placement alone."""
+    spec = machine.gpus[0]
+    gpu, cpu = gpu_rates(spec, machine.host.unified), cpu_rates(machine.host, SOCKETS_SHARE)
+    calibration = calibration_of_gpu(spec, None, only_type=True)
+    per_weight = model.bytes_per_weight("experts")
+    source = f"{spec.name} datasheet x assumed efficiencies of engines"
+    experts = ExpertGemmModel(
+        dtype=model.expert_dtype,
+        kernel="engine",
+        weight_bytes_per_param=per_weight,
+        launch_us=0.0,
+        weight_gb_per_s=gpu.read / 1e9,
+        tflops=gpu.flops / 1e12,
+        basis="assumed",
+        source=source,
+    )
+    nvme = machine.host.nvme_gb_per_s or HostSpec().nvme_gb_per_s
+    host = HostSpec(
+        name=machine.host.name,
+        dram_gb=0.0 if machine.host.unified else machine.host.dram_gb,
+        dram_gb_per_s=min(cpu.read, cpu.weights * per_weight) / 1e9,
+        cpu_us=EXPERT_CALL_US,
+        cpu_tflops=cpu.flops / 1e12,
+        nvme_gb=machine.host.nvme_gb,
+        nvme_gb_per_s=nvme,
+        kind="assumed",
+        source=f"{machine.host.title}, assumed share of its channels and cores",
+    )
+    copy = calibration.host_copy("h2d", 1)
+    notes = (
+        f"experts on the GPU: assumed ({source})",
+        f"host link: {copy.basis} ({copy.source or calibration.name})",
+        f"CPU and DRAM: assumed ({host.source})",
+        f"NVMe: assumed ({nvme:g} GB/s)",
+        "attention and dense layers: assumed, as the experts",
+    )
+    share = gpu.read / (spec.hbm_gb_per_s * 1e9)
+    return Rates(
+        model, spec, host, experts, calibration, "assumed", notes, 1, share, gpu.layer_s * 1e6
+    )
 
 
 def step_times(
@@ -173,11 +226,13 @@ def _gate_s(rates: Rates, n: FloatArray, context_tokens: int) -> FloatArray:
         n
         * model.kv_bytes(context_tokens)
         / max(1, model.num_hidden_layers)
-        / (gpu.hbm_gb_per_s * 1e9 * HBM_EFFICIENCY)
+        / (gpu.hbm_gb_per_s * 1e9 * rates.read_share)
     )
     launch = KERNELS_BEFORE_GATE * gpu.kernel_launch_us * 1e-6
     known = rates.calibration.host_copy("d2h", rates.num_gpus).time_us(np.array(0.0)) * 1e-6
     expert_launch = rates.experts.layer_launch_us(eager=True) * 1e-6
+    if rates.layer_us is not None:
+        launch, known, expert_launch = rates.layer_us * 1e-6, np.array(0.0), 0.0
     out = np.zeros((model.num_moe_layers, len(n)))
     row = 0
     pending = np.zeros(len(n))
@@ -199,7 +254,7 @@ def _gate_s(rates: Rates, n: FloatArray, context_tokens: int) -> FloatArray:
 def _dense_s(rates: Rates, params: int, n: FloatArray) -> FloatArray:
     """Seconds of dense weights on n tokens: the larger of reading them and the arithmetic."""
     per = bytes_per(WEIGHT_BYTES, rates.model.dense_dtype)
-    read = params * per / (rates.gpu.hbm_gb_per_s * 1e9 * HBM_EFFICIENCY)
+    read = params * per / (rates.gpu.hbm_gb_per_s * 1e9 * rates.read_share)
     peak = rates.gpu.peak_tflops("bf16") * 1e12 * TFLOPS_EFFICIENCY
     return np.where(n > 0, np.maximum(read, 2 * params * n / peak), 0.0)
 

@@ -9,20 +9,55 @@ from typing import Annotated
 
 import typer
 
-from moesim.cli.options import JsonOption, ModelOption, PlotOption, SeedOption, TraceOption
+from moesim.cli.options import JsonOption, MaybeTraceOption, ModelOption, PlotOption, SeedOption
 from moesim.cli.output import echo
 
 
 def cache(
-    trace: TraceOption,
+    trace: MaybeTraceOption = None,
     model: ModelOption = None,
-    gpu: Annotated[str, typer.Option(help="GPU type; moesim topology list names them.")] = "l40s",
+    machine: Annotated[
+        str,
+        typer.Option(
+            help="GPU and host, as rtx-4090+ddr5-2ch or 2xrtx-3090, or a YAML file;"
+            " moesim topology list names the parts."
+        ),
+    ] = "l40s",
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this engine: llama.cpp, ik_llama.cpp, KTransformers, vLLM, accelerate;"
+            " repeat.",
+            show_default="all",
+        ),
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(help="Types that llama.cpp makes of the model, such as Q4_K_M or IQ4_XS."),
+    ] = None,
     hbm: Annotated[
         float | None,
         typer.Option(help="GB of GPU memory for the model.", show_default="the GPU's"),
     ] = None,
     batch: Annotated[int, typer.Option(help="Requests decoded at once.", min=1)] = 1,
     context: Annotated[int, typer.Option(help="Tokens of context per request.", min=0)] = 2048,
+    cache_type: Annotated[
+        str, typer.Option(help="Type of the KV cache in engines, such as q8_0.")
+    ] = "fp16",
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the prompt that engines are tuned for.",
+            min=1,
+            show_default="half of --context",
+        ),
+    ] = None,
+    output: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the answer, likewise.", min=1, show_default="an eighth of --context"
+        ),
+    ] = None,
     policy: Annotated[
         str, typer.Option(help="static, lru, lfu, lfru, score, activation; auto tries all.")
     ] = "auto",
@@ -70,12 +105,15 @@ def cache(
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Plan expert offloading: slots per layer, pinned experts, policy, prefetch, CPU.
+    """What runs on a machine that does not hold the model: engines' best placements, and caches.
 
-    A quarter of the trace's requests gives frequencies and fits predictors, a quarter chooses, and
-    every figure printed comes from the other half.
+    The table's first rows are of engines that exist, with the line that starts the fastest; then
+    comes what a dynamic cache of experts would do: slots per layer, pinned experts, policy,
+    prefetch, CPU. A quarter of the trace's requests gives frequencies and fits predictors, a
+    quarter chooses, and every figure printed comes from the other half. Without a trace routing is
+    assumed uniform.
 
-    Example: moesim cache --trace sample:debian-moe --hbm 1.3 --plot cache.png
+    Example: moesim cache --machine rtx-4090+ddr5-2ch --model GPT-OSS-120B --quant MXFP4_MOE
     """
     from moesim.cli.output import check_targets, given, notice, wrote
     from moesim.jobs.cache import cache as run

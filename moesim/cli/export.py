@@ -27,7 +27,11 @@ def export(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Preset or config.json [default: the plan's model]."),
+        typer.Option(
+            "--model",
+            "-m",
+            help="Preset or config.json [default: the plan's model]; of a cache plan, its path.",
+        ),
     ] = None,
     num_hidden_layers: Annotated[
         int | None, typer.Option(min=1, help="Layers, dense ones too, if the model is unknown.")
@@ -59,15 +63,19 @@ def export(
 ) -> None:
     """Write a plan for SGLang, TensorRT-LLM, vLLM, vllm-ascend, omni-infer, EPLB or Megatron-Core.
 
-    Prints the lines that start the engine with it. What the engine cannot express is refused.
+    Prints the lines that start the engine with it. What the engine cannot express is refused. A
+    cache plan (moesim cache --out) becomes the script that starts llama.cpp, ik_llama.cpp,
+    KTransformers or vLLM, or accelerate's device_map.
 
-    Example: moesim export plan.json --to sglang --out location.json
+    Examples: moesim export plan.json --to sglang --out location.json;
+    moesim export cache.json --to llama.cpp --model model.gguf
     """
     from moesim.cli.output import notice
     from moesim.cli.trace_import import parse_layer_ids
     from moesim.errors import InputError
-    from moesim.exporters.registry import EXPORTERS, exporter
+    from moesim.exporters.registry import EXPORTERS
     from moesim.jobs.export import export as run
+    from moesim.jobs.export_placement import suffix_of
 
     if list_engines:
         _list(as_json)
@@ -76,7 +84,7 @@ def export(
         raise InputError("no plan was named", "name a plan file, or --list the engines")
     if engine is None:
         raise InputError("--to is missing", f"name an engine: {', '.join(EXPORTERS.names())}")
-    target = exporter(engine)
+    suffix = suffix_of(plan_file, engine)
     if apply is not None:
         if engine != "megatron":
             raise InputError(f"--apply is not for {engine}", "use it with --to megatron")
@@ -85,7 +93,7 @@ def export(
         _apply(plan_file, apply, out, model, num_hidden_layers, as_json)
         return
     if out is None:
-        out = Path(f"{plan_file.stem}.{engine}{target.SUFFIX}")
+        out = Path(f"{plan_file.stem}.{engine}{suffix}")
         notice(f"--out not given, writing {out}")
     done = run(
         plan_file,
@@ -102,14 +110,17 @@ def export(
 
 def _list(as_json: bool) -> None:
     from moesim.exporters.registry import EXPORTERS, exporter
+    from moesim.jobs.export_placement import TITLE
 
-    rows = {name: exporter(name) for name in EXPORTERS.names()}
+    found = {name: exporter(name) for name in EXPORTERS.names()}
+    rows = {name: (made.TITLE, made.ACCEPTED_BY) for name, made in found.items()}
+    rows |= {name: (title, name) for name, title in TITLE.items()}
     if as_json:
-        listing = {n: {"title": e.TITLE, "accepted_by": e.ACCEPTED_BY} for n, e in rows.items()}
+        listing = {n: {"title": title, "accepted_by": by} for n, (title, by) in rows.items()}
         echo(json.dumps(listing, indent=2))
         return
-    for name, row in rows.items():
-        echo(f"{name:<14} {row.TITLE}\n{'':<14} accepted by {row.ACCEPTED_BY}")
+    for name, (title, by) in rows.items():
+        echo(f"{name:<14} {title}\n{'':<14} accepted by {by}")
 
 
 def _apply(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,27 +26,33 @@ from moesim.caching.planner import (
 )
 from moesim.caching.policies import POLICIES
 from moesim.caching.predictors.base import accuracy
-from moesim.caching.rates import HostSpec, build_rates
-from moesim.cluster.load import load_gpu
+from moesim.caching.rates import HostSpec, Rates, build_rates, engine_rates
+from moesim.cluster.machine import USUAL_HOST, Machine, load_machine
 from moesim.errors import FormatError, InputError
 from moesim.jobs import inputs
+from moesim.jobs.cache_engines import engines_json, hot_curve, plans_of, weights_of
 from moesim.jobs.cache_exact import solve_exactly
 from moesim.jobs.cache_result import CacheJob
+from moesim.model.spec import ModelSpec
+from moesim.offloading.rates import MARGIN_BYTES, gpu_rates
+from moesim.offloading.task import EnginePlan
 from moesim.trace.format import Trace, read_npy
+from moesim.trace.uniform import uniform_trace
 
 if TYPE_CHECKING:
     from moesim.jobs.inputs import ModelLike, TraceLike
 
-DEFAULT_GPU = "l40s"
+DEFAULT_MACHINE = "l40s"
 
 MAX_ERROR_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """What the user says; see `moesim cache --help`. `host` overrides fields of HostSpec."""
+    """What the user says; see `moesim cache --help`. `host` overrides fields of HostSpec. With
+    `bits` or several requests at once no engine is asked."""
 
-    gpu: str
+    machine: str
     model: ModelLike | None = None
     hbm_gb: float | None = None
     batch_size: int = 1
@@ -61,16 +67,26 @@ class CacheOptions:
     max_steps: int = 4096
     seed: int = 0
     sweep: bool = False
+    engines: tuple[str, ...] = ()
+    quant: str | None = None
+    cache_type: str = "fp16"
+    prompt: int = 2048
+    output: int = 512
 
 
 def cache(
-    trace: TraceLike,
+    trace: TraceLike | None = None,
     *,
     model: ModelLike | None = None,
-    gpu: str = DEFAULT_GPU,
+    machine: str = DEFAULT_MACHINE,
+    engine: Sequence[str] | None = None,
+    quant: str | None = None,
     hbm: float | None = None,
     batch: int = 1,
     context: int = 2048,
+    cache_type: str = "fp16",
+    prompt: int | None = None,
+    output: int | None = None,
     policy: str = "auto",
     prefetch: str = "auto",
     cpu: str = "auto",
@@ -88,13 +104,16 @@ def cache(
     sweep: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> CacheJob:
-    """Plan expert offloading for one GPU: slots per layer, pinned experts, policy, prefetch, CPU.
+    """The best placement of each engine on a machine, and a caching plan for its (first) GPU.
 
     A quarter of the trace's requests gives frequencies and fits predictors, a quarter chooses, and
-    every figure comes from the other half. sweep: other memory sizes too, for the picture.
+    every figure comes from the other half. Without a trace routing is assumed uniform, which no
+    policy or predictor can use: LRU without prefetch stands for all. engine: names, by default
+    every engine. prompt, output: tokens of the request that engines' settings are chosen for, by
+    default half of the context and an eighth. sweep: other memory sizes too, for the picture.
     progress(text) says what is being done. The other names and defaults are those of
     `moesim cache`. Raises MismatchError, InputError, UnknownNameError, and InfeasibleError where
-    the memory does not hold the least.
+    the memory does not hold the least and no engine runs either.
     """
     host = {
         "dram_gb": dram,
@@ -105,7 +124,12 @@ def cache(
     }
     options = CacheOptions(
         model=model,
-        gpu=gpu,
+        machine=machine,
+        engines=tuple(engine or ()),
+        quant=quant,
+        cache_type=cache_type,
+        prompt=max(1, context // 2) if prompt is None else prompt,
+        output=max(1, context // 8) if output is None else output,
         hbm_gb=hbm,
         batch_size=batch,
         context_tokens=context,
@@ -120,30 +144,54 @@ def cache(
         seed=seed,
         sweep=sweep,
     )
-    job = run_cache(inputs.token_trace_of(trace, "moesim cache"), options, progress)
+    if trace is None:
+        job = run_without_trace(options, progress)
+    else:
+        job = run_cache(inputs.token_trace_of(trace, "moesim cache"), options, progress)
     if ilp:
         progress("integer program")
         job = replace(job, exact=tuple(solve_exactly(job)))
     return job
 
 
-def run_cache(
-    trace: Trace, options: CacheOptions, progress: Callable[[str], None] = lambda _: None
+def run_without_trace(
+    options: CacheOptions, progress: Callable[[str], None] = lambda _: None
 ) -> CacheJob:
-    """Plan, compare with others and with the bound, and, if asked, sweep the memory size."""
-    model = inputs.model_required(options.model, trace.meta.model)
-    if options.expert_dtype is not None:
-        model = replace(model, expert_dtype=options.expert_dtype)
-    compat.trace_fits_model(trace.meta, model, whole=True)
-    gpu = load_gpu(options.gpu)
-    host = HostSpec()
-    if options.host:
-        changed = ", ".join(sorted(options.host))
-        host = replace(
-            host, **options.host, kind="assumed", source=f"given: {changed}; {host.source}"
+    """`run_cache` under uniform routing. Raises InputError where no model is named either."""
+    if options.model is None:
+        raise InputError(
+            "neither a trace nor a model is given", "name a model with `model`, or a trace"
         )
-    rates = build_rates(model, gpu, host)
-    hbm = gpu.hbm_gb if options.hbm_gb is None else options.hbm_gb
+    weights, _ = weights_of(options.model, "", options.quant, options.expert_dtype)
+    spec = weights.spec
+    trace = uniform_trace(
+        spec.name, spec.moe_layer_ids, spec.num_experts, spec.real_top_k, options.seed
+    )
+    policy = "lru" if options.policy == "auto" else options.policy
+    prefetch = "none" if options.prefetch == "auto" else options.prefetch
+    return run_cache(trace, replace(options, policy=policy, prefetch=prefetch), progress, True)
+
+
+def run_cache(
+    trace: Trace,
+    options: CacheOptions,
+    progress: Callable[[str], None] = lambda _: None,
+    uniform: bool = False,
+) -> CacheJob:
+    """Plan, compare with others and with the bound, and, if asked, sweep the memory size.
+
+    uniform: the trace stands for routing that nobody knows.
+    """
+    weights = weights_of(options.model, trace.meta.model, options.quant, options.expert_dtype)
+    model = weights[0].spec
+    compat.trace_fits_model(trace.meta, model, whole=True)
+    machine = load_machine(options.machine)
+    gpu = machine.gpus[0]
+    own_kernels = machine.host.name == USUAL_HOST and not weights[0].quantised
+    rates = _rates(model, machine, options, own_kernels)
+    hbm = options.hbm_gb
+    if hbm is None:
+        hbm = gpu.hbm_gb * len(machine.gpus) if own_kernels else _filled_gb(machine)
     request = Request(
         hbm_gb=hbm,
         batch_size=options.batch_size,
@@ -159,10 +207,31 @@ def run_cache(
         for name in (options.policy, options.prefetch)
         if name == "oracle" or (name in POLICIES and POLICIES[name].offline)
     ]
-    if hbm > gpu.hbm_gb:
+    if options.hbm_gb is not None and hbm > gpu.hbm_gb:
         notes.append(f"{hbm:g} GB are more than the {gpu.hbm_gb:g} GB of one {gpu.name}")
+    if uniform:
+        notes.append(
+            "no trace: routing is assumed uniform, so caches gain nothing from what is chosen"
+            " often; `trace` gives the model's own"
+        )
+    if options.quant is None and not weights[0].from_file and options.engines != ("vLLM",):
+        notes.append("weights as the checkpoint has them; most GGUF files are `quant` Q4_K_M")
+    if len(machine.gpus) > 1:
+        notes.append("the caching plan takes the GPUs' memories as one, at the first one's rates")
     progress("requests and steps")
     work = make_workload(trace, request)
+    engines: tuple[EnginePlan, ...] = ()
+    if options.average_bits is None and options.batch_size == 1:
+        progress("engines")
+        asked = {
+            "context": max(1, options.context_tokens),
+            "prompt": options.prompt,
+            "output": options.output,
+            "cache_type": options.cache_type,
+            "memory_gb": options.hbm_gb,
+        }
+        hot = None if uniform else hot_curve(work)
+        engines = plans_of(weights, machine, hot, asked, options.engines)
     bits_line, loss = None, None
     if options.average_bits is not None:
         worth = significance(trace, work.fit)
@@ -205,7 +274,11 @@ def run_cache(
             "max_steps": options.max_steps,
             "expert_dtype": options.expert_dtype,
             "host": options.host,
+            "machine": machine.name,
+            "kernels": "torch" if own_kernels else "engine",
+            "routing": "uniform, assumed" if uniform else "trace",
         },
+        engines=engines_json(engines),
     )
     return CacheJob(
         request,
@@ -221,7 +294,29 @@ def run_cache(
         rates,
         loss,
         options.average_bits or 0.0,
+        machine=machine,
+        engines=engines,
+        uniform=uniform,
     )
+
+
+def _rates(model: ModelSpec, machine: Machine, options: CacheOptions, own_kernels: bool) -> Rates:
+    """Rates measured with torch where the machine is a GPU beside the host that they were measured
+    on; else those of engines. Given figures of the host replace either."""
+    gpu, changed = machine.gpus[0], ", ".join(sorted(options.host))
+    rates = None if own_kernels else engine_rates(model, machine)
+    host = HostSpec() if rates is None else rates.host
+    if options.host:
+        host = replace(
+            host, **options.host, kind="assumed", source=f"given: {changed}; {host.source}"
+        )
+    return build_rates(model, gpu, host) if rates is None else replace(rates, host=host)
+
+
+def _filled_gb(machine: Machine) -> float:
+    """GB of the GPUs' memory, all that an engine may fill and its margin."""
+    unified = machine.host.unified
+    return sum(gpu_rates(gpu, unified).memory + MARGIN_BYTES for gpu in machine.gpus) / 1e9
 
 
 def _prediction(work: Workload, plan: CachePlan) -> dict[str, float]:

@@ -19,9 +19,12 @@ from moesim.caching.planner import (
     Request,
 )
 from moesim.caching.rates import Rates
+from moesim.cluster.machine import Machine
 from moesim.errors import InputError
 from moesim.figures import text_table
+from moesim.jobs.cache_engines import engine_lines
 from moesim.jobs.result import Result
+from moesim.offloading.task import EnginePlan
 from moesim.types import FloatArray
 
 if TYPE_CHECKING:
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
 class CacheJob(Result):
     """The plan and everything said about it; `notes` are for the user's eyes. `loss`: [L, E, 3]
     loss of each bit-width where experts have mixed precision, `average_bits` their budget. exact:
-    integer programs beside the plan's own methods, where asked for."""
+    integer programs beside the plan's own methods, where asked for. engines: the best plan of each
+    on `machine`, the fastest first; uniform: no trace was given."""
 
     request: Request
     plan: CachePlan
@@ -50,6 +54,9 @@ class CacheJob(Result):
     loss: FloatArray | None
     average_bits: float
     exact: tuple[dict[str, Any], ...] = ()
+    machine: Machine | None = None
+    engines: tuple[EnginePlan, ...] = ()
+    uniform: bool = False
 
     @property
     def bound_tokens_per_s(self) -> float:
@@ -64,8 +71,20 @@ class CacheJob(Result):
         """The plan's own row of `results`."""
         return next(row for row in self.results if row.name == "this plan")
 
+    @property
+    def best_engine(self) -> EnginePlan | None:
+        """The fastest engine that runs the model; None where none was asked or runs it."""
+        return next((plan for plan in self.engines if not plan.problem), None)
+
     def line(self) -> str:
         plan, row = self.plan, self.own
+        best = self.best_engine
+        if best is not None and self.machine is not None:
+            return (
+                f"{plan.model} on {self.machine.name}: {best.engine}"
+                f" {best.decode_tokens_per_s:,.1f} tokens/s; a dynamic cache"
+                f" {row.tokens_per_s:,.1f}"
+            )
         return (
             f"{plan.model} on {plan.gpu}, {self.request.hbm_gb:g} GB: {row.tokens_per_s:,.1f}"
             f" tokens/s held out, {row.hit_rate:.1%} hits, policy {plan.policy}"
@@ -73,8 +92,18 @@ class CacheJob(Result):
 
     def summary(self) -> str:
         plan, memory = self.plan, self.planned.memory
-        lines = [
-            f"{plan.model} on {plan.gpu}: {self.request.hbm_gb:g} GB hold {memory.num_slots} of"
+        lines = []
+        if self.engines and self.machine is not None:
+            basis = "uniform routing (assumed)" if self.uniform else "the trace's routing"
+            lines += [
+                f"{plan.model} on {self.machine.name}, {self.request.context_tokens:,} tokens of"
+                f" context, {basis}; predicted from assumed figures",
+                *engine_lines(self.engines, self.own.tokens_per_s),
+                "",
+                "Dynamic caches",
+            ]
+        lines += [
+            f"{plan.model} on {plan.gpu}: {self.request.hbm_gb:.4g} GB hold {memory.num_slots} of"
             f" {memory.num_experts} experts of {memory.slot_bytes / 1e6:.1f} MB beside"
             f" {memory.dense_bytes / 1e9:.2f} GB of dense weights, {memory.kv_bytes / 1e9:.2f} GB"
             f" of KV cache and {memory.workspace_bytes / 1e9:.1f} GB of workspace"
@@ -148,6 +177,8 @@ class CacheJob(Result):
             "basis": self.basis,
             "rates": list(self.rate_notes),
             "notes": list(self.notes),
+            "machine": None if self.machine is None else self.machine.name,
+            "engines": self.plan.engines,
         }
         if self.sweep is not None:
             data["sweep"] = {

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesim.caching.plan import is_cache_plan
 from moesim.errors import FormatError, InputError
 from moesim.exporters.base import ExportOptions, ReadOptions, filled
 from moesim.exporters.registry import exporter
 from moesim.files import atomic_write
 from moesim.jobs import inputs
+from moesim.jobs.export_placement import write_placement
 from moesim.jobs.result import Result
 from moesim.placement import MAX_PLAN_BYTES, Plan
 
@@ -72,7 +74,8 @@ def export(
     fill_layers: Sequence[int] = (),
     notify: Callable[[str], None] = log.warning,
 ) -> Exported:
-    """Write a plan in a serving engine's format.
+    """Write a plan in a serving engine's format, or a cache plan's placement for an engine on one's
+    own machine (llama.cpp and others: the script that starts it, with `model` in it).
 
     to: engine, as `moesim export --list` has it. model: the plan's where it is a known one.
     num_hidden_layers: dense ones too, where no model says it. mtp_layers: how many layers of
@@ -80,6 +83,10 @@ def export(
     without routing (by token id), to be placed in order. What the engine cannot express is
     refused (MismatchError, InputError); what the user should know goes to `notify`.
     """
+    if not isinstance(plan, Plan) and is_cache_plan(plan):
+        name = None if model is None else str(model)
+        engine, size, lines = write_placement(str(plan), to, Path(out), name, notify)
+        return Exported(engine, Path(out), size, engine, lines)
     made, target = inputs.plan_of(plan), exporter(to)
     options = ExportOptions(
         spec=inputs.model_or_named(model, made.model),

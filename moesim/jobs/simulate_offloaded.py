@@ -316,6 +316,12 @@ def _gpu_notices(request: SimRequest) -> list[str]:
 def _made_with(plan: CachePlan) -> dict[str, Any]:
     """Seed, steps, expert type and host that a cache plan was made with. Raises FormatError."""
     raw = plan.provenance
+    if raw.get("kernels") == "engine":
+        raise MismatchError(
+            "the cache plan was made for kernels of engines on a machine, and clusters are"
+            " simulated with torch's",
+            "make it for a GPU without naming a host",
+        )
     made: dict[str, Any] = {}
     for name, default in (("seed", 0), ("max_steps", Request(1.0).max_steps)):
         made[name] = raw.get(name, default)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moesim.errors import InputError, MismatchError
-from moesim.model.ggml import GGML_BY_NAME
+from moesim.model.ggml import GGML_BY_NAME, QUANTISED_BYTES
 from moesim.model.gguf import Tensor, read_gguf
 from moesim.model.gguf_spec import Placed, place, spec_of
 from moesim.model.mixes import Kind, mix_named, type_in_mix
@@ -30,6 +30,11 @@ class Weights:
     source: str
     from_file: bool
     note: str = ""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the experts have a type of GGUF files alone."""
+        return self.spec.expert_dtype in QUANTISED_BYTES
 
     def layer_bytes(self, experts: bool) -> IntArray:
         """[num_hidden_layers] bytes of a layer's routed experts, or of all else in it."""

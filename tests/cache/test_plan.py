@@ -208,7 +208,7 @@ def test_same_seed_same_plan(toy) -> None:  # type: ignore[no-untyped-def]
 
 def test_refusals(toy, toys: ModuleType) -> None:  # type: ignore[no-untyped-def]
     trace, _ = toy
-    options = CacheOptions(gpu="l40s", model="mixtral-8x7b")
+    options = CacheOptions(machine="l40s", model="mixtral-8x7b")
     with pytest.raises(MismatchError, match="top-2"):
         run_cache(trace, options)
     with pytest.raises(InputError, match="names no model"):

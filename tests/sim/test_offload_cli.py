@@ -26,7 +26,7 @@ SAMPLE = "sample:debian-moe"
 def cache_file(tmp_path_factory) -> Path:
     """A cache plan for one H100 with 1.5 GB, made from 48 decode steps of two requests."""
     options = CacheOptions(
-        gpu="h100-sxm", hbm_gb=1.6, policy="lru", prefetch="previous-layer", cpu="on",
+        machine="h100-sxm", hbm_gb=1.6, policy="lru", prefetch="previous-layer", cpu="on",
         max_steps=48, batch_size=2,
     )  # fmt: skip
     job = run_cache(load_token_trace(SAMPLE, "a test"), options)

@@ -1,0 +1,87 @@
+"""Placements of engines on one machine, out of a cache plan, as the files that start them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moesim.caching.plan import CachePlan, is_cache_plan, load_cache_plan
+from moesim.errors import FormatError, InputError, MismatchError, plain
+from moesim.exporters.registry import exporter
+from moesim.files import atomic_write
+from moesim.offloading.engines import ENGINES, engine_name
+
+SUFFIX = {name: ".json" if name == "accelerate" else ".sh" for name in ENGINES}
+TITLE = {name: f"{name} on one's own machine, from moesim cache --out" for name in ENGINES}
+_REMEDY = "make it again with moesim cache"
+
+
+def suffix_of(file: str | Path, to: str) -> str:
+    """How the name of the file for an engine ends: of a placement where `file` is a cache plan,
+    else of an exporter's. Raises UnknownNameError."""
+    return SUFFIX[engine_name(to)] if is_cache_plan(file) else exporter(to).SUFFIX
+
+
+def write_placement(
+    file: str | Path, to: str, out: Path, model: str | None, notify: Callable[[str], None]
+) -> tuple[str, int, tuple[str, ...]]:
+    """Write the engine's file; (engine, bytes, launch lines).
+
+    A shell script of the launch lines, or accelerate's device_map. model: what the lines call it,
+    MODEL where nothing says it. Raises InputError, FormatError, and MismatchError where the plan
+    has no placement for the engine.
+    """
+    engine = engine_name(to)
+    if out.suffix != SUFFIX[engine]:
+        raise InputError(
+            f"{engine} wants a file that ends in {SUFFIX[engine]}",
+            f"name it {out.stem}{SUFFIX[engine]}",
+        )
+    plan = load_cache_plan(file)
+    placement = _placement(plan, engine, str(file))
+    lines = tuple(_named(line, model) for line in placement["launch"])
+    if model is None and any("MODEL" in line for line in lines):
+        notify("nothing says where the model is: put its file or folder in place of MODEL")
+    if engine == "accelerate":
+        text = placement["files"]["device_map.json"]
+    else:
+        speed = placement["decode_tokens_per_s"]
+        head = (
+            "#!/bin/sh",
+            f"# {plain(plan.model)} on {plain(str(plan.provenance.get('machine', '')))}: predicted"
+            f" {speed:.1f} tokens/s",
+        )
+        text = "\n".join([*head, *lines]) + "\n"
+    atomic_write(out, text)
+    return engine, len(text.encode()), lines
+
+
+def _placement(plan: CachePlan, engine: str, where: str) -> dict[str, Any]:
+    found = plan.engines.get(engine)
+    if found is None:
+        known = ", ".join(name for name in plan.engines if name in ENGINES) or "none"
+        raise MismatchError(
+            f"{where} has no placement for {engine}, it has {plain(known)}",
+            f"make it with moesim cache, for one request and with engine {engine}",
+        )
+    if isinstance(found, dict) and found.get("problem"):
+        raise MismatchError(
+            f"{engine} does not run it: {plain(str(found['problem']), 400)}", "take another engine"
+        )
+    good = (
+        isinstance(found, dict)
+        and isinstance(found.get("launch"), list)
+        and all(isinstance(line, str) and line.isprintable() for line in found["launch"])
+        and isinstance(found.get("decode_tokens_per_s"), float)
+        and isinstance(found.get("files"), dict)
+        and (engine != "accelerate" or isinstance(found["files"].get("device_map.json"), str))
+    )
+    if not good:
+        raise FormatError(f"{where}: the placement for {engine} is damaged", _REMEDY)
+    return found
+
+
+def _named(line: str, model: str | None) -> str:
+    return line if model is None else line.replace("MODEL", shlex.quote(model))

@@ -1,0 +1,1 @@
+"""What engines on one's own machine can run: placements that they can express, memory, speed."""

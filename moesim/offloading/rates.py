@@ -1,0 +1,105 @@
+"""Rates of GPUs, CPUs and host links on one conversation, as engines with quantised kernels reach.
+
+Shares of datasheet figures and fixed costs, by maker. They were set once, by hand, on runs that
+`reports/offloading-people` does not judge: gpt-oss-20b wholly on one GPU (RTX 3090 147.5, RTX 4080
+Super 139, RTX 4090 225 tokens/s, smeltcore.com and runaihome.com 2026; DGX Spark 79.7,
+jetsonhacks.com 2025; M2 Ultra 132.9, ggml-org/llama.cpp#16894), RTX 2080 beside an i9-10900X
+(AlexsJones/llmfit#755, #775, #778), Qwen3-30B-A3B on an i7-8700 alone (inventivehq.com), and
+KTransformers' tables of DeepSeek-R1 on one and two Xeon 6454S and of Qwen3-Coder-Next on an RTX
+5090 (kvcache-ai/ktransformers, doc/en). All of it counts as assumed.
+
+Ignored: clocks that fall under load, memory that other programs use, threads badly placed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moesim.cluster import GpuSpec, Host
+
+READ_SHARE = {"NVIDIA": 0.75, "AMD": 0.55, "Apple": 0.6}
+"""Of the memory's bandwidth, reached on the weights of one token."""
+LAYER_US = {"NVIDIA": 45.0, "AMD": 80.0, "Apple": 90.0}
+"""Launches of one layer of a token, beyond reading its weights."""
+PROMPT_SHARE = {"NVIDIA": 0.5, "AMD": 0.25, "Apple": 0.6}
+UNIFIED_PROMPT_SHARE = {"NVIDIA": 0.18, "AMD": 0.15, "Apple": 0.6}
+"""Of the dense 16-bit rate, reached on prompts: cards, and GPUs that share the host's memory."""
+LINK_SHARE = 0.75
+"""Of the host link, for copies of whole tensors."""
+DRAM_SHARE = {"datasheet": 0.65, "assumed": 0.65, "measured": 0.9}
+"""Of DRAM bandwidth, by what its figure is: channels x transfers, or measured."""
+WEIGHTS_PER_CYCLE = {"avx2": 1.4, "avx512": 2.3, "amx": 2.3, "neon": 1.7}
+"""Weights of few bits that one core unpacks and multiplies with one token per cycle."""
+FLOPS_PER_CYCLE = {"avx2": 12.0, "avx512": 25.0, "amx": 100.0, "neon": 12.0}
+"""Of one core on many tokens at once."""
+CPU_CALL_US = 40.0
+"""Of one layer on the CPU: hidden states there and back, threads woken."""
+UNIFIED_SHARE = {"Apple": 0.75}
+"""Of unified memory that a GPU may take; 0.9 for others."""
+MARGIN_BYTES = 1 << 30
+"""Left free on every GPU, as --fit-target of llama.cpp does by default: CUDA context, desktop."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRates:
+    """bytes/s of weights on one token, flop/s on prompts, bytes/s over the host link, seconds of
+    one layer's launches, and bytes that an engine may fill."""
+
+    read: float
+    flops: float
+    link: float
+    layer_s: float
+    memory: float
+
+
+@dataclass(frozen=True, slots=True)
+class CpuRates:
+    """bytes/s and weights/s on one token, flop/s on many, seconds of one layer's call."""
+
+    read: float
+    weights: float
+    flops: float
+    call_s: float = CPU_CALL_US * 1e-6
+
+    def token_s(self, num_bytes: float, num_weights: float) -> float:
+        """Seconds for one token to go through weights of that size."""
+        return max(num_bytes / self.read, num_weights / self.weights)
+
+
+def maker(gpu: GpuSpec) -> str:
+    """NVIDIA, AMD or Apple, the first where the title names none of them."""
+    word = gpu.title.split()[0]
+    return word if word in READ_SHARE else "NVIDIA"
+
+
+def gpu_rates(gpu: GpuSpec, unified: bool, memory_gb: float | None = None) -> GpuRates:
+    """Rates of a GPU. A card's GB are GiB, those of unified memory are not; `memory_gb`: GB that
+    may be used instead."""
+    name = maker(gpu)
+    if memory_gb is not None:
+        memory = memory_gb * 1e9
+    elif unified:
+        memory = gpu.hbm_gb * 1e9 * UNIFIED_SHARE.get(name, 0.9)
+    else:
+        memory = gpu.hbm_gb * 2**30
+    shares = UNIFIED_PROMPT_SHARE if unified else PROMPT_SHARE
+    return GpuRates(
+        read=gpu.hbm_gb_per_s * 1e9 * READ_SHARE[name],
+        flops=gpu.peak_tflops("bf16") * 1e12 * shares[name],
+        link=gpu.pcie_gb_per_s * 1e9 * LINK_SHARE,
+        layer_s=LAYER_US[name] * 1e-6,
+        memory=memory - MARGIN_BYTES,
+    )
+
+
+def cpu_rates(host: Host, sockets_share: float) -> CpuRates:
+    """Rates of a host; `sockets_share`: of what several sockets have together, that an engine
+    reaches (1 of one socket)."""
+    share = sockets_share if host.sockets > 1 else 1.0
+    kind = next((b.kind for b in host.blocks if b.where.endswith(": memory")), "assumed")
+    cycles = host.cores * host.ghz * 1e9 * share
+    return CpuRates(
+        read=host.dram_gb_per_s * 1e9 * DRAM_SHARE[kind] * share,
+        weights=cycles * WEIGHTS_PER_CYCLE[host.vectors],
+        flops=cycles * FLOPS_PER_CYCLE[host.vectors],
+    )

@@ -1,0 +1,106 @@
+"""`moesim cache` on a machine: with and without a trace, and its export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import moesim
+from moesim.errors import FormatError, InputError, MismatchError
+from moesim.jobs.cache_result import CacheJob
+from tests.model.gguf_writer import METADATA, tensors, write_gguf
+
+
+@pytest.fixture(scope="module")
+def job() -> CacheJob:
+    return moesim.cache(
+        model="Qwen3-30B-A3B", machine="rtx-5060-ti+ddr5-2ch", quant="Q4_K_M", steps=64
+    )
+
+
+def test_without_a_trace_routing_is_uniform_and_said_so(job: CacheJob) -> None:
+    assert job.uniform
+    assert job.plan.provenance["routing"] == "uniform, assumed"
+    assert any("uniform" in note for note in job.notes)
+    assert "uniform routing (assumed)" in job.summary()
+    assert job.own.hit_rate == pytest.approx(job.plan.num_slots / (48 * 128), abs=0.03)
+
+
+def test_the_headline_is_an_engine_and_the_cache_stands_beside(job: CacheJob) -> None:
+    best = job.best_engine
+    assert best is not None
+    assert best.engine in ("llama.cpp", "ik_llama.cpp")
+    summary = job.summary()
+    assert summary.index("llama-server") < summary.index("left on the table")
+    assert "Dynamic caches" in summary
+    assert best.engine in repr(job)
+    found = job.to_json()["engines"][best.engine]
+    assert found["decode_tokens_per_s"] == best.decode_tokens_per_s
+
+
+def test_whole_layers_cost_the_timeline_what_they_cost_the_engine(job: CacheJob) -> None:
+    """llama.cpp's placement as the caching timeline runs it, and as the engine's own formula has
+    it: within 15%, though one knows steps and the other a mean."""
+    row = next(r for r in job.results if "layers on the CPU" in r.name)
+    own = next(plan for plan in job.engines if plan.engine == "llama.cpp")
+    assert row.tokens_per_s == pytest.approx(own.decode_tokens_per_s, rel=0.15)
+
+
+def test_export_writes_what_starts_the_engine(job: CacheJob, tmp_path: Path) -> None:
+    plan = job.save(tmp_path / "cache.json")
+    done = moesim.export(plan, to="llama.cpp", out=tmp_path / "run.sh", model="/m/q 4.gguf")
+    text = (tmp_path / "run.sh").read_text()
+    assert text.startswith("#!/bin/sh\n")
+    assert "llama-server -m '/m/q 4.gguf' -ngl 99" in text
+    assert done.launch[0] in text
+    moesim.export(plan, to="accelerate", out=tmp_path / "map.json")
+    assert json.loads((tmp_path / "map.json").read_text())["lm_head"] == 0
+    with pytest.raises(InputError, match=r"ends in \.sh"):
+        moesim.export(plan, to="llama.cpp", out=tmp_path / "run.txt")
+    moesim.export(plan, to="vllm", out=tmp_path / "vllm.sh", model="org/m")
+    assert "vllm serve org/m" in (tmp_path / "vllm.sh").read_text()
+
+
+def test_export_refuses_what_has_no_placement(job: CacheJob, tmp_path: Path) -> None:
+    raw = job.plan.to_dict()
+    path = tmp_path / "cache.json"
+    for engines, error in (
+        ({}, MismatchError),
+        ({"llama.cpp": {"problem": "does not fit"}}, MismatchError),
+        ({"llama.cpp": {"launch": [3], "files": {}, "decode_tokens_per_s": 1.0}}, FormatError),
+        ({"llama.cpp": ["x"]}, FormatError),
+    ):
+        path.write_text(json.dumps(raw | {"engines": engines}))
+        with pytest.raises(error):
+            moesim.export(path, to="llama.cpp", out=tmp_path / "run.sh")
+
+
+def test_a_trace_gives_the_frequency_strategy() -> None:
+    """The bundled trace is uneven: the most frequent experts have more than their share."""
+    job = moesim.cache(
+        "sample:debian-moe", machine="rtx-3090+ddr4-2ch", hbm=2.3, steps=64,
+        policy="lru", prefetch="none", engine=["KTransformers", "llama.cpp"],
+    )  # fmt: skip
+    assert not job.uniform
+    assert {plan.engine for plan in job.engines} == {"KTransformers", "llama.cpp"}
+    assert job.plan.provenance["kernels"] == "engine"
+
+
+def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", METADATA, tensors())
+    job = moesim.cache(model=path, machine="rtx-4090", steps=32)
+    best = job.best_engine
+    assert best is not None
+    assert best.weights == "GGUF file tiny.gguf"
+    assert {p.engine for p in job.engines if "GGUF file" in p.problem} == {
+        "KTransformers", "vLLM", "accelerate",
+    }  # fmt: skip
+
+
+def test_options_that_contradict() -> None:
+    with pytest.raises(InputError, match="both say"):
+        moesim.cache(model="Qwen3-30B-A3B", quant="Q4_K_M", expert_dtype="int4")
+    with pytest.raises(InputError, match="neither a trace nor a model"):
+        moesim.cache(machine="rtx-4090")
