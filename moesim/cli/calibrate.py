@@ -38,7 +38,14 @@ def calibrate(
         list[Path] | None,
         typer.Option(help="Measure nothing: convert such a JSON; sections of a repeat replace."),
     ] = None,
-    name: Annotated[str, typer.Option(help="Name of the calibration.")] = "host",
+    host: Annotated[
+        bool,
+        typer.Option(
+            "--host",
+            help="Measure this computer's memory, CPU and host link instead: a host for --machine.",
+        ),
+    ] = False,
+    name: Annotated[str, typer.Option(help="Name of the calibration or host.")] = "host",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Measure links, expert kernels, row moves and host copies of this machine.
@@ -55,6 +62,9 @@ def calibrate(
     from moesim.replay.tables import load_raw, merge_raw, write_calibration
 
     check_targets(out, raw)
+    if host:
+        _measure_host(out, name, bool(model or section or raw or from_raw), as_json)
+        return
     if from_raw:
         record = merge_raw([load_raw(path) for path in from_raw])
     else:
@@ -72,6 +82,19 @@ def calibrate(
     echo(f"{out}: {made.gpu}")
     for line in [*_lines(record), *link_lines(made)]:
         echo(line)
+
+
+def _measure_host(out: Path, name: str, others: bool, as_json: bool) -> None:
+    from moesim.cli.output import say
+    from moesim.errors import InputError
+    from moesim.jobs.calibrate_host import calibrate_host
+
+    if others:
+        raise InputError(
+            "--host goes with --out and --name alone", "measure GPUs in a run of their own"
+        )
+    done = calibrate_host(out, name=name, progress=say)
+    echo(json.dumps(done.to_json(), indent=1) if as_json else done.summary())
 
 
 def _measure(

@@ -67,8 +67,7 @@ def export(
     cache plan (moesim cache --out) becomes the script that starts llama.cpp, ik_llama.cpp,
     KTransformers or vLLM, or accelerate's device_map.
 
-    Examples: moesim export plan.json --to sglang --out location.json;
-    moesim export cache.json --to llama.cpp --model model.gguf
+    Example: moesim export plan.json --to sglang --out location.json
     """
     from moesim.cli.output import notice
     from moesim.cli.trace_import import parse_layer_ids

@@ -89,8 +89,7 @@ def show_model(
 ) -> None:
     """Show one model: its shape, its sizes, the keys read.
 
-    Examples: moesim model show DeepSeek-V3; moesim model show ./my-model/config.json --json;
-    moesim model show Qwen3-30B-A3B-Q4_K_M.gguf
+    Examples: moesim model show DeepSeek-V3; moesim model show ./my-model/config.json --json
     """
     from moesim.model.names import load_reading
 

@@ -25,8 +25,8 @@ class Host:
 
     `dram_gb_per_s` is what the channels carry (channels x transfers x 8 bytes), not what kernels
     reach. `ghz`: clock under vector load. `pcie_gb_per_s`: slot of one GPU, per direction.
-    `unified`: DRAM is the GPU's memory too. `kernels`: measured expert kernels (microseconds per
-    expert, GB/s, TFLOPS), None where nothing was measured. `nvme_gb` 0: no NVMe.
+    `unified`: DRAM is the GPU's memory too. `kernels`: measured matrix products (microseconds per
+    call, GB/s, TFLOPS), None where nothing was measured. `nvme_gb` 0: no NVMe.
     """
 
     name: str
@@ -69,13 +69,22 @@ class Machine:
         return min((b.kind for b in counted), key=KINDS.index)
 
 
+def _is_file(text: str) -> bool:
+    return Path(text).suffix in (".yaml", ".yml") or os.sep in text
+
+
 def host_names() -> tuple[str, ...]:
     """Names of the shipped hosts."""
     return tuple(sorted(path.stem for path in (topology_dir() / "hosts").glob("*.yaml")))
 
 
 def load_host(name: str) -> Host:
-    """A shipped host. Raises UnknownNameError."""
+    """A shipped host, or that of a YAML file. Raises UnknownNameError, InputError, FormatError."""
+    if _is_file(name):
+        from moesim.cluster.machine_schema import HostFile
+        from moesim.cluster.schema import parse_file
+
+        return parse_file(HostFile, Path(name), Path(name).name).host()
     if name not in host_names():
         raise UnknownNameError("host", name[:80], host_names())
     return _host_file(topology_dir() / "hosts" / f"{name}.yaml")
@@ -92,15 +101,16 @@ def _host_file(path: Path) -> Host:
 def load_machine(name_or_path: str | os.PathLike[str]) -> Machine:
     """The machine of a name or of a YAML file (`format: moesim-machine`).
 
-    A name is a GPU, `+` and a host: `rtx-4090+ddr5-2ch`; `4xrtx-4090+ddr5-8ch` has four. Without a
+    A name is a GPU, `+` and a host, by name or as a YAML file (`format: moesim-host`):
+    `rtx-4090+ddr5-2ch`, `rtx-4090+mine.yaml`; `4xrtx-4090+ddr5-8ch` has four GPUs. Without a
     host, that which the GPU's file names, else USUAL_HOST. Raises UnknownNameError, InputError,
     FormatError (file, line, field), MismatchError for a GPU that has only the host's memory beside
     another host.
     """
     text = os.fspath(name_or_path)
-    if Path(text).suffix in (".yaml", ".yml") or os.sep in text:
-        return _machine_file(Path(text))
     gpu_text, plus, host_text = text.partition("+")
+    if _is_file(text) and not (plus and not _is_file(gpu_text)):
+        return _machine_file(Path(text))
     found = _COUNT.fullmatch(gpu_text)
     count, gpu_name = (int(found[1]), found[2]) if found else (1, gpu_text)
     if not 1 <= count <= MAX_GPUS_OF_A_MACHINE:
@@ -119,7 +129,8 @@ def is_machine(name_or_path: str | os.PathLike[str]) -> bool:
     file that says `format: moesim-machine`. False for what cannot be read."""
     text = os.fspath(name_or_path)
     path = Path(text)
-    if path.suffix not in (".yaml", ".yml") and os.sep not in text:
+    gpu_text, plus, _ = text.partition("+")
+    if not _is_file(text) or (plus and not _is_file(gpu_text)):
         return "+" in text or text in gpu_names() or _COUNT.fullmatch(text) is not None
     from moesim.cluster.yaml_file import read_yaml
 
@@ -142,7 +153,11 @@ def _machine_file(path: Path) -> Machine:
         if name not in own and name not in gpu_names():
             raise UnknownNameError(f"GPU in {path.name}:", name[:80], {*own, *gpu_names()})
         gpus.append(own[name] if name in own else load_gpu(name))
-    host = load_host(file.host) if isinstance(file.host, str) else file.host.host()
+    if isinstance(file.host, str):
+        beside = path.parent / file.host
+        host = load_host(str(beside) if _is_file(file.host) else file.host)
+    else:
+        host = file.host.host()
     return _assembled(file.name, tuple(gpus), host)
 
 

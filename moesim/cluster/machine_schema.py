@@ -35,10 +35,10 @@ class Link(Figures):
 
 
 class CpuKernels(Figures):
-    """Expert kernels measured on this host: a fixed cost per expert, then its bytes at
-    `read_gb_per_s`, or its arithmetic at `tflops` where that is longer."""
+    """Matrix products measured on this host: a fixed cost per call, then the weights' bytes at
+    `read_gb_per_s` for one token, or arithmetic at `tflops` for many."""
 
-    expert_us: NotNegative
+    call_us: NotNegative
     read_gb_per_s: Positive
     tflops: Positive
 
@@ -78,7 +78,7 @@ class HostFile(Block):
             nvme_gb=self.nvme.nvme_gb if self.nvme else 0.0,
             nvme_gb_per_s=self.nvme.nvme_gb_per_s if self.nvme else 0.0,
             unified=self.unified,
-            kernels=(kernels.expert_us, kernels.read_gb_per_s, kernels.tflops) if kernels else None,
+            kernels=(kernels.call_us, kernels.read_gb_per_s, kernels.tflops) if kernels else None,
             blocks=tuple(blocks),
         )
 

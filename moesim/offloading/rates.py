@@ -94,12 +94,14 @@ def gpu_rates(gpu: GpuSpec, unified: bool, memory_gb: float | None = None) -> Gp
 
 def cpu_rates(host: Host, sockets_share: float) -> CpuRates:
     """Rates of a host; `sockets_share`: of what several sockets have together, that an engine
-    reaches (1 of one socket)."""
+    reaches (1 of one socket). Measured kernels replace what is assumed of channels and cores, but
+    for the rate of unpacking weights."""
     share = sockets_share if host.sockets > 1 else 1.0
     kind = next((b.kind for b in host.blocks if b.where.endswith(": memory")), "assumed")
     cycles = host.cores * host.ghz * 1e9 * share
-    return CpuRates(
-        read=host.dram_gb_per_s * 1e9 * DRAM_SHARE[kind] * share,
-        weights=cycles * WEIGHTS_PER_CYCLE[host.vectors],
-        flops=cycles * FLOPS_PER_CYCLE[host.vectors],
-    )
+    weights = cycles * WEIGHTS_PER_CYCLE[host.vectors]
+    if host.kernels is not None:
+        call_us, read, tflops = host.kernels
+        return CpuRates(read * 1e9 * share, weights, tflops * 1e12 * share, call_us * 1e-6)
+    read = host.dram_gb_per_s * 1e9 * DRAM_SHARE[kind] * share
+    return CpuRates(read, weights, cycles * FLOPS_PER_CYCLE[host.vectors])
