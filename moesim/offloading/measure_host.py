@@ -47,22 +47,27 @@ def measure_host(name: str, say: Callable[[str], None] = lambda _: None) -> dict
         "version": 1,
         "name": name,
         "title": f"{model}, {cores} cores",
-        "memory": {"dram_gb": round(memory / 1e9, 1), "dram_gb_per_s": round(read, 1), **measured},
+        "memory": {"dram_gb": _short(memory / 1e9), "dram_gb_per_s": _short(read), **measured},
         "cpu": {
             "sockets": _sockets(),
             "cores": cores,
-            "ghz": round(float(info.get("cpu MHz", "3000")) / 1000, 2),
+            "ghz": _short(float(info.get("cpu MHz", "3000")) / 1000),
             "vectors": vectors_of(info.get("flags", info.get("Features", "")).split()),
             "kind": "measured",
             "source": "/proc/cpuinfo",
         },
         "kernels": {
-            "call_us": round(call_us, 1),
-            "read_gb_per_s": round(rate, 1),
-            "tflops": round(tflops, 3),
+            "call_us": _short(call_us),
+            "read_gb_per_s": _short(rate),
+            "tflops": _short(tflops),
             **measured,
         },
     }
+
+
+def _short(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")
 
 
 def vectors_of(flags: list[str]) -> str:
