@@ -23,8 +23,6 @@ from moesim.types import FloatArray
 
 SCALE_BITS = 0.5
 """Bits per weight for the scales of a quantised expert: 16 bits for each group of 32."""
-EXPERT_CALL_US = 5.0
-"""Of one expert on the CPU within a layer's call, with an engine's kernels; assumed."""
 SOCKETS_SHARE = 0.8
 """Of several sockets' rates that a NUMA-aware engine reaches; assumed."""
 KERNELS_BEFORE_GATE = 6
@@ -131,7 +129,8 @@ def build_rates(
 
 def engine_rates(model: ModelSpec, machine: Machine) -> Rates:
     """Rates of the first GPU of a machine with kernels such as engines of quantised weights have
-    (`offloading.rates`), so that a caching plan differs from theirs by its placement alone."""
+    (`offloading.rates`), so that a caching plan differs from theirs by its placement alone. The
+    call of a layer on the CPU is spread over the experts of a token."""
     spec = machine.gpus[0]
     gpu, cpu = gpu_rates(spec, machine.host.unified), cpu_rates(machine.host, SOCKETS_SHARE)
     calibration = calibration_of_gpu(spec, None, only_type=True)
@@ -152,7 +151,7 @@ def engine_rates(model: ModelSpec, machine: Machine) -> Rates:
         name=machine.host.name,
         dram_gb=0.0 if machine.host.unified else machine.host.dram_gb,
         dram_gb_per_s=min(cpu.read, cpu.weights * per_weight) / 1e9,
-        cpu_us=EXPERT_CALL_US,
+        cpu_us=cpu.call_s * 1e6 / model.real_top_k,
         cpu_tflops=cpu.flops / 1e12,
         nvme_gb=machine.host.nvme_gb,
         nvme_gb_per_s=nvme,

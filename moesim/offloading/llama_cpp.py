@@ -5,10 +5,10 @@ Placement: `--n-cpu-moe N` keeps the experts of the first N layers in host memor
 GPU (`-ngl 99`) but the embedding table, which stays with the CPU. Memory is what llama.cpp prints:
 model buffers are the tensors, KV buffers by layer (windows keep window + ubatch tokens;
 src/llama-kv-cache-iswa.cpp), and the compute buffer the larger of the logits,
-4 x ubatch x (vocabulary + 2 x hidden) bytes on the last GPU, and one MoE layer's activations,
-4 x ubatch x (top-k x (2 x width + hidden) + 4 x hidden); to that one expert tensor where some are
-on the CPU, since prompts copy them over one by one (ggml/src/ggml-backend.cpp). The two sums are
-those of logs in ikawrakow/ik_llama.cpp#370 (312.75 and 144.00 MiB for Qwen3-235B-A22B).
+4 x ubatch x (vocabulary + 2 x hidden) bytes on the last GPU, and of one MoE layer's activations,
+4 x ubatch x (top-k x (2 x width + hidden) + 4 x hidden), with one expert tensor where some are on
+the CPU, since prompts copy them over one by one (ggml/src/ggml-backend.cpp). They are those of logs
+in ikawrakow/ik_llama.cpp, discussion 357 (312.75, 144.00 and 774.00 MiB for Qwen3-235B-A22B).
 
 Speed: a token reads the weights that it uses where they are. A prompt is computed on the GPU, and
 what is on the CPU is copied over for every ubatch: only the experts that its tokens chose.
@@ -157,8 +157,7 @@ def _compute_bytes(task: Task, ubatch: int, copies: bool) -> tuple[int, int]:
     hidden, width = spec.hidden_size, spec.moe_intermediate_size
     layer = spec.top_k * (2 * width + hidden) + 4 * hidden
     copied = task.weights.largest_expert_tensor if copies else 0
-    head = spec.vocab_size + 2 * hidden
-    return 4 * ubatch * layer + copied, 4 * ubatch * head + copied
+    return 4 * ubatch * layer + copied, 4 * ubatch * (spec.vocab_size + 2 * hidden)
 
 
 def _plan(task: Task, layout: Layout, engine: str, cpu_factor: float) -> EnginePlan:

@@ -1,12 +1,12 @@
 """Rates of GPUs, CPUs and host links on one conversation, as engines with quantised kernels reach.
 
 Shares of datasheet figures and fixed costs, by maker. They were set once, by hand, on runs that
-`reports/offloading-people` does not judge: gpt-oss-20b wholly on one GPU (RTX 3090 147.5, RTX 4080
-Super 139, RTX 4090 225 tokens/s, smeltcore.com and runaihome.com 2026; DGX Spark 79.7,
-jetsonhacks.com 2025; M2 Ultra 132.9, ggml-org/llama.cpp#16894), RTX 2080 beside an i9-10900X
-(AlexsJones/llmfit#755, #775, #778), Qwen3-30B-A3B on an i7-8700 alone (inventivehq.com), and
-KTransformers' tables of DeepSeek-R1 on one and two Xeon 6454S and of Qwen3-Coder-Next on an RTX
-5090 (kvcache-ai/ktransformers, doc/en). All of it counts as assumed.
+`reports/offloading-people` shows as fitted and does not count: gpt-oss-20b wholly on one GPU (RTX
+3090, RTX 4080 Super, RTX 4090, DGX Spark, M2 Ultra), Qwen3-30B-A3B, gpt-oss-20b and
+DeepSeek-V2-Lite on an RTX 2080 beside an i9-10900X, Qwen3-30B-A3B on an i7-8700 alone and on an RTX
+4080 beside a Ryzen 7950X, Qwen3-235B-A22B on an RTX A6000 beside a Threadripper PRO 7965WX and on
+RTX 3090s beside an EPYC 9355, and KTransformers' tables of DeepSeek-R1 on Xeon 6454S and of
+Qwen3-Coder-Next on an RTX 5090. All of it counts as assumed.
 
 Ignored: clocks that fall under load, memory that other programs use, threads badly placed.
 """
@@ -28,12 +28,12 @@ LINK_SHARE = 0.75
 """Of the host link, for copies of whole tensors."""
 DRAM_SHARE = {"datasheet": 0.65, "assumed": 0.65, "measured": 0.9}
 """Of DRAM bandwidth, by what its figure is: channels x transfers, or measured."""
-WEIGHTS_PER_CYCLE = {"avx2": 1.4, "avx512": 2.3, "amx": 2.3, "neon": 1.7}
+WEIGHTS_PER_CYCLE = {"avx2": 1.7, "avx512": 2.3, "amx": 2.3, "neon": 1.7}
 """Weights of few bits that one core unpacks and multiplies with one token per cycle."""
 FLOPS_PER_CYCLE = {"avx2": 12.0, "avx512": 25.0, "amx": 100.0, "neon": 12.0}
 """Of one core on many tokens at once."""
-CPU_CALL_US = 40.0
-"""Of one layer on the CPU: hidden states there and back, threads woken."""
+CPU_CALL_US = 120.0
+"""Of one layer on the CPU: hidden states there and back, threads woken, graphs split."""
 UNIFIED_SHARE = {"Apple": 0.75}
 """Of unified memory that a GPU may take; 0.9 for others."""
 MARGIN_BYTES = 1 << 30
