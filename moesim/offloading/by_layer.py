@@ -5,8 +5,8 @@ vLLM maps the offloaded weights into the GPU's address space (vllm-project/vllm,
 model_executor/models/utils.py): a token reads over the host link what it uses, at ZERO_COPY_SHARE
 of the link. accelerate's hooks (huggingface/accelerate, hooks.py) copy every module of an
 offloaded layer before it runs, from pageable memory, expert by expert, at PER_TENSOR_S each. Both
-load the checkpoint's own types. The three constants are assumed, of the order of
-MoE-Infinity's comparison (EfficientMoE/MoE-Infinity, README.md).
+load the checkpoint's own types. The three constants are assumed, set on MoE-Infinity's comparison
+(EfficientMoE/MoE-Infinity, README.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import numpy as np
 
 from moesim.errors import InfeasibleError, MismatchError
-from moesim.offloading.rates import MARGIN_BYTES, maker
+from moesim.offloading.rates import MARGIN_BYTES, host_bytes, maker
 from moesim.offloading.task import (
     EnginePlan,
     GpuMemory,
@@ -36,7 +36,6 @@ PAGEABLE_GB_PER_S = 3.0
 EAGER_LAYER_S = 1.2e-3
 ACCELERATE_RUNTIME_BYTES = 1_500_000_000
 PREFILL_CHUNK = 2048
-HOST_SHARE = 0.95
 
 
 def vllm(task: Task) -> EnginePlan:
@@ -136,7 +135,7 @@ def accelerate(task: Task) -> EnginePlan:
 
 def _check_host(task: Task, needed: float) -> None:
     host = task.machine.host
-    if needed > host.dram_gb * 1e9 * HOST_SHARE:
+    if needed > host_bytes(host):
         raise InfeasibleError(
             f"{task.checkpoint.source} leaves {needed / 1e9:.1f} GB to {host.name}, which has"
             f" {host.dram_gb:g}",

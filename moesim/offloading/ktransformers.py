@@ -7,15 +7,16 @@ Attention and dense layers are cut over the GPUs by tensor parallelism. Weights 
 checkpoint's own: GGUF mixes are not for it.
 
 A layer takes its launches, the slower of CPU and GPU experts, and a synchronisation where any
-expert is on the CPU. The constants below are assumed, of the order of the published run of
-Qwen3-Coder-Next on an RTX 5090 (doc/en/kt-kernel/Qwen3-Coder-Next-Tutorial).
+expert is on the CPU. The constants below are assumed: set on the published run of Qwen3-Coder-Next
+on an RTX 5090 (doc/en/kt-kernel/Qwen3-Coder-Next-Tutorial) with both ends of the scheduling
+tutorial's table in view.
 Ignored: deferred experts, dynamic updates between prompts, NUMA beyond one factor.
 """
 
 from __future__ import annotations
 
 from moesim.errors import InfeasibleError, MismatchError
-from moesim.offloading.rates import MARGIN_BYTES, CpuRates, cpu_rates
+from moesim.offloading.rates import MARGIN_BYTES, CpuRates, cpu_rates, host_bytes
 from moesim.offloading.task import (
     EnginePlan,
     GpuMemory,
@@ -116,7 +117,7 @@ def _room(task: Task) -> int:
             f" {RUNTIME_BYTES / 1e9:.1f} GB of runtime per GPU",
             "shorten the context or take more GPUs",
         )
-    if experts > task.machine.host.dram_gb * 1e9 * 0.95:
+    if experts > host_bytes(task.machine.host):
         raise InfeasibleError(
             f"{weights.source} has {experts / 1e9:.1f} GB of experts, {task.machine.host.name}"
             f" {task.machine.host.dram_gb:g} GB of memory, and KTransformers keeps all there",

@@ -24,7 +24,7 @@ from itertools import combinations
 import numpy as np
 
 from moesim.errors import InfeasibleError
-from moesim.offloading.rates import CpuRates, cpu_rates
+from moesim.offloading.rates import CpuRates, cpu_rates, host_bytes
 from moesim.offloading.task import (
     EnginePlan,
     GpuMemory,
@@ -123,7 +123,7 @@ def _layout(task: Task, number: int, away: tuple[str, ...], ubatch: int) -> Layo
         if p.tensor.name in away:
             cpu[p.layer] += p.tensor.num_bytes
     host = int(cpu.sum()) + weights.embedding_bytes
-    if not task.machine.host.unified and host > task.machine.host.dram_gb * 1e9 * 0.95:
+    if not task.machine.host.unified and host > host_bytes(task.machine.host):
         return None
     kv = kv_layer_bytes(spec, task.context, task.cache_type, ubatch)
     need = rest + experts - cpu

@@ -47,7 +47,7 @@ def measure_host(name: str, say: Callable[[str], None] = lambda _: None) -> dict
         "version": 1,
         "name": name,
         "title": f"{model}, {cores} cores",
-        "memory": {"dram_gb": _short(memory / 1e9), "dram_gb_per_s": _short(read), **measured},
+        "memory": {"dram_gb": _short(memory / 2**30), "dram_gb_per_s": _short(read), **measured},
         "cpu": {
             "sockets": _sockets(),
             "cores": cores,

@@ -5,8 +5,8 @@ Shares of datasheet figures and fixed costs, by maker. They were set once, by ha
 3090, RTX 4080 Super, RTX 4090, DGX Spark, M2 Ultra), Qwen3-30B-A3B, gpt-oss-20b and
 DeepSeek-V2-Lite on an RTX 2080 beside an i9-10900X, Qwen3-30B-A3B on an i7-8700 alone and on an RTX
 4080 beside a Ryzen 7950X, Qwen3-235B-A22B on an RTX A6000 beside a Threadripper PRO 7965WX and on
-RTX 3090s beside an EPYC 9355, and KTransformers' tables of DeepSeek-R1 on Xeon 6454S and of
-Qwen3-Coder-Next on an RTX 5090. All of it counts as assumed.
+an RTX 3090 beside an EPYC 9355, gpt-oss-120b on an RTX 3090, and KTransformers' tables of
+DeepSeek-R1 on Xeon 6454S and of Qwen3-Coder-Next on an RTX 5090. All of it counts as assumed.
 
 Ignored: clocks that fall under load, memory that other programs use, threads badly placed.
 """
@@ -36,6 +36,8 @@ CPU_CALL_US = 120.0
 """Of one layer on the CPU: hidden states there and back, threads woken, graphs split."""
 UNIFIED_SHARE = {"Apple": 0.75}
 """Of unified memory that a GPU may take; 0.9 for others."""
+HOST_SHARE = 0.95
+"""Of a host's memory that weights may fill."""
 MARGIN_BYTES = 1 << 30
 """Left free on every GPU, as --fit-target of llama.cpp does by default: CUDA context, desktop."""
 
@@ -90,6 +92,11 @@ def gpu_rates(gpu: GpuSpec, unified: bool, memory_gb: float | None = None) -> Gp
         layer_s=LAYER_US[name] * 1e-6,
         memory=memory - MARGIN_BYTES,
     )
+
+
+def host_bytes(host: Host) -> float:
+    """Bytes of weights that a host may hold; GB of memory modules are GiB."""
+    return host.dram_gb * 2**30 * HOST_SHARE
 
 
 def cpu_rates(host: Host, sockets_share: float) -> CpuRates:

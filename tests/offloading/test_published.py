@@ -1,0 +1,50 @@
+"""reports/offloading-people is what its script makes of its facts, and keeps what it claims."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.offloading_people import machine_of, medians, memory, page, runs
+
+FOLDER = Path(__file__).parents[2] / "reports" / "offloading-people"
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((FOLDER / "facts.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_runs_and_memory_are_predicted_as_committed(
+    facts: dict[str, Any], results: dict[str, Any]
+) -> None:
+    machines = {name: machine_of(name, raw) for name, raw in facts["machines"].items()}
+    made = [*runs(facts, machines), *memory(facts, machines)]
+    assert made == results["rows"][: len(made)]
+
+
+def test_the_page_is_that_of_the_results(results: dict[str, Any]) -> None:
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == page(results)
+    assert medians(results["rows"]) == results["medians"]
+
+
+def test_memory_is_within_three_percent(results: dict[str, Any]) -> None:
+    """Weights, KV cache and compute buffer together, against what engines printed."""
+    found = [abs(r["error"]) for r in results["rows"] if r["group"] == "memory"]
+    assert len(found) == 6
+    assert max(found) < 0.03
+
+
+def test_every_fact_names_its_source(results: dict[str, Any]) -> None:
+    assert all(len(r["source"]) > 8 for r in results["rows"])
