@@ -16,7 +16,7 @@ import json
 import numpy as np
 
 from moesim.errors import InfeasibleError, MismatchError
-from moesim.offloading.rates import MARGIN_BYTES, host_bytes, maker
+from moesim.offloading.rates import ALL_REDUCES_S, MARGIN_BYTES, host_bytes, maker
 from moesim.offloading.task import (
     EnginePlan,
     GpuMemory,
@@ -60,7 +60,8 @@ def vllm(task: Task) -> EnginePlan:
     rest -= 0 if spec.tie_word_embeddings else weights.embedding_bytes
     active = (used + rest) / tp
     kv_read = float(kv_layer_bytes(spec, task.mean_context, task.cache_type).sum()) / tp
-    token = spec.num_hidden_layers * VLLM_LAYER_S + (active * (1 - share) + kv_read) / gpus[0].read
+    layer = VLLM_LAYER_S + (ALL_REDUCES_S if tp > 1 else 0.0)
+    token = spec.num_hidden_layers * layer + (active * (1 - share) + kv_read) / gpus[0].read
     token += active * share / (gpus[0].link * ZERO_COPY_SHARE)
     chunk = min(task.prompt, PREFILL_CHUNK)
     work = prompt_flops(spec, chunk, task.prompt / 2) / sum(gpu.flops for gpu in gpus)

@@ -16,7 +16,7 @@ Ignored: deferred experts, dynamic updates between prompts, NUMA beyond one fact
 from __future__ import annotations
 
 from moesim.errors import InfeasibleError, MismatchError
-from moesim.offloading.rates import MARGIN_BYTES, CpuRates, cpu_rates, host_bytes
+from moesim.offloading.rates import ALL_REDUCES_S, MARGIN_BYTES, CpuRates, cpu_rates, host_bytes
 from moesim.offloading.task import (
     EnginePlan,
     GpuMemory,
@@ -31,8 +31,6 @@ METHODS = {"fp8": "FP8", "bf16": "BF16", "int4": "RAWINT4", "mxfp8": "MXFP8"}
 SOCKETS_SHARE = 0.8
 LAYER_S = 130e-6
 SYNC_S = 50e-6
-ALL_REDUCE_S = 15e-6
-ALL_REDUCES = 2
 RUNTIME_BYTES = 2_500_000_000
 """CUDA graphs, activations and kernels' workspaces on each GPU; assumed."""
 PREFILL_CHUNK = 4096
@@ -133,7 +131,7 @@ def _token_s(task: Task, hit: float, cpu: CpuRates, whole_layers: float | None) 
     kv = float(kv_layer_bytes(spec, task.mean_context, task.cache_type).sum())
     used = spec.num_moe_layers * spec.real_top_k
     expert = float(spec.expert_bytes())
-    reduce = ALL_REDUCES * ALL_REDUCE_S if tp > 1 else 0.0
+    reduce = ALL_REDUCES_S if tp > 1 else 0.0
     away = used * (1 - hit)
     on_cpu = cpu.token_s(away * expert, away * spec.expert_params)
     on_gpu = used * hit * expert / gpu.read / tp

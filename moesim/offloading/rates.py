@@ -34,6 +34,8 @@ FLOPS_PER_CYCLE = {"avx2": 12.0, "avx512": 25.0, "amx": 100.0, "neon": 12.0}
 """Of one core on many tokens at once."""
 CPU_CALL_US = 120.0
 """Of one layer on the CPU: hidden states there and back, threads woken, graphs split."""
+ALL_REDUCES_S = 30e-6
+"""Two all-reduces of one token's layer over PCIe, with tensor parallelism."""
 UNIFIED_SHARE = {"Apple": 0.75}
 """Of unified memory that a GPU may take; 0.9 for others."""
 HOST_SHARE = 0.95

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.offloading_people import machine_of, medians, memory, page, runs
+from benchmarks.what_runs import HEAD, PAGE, section
 
 FOLDER = Path(__file__).parents[2] / "reports" / "offloading-people"
 
@@ -48,3 +49,11 @@ def test_memory_is_within_three_percent(results: dict[str, Any]) -> None:
 
 def test_every_fact_names_its_source(results: dict[str, Any]) -> None:
     assert all(len(r["source"]) > 8 for r in results["rows"])
+
+
+@pytest.mark.parametrize("model", ["GPT-OSS-120B", "Qwen3-30B-A3B"])
+def test_what_runs_is_what_the_code_makes(model: str) -> None:
+    """`python benchmarks/what_runs.py --check` compares the whole page."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert text.startswith(HEAD)
+    assert section(model) in text
