@@ -172,6 +172,14 @@ def _keep_hosted(trace: Trace, hosted: npt.NDArray[np.bool_]) -> Trace:
     return replace(trace, expert_ids=np.where(here, ids, np.int16(-1)))
 
 
+def num_stages(trace: Trace, request: Request) -> int:
+    """How often `plan_cache` calls `progress` at most: fewer times where everything fits."""
+    policies = len(ONLINE) if request.policy == "auto" else 1
+    names = usable_predictors(trace) if request.prefetch == "auto" else (request.prefetch,)
+    depths = sum(depth < trace.num_layers for depth in DEPTHS)
+    return policies + 2 + (0 if request.prefetch == "none" else len(names) * depths)
+
+
 def plan_cache(
     work: Workload, rates: Rates, request: Request, progress: Progress = lambda _: None
 ) -> Planned:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -116,11 +115,13 @@ def cache(
     Example: moesim cache --machine rtx-4090+ddr5-2ch --model GPT-OSS-120B --quant MXFP4_MOE
     """
     from moesim.cli.output import check_targets, given, notice, wrote
+    from moesim.cli.progress import stage_bar
     from moesim.jobs.cache import cache as run
 
     check_targets(out, plot=plot)
-    job = run(**given(run, locals(), sweep=plot is not None, progress=_say))
-    _say("")
+    options = given(run, locals(), sweep=plot is not None)
+    with stage_bar() as progress:
+        job = run(**options | {"progress": progress})
     if out is not None:
         job.save(out)
     if plot is not None:
@@ -132,10 +133,3 @@ def cache(
     echo(job.summary())
     if out is not None or plot is not None:
         echo(wrote(out, plot))
-
-
-def _say(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text} ...", end="", file=sys.stderr, flush=True)
-        if not text:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -8,8 +8,17 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a callback `(done, total)` that draws a bar with the time left; None off a terminal."""
+def stage_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a callback `(text, done, total)` that draws a bar with the time left and what is being
+    done; it does nothing off a terminal."""
+    with progress_bar("") as tick:
+        yield lambda text, done, total: None if tick is None else tick(done, total, text)
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[..., None] | None]:
+    """Yield a callback `(done, total)` that draws a bar with the time left; None off a terminal. A
+    third argument is a new label."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -30,4 +39,8 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def tick(done: int, total: int, text: str = label) -> None:
+            progress.update(task, completed=done, total=total, description=text)
+
+        yield tick

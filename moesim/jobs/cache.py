@@ -13,6 +13,7 @@ import numpy as np
 from moesim import compat
 from moesim.caching.bits import assumed_errors, choose_bits, loss_table, significance
 from moesim.caching.compare import (
+    SWEEP_POINTS,
     compare,
     offline_bound,
     sweep_hbm,
@@ -22,6 +23,7 @@ from moesim.caching.planner import (
     Request,
     Workload,
     make_workload,
+    num_stages,
     plan_cache,
 )
 from moesim.caching.policies import POLICIES
@@ -45,6 +47,24 @@ if TYPE_CHECKING:
 DEFAULT_MACHINE = "l40s"
 
 MAX_ERROR_BYTES = 1 << 30
+StageProgress = Callable[[str, int, int], None]
+
+
+def _silent(_text: str, _done: int, _total: int) -> None:
+    """The default of `progress`."""
+
+
+@dataclass(slots=True)
+class _Stages:
+    """Counts what is begun: what was begun before is done."""
+
+    progress: StageProgress
+    total: int
+    done: int = 0
+
+    def __call__(self, text: str) -> None:
+        self.progress(text, min(self.done, self.total), self.total)
+        self.done += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +122,7 @@ def cache(
     steps: int = 4096,
     seed: int = 0,
     sweep: bool = False,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: StageProgress = _silent,
 ) -> CacheJob:
     """The best placement of each engine on a machine, and a caching plan for its (first) GPU.
 
@@ -111,7 +131,8 @@ def cache(
     policy or predictor can use: LRU without prefetch stands for all. engine: names, by default
     every engine. prompt, output: tokens of the request that engines' settings are chosen for, by
     default half of the context and an eighth. sweep: other memory sizes too, for the picture.
-    progress(text) says what is being done. The other names and defaults are those of
+    progress(text, done, total) says what is being done, and how many stages of how many at most
+    are done. The other names and defaults are those of
     `moesim cache`. Raises MismatchError, InputError, UnknownNameError, and InfeasibleError where
     the memory does not hold the least and no engine runs either.
     """
@@ -149,14 +170,12 @@ def cache(
     else:
         job = run_cache(inputs.token_trace_of(trace, "moesim cache"), options, progress)
     if ilp:
-        progress("integer program")
+        progress("integer program", 1, 2)
         job = replace(job, exact=tuple(solve_exactly(job)))
     return job
 
 
-def run_without_trace(
-    options: CacheOptions, progress: Callable[[str], None] = lambda _: None
-) -> CacheJob:
+def run_without_trace(options: CacheOptions, progress: StageProgress = _silent) -> CacheJob:
     """`run_cache` under uniform routing. Raises InputError where no model is named either."""
     if options.model is None:
         raise InputError(
@@ -175,7 +194,7 @@ def run_without_trace(
 def run_cache(
     trace: Trace,
     options: CacheOptions,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: StageProgress = _silent,
     uniform: bool = False,
 ) -> CacheJob:
     """Plan, compare with others and with the bound, and, if asked, sweep the memory size.
@@ -218,11 +237,13 @@ def run_cache(
         notes.append("weights as the checkpoint has them; most GGUF files are `quant` Q4_K_M")
     if len(machine.gpus) > 1:
         notes.append("the caching plan takes the GPUs' memories as one, at the first one's rates")
-    progress("requests and steps")
+    stages = num_stages(trace, request) + 3 + (SWEEP_POINTS + 1 if options.sweep else 0)
+    stage = _Stages(progress, stages)
+    stage("requests and steps")
     work = make_workload(trace, request)
     engines: tuple[EnginePlan, ...] = ()
     if options.average_bits is None and options.batch_size == 1:
-        progress("engines")
+        stage("engines")
         asked = {
             "context": max(1, options.context_tokens),
             "prompt": options.prompt,
@@ -239,15 +260,14 @@ def run_cache(
         chosen = choose_bits(loss, options.average_bits)
         request = replace(request, bits=chosen)
         bits_line = _bits_line(chosen, loss, options.bit_errors)
-    planned = plan_cache(work, rates, request, progress)
+    planned = plan_cache(work, rates, request, stage)
     expert_bytes = float(planned.memory.slot_bytes)
-    progress("baselines and bound")
+    stage("baselines and bound")
     results = compare(work, planned, expert_bytes)
     bound = offline_bound(work, planned.times, cpu=planned.plan.cpu == "auto")
     sweep = None
     if options.sweep:
-        progress("memory sizes")
-        sweep = sweep_hbm(work, rates, request, planned, bound)
+        sweep = sweep_hbm(work, rates, request, planned, bound, stage)
     own = next(row for row in results if row.name == "this plan")
     slots = planned.memory.num_slots
     if slots < trace.num_layers * trace.top_k and not planned.memory.everything_fits:

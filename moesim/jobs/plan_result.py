@@ -68,6 +68,8 @@ class PlanResult(Result):
 
     def line(self) -> str:
         placement = self.plan.placement
+        if self.cached is not None and placement.num_gpus == 1:
+            return f"{plain(self.plan.model) or 'unnamed model'}: {self._cache_lines()[0]}"
         said = (
             f"{plain(self.plan.model) or 'unnamed model'} on {count(placement.num_gpus, 'GPU')},"
             f" {placement.num_slots} slots per layer, by {self.plan.solver}"
@@ -137,6 +139,8 @@ class PlanResult(Result):
             f" {count(placement.num_gpus, 'GPU')} of {count(placement.num_nodes, 'node')};"
             f" objective {plan.objective}"
         )
+        if self.cached is not None and placement.num_gpus == 1:
+            return "\n".join([*lines, *self.cached.notes, *self._cache_lines(), *self.lines])
         lines += [self.judged_on, self._table(), *self.verdict(), *self.lines]
         lines += self._bound_line()
         if self.step is not None:
@@ -187,8 +191,9 @@ class PlanResult(Result):
     def _cache_lines(self) -> list[str]:
         if self.cached is None:
             return []
+        alone = " by its experts alone" if self.plan.placement.num_gpus > 1 else " decoded"
         return [
-            f"{row.name}: {row.tokens_per_s:,.1f} tokens/s by its experts alone,"
+            f"{row.name}: {row.tokens_per_s:,.1f} tokens/s{alone},"
             f" {plan.num_slots} of its experts in HBM ({plan.memory['num_slots']} slots), policy"
             f" {plan.policy}, {row.hit_rate:.1%} hits, {row.bytes_per_token / 1e6:.1f} MB per token"
             " over the host link"

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 import moesim
+from moesim.caching import planner
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.jobs.cache_result import CacheJob
+from moesim.studies.evaluators.cache import CacheParams
+from moesim.trace.uniform import uniform_trace
 from tests.model.gguf_writer import METADATA, tensors, write_gguf
 
 
@@ -104,3 +107,35 @@ def test_options_that_contradict() -> None:
         moesim.cache(model="Qwen3-30B-A3B", quant="Q4_K_M", expert_dtype="int4")
     with pytest.raises(InputError, match="neither a trace nor a model"):
         moesim.cache(machine="rtx-4090")
+
+
+def test_the_bar_knows_its_end() -> None:
+    """Every stage is announced once, and no more of them than the total says."""
+    seen: list[tuple[str, int, int]] = []
+    moesim.cache(
+        "sample:debian-moe", hbm=1.3, steps=32, policy="lru", prefetch="previous-layer",
+        engine=["llama.cpp"], sweep=True, progress=lambda *stage: seen.append(stage),
+    )  # fmt: skip
+    totals = {total for _, _, total in seen}
+    assert len(totals) == 1
+    assert [done for _, done, _ in seen] == list(range(len(seen)))
+    assert len(seen) <= totals.pop()
+
+
+def test_one_gpu_with_offloading_answers_in_tokens_per_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where one GPU holds all, placements do not differ: no table of them."""
+    monkeypatch.setattr(planner, "usable_predictors", lambda trace: ())
+    trace = uniform_trace("debian-moe", tuple(range(12)), 64, 8)
+    found = moesim.plan(trace, gpus=1, offload=True, hbm=1.3)
+    assert "tokens/s decoded" in found.line()
+    assert "tokens/s decoded" in found.summary()
+    assert "MoE time per step" not in found.summary()
+
+
+@pytest.mark.parametrize(("given", "read"), [(None, "none"), ("none", "none"), ("auto", "auto")])
+def test_a_study_reads_none_as_a_word(given: str | None, read: str) -> None:
+    """YAML has `none` as a word and `null` as nothing, `--set` reads both as nothing."""
+    params = CacheParams(cluster="h100-sxm-ib", trace="t", prefetch=given, cpu=False)
+    assert (params.prefetch, params.cpu) == (read, "off")

@@ -6,12 +6,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from moesim import compat
 from moesim.studies.evaluator import Evaluated, Factor, Number, Params, StudyFigure, Whole, Word
 from moesim.studies.evaluators.routing import RoutingEvaluator, model_required
 from moesim.studies.inputs import trace_of
+
+
+def _word(value: Any) -> Any:
+    """Words that YAML and `--set` read as nothing or as a boolean."""
+    if value is None:
+        return "none"
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Choice = Annotated[Word, BeforeValidator(_word)]
 
 
 class CacheParams(Params):
@@ -23,9 +33,9 @@ class CacheParams(Params):
     hbm_gb: Annotated[Number, Field(gt=0, le=1e5)] | None = None
     batch_size: Annotated[Whole, Field(ge=1, le=65536)] = 1
     context_tokens: Annotated[Whole, Field(ge=0, le=1 << 24)] = 2048
-    policy: Word = "auto"
-    prefetch: Word = "auto"
-    cpu: Word = "auto"
+    policy: Choice = "auto"
+    prefetch: Choice = "auto"
+    cpu: Choice = "auto"
     max_steps: Annotated[Whole, Field(ge=16, le=1 << 20)] = 4096
     seed: Annotated[Whole, Field(ge=0, le=2**31)] = 0
     host_link_scale: Factor = 1.0
