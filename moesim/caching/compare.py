@@ -180,17 +180,16 @@ def sweep_hbm(
     request: Request,
     planned: Planned,
     bound: OfflineBound,
+    num_points: int = SWEEP_POINTS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Sweep:
-    """The plan's policy, prefetch and CPU use at SWEEP_POINTS other memory sizes, slots reallocated
-    at each, from the least that the model needs to where all of it fits."""
+    """The plan's policy, prefetch and CPU use at other memory sizes, slots reallocated at each,
+    from the least that the model needs to where all of it fits."""
     memory, plan = planned.memory, planned.plan
     fixed = (memory.dense_bytes + memory.kv_bytes + memory.workspace_bytes) / 1e9
     full = fixed + memory.num_experts * memory.slot_bytes / 1e9
     low = fixed + rates.model.top_k * memory.slot_bytes / 1e9
-    sizes = np.unique(
-        np.append(np.linspace(low * 1.001, full * 1.001, SWEEP_POINTS), request.hbm_gb)
-    )
+    sizes = np.unique(np.append(np.linspace(low * 1.001, full * 1.001, num_points), request.hbm_gb))
     guess = work.guess(work.held_out, plan.prefetch) if plan.prefetch else None
     staging = plan.prefetch.depth * plan.prefetch.width if plan.prefetch else 0
     speed: dict[str, list[float]] = {}

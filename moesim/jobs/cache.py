@@ -267,7 +267,7 @@ def run_cache(
     bound = offline_bound(work, planned.times, cpu=planned.plan.cpu == "auto")
     sweep = None
     if options.sweep:
-        sweep = sweep_hbm(work, rates, request, planned, bound, stage)
+        sweep = sweep_hbm(work, rates, request, planned, bound, progress=stage)
     own = next(row for row in results if row.name == "this plan")
     slots = planned.memory.num_slots
     if slots < trace.num_layers * trace.top_k and not planned.memory.everything_fits:
