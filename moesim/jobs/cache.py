@@ -32,7 +32,13 @@ from moesim.caching.rates import HostSpec, Rates, build_rates, engine_rates
 from moesim.cluster.machine import USUAL_HOST, Machine, load_machine
 from moesim.errors import FormatError, InputError
 from moesim.jobs import inputs
-from moesim.jobs.cache_engines import engines_json, hot_curve, plans_of, weights_of
+from moesim.jobs.cache_engines import (
+    contexts_of,
+    engines_json,
+    hot_curve,
+    plans_of,
+    weights_of,
+)
 from moesim.jobs.cache_exact import solve_exactly
 from moesim.jobs.cache_result import CacheJob
 from moesim.model.spec import ModelSpec
@@ -242,6 +248,7 @@ def run_cache(
     stage("requests and steps")
     work = make_workload(trace, request)
     engines: tuple[EnginePlan, ...] = ()
+    longer: tuple[EnginePlan, ...] = ()
     if options.average_bits is None and options.batch_size == 1:
         stage("engines")
         asked = {
@@ -253,6 +260,8 @@ def run_cache(
         }
         hot = None if uniform else hot_curve(work)
         engines = plans_of(weights, machine, hot, asked, options.engines)
+        if engines and not engines[0].problem:
+            longer = contexts_of(weights, machine, hot, asked, engines[0].engine)
     bits_line, loss = None, None
     if options.average_bits is not None:
         worth = significance(trace, work.fit)
@@ -316,6 +325,7 @@ def run_cache(
         options.average_bits or 0.0,
         machine=machine,
         engines=engines,
+        longer=longer,
         uniform=uniform,
     )
 

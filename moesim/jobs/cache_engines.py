@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from moesim.cluster import Machine
 from moesim.errors import InputError
 from moesim.figures import text_table
 from moesim.jobs import inputs
+from moesim.model.checkpoint_sizes import has_safetensors
+from moesim.model.dtypes import KV_BYTES, bytes_per
 from moesim.model.spec import ModelSpec
 from moesim.model.weights import Weights, load_weights
 from moesim.offloading.engines import engine_name, plan_engines
@@ -34,6 +37,9 @@ def weights_of(
     given = model if isinstance(model, ModelSpec) else None if model is None else str(model)
     if isinstance(given, str) and given.endswith(".gguf"):
         asked = own = load_weights(given, quant)
+    elif isinstance(given, str) and has_safetensors(Path(given)):
+        own = load_weights(given)
+        asked = own if quant is None else load_weights(given, quant)
     else:
         spec = inputs.model_required(given, named)
         own = load_weights(spec)
@@ -64,9 +70,34 @@ def plans_of(
     options: dict[str, Any],
     engines: tuple[str, ...],
 ) -> tuple[EnginePlan, ...]:
-    """The best plan of each engine; `options`: context, prompt, output, cache_type, memory_gb."""
+    """The best plan of each engine; `options`: context, prompt, output, cache_type, memory_gb.
+
+    Raises UnknownNameError for an engine or cache type, InputError for a request that is longer
+    than the context.
+    """
+    bytes_per(KV_BYTES, options["cache_type"])
+    if options["prompt"] + options["output"] > options["context"]:
+        raise InputError(
+            f"`prompt` {options['prompt']} and `output` {options['output']} are more than"
+            f" `context` {options['context']}",
+            "give a longer context, or a shorter request",
+        )
     task = Task(*weights, machine, hot=hot, **options)
     return plan_engines(task, tuple(engine_name(name) for name in engines))
+
+
+def contexts_of(
+    weights: tuple[Weights, Weights],
+    machine: Machine,
+    hot: FloatArray | None,
+    options: dict[str, Any],
+    engine: str,
+) -> tuple[EnginePlan, ...]:
+    """The engine's best plan with twice, four and eight times the context, as far as it runs: what
+    a longer KV cache takes from the experts."""
+    longer = [options | {"context": options["context"] * times} for times in (2, 4, 8)]
+    found = [plan_engines(Task(*weights, machine, hot=hot, **o), (engine,))[0] for o in longer]
+    return tuple(plan for plan in found if not plan.problem)
 
 
 def engines_json(plans: tuple[EnginePlan, ...]) -> dict[str, Any]:
@@ -81,9 +112,11 @@ def engines_json(plans: tuple[EnginePlan, ...]) -> dict[str, Any]:
     return out
 
 
-def engine_lines(plans: tuple[EnginePlan, ...], dynamic: float | None) -> list[str]:
-    """The table of engines, the fastest first, its launch line, and what a dynamic cache leaves
-    on the table."""
+def engine_lines(
+    plans: tuple[EnginePlan, ...], longer: tuple[EnginePlan, ...], dynamic: float | None
+) -> list[str]:
+    """The table of engines, the fastest first, its launch line, its speed with more context, and
+    what a dynamic cache leaves on the table."""
     runs = [plan for plan in plans if not plan.problem]
     rows = [
         (
@@ -100,6 +133,13 @@ def engine_lines(plans: tuple[EnginePlan, ...], dynamic: float | None) -> list[s
     lines = [text_table(head, rows)] if rows else []
     if runs:
         lines += ["", f"{runs[0].engine}:", *(f"  {line}" for line in runs[0].launch)]
+        if longer:
+            told = "; ".join(
+                f"{plan.settings['context']:,}: {plan.decode_tokens_per_s:.1f} tokens/s,"
+                f" {plan.gpu_share:.0%} of the experts on the GPU"
+                for plan in longer
+            )
+            lines.append(f"with more context: {told}")
         if runs[0].gpu_share == 1:
             lines.append("all experts fit into GPU memory: nothing is left on the table")
         elif dynamic is not None:

@@ -38,7 +38,8 @@ class CacheJob(Result):
     """The plan and everything said about it; `notes` are for the user's eyes. `loss`: [L, E, 3]
     loss of each bit-width where experts have mixed precision, `average_bits` their budget. exact:
     integer programs beside the plan's own methods, where asked for. engines: the best plan of each
-    on `machine`, the fastest first; uniform: no trace was given."""
+    on `machine`, the fastest first; longer: the fastest with more context; uniform: no trace was
+    given."""
 
     request: Request
     plan: CachePlan
@@ -56,6 +57,7 @@ class CacheJob(Result):
     exact: tuple[dict[str, Any], ...] = ()
     machine: Machine | None = None
     engines: tuple[EnginePlan, ...] = ()
+    longer: tuple[EnginePlan, ...] = ()
     uniform: bool = False
 
     @property
@@ -98,7 +100,7 @@ class CacheJob(Result):
             lines += [
                 f"{plan.model} on {self.machine.name}, {self.request.context_tokens:,} tokens of"
                 f" context, {basis}; predicted from assumed figures",
-                *engine_lines(self.engines, self.own.tokens_per_s),
+                *engine_lines(self.engines, self.longer, self.own.tokens_per_s),
                 "",
                 "Dynamic caches",
             ]
@@ -179,6 +181,14 @@ class CacheJob(Result):
             "notes": list(self.notes),
             "machine": None if self.machine is None else self.machine.name,
             "engines": self.plan.engines,
+            "more_context": [
+                {
+                    "context": plan.settings["context"],
+                    "tokens_per_s": plan.decode_tokens_per_s,
+                    "gpu_share": plan.gpu_share,
+                }
+                for plan in self.longer
+            ],
         }
         if self.sweep is not None:
             data["sweep"] = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moesim.errors import InputError, MismatchError
+from moesim.model.checkpoint_sizes import checkpoint_sizes, has_safetensors
 from moesim.model.ggml import GGML_BY_NAME, QUANTISED_BYTES
 from moesim.model.gguf import Tensor, read_gguf
 from moesim.model.gguf_spec import Placed, place, spec_of
@@ -70,8 +71,9 @@ class Weights:
 
 
 def load_weights(model: ModelSpec | str, quant: str | None = None) -> Weights:
-    """The weights of a model by name, config.json or .gguf file; `quant`: a mix of llama.cpp
-    (mixes.BASE), by default the model's own types.
+    """The weights of a model by name, config.json, .gguf file, or folder of safetensors, whose
+    headers then give the sizes; `quant`: a mix of llama.cpp (mixes.BASE), by default the model's
+    own types.
 
     Raises InputError where a file is given another mix than its own, and what readers raise.
     """
@@ -84,9 +86,21 @@ def load_weights(model: ModelSpec | str, quant: str | None = None) -> Weights:
         spec, placed, _ = spec_of(read_gguf(Path(model)))
         return Weights(spec, placed, spec.source, True)
     spec = load_model(model) if isinstance(model, str) else model
+    if isinstance(model, str) and quant is None and has_safetensors(Path(model)):
+        return _of_checkpoint(Path(model), spec)
     if spec.source.startswith("GGUF"):
         return _as_stored(spec)
     return _as_stored(spec) if quant is None else _in_mix(spec, mix_named(quant))
+
+
+def _of_checkpoint(folder: Path, spec: ModelSpec) -> Weights:
+    """As the headers of the folder's files have it."""
+    placed, experts = checkpoint_sizes(folder, spec)
+    own = experts[list(spec.moe_layer_ids)]
+    low, high = int(own.min()), int(own.max())
+    note = "" if low == high else f"experts have {low / 1e6:.1f} to {high / 1e6:.1f} MB"
+    weights = Weights(spec, placed, f"{spec.name}, safetensors in {folder.name}", False, note)
+    return replace(weights, spec=_with_stored(spec, weights, types=False))
 
 
 def _as_stored(spec: ModelSpec) -> Weights:
@@ -136,21 +150,23 @@ def _note(spec: ModelSpec, mix: str) -> str:
     return f"sizes follow llama.cpp's rules for {mix}, a published file may differ{rest}"
 
 
-def _with_stored(spec: ModelSpec, weights: Weights) -> ModelSpec:
-    """The spec with types and bytes per weight of the tensors."""
+def _with_stored(spec: ModelSpec, weights: Weights, *, types: bool = True) -> ModelSpec:
+    """The spec with bytes per weight of the tensors, and with their types where asked for."""
     size: dict[str, int] = {}
-    types: dict[str, dict[str, int]] = {}
+    by_type: dict[str, dict[str, int]] = {}
     for p in weights.tensors:
         size[p.cls] = size.get(p.cls, 0) + p.tensor.num_bytes
-        by = types.setdefault(p.cls, {})
+        by = by_type.setdefault(p.cls, {})
         by[p.tensor.type] = by.get(p.tensor.type, 0) + p.tensor.num_bytes
 
     def most(cls: str) -> str:
-        name = max(types[cls], key=types[cls].__getitem__)
+        name = max(by_type[cls], key=by_type[cls].__getitem__)
         return {"f16": "fp16", "f32": "fp32"}.get(name, name)
 
     params = spec.params_by_class
     stored = tuple((c, size[c] / params[c]) for c in sorted(size) if params.get(c))
+    if not types:
+        return replace(spec, stored=stored)
     return replace(spec, expert_dtype=most("experts"), dense_dtype=most("attention"), stored=stored)
 
 

@@ -89,6 +89,8 @@ def accelerate(task: Task) -> EnginePlan:
     """transformers with a device_map of whole layers. Raises InfeasibleError."""
     spec, weights = task.checkpoint.spec, task.checkpoint
     needs_checkpoint(task, "accelerate")
+    if task.cache_type == "fp8":
+        raise MismatchError("accelerate has no KV cache of fp8", "take bf16 or fp16")
     layers = weights.layer_bytes(experts=True) + weights.layer_bytes(experts=False)
     kv = kv_layer_bytes(spec, task.context, "bf16")
     where, memory, at = {"model.embed_tokens": 0}, [], 0

@@ -23,7 +23,7 @@ from itertools import combinations
 
 import numpy as np
 
-from moesim.errors import InfeasibleError
+from moesim.errors import InfeasibleError, MismatchError
 from moesim.offloading.rates import CpuRates, cpu_rates, host_bytes
 from moesim.offloading.task import (
     EnginePlan,
@@ -80,6 +80,8 @@ def fixed(task: Task, num_cpu_layers: int, ubatch: int, engine: str = "llama.cpp
 
 
 def _best(task: Task, engine: str, cpu_factor: float) -> EnginePlan:
+    if task.cache_type == "fp8":
+        raise MismatchError(f"{engine} has no KV cache of fp8", "take q8_0 or fp16")
     found = []
     for ubatch in UBATCHES:
         layout = _fewest_on_cpu(task, ubatch)

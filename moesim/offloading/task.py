@@ -10,6 +10,7 @@ import numpy as np
 from moesim.cluster import Machine
 from moesim.errors import MismatchError
 from moesim.model.dtypes import KV_BYTES, bytes_per
+from moesim.model.ggml import CACHE_BYTES
 from moesim.model.spec import ModelSpec
 from moesim.model.weights import Weights
 from moesim.offloading.rates import GpuRates, gpu_rates
@@ -104,7 +105,12 @@ class EnginePlan:
 
 
 def needs_checkpoint(task: Task, engine: str) -> None:
-    """Raise MismatchError where all that is known is a GGUF file."""
+    """Raise MismatchError where all that is known is a GGUF file, or the KV cache is to have a type
+    of such engines."""
+    if task.cache_type in CACHE_BYTES:
+        raise MismatchError(
+            f"{engine} has no KV cache of {task.cache_type}", "take fp16, bf16 or fp8"
+        )
     if task.checkpoint.from_file:
         raise MismatchError(
             f"{engine} loads safetensors, and a GGUF file is all that is known",

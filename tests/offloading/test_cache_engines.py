@@ -9,8 +9,12 @@ import pytest
 
 import moesim
 from moesim.caching import planner
-from moesim.errors import FormatError, InputError, MismatchError
+from moesim.cluster import load_machine
+from moesim.errors import FormatError, InputError, MismatchError, UnknownNameError
 from moesim.jobs.cache_result import CacheJob
+from moesim.model.weights import load_weights
+from moesim.offloading.engines import ENGINES, plan_engines
+from moesim.offloading.task import Task
 from moesim.studies.evaluators.cache import CacheParams
 from moesim.trace.uniform import uniform_trace
 from tests.model.gguf_writer import METADATA, tensors, write_gguf
@@ -139,3 +143,33 @@ def test_a_study_reads_none_as_a_word(given: str | None, read: str) -> None:
     """YAML has `none` as a word and `null` as nothing, `--set` reads both as nothing."""
     params = CacheParams(cluster="h100-sxm-ib", trace="t", prefetch=given, cpu=False)
     assert (params.prefetch, params.cpu) == (read, "off")
+
+
+def test_longer_contexts_cost_experts(job: CacheJob) -> None:
+    assert "with more context: " in job.summary()
+    first = job.best_engine
+    assert first is not None
+    shares = [first.gpu_share, *(plan.gpu_share for plan in job.longer)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < shares[0]
+    assert len(job.to_json()["more_context"]) == len(job.longer)
+
+
+def test_a_request_longer_than_the_context_and_an_unknown_cache_type_are_refused() -> None:
+    ask = {"model": "Qwen3-30B-A3B", "machine": "rtx-4090+ddr5-2ch", "steps": 16}
+    with pytest.raises(InputError, match="more than"):
+        moesim.cache(**ask, context=1024, prompt=1000, output=100)
+    with pytest.raises(UnknownNameError):
+        moesim.cache(**ask, cache_type="q9_0")
+
+
+@pytest.mark.parametrize(
+    ("cache_type", "runs"),
+    [("q8_0", ("llama.cpp", "ik_llama.cpp")), ("fp8", ("KTransformers", "vLLM"))],
+)
+def test_cache_types_are_those_of_the_engine(cache_type: str, runs: tuple[str, ...]) -> None:
+    weights = load_weights("Qwen3-30B-A3B")
+    machine = load_machine("rtx-4090+ddr5-2ch")
+    plans = plan_engines(Task(weights, weights, machine, cache_type=cache_type), tuple(ENGINES))
+    refused = {plan.engine for plan in plans if "no KV cache of" in plan.problem}
+    assert refused == set(ENGINES) - set(runs)
