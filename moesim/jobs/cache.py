@@ -38,6 +38,7 @@ from moesim.jobs.cache_engines import (
     hot_curve,
     plans_of,
     weights_of,
+    with_counts,
 )
 from moesim.jobs.cache_exact import solve_exactly
 from moesim.jobs.cache_result import CacheJob
@@ -260,6 +261,8 @@ def run_cache(
         }
         hot = None if uniform else hot_curve(work)
         engines = plans_of(weights, machine, hot, asked, options.engines)
+        if not uniform:
+            engines = with_counts(engines, work, weights[1].spec)
         if engines and not engines[0].problem:
             longer = contexts_of(weights, machine, hot, asked, engines[0].engine)
     bits_line, loss = None, None

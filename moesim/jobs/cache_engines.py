@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from moesim.model.dtypes import KV_BYTES, bytes_per
 from moesim.model.spec import ModelSpec
 from moesim.model.weights import Weights, load_weights
 from moesim.offloading.engines import engine_name, plan_engines
+from moesim.offloading.ktransformers import COUNTS_FILE
 from moesim.offloading.task import EnginePlan, Task
 from moesim.types import FloatArray
 
@@ -98,6 +100,22 @@ def contexts_of(
     longer = [options | {"context": options["context"] * times} for times in (2, 4, 8)]
     found = [plan_engines(Task(*weights, machine, hot=hot, **o), (engine,))[0] for o in longer]
     return tuple(plan for plan in found if not plan.problem)
+
+
+def with_counts(
+    plans: tuple[EnginePlan, ...], work: Workload, spec: ModelSpec
+) -> tuple[EnginePlan, ...]:
+    """The plans, where KTransformers places by frequency with the counts per million tokens of the
+    fit requests."""
+    counts = np.zeros((spec.num_hidden_layers, spec.num_experts), np.int64)
+    counts[list(spec.moe_layer_ids)] = np.rint(work.frequency * 1e6)
+    text = json.dumps(counts.tolist(), separators=(",", ":"))
+    return tuple(
+        replace(plan, files={COUNTS_FILE: text})
+        if plan.settings.get("strategy") == "frequency"
+        else plan
+        for plan in plans
+    )
 
 
 def engines_json(plans: tuple[EnginePlan, ...]) -> dict[str, Any]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moesim.caching.plan import CachePlan, is_cache_plan, load_cache_plan
 from moesim.errors import FormatError, InputError, MismatchError, plain
 from moesim.exporters.registry import exporter
 from moesim.files import atomic_write
 from moesim.offloading.engines import ENGINES, engine_name
+from moesim.offloading.ktransformers import COUNTS_FILE
+from moesim.offloading.torch_counts import torch_counts
+from moesim.types import IntArray
 
 SUFFIX = {name: ".json" if name == "accelerate" else ".sh" for name in ENGINES}
 TITLE = {name: f"{name} on one's own machine, from moesim cache --out" for name in ENGINES}
@@ -29,9 +35,10 @@ def write_placement(
 ) -> tuple[str, int, tuple[str, ...]]:
     """Write the engine's file; (engine, bytes, launch lines).
 
-    A shell script of the launch lines, or accelerate's device_map. model: what the lines call it,
-    MODEL where nothing says it. Raises InputError, FormatError, and MismatchError where the plan
-    has no placement for the engine.
+    A shell script of the launch lines, beside it the counts that KTransformers' frequency strategy
+    reads, or accelerate's device_map. model: what the lines call it, MODEL where nothing says it.
+    Raises InputError, FormatError, and MismatchError where the plan has no placement for the
+    engine.
     """
     engine = engine_name(to)
     if out.suffix != SUFFIX[engine]:
@@ -44,6 +51,13 @@ def write_placement(
     lines = tuple(_named(line, model) for line in placement["launch"])
     if model is None and any("MODEL" in line for line in lines):
         notify("nothing says where the model is: put its file or folder in place of MODEL")
+    counts = placement["files"].get(COUNTS_FILE)
+    if counts is not None:
+        beside = out.with_suffix(".pt")
+        atomic_write(beside, torch_counts(_counts(counts, str(file))))
+        notify(f"wrote {beside}: counts of every expert, which {out.name} hands to the engine")
+        here = f'"$(dirname "$0")"/{shlex.quote(beside.name)}'
+        lines = tuple(line.replace("STATISTICS.pt", here) for line in lines)
     if engine == "accelerate":
         text = placement["files"]["device_map.json"]
     else:
@@ -81,6 +95,17 @@ def _placement(plan: CachePlan, engine: str, where: str) -> dict[str, Any]:
     if not good:
         raise FormatError(f"{where}: the placement for {engine} is damaged", _REMEDY)
     return found
+
+
+def _counts(text: Any, where: str) -> IntArray:
+    """[layers, experts] as written into the plan; FormatError for anything else."""
+    try:
+        counts = np.array(json.loads(text), np.float64)
+    except (TypeError, ValueError, RecursionError):
+        counts = np.zeros(0)
+    if counts.ndim != 2 or not ((counts >= 0) & (counts <= 1e6) & (counts % 1 == 0)).all():
+        raise FormatError(f"{where}: the counts of experts are damaged", _REMEDY)
+    return counts.astype(np.int64)
 
 
 def _named(line: str, model: str | None) -> str:

@@ -31,6 +31,8 @@ METHODS = {"fp8": "FP8", "bf16": "BF16", "int4": "RAWINT4", "mxfp8": "MXFP8"}
 SOCKETS_SHARE = 0.8
 LAYER_S = 130e-6
 SYNC_S = 50e-6
+COUNTS_FILE = "expert_counts.json"
+"""Of EnginePlan.files: [num_hidden_layers][num_experts], for torch_counts."""
 RUNTIME_BYTES = 2_500_000_000
 """CUDA graphs, activations and kernels' workspaces on each GPU; assumed."""
 PREFILL_CHUNK = 4096
@@ -96,7 +98,7 @@ def at_experts(task: Task, per_layer: float, strategy: str = "") -> EnginePlan:
 
 def _notes(task: Task, strategy: str) -> tuple[str, ...]:
     if strategy == "frequency":
-        return ("frequency wants statistics that SGLang recorded; see its tutorial",)
+        return ("counts of the trace's choices: STATISTICS.pt, which `moesim export` writes",)
     return ("routing assumed uniform: a trace gives the frequency strategy",)
 
 

@@ -173,3 +173,27 @@ def test_cache_types_are_those_of_the_engine(cache_type: str, runs: tuple[str, .
     plans = plan_engines(Task(weights, weights, machine, cache_type=cache_type), tuple(ENGINES))
     refused = {plan.engine for plan in plans if "no KV cache of" in plan.problem}
     assert refused == set(ENGINES) - set(runs)
+
+
+def test_frequency_comes_with_its_counts(tmp_path: Path) -> None:
+    """KTransformers by the frequency of a trace: `moesim export` writes the tensor that its loader
+    takes, [1, layers, experts]."""
+    torch = pytest.importorskip("torch")
+    job = moesim.cache(trace="sample:debian-moe", machine="rtx-4090+ddr5-8ch", steps=16,
+                       engine=("KTransformers",), policy="lru", prefetch="none")  # fmt: skip
+    plan = job.save(tmp_path / "cache.json")
+    said: list[str] = []
+    moesim.export(plan, to="KTransformers", out=tmp_path / "my run.sh", notify=said.append)
+    script = (tmp_path / "my run.sh").read_text()
+    assert """--init-expert-location "$(dirname "$0")"/'my run.pt'""" in script
+    assert any("my run.pt" in line for line in said)
+    counts = torch.load(tmp_path / "my run.pt", weights_only=True)["logical_count"]
+    assert counts.dtype == torch.int64
+    assert tuple(counts.shape) == (1, 12, 64)
+    assert counts.sum(dim=2).sub(8e6).abs().max() < 64
+    raw = json.loads(Path(plan).read_text())
+    for bad in ("[[1, -2]]", "[[0.5]]", "[1]", "x", 3, "[[1], [1, 2]]"):
+        raw["engines"]["KTransformers"]["files"]["expert_counts.json"] = bad
+        (tmp_path / "bad.json").write_text(json.dumps(raw))
+        with pytest.raises(FormatError, match="damaged"):
+            moesim.export(tmp_path / "bad.json", to="KTransformers", out=tmp_path / "run.sh")
