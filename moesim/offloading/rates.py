@@ -5,8 +5,9 @@ Shares of datasheet figures and fixed costs, by maker. They were set once, by ha
 3090, RTX 4080 Super, RTX 4090, DGX Spark, M2 Ultra), Qwen3-30B-A3B, gpt-oss-20b and
 DeepSeek-V2-Lite on an RTX 2080 beside an i9-10900X, Qwen3-30B-A3B on an i7-8700 alone and on an RTX
 4080 beside a Ryzen 7950X, Qwen3-235B-A22B on an RTX A6000 beside a Threadripper PRO 7965WX and on
-an RTX 3090 beside an EPYC 9355, gpt-oss-120b on an RTX 3090, and KTransformers' tables of
-DeepSeek-R1 on Xeon 6454S and of Qwen3-Coder-Next on an RTX 5090. All of it counts as assumed.
+an RTX 3090 beside an EPYC 9355, gpt-oss-120b on an RTX 3090 and on Strix Halo (for all of AMD's
+GPUs), and KTransformers' tables of DeepSeek-R1 on Xeon 6454S and of Qwen3-Coder-Next on an RTX
+5090. All of it counts as assumed.
 
 Ignored: clocks that fall under load, memory that other programs use, threads badly placed.
 """
@@ -17,9 +18,9 @@ from dataclasses import dataclass
 
 from moesim.cluster import GpuSpec, Host
 
-READ_SHARE = {"NVIDIA": 0.75, "AMD": 0.55, "Apple": 0.6}
+READ_SHARE = {"NVIDIA": 0.75, "AMD": 0.75, "Apple": 0.6}
 """Of the memory's bandwidth, reached on the weights of one token."""
-LAYER_US = {"NVIDIA": 45.0, "AMD": 80.0, "Apple": 90.0}
+LAYER_US = {"NVIDIA": 45.0, "AMD": 60.0, "Apple": 90.0}
 """Launches of one layer of a token, beyond reading its weights."""
 PROMPT_SHARE = {"NVIDIA": 0.5, "AMD": 0.25, "Apple": 0.6}
 UNIFIED_PROMPT_SHARE = {"NVIDIA": 0.18, "AMD": 0.15, "Apple": 0.6}
