@@ -129,11 +129,15 @@ def runs(facts: dict[str, Any], machines: dict[str, Machine]) -> list[dict[str, 
             run["output"],
             run.get("cache_type", "fp16"),
         )
-        plan = fixed(roomy(task), run["cpu_layers"], run["ubatch"], engine)
-        what = (
-            f"{engine}, {run['model']} {run['quant']} on {run['machine']}, {run['cpu_layers']}"
-            f" layers on the CPU, -ub {run['ubatch']}"
-        )
+        if engine == "vLLM":
+            plan = vllm(replace(task, checkpoint=load_weights(run["model"])))
+            what = f"vLLM, {run['model']} on {run['machine']}"
+        else:
+            plan = fixed(roomy(task), run["cpu_layers"], run["ubatch"], engine)
+            what = (
+                f"{engine}, {run['model']} {run['quant']} on {run['machine']}, {run['cpu_layers']}"
+                f" layers on the CPU, -ub {run['ubatch']}"
+            )
         more = {"fitted": run.get("fitted", False)}
         out.append(
             row(run["group"], what, "tokens/s", run["decode"], plan.decode_tokens_per_s, source,
