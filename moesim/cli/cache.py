@@ -96,7 +96,7 @@ def cache(
     ] = None,
     ilp: Annotated[
         bool,
-        typer.Option("--ilp", help="Solve slots, tiers, bits by integer program too."),
+        typer.Option("--ilp", help="Choose bits by integer program; show slots' and tiers'."),
     ] = False,
     steps: Annotated[int, typer.Option(help="Decode steps simulated in each set.", min=16)] = 4096,
     seed: SeedOption = 0,

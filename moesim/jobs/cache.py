@@ -40,7 +40,7 @@ from moesim.jobs.cache_engines import (
     weights_of,
     with_counts,
 )
-from moesim.jobs.cache_exact import solve_exactly
+from moesim.jobs.cache_exact import exact_bits, solve_exactly
 from moesim.jobs.cache_result import CacheJob
 from moesim.model.spec import ModelSpec
 from moesim.offloading.rates import MARGIN_BYTES, gpu_rates
@@ -99,6 +99,7 @@ class CacheOptions:
     cache_type: str = "fp16"
     prompt: int = 2048
     output: int = 512
+    ilp: bool = False
 
 
 def cache(
@@ -171,15 +172,11 @@ def cache(
         max_steps=steps,
         seed=seed,
         sweep=sweep,
+        ilp=ilp,
     )
     if trace is None:
-        job = run_without_trace(options, progress)
-    else:
-        job = run_cache(inputs.token_trace_of(trace, "moesim cache"), options, progress)
-    if ilp:
-        progress("integer program", 1, 2)
-        job = replace(job, exact=tuple(solve_exactly(job)))
-    return job
+        return run_without_trace(options, progress)
+    return run_cache(inputs.token_trace_of(trace, "moesim cache"), options, progress)
 
 
 def run_without_trace(options: CacheOptions, progress: StageProgress = _silent) -> CacheJob:
@@ -245,6 +242,7 @@ def run_cache(
     if len(machine.gpus) > 1:
         notes.append("the caching plan takes the GPUs' memories as one, at the first one's rates")
     stages = num_stages(trace, request) + 3 + (SWEEP_POINTS + 1 if options.sweep else 0)
+    stages += options.ilp
     stage = _Stages(progress, stages)
     stage("requests and steps")
     work = make_workload(trace, request)
@@ -265,11 +263,16 @@ def run_cache(
             engines = with_counts(engines, work, weights[1].spec)
         if engines and not engines[0].problem:
             longer = contexts_of(weights, machine, hot, asked, engines[0].engine)
-    bits_line, loss = None, None
+    bits_line = None
+    exact: list[dict[str, Any]] = []
     if options.average_bits is not None:
         worth = significance(trace, work.fit)
         loss = loss_table(worth, _errors(options.bit_errors, worth.shape))
-        chosen = choose_bits(loss, options.average_bits)
+        if options.ilp:
+            chosen, row = exact_bits(loss, options.average_bits)
+            exact.append(row)
+        else:
+            chosen = choose_bits(loss, options.average_bits)
         request = replace(request, bits=chosen)
         bits_line = _bits_line(chosen, loss, options.bit_errors)
     planned = plan_cache(work, rates, request, stage)
@@ -312,7 +315,7 @@ def run_cache(
         },
         engines=engines_json(engines),
     )
-    return CacheJob(
+    job = CacheJob(
         request,
         plan,
         planned,
@@ -324,13 +327,15 @@ def run_cache(
         rates.basis,
         bits_line,
         rates,
-        loss,
-        options.average_bits or 0.0,
         machine=machine,
         engines=engines,
         longer=longer,
         uniform=uniform,
     )
+    if not options.ilp:
+        return job
+    stage("integer program")
+    return replace(job, exact=(*solve_exactly(job), *exact))
 
 
 def _rates(model: ModelSpec, machine: Machine, options: CacheOptions, own_kernels: bool) -> Rates:

@@ -6,12 +6,14 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from moesim.caching.bits import BITS, bit_budget
+from moesim.caching.bits import BITS, bit_budget, choose_bits
 from moesim.caching.planner import tier_costs
 from moesim.caching.slots import allocate_slots, allocate_tiers
 from moesim.errors import InputError
 from moesim.solvers.ilp.cache import solve_bits, solve_slots, solve_tiers
+from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.jobs.cache_result import CacheJob
@@ -20,8 +22,8 @@ log = logging.getLogger("moesim")
 
 
 def solve_exactly(job: CacheJob) -> list[dict[str, Any]]:
-    """One row per question: slots or tiers, and bits. Sizes that a program cannot hold get a dual
-    bound, and a warning says so."""
+    """One row: slots, or slots and tiers. Sizes that a program cannot hold get a dual bound, and a
+    warning says so."""
     curves, slots = job.planned.curves, job.planned.memory.num_slots
     _, own = allocate_slots(curves.cost, slots)
     rows = []
@@ -37,21 +39,38 @@ def solve_exactly(job: CacheJob) -> list[dict[str, Any]]:
             log.warning("%s: a dual bound is given instead", error.cause)
             *_, bound = allocate_tiers(misses, near, far, slots, in_dram)
             dual = {"own": own, "integer_program": None, "bound": bound, "status": "feasible"}
+            dual["in_plan"] = False
             rows.append({"what": "slots and tiers", "unit": "s of misses per token"} | dual)
     else:
         rows.append(_row("slots", "s of misses per token", own, solve_slots(curves.cost, slots)))
-    if job.loss is not None and job.plan.bits is not None:
-        bits = np.array(job.plan.bits)
-        own = float(np.take_along_axis(job.loss, bits[:, :, None] - BITS[0], axis=2).sum())
-        budget = bit_budget(job.plan.num_experts, job.average_bits)
-        found = [solve_bits(layer, budget) for layer in job.loss]
-        row = _row("bits", "weighted error", own, found[0])
-        row["integer_program"] = sum(f.objective for f in found)
-        row["bound"] = sum(f.bound for f in found)
-        if any(f.status != "optimal" for f in found):
-            row["status"] = "time_limit"
-        rows.append(row)
     return rows
+
+
+def exact_bits(
+    loss: FloatArray, average_bits: float
+) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
+    """[L, E] bits of each expert, and a row as those of `solve_exactly`: layer by layer the integer
+    program's choice, or the greedy one where a time limit left the program with a worse."""
+    greedy = choose_bits(loss, average_bits)
+    budget = bit_budget(loss.shape[1], average_bits)
+    own = _losses(loss, greedy)
+    found = [solve_bits(layer, budget) for layer in loss]
+    better = np.array([f.objective for f in found]) < own
+    picked = np.where(better[:, None], [np.array(BITS)[f.pick] for f in found], greedy)
+    return picked, {
+        "what": "bits",
+        "unit": "weighted error",
+        "own": float(own.sum()),
+        "integer_program": float(_losses(loss, picked).sum()),
+        "bound": sum(f.bound for f in found),
+        "status": "optimal" if all(f.status == "optimal" for f in found) else "time_limit",
+        "in_plan": True,
+    }
+
+
+def _losses(loss: FloatArray, bits: npt.NDArray[np.int64]) -> FloatArray:
+    """[L]: loss of the layers' experts at `bits` [L, E]."""
+    return np.take_along_axis(loss, bits[:, :, None] - BITS[0], axis=2).sum(axis=(1, 2))
 
 
 def _row(what: str, unit: str, own: float, found: Any) -> dict[str, Any]:
@@ -62,4 +81,5 @@ def _row(what: str, unit: str, own: float, found: Any) -> dict[str, Any]:
         "integer_program": found.objective,
         "bound": found.bound,
         "status": found.status,
+        "in_plan": False,
     }

@@ -25,7 +25,6 @@ from moesim.figures import text_table
 from moesim.jobs.cache_engines import engine_lines
 from moesim.jobs.result import Result
 from moesim.offloading.task import EnginePlan
-from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,11 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class CacheJob(Result):
-    """The plan and everything said about it; `notes` are for the user's eyes. `loss`: [L, E, 3]
-    loss of each bit-width where experts have mixed precision, `average_bits` their budget. exact:
-    integer programs beside the plan's own methods, where asked for. engines: the best plan of each
-    on `machine`, the fastest first; longer: the fastest with more context; uniform: no trace was
-    given."""
+    """The plan and everything said about it; `notes` are for the user's eyes. exact: integer
+    programs beside the plan's own methods, where asked for; those `in_plan` decided for it.
+    engines: the best plan of each on `machine`, the fastest first; longer: the fastest with more
+    context; uniform: no trace was given."""
 
     request: Request
     plan: CachePlan
@@ -52,8 +50,6 @@ class CacheJob(Result):
     basis: str
     bits: str | None
     rates: Rates
-    loss: FloatArray | None
-    average_bits: float
     exact: tuple[dict[str, Any], ...] = ()
     machine: Machine | None = None
     engines: tuple[EnginePlan, ...] = ()
@@ -128,9 +124,10 @@ class CacheJob(Result):
             )
         for check in self.exact:
             found = check["integer_program"]
-            program = "" if found is None else f" integer program {found:.6g} ({check['status']}),"
+            own, ours = ("greedy", " in the plan") if check["in_plan"] else ("as planned", "")
+            program = "" if found is None else f" integer program {found:.6g} ({check['status']})"
             lines.append(
-                f"{check['what']}: {check['own']:.6g} {check['unit']} as planned,{program} bound"
+                f"{check['what']}: {check['own']:.6g} {check['unit']} {own},{program}{ours}, bound"
                 f" {check['bound']:.6g}"
             )
         lines.append(f"weakest figure behind this: {self.basis}")

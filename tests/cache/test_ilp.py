@@ -20,6 +20,7 @@ from moesim.caching.bits import (
 )
 from moesim.caching.slots import allocate_slots, allocate_tiers
 from moesim.errors import InfeasibleError, InputError
+from moesim.jobs.cache_exact import exact_bits
 from moesim.solvers.ilp.cache import choose, solve_bits, solve_slots, solve_tiers
 
 
@@ -126,3 +127,16 @@ def test_bad_input() -> None:
         loss_table(np.ones((2, 3)), np.ones((2, 3)))
     with pytest.raises(InputError, match="finite"):
         loss_table(np.ones((1, 1)), np.full((1, 1, 3), np.nan))
+
+
+def test_bits_of_the_integer_program() -> None:
+    """Experts of 1, 2, 3 bits, 9 bits in all. Greedy: the first two get 3 and 2 by the rule, then
+    the fourth's first bit is worth 2 and the third's 1, last the second's 1: 0 + 44 + 10 + 6 = 60.
+    Better: both bits to the third, 0 + 45 + 0 + 8 = 53."""
+    loss = np.array([[[100, 50, 0], [90, 45, 44], [10, 9, 0], [8, 6, 5.9]]])
+    assert choose_bits(loss, 2.25).tolist() == [[3, 3, 1, 2]]
+    bits, row = exact_bits(loss, 2.25)
+    assert bits.tolist() == [[3, 2, 3, 1]]
+    assert (row["own"], row["integer_program"]) == (pytest.approx(60), pytest.approx(53))
+    assert row["status"] == "optimal"
+    assert row["in_plan"]

@@ -107,6 +107,7 @@ def test_integer_programs_of_tiers_and_bits(
         assert row["bound"] <= row["integer_program"] * (1 + 1e-9)
         assert row["integer_program"] <= row["own"] * (1 + 1e-6)
         assert row["own"] <= row["integer_program"] * 1.1
+        assert row["in_plan"] == (row["what"] == "bits")
     assert sum(map(len, data["plan"]["nvme"])) > 0
     assert np.array(data["plan"]["bits"]).mean() <= 2
 
