@@ -2,8 +2,9 @@
 
 Capacity-aware inference (He et al., 2025, arXiv:2503.05066): an expert takes at most
 C = ceil(gamma k T / E) of the T tokens' choices in a layer; those beyond are dropped, by gating
-score, at random, or by order. Expanded drop lets an overflowing token use experts of its own GPU
-that have room instead.
+score, at random, by order in the batch, or by position in the request (OpenMoE, arXiv:2402.01739:
+models that fill experts in order drop towards the end of sequences). Expanded drop lets an
+overflowing token use experts of its own GPU that have room instead.
 
 A substitute is the local expert with most room, and only for a choice that overflowed; the paper
 takes further local experts as candidates of every token before it enforces the capacity. The rule
@@ -34,9 +35,10 @@ from moesim.types import Array, stream
 class DropPolicy:
     """Capacity factor gamma, and which choices of an overfull expert stay.
 
-    keep: `score` the highest gate weights, `first` or `last` in batch order, `random` any. scope:
-    the tokens that C counts, all of a `step` or each home GPU's by themselves (as the paper does
-    to save a round of communication). expand: expanded drop.
+    keep: `score` the highest gate weights, `first` or `last` in batch order, `random` any, those
+    at the earliest `position` in their request. scope: the tokens that C counts, all of a `step`
+    or each home GPU's by themselves (as the paper does to save a round of communication). expand:
+    expanded drop.
     Raises UnknownNameError or InputError for values that cannot be used.
     """
 
@@ -107,12 +109,15 @@ def apply_capacity(
     for b in range(len(batches)):
         span = slice(int(batches.indptr[b]), int(batches.indptr[b + 1]))
         tokens = batches.token_idx[span]
+        positions = np.asarray(trace.positions)[tokens]
         gates = None
         if trace.gate_weights is not None:
             gates = np.asarray(trace.gate_weights)[tokens]
         mark = int(tokens[0]) if len(tokens) else 0
         rng = stream(policy.seed, 0xD0, mark, len(tokens))
-        total = total + _drop_batch(policy, ids[span], gates, home[span], placement, trace, rng)
+        total = total + _drop_batch(
+            policy, ids[span], gates, positions, home[span], placement, trace, rng
+        )
     picked = trace.take(batches.token_idx)
     moved = Batches(
         np.arange(len(batches.token_idx)), batches.indptr, batches.phase, batches.batch_tokens
@@ -124,6 +129,7 @@ def _drop_batch(
     policy: DropPolicy,
     ids: Array,
     gates: Array | None,
+    positions: Array,
     home: Array,
     placement: Placement,
     trace: Trace,
@@ -135,20 +141,21 @@ def _drop_batch(
     group = home.astype(np.int64) if policy.scope == "gpu" else np.zeros(num_tokens, np.int64)
     size = np.bincount(group)
     limit = np.array([capacity(policy.gamma, int(n), top_k, num_experts) for n in size], np.int64)
-    position = np.repeat(np.arange(num_tokens), top_k)
+    place = np.repeat(np.arange(num_tokens), top_k)
     total = Drops()
     for layer in range(num_layers):
         chosen = ids[:, layer].ravel().astype(np.int64)
         valid = np.flatnonzero(chosen >= 0)
-        cell = group[position[valid]] * num_experts + chosen[valid]
+        cell = group[place[valid]] * num_experts + chosen[valid]
         rank_key: npt.NDArray[Any]
         if policy.keep == "score" and gates is not None:
             rank_key = -gates[:, layer].ravel()[valid].astype(np.float64)
         elif policy.keep == "random":
             rank_key = rng.random(len(valid))
+        elif policy.keep == "position":
+            rank_key = positions[place[valid]]
         else:
-            sign = 1.0 if policy.keep == "first" else -1.0
-            rank_key = sign * position[valid]
+            rank_key = place[valid] if policy.keep == "first" else -place[valid]
         over = valid[beyond(cell, rank_key, limit[cell // num_experts])]
         substituted = 0
         kept = ids[:, layer].copy()

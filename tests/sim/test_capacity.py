@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from moesim.cost.routing import route
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.placement import Placement
+from moesim.routing.api import reroute
 from moesim.routing.limits import capacity
 from moesim.sim.analytic import run_analytic
 from moesim.sim.capacity import DropPolicy, apply_capacity
@@ -63,7 +65,7 @@ def test_capacity_formula() -> None:
 
 @pytest.mark.parametrize(
     ("keep", "kept"),
-    [("score", {0, 3}), ("first", {0, 1}), ("last", {2, 3})],
+    [("score", {0, 3}), ("first", {0, 1}), ("last", {2, 3}), ("position", {0, 1})],
 )
 def test_who_stays(keep: str, kept: set[int]) -> None:
     """C = 2, expert 0 is chosen by all four tokens: two lose it. By score, 0.9 and 0.8 stay."""
@@ -71,6 +73,23 @@ def test_who_stays(keep: str, kept: set[int]) -> None:
     assert {t for t in range(4) if ids[t][0] == 0} == kept
     assert [row[1] for row in ids] == [1, 2, 1, 3]
     assert (drops.choices, drops.dropped, drops.substituted, drops.emptied) == (8, 2, 0, 0)
+
+
+def test_position_is_of_the_request_and_not_of_the_batch() -> None:
+    """C = 2 and expert 0 chosen by all four: the batch holds tokens 2 and 3 of one request before
+    0 and 1 of another, and these two keep it, as with the rule `drop`."""
+    trace = toy(IDS, GATES)
+    moved = replace(
+        trace,
+        request_ids=np.array([0, 0, 1, 1], np.int32),
+        positions=np.array([2, 3, 0, 1], np.int32),
+    )
+    policy = DropPolicy(1.0, "position")
+    out, _, _ = apply_capacity(policy, moved, one(moved), HOME, PLACEMENT)
+    assert [row[0] for row in out.expert_ids[:, 0].tolist()] == [-1, -1, 0, 0]
+    one_step = replace(moved, step_ids=np.zeros(4, np.int32))
+    ruled = reroute(one_step, "drop:factor=1,keep=position").trace.expert_ids
+    assert np.sort(ruled[:, 0]).tolist() == np.sort(out.expert_ids[:, 0]).tolist()
 
 
 def test_random_keeps_as_many_and_is_seeded() -> None:
@@ -110,7 +129,7 @@ def test_a_token_can_lose_everything() -> None:
 
 @given(
     st.floats(0.05, 3.0),
-    st.sampled_from(["score", "random", "first", "last"]),
+    st.sampled_from(["score", "random", "first", "last", "position"]),
     st.sampled_from(["step", "gpu"]),
     st.booleans(),
     st.integers(0, 100),

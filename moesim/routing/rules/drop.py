@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from moesim.choices import Keep
 from moesim.routing.base import Choices, Need, Rule, Work, require
 from moesim.routing.limits import beyond, capacity
 from moesim.trace.format import Trace
 from moesim.types import Array, IntArray
-
-Keep = Literal["score", "first", "last", "random", "position"]
 
 
 @dataclass(frozen=True, slots=True)
