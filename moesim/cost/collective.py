@@ -49,6 +49,12 @@ DEFAULT_NUM_SMS = 20  # DeepEP's own default, `Buffer.num_sms`
 ASSUMED_NIC_GB_PER_S = 50.0  # one 400 Gb/s port a GPU
 ASSUMED_NIC_EFFICIENCY = 0.85
 ASSUMED_INTER_NODE_LATENCY_US = 12.0
+# What every further GPU of another node adds to a plain all-to-all. Measured for other exchanges:
+# DeepEP's low-latency kernels on H100s, from 8 to 56 such GPUs at the smallest batches, 0.13 (256
+# experts) and 0.17 (288) in dispatch, 0.10 and 0.11 in combine; NCCL within a node, from 1 to 7
+# peers, 0.16 (data of github.com/ai-dynamo/aiconfigurator @095f58a).
+ASSUMED_PEER_US = 0.13
+PER_PEER = ("all_to_all", "all_to_all_v")
 
 
 @dataclass(frozen=True)
@@ -264,6 +270,8 @@ def _over_nic(
     line_rate = ASSUMED_NIC_GB_PER_S if nic_gb_per_s is None else nic_gb_per_s
     rate = line_rate * ASSUMED_NIC_EFFICIENCY
     latency = one_node.latency_us + ASSUMED_INTER_NODE_LATENCY_US
+    if one_node.kind in PER_PEER:
+        latency += ASSUMED_PEER_US * (group_size - group_size // num_nodes)
     return replace(
         one_node,
         group_size=group_size,

@@ -94,7 +94,7 @@ class HomeModel:
 
     reduce: share of the hidden size that is exchanged; below 1 a projection down before the
     dispatch and one up after the combine are added (BigMac, arXiv:2502.16927: descend, communicate,
-    communicate, ascend; experts keep their weights and operations).
+    communicate, ascend).
     Assumes attention data-parallel (each rank computes its own tokens whole). Ignored: norms,
     rotary embedding, sampling, the router's top-k, copies between kernels.
     """

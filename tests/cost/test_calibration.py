@@ -19,6 +19,7 @@ from moesim.cost.calibration import (
 from moesim.cost.collective import (
     ASSUMED_INTER_NODE_LATENCY_US,
     ASSUMED_NIC_EFFICIENCY,
+    ASSUMED_PEER_US,
     CollectiveCurve,
 )
 from moesim.cost.curves import AffineMin, power_mean_max
@@ -195,8 +196,9 @@ def test_stand_ins_and_unknown_kinds() -> None:
 def test_several_nodes_without_measurement_are_assumed() -> None:
     calibration = parse_calibration(TABLE)
     curve = calibration.collective("all_to_all", 4, num_nodes=2, nic_gb_per_s=25.0)
-    # Two ranks a node: the curve of 2, plus a NIC of 25 GB/s x 0.85.
-    expected = 10 + ASSUMED_INTER_NODE_LATENCY_US + 1e6 / (25e3 * ASSUMED_NIC_EFFICIENCY)
+    # Two ranks a node: the curve of 2, two GPUs of the other node, a NIC of 25 GB/s x 0.85.
+    latency = 10 + ASSUMED_INTER_NODE_LATENCY_US + 2 * ASSUMED_PEER_US
+    expected = latency + 1e6 / (25e3 * ASSUMED_NIC_EFFICIENCY)
     answer = curve.evaluate(1000, 1e6)
     assert answer.time_us == pytest.approx(expected)
     assert answer.basis == "assumed"

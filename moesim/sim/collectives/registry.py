@@ -35,7 +35,9 @@ def build_exchange(
     **options: Any,
 ) -> tuple[StepModel, LinkTable, Exchange]:
     """The step model, the links and the exchange called `name`; None takes the step model's own
-    default. reduce: share of the hidden size that messages carry. network_scale: links taken as so
+    default. reduce: share of the hidden size that messages carry and experts take, which are wider
+    by as much (BigMac, arXiv:2502.16927, abstract read: experts of another shape, about as many
+    parameters). network_scale: links taken as so
     many times faster. `options` go to `build_step_model`.
 
     Raises UnknownNameError for another name, InputError for a hierarchical exchange on one node.
@@ -80,4 +82,6 @@ def _reduced(step: StepModel, share: float) -> StepModel:
         step,
         dispatch_bytes=step.dispatch_bytes * share,
         combine_bytes=step.combine_bytes * share,
+        hidden_size=max(1, round(step.hidden_size * share)),
+        intermediate_size=max(1, round(step.intermediate_size / share)),
     )
