@@ -195,7 +195,8 @@ tokens, which objective balance leaves out."""
 
 class Solver(Protocol):
     """A placement method. `name` is what the command line calls it; a class may also declare
-    `needs`, a tuple of `Need`, which `run_solver` checks, and `about`, a line for listings."""
+    `needs`, a tuple of `Need`, which `run_solver` checks, `about`, a line for listings, and
+    `schedule`, the simulator's schedule that it is made for, if not the sequential one."""
 
     name: str
 

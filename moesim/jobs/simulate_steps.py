@@ -12,13 +12,16 @@ from moesim import compat
 from moesim.choices import Fidelity as Fidelity
 from moesim.compat import other_ranks
 from moesim.cost.curves import weakest
+from moesim.cost.step import StepModel
 from moesim.errors import InputError, MismatchError
 from moesim.jobs.simulate_request import SimRequest
 from moesim.jobs.simulate_result import SimReport
 from moesim.placement import Placement, Plan
 from moesim.planning.baselines import capacity_of, place_by_counts, place_on_survivors
 from moesim.planning.empty_layers import plan_of_layers
+from moesim.planning.own_schedule import other_schedule
 from moesim.planning.request import DEFAULT_BATCH_TOKENS
+from moesim.planning.traffic import sample_traffic
 from moesim.planning.tuning import tuning_counts
 from moesim.sim.analytic import run_analytic
 from moesim.sim.collectives.registry import build_exchange
@@ -34,6 +37,7 @@ from moesim.sim.schedules.base import Schedule
 from moesim.sim.schedules.registry import CHUNKED, check_exchange, get_schedule
 from moesim.sim.stragglers import GpuSpeeds
 from moesim.sim.timeline import StepTimeline
+from moesim.solvers.registry import find_solver
 from moesim.trace.batches import (
     Batches,
     Phase,
@@ -84,7 +88,9 @@ def simulate_steps(request: SimRequest, *, progress: Progress | None = None) -> 
     notices += compat.trace_fits_model(trace.meta, model)
     phase, batch_tokens = _workload(request, defaults)
     models, notes = build_models(request, phase, defaults)
-    placements, counts, held_out = _placements(request, phase, batch_tokens, defaults, notices)
+    placements, counts, held_out = _placements(
+        request, models.step, phase, batch_tokens, defaults, notices
+    )
     batches = _batches(request, held_out, phase, batch_tokens, notices)
     timeline = None
     if request.timeline_steps:
@@ -340,6 +346,7 @@ def build_models(
 
 def _placements(
     request: SimRequest,
+    step: StepModel,
     phase: Phase,
     batch_tokens: int,
     defaults: dict[str, str],
@@ -372,6 +379,11 @@ def _placements(
     counts = np.zeros((0, trace.num_layers, trace.num_experts), np.float32)
     if names or request.faults.recovery.on_loss == "replan":
         counts = tuning_counts(trace, tune, phase, batch_tokens, request.seed)
+        needing = [n for n in names if "tokens" in getattr(find_solver(n), "needs", ())]
+        traffic = None
+        if needing:
+            traffic = sample_traffic(trace, tune, phase, batch_tokens, step, request.seed)
+        notices += other_schedule(names, request.schedule)
         for name in dict.fromkeys(names):
             out[name] = place_by_counts(
                 name,
@@ -380,6 +392,7 @@ def _placements(
                 cluster,
                 num_groups=request.model.n_group,
                 seed=request.seed,
+                traffic=traffic,
             )
     return out, counts, held_out
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from moesim.errors import InputError
 from moesim.placement import EMPTY, Placement
-from moesim.solvers.base import Problem, run_solver
+from moesim.solvers.base import Problem, Solver, Traffic, run_solver
 from moesim.solvers.registry import find_solver
 from moesim.types import IntArray
 
@@ -24,11 +25,16 @@ def place_by_counts(
     *,
     num_groups: int = 1,
     seed: int = 0,
+    traffic: Traffic | None = None,
 ) -> Placement:
     """The placement of a named solver with the objective of balance.
 
-    counts: [B, L, E] tokens of each expert; capacity: [G] slots of each GPU in a layer.
+    counts: [B, L, E] tokens of each expert; capacity: [G] slots of each GPU in a layer. traffic:
+    sampled tokens, for methods that need them, which then have objective traffic. Raises InputError
+    for a method that needs what there is not.
     """
+    method = find_solver(solver)
+    needs_tokens = traffic is not None and "tokens" in getattr(method, "needs", ())
     problem = Problem(
         counts=np.asarray(counts, np.float32),
         capacity=capacity,
@@ -36,8 +42,18 @@ def place_by_counts(
         speed=np.asarray(cluster.speed_factor, np.float64),
         num_groups=num_groups,
         seed=seed,
+        objective="traffic" if needs_tokens else "balance",
+        traffic=traffic if needs_tokens else None,
     )
-    return run_solver(find_solver(solver), problem).placement
+    return _placed(method, problem)
+
+
+def _placed(method: Solver, problem: Problem) -> Placement:
+    """Raises InputError with a remedy that does not depend on which option named the method."""
+    try:
+        return run_solver(method, problem).placement
+    except InputError as error:
+        raise InputError(error.cause, "name greedy or local_search, which place any") from None
 
 
 def place_on_survivors(
@@ -67,7 +83,7 @@ def place_on_survivors(
         num_groups=num_groups if same else 1,
         seed=seed,
     )
-    found = run_solver(find_solver(solver), problem).placement
+    found = _placed(find_solver(solver), problem)
     own = found.physical_to_logical.reshape(found.num_layers, len(up), -1)
     table = np.full((found.num_layers, len(capacity), own.shape[2]), EMPTY, np.int32)
     table[:, up] = own

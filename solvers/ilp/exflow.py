@@ -38,6 +38,7 @@ class ExFlow:
 
     name = "exflow"
     needs: tuple[Need, ...] = ("no replicas", "tokens")
+    schedule = "context-coherent"
 
     def solve(self, problem: Problem, *, progress: Progress | None = None) -> Solution:
         started = time.monotonic()

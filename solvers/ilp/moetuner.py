@@ -35,6 +35,7 @@ class MoETuner:
 
     name = "moetuner"
     needs: tuple[Need, ...] = ("no replicas", "tokens", "equal slots")
+    schedule = "context-coherent"
 
     def solve(self, problem: Problem, *, progress: Progress | None = None) -> Solution:
         started = time.monotonic()

@@ -306,3 +306,20 @@ def test_phase_follows_the_trace(trace: Trace, cluster: Cluster) -> None:
         256,
     )
     assert defaults["phase"] == "decode (100% of the trace's tokens are decode)"
+
+
+def test_solvers_of_another_schedule_are_judged_under_it(
+    trace: Trace, cluster: Cluster, model: ModelSpec
+) -> None:
+    """Decode steps under both schedules; prefill steps under one, and a line says so."""
+    asked = PlanRequest.of(trace, cluster, model, solver="exflow", batch_tokens=16)
+    decode = replace(trace, phases=np.ones_like(trace.phases))
+    judged = make_plan(PlanRequest.of(decode, cluster, model, solver="exflow", batch_tokens=16))
+    own = judged.plan.evaluation["own_schedule"]
+    assert own["schedule"] == "context-coherent"
+    assert set(own["step_us"]) == {"linear", "eplb", "exflow"}
+    assert min(own["step_us"].values()) > 0
+    assert any("under it, over nccl" in line for line in judged.lines)
+    plain = make_plan(asked)
+    assert "own_schedule" not in plain.plan.evaluation
+    assert any("decode tokens only" in line for line in plain.lines)

@@ -119,6 +119,26 @@ def test_table(call) -> None:
     assert "covers 3 of debian-moe's 12" in err
 
 
+def test_compare_with_solvers_that_need_tokens(call) -> None:
+    """They see tuning tokens, and a notice says which schedule they are made for, unless it is the
+    one simulated."""
+    asked = ("--gpus", "8", "--all-to-all", "nccl", "--compare", "exflow", "--steps", "2")
+    code, out, err = call(*asked, "--json")
+    assert code == 0
+    assert list(json.loads(out)["plans"]) == ["linear", "exflow"]
+    assert "exflow is made for --schedule context-coherent, this is sequential" in err
+    code, _, err = call(*asked, "--schedule", "context-coherent")
+    assert code == 0
+    assert "made for" not in err
+
+
+def test_solvers_that_need_tokens_where_there_are_counts(call) -> None:
+    code, _, err = call("--gpus", "8", "--rebalance-every", "1", "--rebalance-solver", "exflow")
+    assert code == 2
+    assert "greedy or local_search" in err
+    assert "objective`" not in err
+
+
 def test_timeline_is_a_chrome_trace(call, tmp_path) -> None:
     """Rows for GPU streams and links; slices of one row never overlap, and cover the step."""
     line = tmp_path / "line.json"
