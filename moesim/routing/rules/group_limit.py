@@ -24,7 +24,7 @@ class GroupLimit(ScoredRule):
     NAME = "group-limit"
     TITLE = "choose the best groups of experts, then experts within them"
     PAPER = (
-        "SMILE's bi-level routing (arXiv:2212.05191; from memory), keep=1; DeepSeek-V2 (by=best)"
+        "SMILE's bi-level routing (arXiv:2212.05191; abstract read), keep=1; DeepSeek-V2 (by=best)"
         " and DeepSeek-V3 (by=two), as huggingface/transformers modeling_deepseek_v2.py, _v3.py"
     )
     LEFT_OUT = "SMILE's router between nodes has weights of its own: the best expert stands in"

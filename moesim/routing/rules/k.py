@@ -21,8 +21,8 @@ class K(Rule):
     NAME = "k"
     TITLE = "fewer or more experts per token, by layer"
     PAPER = (
-        "SMoE-Dropout (arXiv:2303.01610) and SCMoE (arXiv:2405.14507), which change k at inference;"
-        " from memory, the texts were not read"
+        "SMoE-Dropout (arXiv:2303.01610), which changes k at inference, and SCMoE"
+        " (arXiv:2405.14507), which contrasts a run with other experts; abstracts read"
     )
     LEFT_OUT = "SMoE-Dropout's training; SCMoE runs both and contrasts their outputs"
 

@@ -23,7 +23,10 @@ class Merge(Rule):
 
     NAME = "merge"
     TITLE = "merge each layer's experts into the most used ones, by likeness of their scores"
-    PAPER = "MC-SMoE (Li et al., arXiv:2310.01334; abstract read)"
+    PAPER = (
+        "MC-SMoE (Li et al., arXiv:2310.01334; abstract read); UNCURL (arXiv:2409.01483; a summary"
+        " read) clusters by router logits"
+    )
     LEFT_OUT = (
         "weights: alignment of neurons, merging by frequency, low rank. Without candidates,"
         " likeness is of gate weights of the choices alone"

@@ -26,10 +26,11 @@ class Prune(Rule):
     NAME = "prune"
     TITLE = "keep the most used experts of each layer, for all text or for one domain"
     PAPER = (
-        "UNCURL (arXiv:2409.01483), Task-MoE (arXiv:2110.03742), ModuleFormer (arXiv:2306.04640);"
-        " from memory, the texts were not read"
+        "Task-MoE (arXiv:2110.03742), which routes whole tasks, and ModuleFormer"
+        " (arXiv:2306.04640): abstracts read. UNCURL (arXiv:2409.01483; a summary read) finds this"
+        " cut by frequency to lose accuracy, and merges instead"
     )
-    LEFT_OUT = "fine-tuning after the cut; UNCURL clusters and merges what it drops (see merge)"
+    LEFT_OUT = "fine-tuning after the cut"
 
     def __post_init__(self) -> None:
         require(self.keep >= 1, f"keep {self.keep}", "keep at least one expert")

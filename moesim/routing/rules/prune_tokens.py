@@ -23,7 +23,8 @@ class PruneTokens(Rule):
     TITLE = "drop the lower choices of tokens whose first choice stands out"
     PAPER = (
         "MC-MoE's online dynamic pruning (Huang et al., arXiv:2410.06270): the ratio of gate"
-        " weights against its median; from memory, its successor's abstract (2510.10962) was read"
+        " weights against its median, from memory; its abstract and its successor's"
+        " (arXiv:2510.10962) were read"
     )
     LEFT_OUT = "protected tokens are the important ones by attention there, the first ones here"
     NEEDS = ("gates",)

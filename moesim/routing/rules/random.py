@@ -16,7 +16,7 @@ class Random(Rule):
 
     NAME = "random"
     TITLE = "random experts, the control"
-    PAPER = "THOR (Zuo et al., arXiv:2110.04260; from memory, the text was not read)"
+    PAPER = "THOR (Zuo et al., arXiv:2110.04260; abstract read)"
     LEFT_OUT = "training for consistency between random experts"
 
     def apply(self, work: Work) -> Choices:

@@ -16,7 +16,8 @@ class SkipLayer(Rule):
     """In every `every`-th MoE layer (or in `layers`, as 1-4+7), ceil(`keep` T) tokens of a batch
     pass and the others choose no expert: those of largest first gate weight pass (`by` score), or
     `random` ones. A token that skips a layer skips its attention as well, which traces cannot
-    hold: `meta.source.reroute` says so, and times of attention stay those of all tokens."""
+    hold: `meta.source.reroute` has the rule and its parameters alone, and times of attention stay
+    those of all tokens."""
 
     keep: float = 0.5
     every: int = 2
@@ -26,8 +27,8 @@ class SkipLayer(Rule):
     NAME = "skip-layer"
     TITLE = "some tokens skip some layers"
     PAPER = (
-        "Mixture-of-Depths (arXiv:2404.02258), FlexiDepth (arXiv:2503.23798), Router-Tuning"
-        " (arXiv:2410.13184); from memory, the texts were not read"
+        "Mixture-of-Depths (Raposo et al., arXiv:2404.02258; title read), FlexiDepth (Luo et al.,"
+        " arXiv:2503.23798) and Router-Tuning (He et al., arXiv:2410.13184), abstracts read"
     )
     LEFT_OUT = "their routers of layers, learned: the first gate weight stands in; attention saved"
 

@@ -18,8 +18,8 @@ class Threshold(Rule):
 
     NAME = "threshold"
     TITLE = "drop choices with less than a share of the token's largest gate weight"
-    PAPER = "DA-MoE (arXiv:2409.06669; from memory, the text was not read)"
-    LEFT_OUT = "DA-MoE's importance of tokens, which it takes from attention"
+    PAPER = "DA-MoE (arXiv:2409.06669; abstract read): fewer experts for lesser tokens"
+    LEFT_OUT = "DA-MoE's importance of tokens, which it takes from attention: gate weights stand in"
     NEEDS = ("gates",)
 
     def __post_init__(self) -> None:

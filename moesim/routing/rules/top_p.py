@@ -23,8 +23,8 @@ class TopP(Rule):
     NAME = "top-p"
     TITLE = "the fewest experts that make up a share of the score"
     PAPER = (
-        "Harder tasks need more experts (Huang et al., arXiv:2403.07652) and DynMoLE"
-        " (arXiv:2504.00661); from memory, the texts were not read"
+        "Harder Tasks Need More Experts (Huang et al., arXiv:2403.07652) and DynMoLE"
+        " (arXiv:2504.00661), which mixes it with top-k by Tsallis entropy; abstracts read"
     )
     LEFT_OUT = (
         "losses on entropy; DynMoLE's soft routing at high entropy; experts that are not listed"
