@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesim.cli.output import echo, notice
+from moesim.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +37,14 @@ def info(
     offload: Annotated[
         bool, typer.Option("--offload", help="How well expert caches would do: SRP, SCH, sparsity.")
     ] = False,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="Domains, balance and drops, layer by layer."),
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="TRACE", help="With --layers: another trace beside this one."),
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(help="serial, local, local:4, dask://host:port or ray://host:port."),
@@ -54,7 +63,7 @@ def info(
     from moesim.cli.output import check_targets, notice
     from moesim.cli.progress import progress_bar
     from moesim.trace.empty import layers_text, loaded_layers, only_layers
-    from moesim.trace.format import LoadTrace, load_trace, require_tokens
+    from moesim.trace.format import LoadTrace, load_token_trace, load_trace, require_tokens
     from moesim.trace.parallel import trace_stats_on
     from moesim.trace.stats import load_stats
 
@@ -62,6 +71,9 @@ def info(
     loaded = load_trace(trace)
     if offload:
         require_tokens(loaded, "moesim trace info --offload")
+    if against is not None and not layers:
+        raise InputError("`against` without `layers`", "add `layers`")
+    beside = None if against is None else load_token_trace(against, "moesim trace info --against")
     keep = loaded_layers(loaded)
     if keep.any() and not keep.all():
         without = layers_text(loaded.meta.layer_ids, keep)
@@ -80,14 +92,20 @@ def info(
         report["batch_imbalance"] = [_plain(b) for b in batches]
         sample = f"{stats.num_tokens:,} tokens"
         load = stats.load
-    caching: list[str] = []
+    more: list[str] = []
+    if layers:
+        from moesim.trace.by_layer import by_layer
+
+        apart = by_layer(require_tokens(loaded, "moesim trace info --layers"), beside)
+        report["by_layer"] = apart.to_dict()
+        more += ["", *apart.lines()]
     if offload:
         from moesim.caching.info import offload_info
 
         with progress_bar("segments") as progress:
             found = offload_info(loaded, progress=progress)
         report["offload"] = found.to_dict()
-        caching = found.lines()
+        more += ["", *found.lines()]
     if plot is not None:
         from moesim.draw.trace import expert_load
 
@@ -99,7 +117,7 @@ def info(
         _print_load(counts, _console())
     else:
         _print_trace(stats, batches, _console())
-        for line in ["", *caching] if caching else []:
+        for line in more:
             echo(line)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -42,7 +42,15 @@ def synth(
     ] = None,
     affinity: Annotated[
         float | None,
-        typer.Option(help="Affinity of adjacent layers, 0 to 0.5.", show_default="0.15"),
+        typer.Option(
+            help="Affinity of adjacent layers, 0 to 0.5; with shared or linked routers the share"
+            " of a token's experts that the next layer follows, to 1.",
+            show_default="0.15",
+        ),
+    ] = None,
+    routers: Annotated[
+        Literal["own", "shared", "linked"] | None,
+        typer.Option(help="One router per layer, one for all, or linked ones.", show_default="own"),
     ] = None,
     domains: Annotated[int | None, typer.Option(help="Domains.", show_default="1")] = None,
     domain_spread: Annotated[
@@ -76,6 +84,7 @@ def synth(
     design = {
         "skew": skew,
         "affinity": affinity,
+        "routers": routers,
         "num_domains": domains,
         "domain_spread": domain_spread,
         "request_spread": request_spread,

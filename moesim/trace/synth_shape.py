@@ -18,6 +18,7 @@ from moesim.trace.format import MAX_EXPERTS
 from moesim.trace.measures import affinity as mutual_information
 from moesim.trace.synth import draw_requests, request_seeds, run_model
 from moesim.trace.synth_fit import Targets, calibrate, measure, race_score
+from moesim.trace.synth_routers import Routers, decide_together
 from moesim.trace.synth_spec import MAX_CELLS, MAX_REQUEST_TOKENS, SynthSpec
 from moesim.types import FloatArray, IntArray, Progress, stream
 
@@ -38,6 +39,7 @@ def design(
     skew: Literal["zipf", "lognormal"] = "lognormal",
     skew_strength: float = 0.5,
     affinity: float = 0.15,
+    routers: Routers = "own",
     num_domains: int = 1,
     domain_spread: float = 0.3,
     request_spread: float = 0.4,
@@ -53,6 +55,7 @@ def design(
     affinity: mutual information of adjacent layers over its ceiling, 0 to 1 (see
         `measures.affinity`); real models lie between 0.06 and 0.30. What domains and requests
         bring by themselves is the least that can be had.
+    routers: `shared` by all layers or `linked` from layer to layer, see `decide_together`.
     domain_spread, request_spread: standard deviation of the score of an expert between domains
         and between requests; fits to real traces give 0.1 to 0.5, and 0.1 to 2.
     prompt_tokens, output_tokens: mean lengths; lengths are log-normal with a coefficient of
@@ -63,7 +66,7 @@ def design(
     _check_shape(layer_ids, num_experts, top_k)
     for name, value, low, high in (
         ("skew strength", skew_strength, 0.0, 4.0),
-        ("affinity", affinity, 0.0, 0.9),
+        ("affinity", affinity, 0.0, 0.9 if routers == "own" else 1.0),
         ("domain spread", domain_spread, 0.0, 3.0),
         ("request spread", request_spread, 0.0, 3.0),
         ("prompt tokens", prompt_tokens, 0.0, 1e6),
@@ -112,9 +115,10 @@ def design(
         },
     )
     ceiling = np.full(num_layers - 1, _ceiling(share, top_k))
-    return _calibrated(
-        spec, share, tilt, affinity * ceiling, np.full(num_layers, _CHAIN_STD), seed, progress
-    )
+    bits = (affinity if routers == "own" else 0.1) * ceiling
+    chain_std = np.full(num_layers, _CHAIN_STD)
+    made = _calibrated(spec, share, tilt, bits, chain_std, seed, progress)
+    return made if routers == "own" else decide_together(made, routers, affinity, seed)
 
 
 def reshape(
