@@ -39,6 +39,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing
 PlotOption = Annotated[
     Path | None, typer.Option("--plot", help="Picture to write (.png, .svg or .pdf).")
 ]
+RerouteOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reroute",
+        help="Rule of routing for the trace first, as drop:factor=1.25 (moesim routing list).",
+        metavar="RULE",
+    ),
+]
 ReplicaPolicyOption = Annotated[
     ReplicaPolicy | None,
     typer.Option(

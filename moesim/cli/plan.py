@@ -17,6 +17,7 @@ from moesim.cli.options import (
     PhaseOption,
     PlotOption,
     ReplicaPolicyOption,
+    RerouteOption,
     SeedOption,
     TraceOption,
 )
@@ -43,6 +44,7 @@ def plan(
     phase: PhaseOption = None,
     batch_tokens: BatchTokensOption = None,
     domain: Annotated[str | None, typer.Option(help="Plan for one domain of the trace.")] = None,
+    reroute: RerouteOption = None,
     replica_policy: ReplicaPolicyOption = None,
     all_to_all: Annotated[
         str | None,

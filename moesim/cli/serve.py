@@ -14,6 +14,7 @@ from moesim.cli.options import (
     JsonOption,
     ModelOption,
     PlotOption,
+    RerouteOption,
     SeedOption,
 )
 from moesim.cli.output import echo
@@ -190,6 +191,7 @@ def serve(
     trace: Annotated[
         str | None, typer.Option(help="Routing trace that the requests' routing is drawn from.")
     ] = None,
+    reroute: RerouteOption = None,
     domain_mix: Annotated[
         str | None,
         typer.Option(help="Weights of the trace's domains: code=3,law=1.", show_default="its own"),

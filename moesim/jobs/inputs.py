@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
-from moesim.errors import InputError, UnknownNameError, plain
+from moesim.errors import InputError, MismatchError, UnknownNameError, plain
 from moesim.model.names import load_model, preset_aliases
 from moesim.model.spec import ModelSpec
 from moesim.placement import Plan, load_plan
@@ -28,6 +28,37 @@ def trace_of(trace: TraceLike) -> Trace | LoadTrace:
 def token_trace_of(trace: TraceLike, needed_by: str) -> Trace:
     """The same with tokens. Raises MismatchError that names what needs them."""
     return require_tokens(trace_of(trace), needed_by)
+
+
+def rerouted(
+    trace: Trace | LoadTrace, rule: str | None, *, batch_tokens: int | None = None, seed: int = 0
+) -> tuple[Trace | LoadTrace, str | None]:
+    """The trace as it is, or with the choices of a rule of routing and a line on what changed.
+
+    batch_tokens: of both phases' batches, for rules that look at load; None for their defaults.
+    Raises MismatchError for what the rule needs and a trace lacks.
+    """
+    if rule is None:
+        return trace, None
+    from moesim.routing.api import reroute
+    from moesim.routing.partition import DECODE_TOKENS, PREFILL_TOKENS
+
+    whole = require_tokens(trace, "`reroute`")
+    try:
+        done = reroute(
+            whole,
+            rule,
+            prefill_tokens=batch_tokens or PREFILL_TOKENS,
+            decode_tokens=batch_tokens or DECODE_TOKENS,
+            seed=seed,
+        )
+    except MismatchError as error:
+        if "plan" not in error.cause:
+            raise
+        raise MismatchError(
+            error.cause, "write the trace with moesim trace reroute --plan first"
+        ) from None
+    return done.trace, f"rerouted: {done.changes.line(rule)}"
 
 
 def model_of(model: ModelLike) -> ModelSpec:

@@ -24,6 +24,7 @@ from moesim.planning.evaluate import Interval, difference, figures
 from moesim.planning.home_ranks import HOME_RANKS
 from moesim.planning.loads import load_case, split_steps
 from moesim.planning.migration import DEFAULT_STEPS
+from moesim.planning.own_schedule import own_schedule
 from moesim.planning.refine import Refined, predicted_homes, price_line, refine, robust_figures
 from moesim.planning.request import (
     DEFAULT_SOLVER,
@@ -60,6 +61,7 @@ def plan(
     phase: Phase | None = None,
     batch_tokens: int | None = None,
     domain: str | None = None,
+    reroute: str | None = None,
     replica_policy: ReplicaPolicy = "split",
     all_to_all: str | None = None,
     seed: int = 0,
@@ -80,9 +82,10 @@ def plan(
     trace (expert counts by step) gives a plan for balance, tuned on the first half of its steps.
 
     trace, cluster, model, old_plan: names, paths or objects. gpus: of one expert-parallel group;
-    may be left out where `cluster` is an object. The other names and defaults are those of
-    `moesim plan`. progress(done, total) counts layers; once `stop()` is true the search ends with
-    the best it has, and the plan is evaluated all the same.
+    may be left out where `cluster` is an object. reroute: a rule of routing that the trace goes
+    through first, as "drop:factor=1.25" for a capacity factor. The other names and defaults are
+    those of `moesim plan`. progress(done, total) counts layers; once `stop()` is true the search
+    ends with the best it has, and the plan is evaluated all the same.
 
     Raises MismatchError when inputs do not belong together, InfeasibleError when the experts do not
     fit the slots or the memory, UnknownNameError for an unknown name, InputError for the rest.
@@ -95,7 +98,9 @@ def plan(
         raise UnknownNameError("home ranks", home_ranks, HOME_RANKS)
     if gpus is None and not hasattr(cluster, "num_gpus"):
         raise InputError("the number of GPUs is not given", "give it with `gpus`")
-    loaded = inputs.trace_of(trace)
+    loaded, changed = inputs.rerouted(
+        inputs.trace_of(trace), reroute, batch_tokens=batch_tokens, seed=seed
+    )
     if offload:
         require_tokens(loaded, "`offload`")
     defaults: dict[str, str] = {}
@@ -122,6 +127,9 @@ def plan(
     )
     result = make_plan(request, progress=progress, stop=stop)
     result.defaults.update(defaults)
+    if changed is not None:
+        noted = replace(result.plan, evaluation={**result.plan.evaluation, "reroute": changed})
+        result = replace(result, plan=noted, lines=(changed, *result.lines))
     if offload:
         cached = _offload(result, request, hbm)
         result = replace(result, plan=replace(result.plan, cache=cached.to_dict()), cached=cached)
@@ -309,6 +317,11 @@ def _assemble(
     chosen, reference = by_name[refined.chosen], by_name[_baseline(case)]
     notices = list(case.notices)
     own = case.request.solver.name
+    placements = {c.name: c.solution.placement for c in candidates}
+    lines, judged = own_schedule(case, judge.sample, placements)
+    refined.lines += lines
+    if judged:
+        refined.evaluation["own_schedule"] = judged
     notices += [f"{own}: {note}" for note in by_name[own].solution.notes]
     improvement: dict[str, Interval] = {}
     for name in chosen.figures:

@@ -51,11 +51,7 @@ class RerouteResult(Result):
     notices: tuple[str, ...] = ()
 
     def line(self) -> str:
-        c = self.changes
-        return (
-            f"{self.rule.NAME}: {c.kept:,} of {c.choices:,} choices kept, {c.moved:,} moved,"
-            f" {c.dropped:,} dropped, {c.added:,} added"
-        )
+        return self.changes.line(self.rule.NAME)
 
     def summary(self) -> str:
         c = self.changes

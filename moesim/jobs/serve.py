@@ -164,6 +164,7 @@ def serve(
     level: Sequence[str] = (),
     plan: PlanLike | None = None,
     trace: TraceLike | None = None,
+    reroute: str | None = None,
     domain_mix: Mapping[str, float] | None = None,
     drift_hours: float | None = None,
     rebalance_every: Sequence[int] = (),
@@ -183,9 +184,11 @@ def serve(
     requests: a log by its path, or arrivals drawn as "poisson:rate=8,requests=2000,prompt=1000,
     output=200". time_unit, block_tokens: what a log does not say of itself. replicas, tp, dp, ep:
     what is left out is `serving.fit.default_split`'s, with a cluster given as an object in one
-    engine. rebalance_every, rebalance_stall: steps between two placements and ms that each stops an
-    engine; two of each for engines that take prompts and engines that decode, one for both. The
-    other names and defaults are those of `moesim serve`; progress(done, total) counts requests.
+    engine. reroute: a rule of routing for the trace, as "drop:factor=1.25" for a capacity factor;
+    expert loads are of what it leaves, messages of the model's top-k. rebalance_every,
+    rebalance_stall: steps between two placements and ms that each stops an engine; two of each for
+    engines that take prompts and engines that decode, one for both. The other names and defaults
+    are those of `moesim serve`; progress(done, total) counts requests.
 
     Raises InputError where the GPUs do not divide or nothing names the model, InfeasibleError where
     the model does not fit or a promise cannot be kept even by an idle service.
@@ -228,7 +231,13 @@ def serve(
         "decode_gpus": decode_gpus,
         "decode_replicas": decode_replicas,
     }
-    front, back = _pools(model, cluster, plan, trace, asked, options, defaults)
+    if reroute is not None and trace is None:
+        raise InputError("`reroute` without `trace`", "give the trace that the rule changes")
+    routed, changed = None, None
+    if trace is not None:
+        whole = inputs.token_trace_of(trace, "moesim serve")
+        routed, changed = inputs.rerouted(whole, reroute, seed=seed)
+    front, back = _pools(model, cluster, plan, routed, asked, options, defaults)
     deployment = front.engine
     config = ServingConfig(
         replicas=front.replicas,
@@ -263,7 +272,7 @@ def serve(
             result,
             slo=promises,
             defaults=defaults,
-            notices=arriving.notices,
+            notices=(*arriving.notices, *([] if changed is None else [changed])),
             seconds=time.perf_counter() - begin,
         )
     )

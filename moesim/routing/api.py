@@ -46,6 +46,13 @@ class Changes:
     score_mass: float | None
     notes: dict[str, float]
 
+    def line(self, rule: str) -> str:
+        """The counts in a line, for `rule`."""
+        return (
+            f"{rule}: {self.kept:,} of {self.choices:,} choices kept, {self.moved:,} moved,"
+            f" {self.dropped:,} dropped, {self.added:,} added"
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

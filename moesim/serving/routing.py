@@ -116,7 +116,8 @@ class DomainRouting:
         deployment = cost.deployment
         model = deployment.model
         have = (self.trace.num_experts, self.trace.top_k)
-        if have != (model.num_experts, model.top_k):
+        same_k = have[1] == model.top_k or bool(self.trace.meta.source.get("reroute"))
+        if have[0] != model.num_experts or not same_k:
             raise MismatchError(
                 f"the trace has {have[0]} experts, top-{have[1]}; {model.name} has"
                 f" {model.num_experts}, top-{model.top_k}",

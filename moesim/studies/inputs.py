@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,38 @@ def trace_of(source: str) -> Trace:
     from moesim.trace.format import load_token_trace
 
     return _keep("trace", source, lambda: load_token_trace(source, "a study"))  # type: ignore[no-any-return]
+
+
+def rerouted_trace(
+    params: Mapping[str, Any], batch_tokens: int | None = None
+) -> tuple[Trace, tuple[str, ...]]:
+    """The trace of a point through its `reroute`, and a remark on what that changed."""
+    return _rerouted(
+        trace_hash(params["trace"]),
+        params["trace"],
+        params["reroute"],
+        batch_tokens,
+        params["seed"],
+    )
+
+
+def check_rule(params: Mapping[str, Any]) -> None:
+    """Raise UnknownNameError or InputError for a `reroute` that is no rule."""
+    from moesim.routing.spec import parse_rule
+
+    if params["reroute"] is not None:
+        parse_rule(params["reroute"])
+
+
+@lru_cache(maxsize=MAX_KEPT)
+def _rerouted(
+    _: str, source: str, rule: str | None, batch_tokens: int | None, seed: int
+) -> tuple[Trace, tuple[str, ...]]:
+    from moesim.jobs.inputs import rerouted
+    from moesim.trace.format import require_tokens
+
+    trace, changed = rerouted(trace_of(source), rule, batch_tokens=batch_tokens, seed=seed)
+    return require_tokens(trace, "a study"), () if changed is None else (changed,)
 
 
 def trace_hash(source: str) -> str:

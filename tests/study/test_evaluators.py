@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moesim.errors import InfeasibleError, InputError, MismatchError
+from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
+from moesim.jobs.inputs import rerouted
+from moesim.jobs.plan import plan
 from moesim.studies.evaluators.requests import _percentiles
 from moesim.studies.registry import EVALUATORS, get_evaluator
 from moesim.studies.space import make_point
+from moesim.trace.format import load_trace
 
 STATIC: dict[str, Any] = {
     "model": "qwen3-30b-a3b",
@@ -230,3 +234,36 @@ def test_a_size_that_is_none_is_the_points_own_error_and_a_missing_file_is_not()
         asked = {"model": "mixtral-8x7b", "requests": "poisson:rate=8", **wrong}
         with pytest.raises(InputError, match=words):
             make_point(get_evaluator("requests"), asked)
+
+
+def test_a_rule_of_routing_as_a_parameter() -> None:
+    """The same figures as of a trace rerouted beforehand, and a remark on what changed; a capacity
+    of 1 evens out loads."""
+    trace = load_trace("sample:debian-olmoe")
+    rule = "drop:factor=1,keep=position"
+    asked = {**ROUTED, "solver": "linear", "phase": "prefill"}
+    evaluator = get_evaluator("plan")
+    whole = evaluator.evaluate(evaluator.check(asked))
+    found = evaluator.evaluate(evaluator.check({**asked, "reroute": rule}))
+    assert found.figures["imbalance"] < whole.figures["imbalance"]
+    before, changed = rerouted(trace, rule, batch_tokens=256)
+    assert changed in found.notes
+    assert not whole.notes
+    planned = plan(before, gpus=4, solver="linear", phase="prefill", batch_tokens=256)
+    assert planned.chosen.figures["imbalance"].value == found.figures["imbalance"]
+    same = plan(trace, gpus=4, solver="linear", phase="prefill", batch_tokens=256, reroute=rule)
+    assert same.plan.evaluation["reroute"] == changed
+    assert same.chosen.figures["imbalance"].value == found.figures["imbalance"]
+
+
+def test_rules_that_cannot_be() -> None:
+    with pytest.raises(UnknownNameError, match="drp"):
+        make_point(get_evaluator("plan"), {**ROUTED, "reroute": "drp:factor=1"})
+    static = get_evaluator("static")
+    with pytest.raises(InputError, match="without"):
+        static.evaluate(static.check({**STATIC, "reroute": "drop:factor=1"}))
+    some = load_trace("sample:debian-olmoe").take(np.arange(200))
+    weighed = replace(some, gate_weights=np.ones(some.expert_ids.shape, np.float16))
+    with pytest.raises(MismatchError, match="plan") as found:
+        rerouted(weighed, "expanded-drop:factor=1,by=room")
+    assert "moesim trace reroute --plan" in found.value.remedy

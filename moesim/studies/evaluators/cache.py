@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from moesim import compat
 from moesim.studies.evaluator import Evaluated, Factor, Number, Params, StudyFigure, Whole, Word
 from moesim.studies.evaluators.routing import RoutingEvaluator, model_required
-from moesim.studies.inputs import trace_of
+from moesim.studies.inputs import rerouted_trace
 
 
 def _word(value: Any) -> Any:
@@ -29,6 +29,7 @@ class CacheParams(Params):
 
     gpus: Annotated[Whole, Field(ge=1, le=1)] = 1
     trace: Word
+    reroute: Word | None = None
     model: Word | None = None
     hbm_gb: Annotated[Number, Field(gt=0, le=1e5)] | None = None
     batch_size: Annotated[Whole, Field(ge=1, le=65536)] = 1
@@ -67,7 +68,7 @@ class CacheEvaluator(RoutingEvaluator):
         from moesim.cost.scaled import faster_calibration
         from moesim.cost.step import calibration_of_gpu
 
-        trace, model = trace_of(params["trace"]), model_required(params)
+        (trace, changed), model = rerouted_trace(params), model_required(params)
         compat.trace_fits_model(trace.meta, model, whole=True)
         gpu = self.cluster(params).gpus[0]
         hbm = gpu.hbm_gb if params["hbm_gb"] is None else params["hbm_gb"]
@@ -105,5 +106,5 @@ class CacheEvaluator(RoutingEvaluator):
                 "hbm_gb": hbm,
             },
             rates.basis,
-            work.notes,
+            (*changed, *work.notes),
         )

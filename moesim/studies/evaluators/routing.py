@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from moesim.errors import InputError, UnknownNameError
 from moesim.studies.evaluator import Evaluator, Factor, Params, Tokens, Whole, Word
-from moesim.studies.inputs import kept, model_hash, model_of, trace_hash, trace_of
+from moesim.studies.inputs import (
+    check_rule,
+    kept,
+    model_hash,
+    model_of,
+    rerouted_trace,
+    trace_hash,
+    trace_of,
+)
 
 if TYPE_CHECKING:
     from moesim.jobs.plan_result import PlanResult
@@ -20,9 +29,11 @@ DEFAULT_TIME_LIMIT_S = 600.0
 
 
 class RoutingParams(Params):
-    """Parameters of a placement on a routing trace."""
+    """Parameters of a placement on a routing trace. reroute: a rule of routing that it goes through
+    first, as "drop:factor=1.25"."""
 
     trace: Word
+    reroute: Word | None = None
     model: Word | None = None
     solver: Word = "local_search"
     objective: Word | None = None
@@ -43,6 +54,7 @@ class RoutingEvaluator(Evaluator):
     def check_named(self, params: Mapping[str, Any]) -> None:
         super().check_named(params)
         trace_of(params["trace"])
+        check_rule(params)
         if params["model"] is not None:
             model_of(params["model"])
 
@@ -106,7 +118,7 @@ def plan_of(evaluator: Evaluator, params: Mapping[str, Any]) -> PlanResult:
 
     names = RoutingParams.model_fields
     shared = {name: params[name] for name in names if name in params}
-    trace = trace_of(params["trace"])
+    trace, changed = rerouted_trace(params, batch_tokens(params))
     name = model_name(params)
     request = PlanRequest.of(
         trace=trace,
@@ -125,4 +137,9 @@ def plan_of(evaluator: Evaluator, params: Mapping[str, Any]) -> PlanResult:
         network_scale=params["network_scale"],
     )
     content = json.dumps([shared, trace.content_hash() if trace.path == "" else trace.path])
-    return kept(f"plan {content}", params["trace"], lambda: make_plan(request))  # type: ignore[no-any-return]
+
+    def make() -> PlanResult:
+        made = make_plan(request)
+        return replace(made, notices=(*changed, *made.notices))
+
+    return kept(f"plan {content}", params["trace"], make)  # type: ignore[no-any-return]

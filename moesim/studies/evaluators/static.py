@@ -32,7 +32,15 @@ from moesim.studies.evaluator import (
     Whole,
     Word,
 )
-from moesim.studies.inputs import cluster_of, model_hash, model_of, trace_hash, trace_of
+from moesim.studies.inputs import (
+    check_rule,
+    cluster_of,
+    model_hash,
+    model_of,
+    rerouted_trace,
+    trace_hash,
+    trace_of,
+)
 
 if TYPE_CHECKING:
     from moesim.placement import Plan
@@ -63,6 +71,7 @@ class DeploymentParams(Params):
     max_sequences: Degree | None = None
     memory_fraction: Annotated[Number, Field(gt=0, le=1)] | None = None
     trace: Word | None = None
+    reroute: Word | None = None
     solver: Word | None = None
     redundant_experts: Annotated[Whole, Field(ge=0, le=1 << 20)] | None = None
     two_batch_overlap: Overlap = "off"
@@ -112,6 +121,7 @@ class DeploymentEvaluator(Evaluator):
         model_of(params["model"])
         if params["trace"] is not None:
             trace_of(params["trace"])
+        check_rule(params)
         for name, known in (
             ("expert_dtype", WEIGHT_BYTES),
             ("dense_dtype", WEIGHT_BYTES),
@@ -202,7 +212,11 @@ def service_of(
     given["kv_window"] = params.get("kv_window")
     if params["trace"] is None:
         given["redundant_experts"] = params["redundant_experts"]
-    trace = trace_of(params["trace"]) if params["trace"] is not None else None
+    trace, changed = None, tuple[str, ...]()
+    if params["trace"] is not None:
+        trace, changed = rerouted_trace(params)
+    elif params["reroute"] is not None:
+        raise InputError("`reroute` without `trace`", "fix one: --set trace=sample:debian-moe")
     sized = partial(cluster_of, params["cluster"])
     model = model_of(params["model"])
     back = {name: params.get(name) for name in ("decode_gpus", "decode_replicas")}
@@ -215,7 +229,7 @@ def service_of(
         None if one is None else replace(one, engine=_scaled(one.engine, params)) for one in pools
     )
     assert front is not None
-    return (front, decode), notes
+    return (front, decode), (*changed, *(n for n in notes if n not in changed))
 
 
 def _scaled(deployment: Deployment, params: Mapping[str, Any]) -> Deployment:
@@ -254,6 +268,7 @@ def _plan(params: Mapping[str, Any], engine: Deployment) -> tuple[Plan | None, t
         cluster=params["cluster"],
         gpus=groups,
         trace=params["trace"],
+        reroute=params["reroute"],
         model=params["model"],
         solver=params["solver"] or "eplb",
         redundant_experts=params["redundant_experts"] or 0,

@@ -17,7 +17,7 @@ from moesim.studies.evaluators.routing import (
     phase_of,
     plan_of,
 )
-from moesim.studies.inputs import trace_of
+from moesim.studies.inputs import rerouted_trace
 
 
 class StepParams(RoutingParams):
@@ -61,12 +61,13 @@ class StepEvaluator(RoutingEvaluator):
         from moesim.jobs.simulate_request import SimRequest
 
         model = model_required(params)
+        trace, changed = rerouted_trace(params, batch_tokens(params))
         plan = None
         if params["solver"] != "linear" or params["redundant_experts"]:
             plan = plan_of(self, params).plan
         report = run_simulation(
             SimRequest(
-                trace=trace_of(params["trace"]),
+                trace=trace,
                 cluster=self.cluster(params),
                 model=model,
                 plan=plan,
@@ -98,5 +99,5 @@ class StepEvaluator(RoutingEvaluator):
                 "gpu_busy": float(result.gpu_busy.mean()),
             },
             report.basis,
-            report.notices,
+            (*changed, *report.notices),
         )
