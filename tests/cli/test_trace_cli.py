@@ -389,3 +389,19 @@ def test_an_empty_trace(call: Call, toy: Path, tmp_path: Path) -> None:
     assert code == 1
     assert "the trace has no tokens" in out
     assert "no tokens" in refused(call("slice", empty, "--out", tmp_path / "o.npz"))
+
+
+def test_info_by_layer(call: Call, toy: Path) -> None:
+    """A row per layer; against itself nothing differs and every choice is kept."""
+    code, out, _ = call("info", str(toy), "--layers", "--against", str(toy), "--json")
+    assert code == 0
+    found = json.loads(out)["by_layer"]
+    assert found["layer_ids"] == [3, 4]
+    assert found["kept"] == [1.0, 1.0]
+    assert found["other"] == [0.0, 0.0]
+    code, out, _ = call("info", str(toy), "--layers")
+    assert code == 0
+    assert "max/mean of a request" in out
+    code, _, err = call("info", str(toy), "--against", str(toy))
+    assert code == 2
+    assert "--layers" in err

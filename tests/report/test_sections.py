@@ -221,3 +221,20 @@ def test_a_recommendation_that_misses_says_so(recommendation: Any, tmp_path: Pat
     assert "what you get (misses a promise)" in shown
     assert shown["what binds"].detail.endswith("without end")
     assert "how firm" not in shown
+
+
+def test_a_plan_says_its_rule_of_routing_and_its_solvers_schedule(
+    made: SimpleNamespace, tmp_path: Path
+) -> None:
+    data = json.loads((made.folder / "plan-run.json").read_text())
+    data["evaluation"]["reroute"] = "rerouted: drop: 9 of 10 choices kept"
+    data["evaluation"]["own_schedule"] = {
+        "schedule": "context-coherent",
+        "all_to_all": "nccl",
+        "num_steps": 4,
+        "step_us": {"linear": 1500.0, "greedy": 1000.0},
+    }
+    lead = section(data, tmp_path).lead
+    assert "9 of 10 choices kept" in lead
+    assert "schedule context-coherent" in lead
+    assert "linear 1.500, greedy 1.000" in lead

@@ -154,6 +154,17 @@ def _lead(view: PlanView) -> str:
             f" of {evaluation.whole('batch_tokens', 0):,} tokens; intervals are 95% bootstrap"
             " intervals over requests."
         )
+    if evaluation.has("reroute"):
+        parts.append(f"The trace was {evaluation.text('reroute')}.")
+    own = evaluation.maybe("own_schedule")
+    if own is not None:
+        times = own.child("step_us")
+        shown = ", ".join(f"{name} {times.number(name) / 1e3:.3f}" for name in times.raw)
+        parts.append(
+            f"{view.own} is made for schedule {own.text('schedule')}; under it, over"
+            f" {own.text('all_to_all')}, the MoE part of held-out steps takes (ms): {shown}."
+            " All other figures are of the sequential schedule."
+        )
     return " ".join(parts)
 
 
