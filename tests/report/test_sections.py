@@ -12,6 +12,7 @@ import pytest
 
 from moesim.errors import FormatError
 from moesim.report.html.parts import Card, Cards, Figures, Note, Section, TableBlock
+from moesim.report.html.plan_section import plan_section, plan_views
 from moesim.report.html.runs import load_runs
 
 
@@ -234,7 +235,9 @@ def test_a_plan_says_its_rule_of_routing_and_its_solvers_schedule(
         "num_steps": 4,
         "step_us": {"linear": 1500.0, "greedy": 1000.0},
     }
-    lead = section(data, tmp_path).lead
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    (view,) = plan_views(load_runs([tmp_path / "run.json"])[0])
+    lead = plan_section(view).lead
     assert "9 of 10 choices kept" in lead
     assert "schedule context-coherent" in lead
     assert "linear 1.500, greedy 1.000" in lead
