@@ -8,7 +8,7 @@ Objective = Literal["balance", "traffic", "time"]
 Phase = Literal["prefill", "decode"]
 ReplicaPolicy = Literal["split", "hash", "nearest", "lp"]
 Dedup = Literal["gpu", "node", "none"]
-AllToAll = Literal["nccl", "deepep", "deepep_ll", "nvlink"]
+AllToAll = Literal["nccl", "deepep", "deepep_ll", "nvlink", "nvlink_one_sided"]
 Fidelity = Literal["event", "analytic"]
 Keep = Literal["score", "random", "first", "last", "position"]
 Scope = Literal["step", "gpu"]
@@ -17,7 +17,14 @@ Order = Literal["fifo", "pre-gated", "predicted"]
 Router = Literal["round_robin", "least_loaded", "length_aware"]
 MoveThrough = Literal["nccl", "gloo"]
 MoeComm = Literal[
-    "all_reduce", "all_gather", "nccl", "deepep", "deepep_ll", "deepep_auto", "nvlink"
+    "all_reduce",
+    "all_gather",
+    "nccl",
+    "deepep",
+    "deepep_ll",
+    "deepep_auto",
+    "nvlink",
+    "nvlink_one_sided",
 ]
 Overlap = Literal["off", "prefill", "decode", "both"]
 Basis = Literal["measured", "datasheet", "assumed"]

@@ -48,7 +48,9 @@ def plan(
     replica_policy: ReplicaPolicyOption = None,
     all_to_all: Annotated[
         str | None,
-        typer.Option(help="nccl, deepep, deepep_ll or nvlink.", show_default="by cluster"),
+        typer.Option(
+            help="nccl, deepep, deepep_ll, nvlink or nvlink_one_sided.", show_default="by cluster"
+        ),
     ] = None,
     seed: SeedOption = 0,
     time_limit: Annotated[float, typer.Option(help="Seconds for the solver.")] = 60.0,

@@ -41,6 +41,8 @@ KINDS = (
     "deepep_ll_combine",
     "nvlink_dispatch",
     "nvlink_combine",
+    "nvlink_one_sided_dispatch",
+    "nvlink_one_sided_combine",
 )
 # A kind without curves of its own borrows another's, which the docs name as an assumption.
 _STANDS_IN = {"all_to_all_v": "all_to_all", "p2p": "all_to_all"}

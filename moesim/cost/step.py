@@ -30,12 +30,19 @@ if TYPE_CHECKING:
     from moesim.model.spec import ModelSpec
 
 
-DEDUP_OF: dict[str, Dedup] = {"nccl": "gpu", "deepep": "node", "deepep_ll": "none", "nvlink": "gpu"}
+DEDUP_OF: dict[str, Dedup] = {
+    "nccl": "gpu",
+    "deepep": "node",
+    "deepep_ll": "none",
+    "nvlink": "gpu",
+    "nvlink_one_sided": "gpu",
+}
 KINDS_OF: dict[str, tuple[str, str]] = {
     "nccl": ("all_to_all_v", "all_to_all_v"),
     "deepep": ("deepep_normal_dispatch", "deepep_normal_combine"),
     "deepep_ll": ("deepep_ll_dispatch", "deepep_ll_combine"),
     "nvlink": ("nvlink_dispatch", "nvlink_combine"),
+    "nvlink_one_sided": ("nvlink_one_sided_dispatch", "nvlink_one_sided_combine"),
 }
 BYTES_PER_ELEMENT = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4.0 / 128}
 """Bytes of one element of a message; fp8 carries one float32 scale per 128 elements, as DeepEP."""

@@ -422,8 +422,9 @@ def test_datasheet_models_refuse_nonsense(bad: GpuFigures) -> None:
 def test_missing_parts_come_from_another_calibration() -> None:
     gb200 = load_calibration("gb200").completed_by(datasheet_models(FIGURES))
     assert gb200.collective("nvlink_dispatch", 64).basis == "measured"
-    assert gb200.collective("all_to_all", 8).basis == "assumed"
-    assert gb200.expert_ffn("nvfp4").basis == "assumed"
+    assert not gb200.collective("all_to_all", 8).group_measured
+    assert gb200.expert_ffn("nvfp4").basis == "measured"
+    assert gb200.copy("h2d").basis == "assumed"
     h100 = load_calibration("h100").completed_by(datasheet_models(FIGURES))
     assert h100.collective("all_to_all_v", 8).basis == "measured"
     assert h100.expert_ffn("bf16").basis == "measured"

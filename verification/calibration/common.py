@@ -21,7 +21,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help="folder of the measured tables")
     parser.add_argument("--out", type=Path, required=True, help="calibration file to update")
-    parser.add_argument("--gpu", help="which tables: h100 or h200; default: the file's name")
+    parser.add_argument("--gpu", help="which tables: h100, gb200, ...; default: the file's name")
     parsed = parser.parse_args()
     if parsed.gpu is None:
         parsed.gpu = parsed.out.stem
@@ -108,11 +108,15 @@ HEADERS: dict[str, dict[str, Any]] = {
         "gpu": "NVIDIA H200",
         "description": "NCCL measured; expert GEMM of the H100 with this GPU's memory bandwidth",
     },
-    "gb200": {
-        "format": "moesim-calibration",
-        "version": 1,
-        "name": "gb200",
-        "gpu": "NVIDIA GB200",
-        "description": "TensorRT-LLM NVLink all-to-all only",
+    **{
+        name: {
+            "format": "moesim-calibration",
+            "version": 1,
+            "name": name,
+            "gpu": f"NVIDIA {name.upper()}",
+            "description": "NCCL and kernels of vLLM as it serves, fitted to public tables",
+        }
+        for name in ("b200", "b300", "gb200", "gb300")
     },
 }
+HEADERS["gb200"]["description"] += "; TensorRT-LLM's NVLink all-to-all"

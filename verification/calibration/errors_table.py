@@ -49,11 +49,12 @@ def rows(path: Path) -> list[tuple[str, int, int, list[Any]]]:
 
 
 ENGINES = ("vllm", "sglang", "trtllm")
+BLACKWELL = ("b200", "b300", "gb200", "gb300")
 
 
 def of_engine(path: Path) -> bool:
-    """Whether a file holds a serving engine's kernels."""
-    return not set(ENGINES).isdisjoint(path.stem.split("-"))
+    """Whether a file holds a serving engine's kernels, as all of Blackwell's do."""
+    return path.stem in BLACKWELL or not set(ENGINES).isdisjoint(path.stem.split("-"))
 
 
 def engine_table(paths: list[Path]) -> str:

@@ -202,18 +202,27 @@ class DeepEpPoints:
     num_experts: tuple[int, ...]
 
 
-def deepep_normal_points(data: Path, phase: str) -> dict[tuple[int, int], DeepEpPoints]:
-    """DeepEP normal mode on H100s by (nodes, SMs); phase "dispatch" (fp8) or "combine" (bf16).
+def _deepep_table(data: Path, gpu: str, mode: str, column: str) -> pd.DataFrame:
+    """One node of 8 GPUs and, where measured, several, as `node_num` says."""
+    single = pd.read_parquet(data / f"{gpu}_deepep_{mode}_1node.parquet")
+    several = data / f"{gpu}_deepep_{mode}_multinode.parquet"
+    if several.exists():
+        multi = pd.read_parquet(several)
+        single = pd.concat([single, multi[multi["node_num"] > 1]], ignore_index=True)
+    return single[single["num_experts"] >= 128].dropna(subset=[column])
+
+
+def deepep_normal_points(
+    data: Path, phase: str, gpu: str = "h100"
+) -> dict[tuple[int, int], DeepEpPoints]:
+    """DeepEP normal mode by (nodes, SMs); phase "dispatch" (fp8) or "combine" (bf16).
 
     The time is transmit plus notify, one after the other: at 8 nodes the wait for slower ranks
     shows up in either, and only the sum is proportional to bytes. One node: `num_token` per rank on
     8 ranks, from the table swept over shapes; several nodes: hidden 7168, top 8 of 256.
     """
     element = FP8_ROW if phase == "dispatch" else BF16_ROW
-    single = pd.read_parquet(data / "h100_deepep_normal_1node.parquet")
-    multi = pd.read_parquet(data / "h100_deepep_normal_multinode.parquet")
-    table = pd.concat([single, multi[multi["node_num"] > 1]], ignore_index=True)
-    table = table[table["num_experts"] >= 128].dropna(subset=[f"{phase}_transmit_us"])
+    table = _deepep_table(data, gpu, "normal", f"{phase}_transmit_us")
     keys = ["node_num", f"{phase}_sms"]
     found = {}
     for (nodes, sms), rows in table.groupby(keys):
@@ -244,16 +253,13 @@ def deepep_normal_points(data: Path, phase: str) -> dict[tuple[int, int], DeepEp
     return found
 
 
-def deepep_ll_points(data: Path, phase: str) -> dict[int, DeepEpPoints]:
-    """DeepEP low latency on H100s by nodes; every choice is a message of its own (no dedup).
+def deepep_ll_points(data: Path, phase: str, gpu: str = "h100") -> dict[int, DeepEpPoints]:
+    """DeepEP low latency by nodes; every choice is a message of its own (no dedup).
 
     Shapes with fewer than 128 experts are left out: those few-expert kernels fill less of the GPU.
     """
-    single = pd.read_parquet(data / "h100_deepep_low_latency_1node.parquet")
-    multi = pd.read_parquet(data / "h100_deepep_low_latency_multinode.parquet")
-    table = pd.concat([single, multi[multi["node_num"] > 1]], ignore_index=True)
     column = f"{phase}_avg_t_us"
-    table = table[table["num_experts"] >= 128].dropna(subset=[column])
+    table = _deepep_table(data, gpu, "low_latency", column)
     found = {}
     for nodes, rows in table.groupby("node_num"):
         hidden = rows["hidden_size"].to_numpy(dtype=np.float64)
@@ -286,19 +292,20 @@ def drop_spikes_by_shape(rows: pd.DataFrame, size: FloatArray, us: FloatArray) -
     return keep
 
 
-def trtllm_points(data: Path, phase: str) -> dict[int, SizePoints]:
-    """TensorRT-LLM's two-sided NVLink all-to-all on GB200 by ranks; phase "dispatch" or "combine".
+def trtllm_points(data: Path, phase: str, kernel: str = "NVLinkTwoSided") -> dict[int, SizePoints]:
+    """TensorRT-LLM's NVLink all-to-all on GB200 by ranks; phase "dispatch" or "combine".
 
     `num_tokens` is per rank, 7168 wide, top 8 of 256. Dispatch moves bf16, fp8 or nvfp4 rows (a
-    scale byte per 16) plus 8 bytes a choice of ids and weights, and includes the "prepare" kernel
-    that exchanges counts; combine always moves bf16.
+    scale byte per 16) plus 8 bytes a choice of ids and weights, and two-sided includes the
+    "prepare" kernel that exchanges counts; combine always moves bf16. One-sided (`kernel`
+    "NVLinkOneSided") was measured with nvfp4 rows alone.
     """
     table = pd.read_parquet(data / "gb200_trtllm_alltoall.parquet")
-    table = table[table["kernel_source"] == "NVLinkTwoSided"]
+    table = table[table["kernel_source"] == kernel]
     index = ["moe_dtype", "moe_ep_size", "num_tokens"]
     us = table.pivot_table(index=index, columns="op_name", values="latency") * 1e3
     times = us[f"alltoall_{phase}"]
-    if phase == "dispatch":
+    if phase == "dispatch" and "alltoall_prepare" in us:
         times = times + us["alltoall_prepare"]
     frame = times.rename("us").reset_index()
     width = {"bfloat16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}

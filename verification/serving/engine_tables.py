@@ -20,9 +20,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "calibration"))
 from loads import rank0_counts
 from tables import DensePoints, ExpertPoints, _dense_points, _expert_fit, alternate
 
-SYSTEM = {"h100": "h100_sxm", "h200": "h200_sxm"}
-TABLE_DTYPE = {"bf16": "bfloat16", "fp8": "fp8_block", "int4": "int4_wo", "mxfp4": "w4a16_mxfp4"}
+SYSTEM = {
+    "h100": "h100_sxm",
+    "h200": "h200_sxm",
+    "b200": "b200_sxm",
+    "b300": "b300_sxm",
+    "gb200": "gb200",
+    "gb300": "gb300",
+}
+TABLE_DTYPE = {
+    "bf16": "bfloat16",
+    "fp8": "fp8_block",
+    "nvfp4": "nvfp4",
+    "int4": "int4_wo",
+    "mxfp4": "w4a16_mxfp4",
+}
 NOT_SWIGLU = {(2688, 1856, 6, 128), (4096, 2688, 22, 512)}
+# vLLM 0.24.0 chooses DeepSeek-V3's experts among groups: the loads are not those asked for (half of
+# the experts took as long as all of them).
+GROUP_LIMITED = {("0.24.0", 7168, 2048, 8, 256)}
 MIN_SHARD = 128  # experts cut finer are another kernel's business
 MAX_SHARDS = 8
 MAX_POINTS = 700
@@ -36,7 +52,8 @@ class EngineTables:
     shape), which a CUDA graph removes; SGLang's of the same DeepGEMM kernels stand in. So are its
     latent attention modules (77 us and more); TensorRT-LLM's stand in, as they do for SGLang, which
     has none. Its int4 experts are those of the compressed-tensors Marlin class, which only the
-    later table names.
+    later table names. On Blackwell it is the same: 150 us and more for a block-scaled fp8 GEMM, 95
+    us and more for a latent attention module.
     """
 
     gemm: str
@@ -45,6 +62,8 @@ class EngineTables:
     experts: dict[str, str]
     mla: tuple[str, str] | None = None  # engine and version of the module table
     fp8_gemm: tuple[str, str] | None = None  # where the engine's own table does not serve
+    gemm_dtypes: tuple[str, ...] = ("bf16", "fp8")
+    parallel: tuple[str, ...] = ("tp", "ep")  # the first is the default of other engines
 
 
 SOURCES: dict[tuple[str, str], EngineTables] = {
@@ -63,6 +82,19 @@ SOURCES: dict[tuple[str, str], EngineTables] = {
         experts={"fp8": "0.19.0", "bf16": "0.19.0", "int4": "0.24.0", "mxfp4": "0.24.0"},
         mla=("trtllm", "1.3.0rc10"),
         fp8_gemm=("sglang", "0.5.9"),
+    ),
+    **dict.fromkeys(
+        [(gpu, "vllm") for gpu in ("b200", "b300", "gb200", "gb300")],
+        EngineTables(
+            gemm="0.24.0",
+            attention="0.24.0",
+            all_reduce="0.24.0",
+            experts=dict.fromkeys(("fp8", "nvfp4", "bf16", "int4", "mxfp4"), "0.24.0"),
+            mla=("trtllm", "1.3.0rc20"),
+            fp8_gemm=("sglang", "0.5.14"),
+            gemm_dtypes=("bf16", "fp8", "nvfp4"),
+            parallel=("ep", "tp"),
+        ),
     ),
     ("h200", "sglang"): EngineTables(
         gemm="0.5.9",
@@ -152,7 +184,7 @@ def mla_points(
     except FileNotFoundError:
         return None
     size = "step" if phase == "decode" else "isl"
-    names = {"bfloat16": "bf16", "fp8": "fp8", "fp8_block": "fp8"}
+    names = {"bfloat16": "bf16", "fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4"}
     return {
         (names[gemm], names[kv]): _dense_points(rows, size)
         for (gemm, kv), rows in table.groupby(["gemm_type", "kv_cache_dtype"])
@@ -176,7 +208,8 @@ def expert_points(
 
     `num_tokens` is the input of the one measured rank. Every other token count is held out.
     """
-    table = read(root, gpu, "moe", engine, SOURCES[gpu, engine].experts[dtype], "moe_perf")
+    version = SOURCES[gpu, engine].experts[dtype]
+    table = read(root, gpu, "moe", engine, version, "moe_perf")
     shard = table["inter_size"] // table["moe_tp_size"]
     table = table[
         (table["moe_dtype"] == TABLE_DTYPE[dtype])
@@ -190,7 +223,7 @@ def expert_points(
     keys = zip(
         table["hidden_size"], table["inter_size"], table["topk"], table["num_experts"], strict=True
     )
-    table = table[[key not in NOT_SWIGLU for key in keys]]
+    table = table[[key not in NOT_SWIGLU and (version, *key) not in GROUP_LIMITED for key in keys]]
     columns = [
         "num_tokens",
         "hidden_size",

@@ -1,5 +1,7 @@
 """Calibrations of serving engines' own kernels: `python verification/serving/fit_engines.py
 --tables PATH/systems/data --gpu h200 --engine vllm --out topologies/calibration/h200-vllm.yaml`.
+On Blackwell, where no other table of kernels is, all but the all-reduce go into the GPU's own file
+(`--out topologies/calibration/gb200.yaml --section gemm ...`).
 
 `--tables` is the folder `aic-core/src/aiconfigurator_core/systems/data` of a checkout of
 github.com/ai-dynamo/aiconfigurator @095f58a. Only fitted parameters are written. Every other size
@@ -20,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "calibration"))
 
-from common import AICONFIGURATOR, report, update
+from common import AICONFIGURATOR, HEADERS, report, update
 from engine_tables import (
     SOURCES,
     all_reduce_table,
@@ -39,11 +41,21 @@ from moesim.model.names import WEIGHT_BYTES, load_model
 
 SHAPES = {
     "fp8": ((3072, 1536), (4096, 1536), (7168, 2048), (6144, 2048), (4096, 1024)),
+    "nvfp4": ((4096, 1536), (7168, 2048), (6144, 2048)),
     "bf16": (),
     "int4": ((7168, 2048),),
     "mxfp4": ((2880, 2880),),
 }
-START_TFLOPS = {"fp8": 800.0, "bf16": 500.0, "int4": 400.0, "mxfp4": 500.0}
+START_TFLOPS = {"fp8": 800.0, "bf16": 500.0, "int4": 400.0, "mxfp4": 500.0, "nvfp4": 2000.0}
+START_GB_PER_S = {"h100": 2600.0, "h200": 3500.0}
+GPU_NAMES = {
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+    "b300": "NVIDIA B300",
+    "gb200": "NVIDIA GB200",
+    "gb300": "NVIDIA GB300",
+}
 
 
 def fit_all_reduce(root: Path, gpu: str, engine: str, source: str) -> list[dict[str, Any]]:
@@ -71,7 +83,9 @@ def fit_all_reduce(root: Path, gpu: str, engine: str, source: str) -> list[dict[
 
 def fit_gemms(root: Path, gpu: str, engine: str, source: str) -> list[dict[str, Any]]:
     entries = []
-    for dtype, tflops in (("bf16", 800.0), ("fp8", 1300.0)):
+    tflops_of = {"bf16": 800.0, "fp8": 1300.0, "nvfp4": 3000.0}
+    for dtype in SOURCES[gpu, engine].gemm_dtypes:
+        tflops = tflops_of[dtype]
         points = gemm_points(root, gpu, engine, dtype)
         m, n, k = (points.frame[c].to_numpy(dtype=np.float64) for c in "mnk")
         fixed = {"dtype": dtype, "weight_bytes_per_param": WEIGHT_BYTES[dtype]}
@@ -199,7 +213,8 @@ def fit_mla(root: Path, gpu: str, engine: str, source: str) -> list[dict[str, An
 
 def fit_experts(root: Path, gpu: str, engine: str, source: str) -> list[dict[str, Any]]:
     entries = []
-    for dtype, parallel in product(SOURCES[gpu, engine].experts, ("tp", "ep")):
+    used = SOURCES[gpu, engine]
+    for dtype, parallel in product(used.experts, used.parallel):
         for shape in (None, *SHAPES[dtype]):
             points = expert_points(
                 root, gpu, engine, dtype, WEIGHT_BYTES[dtype], shape, parallel=parallel
@@ -211,7 +226,7 @@ def fit_experts(root: Path, gpu: str, engine: str, source: str) -> list[dict[str
                 dtype=dtype,
                 kernel=name,
                 start_tflops=START_TFLOPS[dtype],
-                start_gb_per_s=3500.0 if gpu == "h200" else 2600.0,
+                start_gb_per_s=START_GB_PER_S.get(gpu, 6000.0),
             )
             fields = expert_entry(points, model, source)
             if shape is not None:
@@ -234,7 +249,7 @@ FITS: dict[str, Callable[[Path, str, str, str], list[dict[str, Any]]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", type=Path, required=True)
-    parser.add_argument("--gpu", choices=["h100", "h200"], required=True)
+    parser.add_argument("--gpu", choices=list(GPU_NAMES), required=True)
     parser.add_argument("--engine", choices=["vllm", "sglang", "trtllm"], required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--section", choices=list(FITS), action="append", help="only these")
@@ -251,9 +266,10 @@ def main() -> None:
         "format": "moesim-calibration",
         "version": 1,
         "name": args.out.stem,
-        "gpu": "NVIDIA H200" if args.gpu == "h200" else "NVIDIA H100 80GB HBM3",
+        "gpu": GPU_NAMES[args.gpu],
         "description": f"Kernels of {args.engine} as it serves, fitted to public tables",
     }
+    header = HEADERS.get(args.out.stem, header)
     call = (args.tables, args.gpu, args.engine, source)
     for section in args.section or FITS:
         entries = FITS[section](*call)

@@ -11,6 +11,7 @@ ALL2ALL = {
     "deepep": "deepep_high_throughput",
     "deepep_ll": "deepep_low_latency",
     "nvlink": "flashinfer_nvlink_two_sided",
+    "nvlink_one_sided": "flashinfer_nvlink_one_sided",
 }
 RPC_PORT = "13345"
 
