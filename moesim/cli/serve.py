@@ -67,7 +67,12 @@ def serve(
     engine: Annotated[str, typer.Option(help="vllm, sglang or trtllm.")] = "vllm",
     moe_comm: Annotated[
         MoeComm | None,
-        typer.Option(help="How tokens reach their experts.", show_default="by DP and nodes"),
+        typer.Option(
+            help="How tokens reach their experts: all_reduce, all_gather, nccl, deepep, deepep_ll,"
+            " deepep_auto, nvlink or nvlink_one_sided.",
+            metavar="EXCHANGE",
+            show_default="by DP and nodes",
+        ),
     ] = None,
     redundant_experts: Annotated[
         int | None,
@@ -84,6 +89,19 @@ def serve(
             " decode or both."
         ),
     ] = "off",
+    expert_gpus: Annotated[
+        int | None,
+        typer.Option(
+            help="Attention and experts apart: so many of an engine's GPUs hold its routed experts"
+            " and nothing else; of decoding engines alone with --decode-gpus.",
+            show_default="on attention's GPUs",
+            min=1,
+        ),
+    ] = None,
+    micro_batches: Annotated[
+        int,
+        typer.Option(help="Parts of a step that go back and forth between the two.", min=1),
+    ] = 3,
     expert_dtype: Annotated[
         str | None, typer.Option(help="Experts' weights.", show_default="the model's")
     ] = None,

@@ -139,6 +139,8 @@ def serve(
     moe_comm: MoeComm | None = None,
     redundant_experts: int | None = None,
     two_batch_overlap: Overlap = "off",
+    expert_gpus: int | None = None,
+    micro_batches: int = 3,
     kv_scale: float = 1.0,
     kv_window: int | None = None,
     expert_dtype: str | None = None,
@@ -213,6 +215,8 @@ def serve(
         "moe_comm": moe_comm,
         "redundant_experts": redundant_experts,
         "two_batch_overlap": two_batch_overlap,
+        "expert_gpus": expert_gpus,
+        "micro_batches": micro_batches,
         "kv_scale": kv_scale,
         "kv_window": kv_window,
         "expert_dtype": expert_dtype,
@@ -304,7 +308,8 @@ def _pools(
     split = dict(asked)
     gpus = split.pop("gpus")
     if gpus is None:
-        gpus = service_gpus(split["replicas"], split["tp"], split["dp"], split["pp"] or 1)
+        apart = options["expert_gpus"]
+        gpus = service_gpus(split["replicas"], split["tp"], split["dp"], split["pp"] or 1, apart)
         if isinstance(cluster, Cluster):
             gpus = cluster.num_gpus
         elif made is not None:

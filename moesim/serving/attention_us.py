@@ -13,9 +13,10 @@ from moesim.cost.dense import KV_ELEMENT_BYTES, causal_pairs
 from moesim.types import FloatArray
 
 if TYPE_CHECKING:
-    from moesim.cost.curves import Basis
-    from moesim.cost.dense import DenseModel
+    from moesim.cost.dense import AttentionKernel, DenseModel, MlaModule
     from moesim.serving.deployment import Deployment
+
+    Kernel = AttentionKernel | MlaModule
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class AttentionTerms:
 
 def attention_terms(
     deployment: Deployment, dense: DenseModel
-) -> tuple[tuple[AttentionTerms, ...], list[Basis]]:
-    """Terms of each kind of attention layer of a deployment, and what kinds of figures they are."""
+) -> tuple[tuple[AttentionTerms, ...], Kernel, Kernel]:
+    """Terms of each kind of attention layer of a deployment, and the kernels of decodes and of
+    prompts that they are from."""
     model, d = deployment.model, deployment
     spec = model.attention
     if spec.kind == "mla":
@@ -104,12 +106,12 @@ def attention_terms(
         for window, count in counts
         if count
     )
-    return terms, [decode.basis, prefill.basis]
+    return terms, decode, prefill
 
 
 def _latent_terms(
     deployment: Deployment, dense: DenseModel
-) -> tuple[tuple[AttentionTerms, ...], list[Basis]]:
+) -> tuple[tuple[AttentionTerms, ...], Kernel, Kernel]:
     model, d = deployment.model, deployment
     spec = model.attention
     heads = spec.num_heads // d.tp
@@ -132,7 +134,7 @@ def _latent_terms(
         sharpness=prefill.sharpness,
         us_per_repeat=arithmetic_us,
     )
-    return (terms,), [decode.basis, prefill.basis]
+    return (terms,), decode, prefill
 
 
 def _element_bytes(deployment: Deployment) -> float:

@@ -74,9 +74,10 @@ class BatchShape:
         """D, the data-parallel attention ranks."""
         return int(self.decode_tokens.shape[-1])
 
-    def halved(self) -> BatchShape:
-        """Half of every count."""
-        return BatchShape(*(getattr(self, name) / 2 for name in (*_FIELDS, "prefill_sequences")))
+    def cut(self, parts: int) -> BatchShape:
+        """One of so many equal parts of every count."""
+        names = (*_FIELDS, "prefill_sequences")
+        return BatchShape(*(getattr(self, name) / parts for name in names))
 
     @property
     def rows(self) -> FloatArray:

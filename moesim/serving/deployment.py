@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Deployment:
-    """One engine replica of `num_gpus` = tp x dp x pp GPUs.
+    """One engine replica of `num_gpus` = tp x dp x pp GPUs, and `expert_gpus` more where given.
 
     tp: tensor-parallel ranks of attention and dense layers. dp: data-parallel attention ranks,
     each with requests and a KV cache of its own. pp: pipeline stages. ep, moe_tp: the same tp x dp
@@ -36,8 +36,8 @@ class Deployment:
     running sequences of one DP rank; memory_fraction: share of the GPU's memory the engine uses.
     moe_comm: how tokens reach their experts. all_reduce: every rank has all tokens, partial sums
     are added (TP and TP+EP without attention DP). all_gather: gathered over DP ranks before, reduce
-    scattered after. nccl, deepep, deepep_ll, nvlink: all-to-all. deepep_auto: deepep in steps with
-    prompt tokens and deepep_ll in steps without (SGLang's --deepep-mode auto).
+    scattered after. nccl, deepep, deepep_ll, nvlink, nvlink_one_sided: all-to-all. deepep_auto:
+    deepep in steps with prompt tokens and deepep_ll in steps without (SGLang's --deepep-mode auto).
     plan, trace: placement of the experts (ep = num_gpus of the plan) and the routing it serves;
     without a trace the skew of the routing is assumed (`moesim.serving.moe_load`).
     redundant_experts: further slots per layer, filled by EPLB on the popularity of the experts, as
@@ -47,6 +47,9 @@ class Deployment:
     kv_scale: bytes of the KV cache, stored, read and sent, by those of its precision, where it is
     compressed. kv_window: tokens of a sequence that are kept and attended to, the last ones, in
     every layer; None for all. What either costs in quality is not claimed.
+    expert_gpus: so many GPUs hold the routed experts and nothing else (ep x moe_tp, the last of the
+    cluster), the tp x dp others the rest, and a step goes back and forth between them in up to
+    `micro_batches` parts (`moesim.serving.apart`). None: experts are on attention's GPUs.
     calibration: measured kernels, by default the cluster's. imbalance_scale: experts' popularity
     differs from the mean by so many times as much, for what-if studies.
 
@@ -77,6 +80,8 @@ class Deployment:
     two_batch_overlap: Overlap = "off"
     kv_scale: float = 1.0
     kv_window: int | None = None
+    expert_gpus: int | None = None
+    micro_batches: int = 3
 
     def __post_init__(self) -> None:
         for name in ("tp", "dp", "pp", "ep", "moe_tp", "max_batch_tokens", "max_sequences"):
@@ -85,14 +90,17 @@ class Deployment:
                 raise InputError(
                     f"{name} is {value!r:.40}", f"give {name} as a number of 1 or more"
                 )
-        if self.ep * self.moe_tp != self.tp * self.dp:
+        if self.expert_gpus is not None:
+            self._check_apart(self.expert_gpus)
+        elif self.ep * self.moe_tp != self.tp * self.dp:
             raise InputError(
                 f"ep {self.ep} x moe_tp {self.moe_tp} is not tp {self.tp} x dp {self.dp}",
-                "experts and attention of a stage use the same GPUs: make the products equal",
+                "experts and attention of a stage use the same GPUs: make the products equal, or"
+                " give `expert_gpus`",
             )
         if self.num_gpus != self.cluster.num_gpus:
             raise MismatchError(
-                f"tp x dp x pp is {self.num_gpus} GPUs, the cluster has {self.cluster.num_gpus}",
+                f"the engine is of {self.num_gpus} GPUs, the cluster has {self.cluster.num_gpus}",
                 f"size the cluster to {self.num_gpus} GPUs",
             )
         for table, name in (
@@ -113,6 +121,11 @@ class Deployment:
         self._check_shapes()
         if self.moe_comm not in get_args(MoeComm):
             raise UnknownNameError("moe_comm", str(self.moe_comm), get_args(MoeComm))
+        if self.expert_gpus is not None and self.moe_comm in ("all_reduce", "all_gather"):
+            raise InputError(
+                f"moe_comm {self.moe_comm} with experts on GPUs of their own",
+                "choose an all-to-all: nccl, deepep, deepep_ll, nvlink",
+            )
         if self.moe_comm == "all_reduce" and self.dp > 1:
             raise InputError(
                 "moe_comm all_reduce with attention DP: ranks hold different tokens",
@@ -127,10 +140,31 @@ class Deployment:
         self._check_redundancy()
         if self.two_batch_overlap not in get_args(Overlap):
             raise UnknownNameError("two_batch_overlap", self.two_batch_overlap, get_args(Overlap))
+        if self.two_batch_overlap != "off" and self.expert_gpus is not None:
+            raise InputError(
+                "two-batch overlap with experts on GPUs of their own, whose parts overlap anyway",
+                "leave `two_batch_overlap` out",
+            )
         if self.two_batch_overlap != "off" and self.dp == 1:
             raise InputError(
                 "two-batch overlap without attention DP: there is no dispatch to hide",
                 "give `dp`, or leave `two_batch_overlap` out",
+            )
+
+    def _check_apart(self, expert_gpus: int) -> None:
+        for name in ("expert_gpus", "micro_batches"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"`{name}` is {value!r:.40}", "give 1 or more")
+        if self.ep * self.moe_tp != expert_gpus:
+            raise InputError(
+                f"ep {self.ep} x moe_tp {self.moe_tp} is not the {expert_gpus} GPUs of the experts",
+                "make the product `expert_gpus`",
+            )
+        if self.pp > 1:
+            raise InputError(
+                f"{self.pp} pipeline stages with experts on GPUs of their own",
+                "leave `pp` or `expert_gpus` out",
             )
 
     def _check_redundancy(self) -> None:
@@ -202,12 +236,23 @@ class Deployment:
     @property
     def num_gpus(self) -> int:
         """GPUs of the replica."""
-        return self.tp * self.dp * self.pp
+        return self.tp * self.dp * self.pp + (self.expert_gpus or 0)
+
+    @property
+    def attention_gpus(self) -> tuple[GpuSpec, ...]:
+        """Those of all but the routed experts: all, or all but the last `expert_gpus`."""
+        return self.cluster.gpus[: self.tp * self.dp * self.pp]
 
     @property
     def gpu(self) -> GpuSpec:
-        """The slowest GPU type of the cluster by memory rate, which every step waits for."""
-        return min(self.cluster.gpus, key=lambda gpu: gpu.hbm_gb_per_s)
+        """Attention's slowest GPU type by memory rate, which every step waits for."""
+        return min(self.attention_gpus, key=lambda gpu: gpu.hbm_gb_per_s)
+
+    @property
+    def expert_gpu(self) -> GpuSpec:
+        """The slowest GPU type by memory rate of those that hold routed experts."""
+        held = self.cluster.gpus[-(self.expert_gpus or self.num_gpus) :]
+        return min(held, key=lambda gpu: gpu.hbm_gb_per_s)
 
     @property
     def name(self) -> str:
@@ -221,9 +266,12 @@ class Deployment:
 
     @property
     def parallelism(self) -> str:
-        """As "tp1 dp8 ep8"; what is 1 is left out but for tp."""
+        """As "tp1 dp8 ep8", or "tp1 dp4 + ep4" with experts on GPUs of their own; what is 1 is left
+        out but for tp."""
         parts = [f"tp{self.tp}"]
         parts += [f"dp{self.dp}"] if self.dp > 1 else []
+        if self.expert_gpus is not None:
+            return " ".join([*parts, "+", f"ep{self.ep}"])
         parts += [f"ep{self.ep}"] if self.ep > 1 else []
         parts += [f"pp{self.pp}"] if self.pp > 1 else []
         return " ".join(parts)
@@ -253,6 +301,8 @@ def deploy(
     two_batch_overlap: Overlap = "off",
     kv_scale: float = 1.0,
     kv_window: int | None = None,
+    expert_gpus: int | None = None,
+    micro_batches: int = 3,
     calibration: Calibration | None = None,
 ) -> Deployment:
     """A deployment with defaults for what is not given.
@@ -270,28 +320,32 @@ def deploy(
     """
     spec = load_model(model) if isinstance(model, str) else model
     profile = engine_profile(engine) if isinstance(engine, str) else engine
+    apart = expert_gpus or 0
     if num_gpus is not None and tp is None:
-        if min(num_gpus, dp, pp) < 1 or num_gpus % (dp * pp):
+        if min(num_gpus - apart, dp, pp) < 1 or (num_gpus - apart) % (dp * pp):
             raise InputError(
-                f"{num_gpus} GPUs do not divide over dp {dp} x pp {pp}",
+                f"{num_gpus - apart} GPUs do not divide over dp {dp} x pp {pp}",
                 "choose a number of GPUs that is a multiple of dp x pp",
             )
-        tp = num_gpus // (dp * pp)
+        tp = (num_gpus - apart) // (dp * pp)
     if tp is None and not isinstance(cluster, str):
-        tp = max(1, cluster.num_gpus // (dp * pp))
+        tp = max(1, (cluster.num_gpus - apart) // (dp * pp))
     tp = 1 if tp is None else tp
-    if num_gpus is not None and num_gpus != tp * dp * pp:
+    if num_gpus is not None and num_gpus != tp * dp * pp + apart:
         raise InputError(
-            f"tp {tp} x dp {dp} x pp {pp} is not {num_gpus} GPUs", "leave one of them out"
+            f"tp {tp} x dp {dp} x pp {pp} is not {num_gpus - apart} GPUs", "leave one of them out"
         )
     stage = tp * dp
+    holders = expert_gpus or stage
     if ep is None and moe_tp is None:
-        ep = stage if dp > 1 or plan is not None else 1
-    ep = stage // max(1, moe_tp or 1) if ep is None else ep
-    moe_tp = stage // max(1, ep) if moe_tp is None else moe_tp
+        ep = holders if dp > 1 or plan is not None or expert_gpus else 1
+    ep = holders // max(1, moe_tp or 1) if ep is None else ep
+    moe_tp = holders // max(1, ep) if moe_tp is None else moe_tp
     if isinstance(cluster, str):
-        cluster = load_cluster(cluster, stage * pp)
-    comm: MoeComm = moe_comm or ("all_reduce" if dp == 1 else "all_gather")
+        cluster = load_cluster(cluster, stage * pp + apart)
+    alone = dp == 1 and expert_gpus is None
+    provisional: MoeComm = "nccl" if expert_gpus else "all_reduce" if alone else "all_gather"
+    comm: MoeComm = moe_comm or provisional
     made = Deployment(
         model=spec,
         cluster=cluster,
@@ -314,23 +368,25 @@ def deploy(
         two_batch_overlap=two_batch_overlap,
         kv_scale=kv_scale,
         kv_window=kv_window,
+        expert_gpus=expert_gpus,
+        micro_batches=micro_batches,
         calibration=calibration,
     )
-    if moe_comm is not None or dp == 1 or moe_tp > 1:
+    if moe_comm is not None or alone or moe_tp > 1:
         return made
     kernels = calibration or calibration_of(made)
-    group_nodes = ceil(stage / cluster.gpus_per_node)
+    group_nodes = ceil((stage + apart) / cluster.gpus_per_node)
     of_prompts = default_library(kernels, group_nodes, "prefill")
     of_decoding = default_library(kernels, group_nodes, "decode")
     both = of_prompts == "deepep" and of_decoding == "deepep_ll"
     return replace(made, moe_comm="deepep_auto" if both else of_prompts)
 
 
-def calibration_of(deployment: Deployment) -> Calibration:
+def calibration_of(deployment: Deployment, gpu: GpuSpec | None = None) -> Calibration:
     """The engine's own kernels on its GPU ("h200-vllm") where they are bundled, those measured in
     the engine for a shape ("h200-vllm-engine") first, completed by the GPU's calibration and
-    datasheet figures."""
-    gpu = deployment.gpu
+    datasheet figures. gpu: attention's by default."""
+    gpu = gpu or deployment.gpu
     types = {g.name for g in deployment.cluster.gpus}
     general = calibration_of_gpu(gpu, deployment.cluster.calibration, len(types) == 1)
     own = f"{gpu.name.split('-')[0]}-{deployment.engine.name}"

@@ -69,12 +69,13 @@ def default_split(
     Raises InfeasibleError with the numbers where nothing fits, InputError where the GPUs do not
     divide as given.
     """
-    plan = options.get("plan")
-    groups = plan.placement.num_gpus if plan is not None else None
+    plan, apart = options.get("plan"), options.get("expert_gpus") or 0
+    groups = plan.placement.num_gpus if plan is not None and not apart else None
     tried: list[tuple[float, Deployment]] = []
     refused: InputError | None = None
-    for size in _engine_sizes(sized, num_gpus, replicas, (tp or 1) * (dp or 1) * pp, groups):
-        stage, cluster = size // pp, sized(size)
+    least = (tp or 1) * (dp or 1) * pp
+    for size in _engine_sizes(sized, num_gpus, replicas, least, groups, apart):
+        stage, cluster = (size - apart) // pp, sized(size)
         if tp is not None and dp is not None and tp * dp != stage:
             continue
         for cut in [tp] if tp else [stage // dp] if dp else _divisors(stage):
@@ -82,7 +83,7 @@ def default_split(
             if tp is None and (model.attention.num_heads % cut or (across and dp is None)):
                 continue
             experts = (ep, moe_tp)
-            if ep is None and moe_tp is None and plan is None:
+            if ep is None and moe_tp is None and plan is None and not apart:
                 experts = _expert_groups(model, stage, cut, options)
             try:
                 made = deploy(
@@ -133,6 +134,8 @@ def default_pools(
     that decode, which are on the nodes behind the others' (so that in a cluster of two GPU types
     each can have a role). sized(n, after=m): n GPUs behind m. given: of both pools.
 
+    given: with `expert_gpus`, engines that only compute prompts have their experts on all GPUs.
+
     Raises InputError where nothing is left for prompts, or a number of decoding engines is given
     and no GPUs for them.
     """
@@ -147,7 +150,8 @@ def default_pools(
             f"{decode_gpus} of {num_gpus} GPUs are to decode: none is left for prompts",
             "give fewer `decode_gpus`, or more `gpus`",
         )
-    front = default_split(model, sized, num_gpus - decode_gpus, replicas=replicas, **given)
+    of_prompts = given | {"expert_gpus": None}
+    front = default_split(model, sized, num_gpus - decode_gpus, replicas=replicas, **of_prompts)
     behind = partial(sized, after=num_gpus - decode_gpus)
     back = default_split(model, behind, decode_gpus, replicas=decode_replicas, **given)
     return front, back
@@ -158,10 +162,18 @@ def pools_text(front: Split, back: Split | None) -> str:
     return str(front) if back is None else f"prompts {front}, decoding {back}"
 
 
-def service_gpus(replicas: int | None, tp: int | None, dp: int | None, pp: int = 1) -> int:
+def service_gpus(
+    replicas: int | None,
+    tp: int | None,
+    dp: int | None,
+    pp: int = 1,
+    expert_gpus: int | None = None,
+) -> int:
     """GPUs of a service of which nothing says how many: those of the engines as far as given, else
     DEFAULT_GPUS."""
-    return (tp or 1) * (dp or 1) * pp * (replicas or 1) if tp or dp or pp > 1 else DEFAULT_GPUS
+    if not (tp or dp or pp > 1):
+        return DEFAULT_GPUS
+    return ((tp or 1) * (dp or 1) * pp + (expert_gpus or 0)) * (replicas or 1)
 
 
 def _cache_share(engine: Deployment) -> tuple[float, bool]:
@@ -183,9 +195,10 @@ def _engine_sizes(
     replicas: int | None,
     least: int,
     planned: int | None,
+    apart: int,
 ) -> list[int]:
-    """GPUs that an engine may have, the fewest first: a multiple of `least`, equal parts of a node
-    or whole nodes, and all engines on GPUs alike."""
+    """GPUs that an engine may have, the fewest first: a multiple of `least` beside the `apart` ones
+    of its experts, equal parts of a node or whole nodes, and all engines on GPUs alike."""
     if replicas is not None and (replicas < 1 or num_gpus % replicas):
         raise InputError(
             f"{num_gpus} GPUs do not divide among {replicas} replicas", "choose a multiple of them"
@@ -198,7 +211,7 @@ def _engine_sizes(
         same = all(alike[i : i + size] == alike[:size] for i in range(0, num_gpus, size))
         fits = replicas is not None or size == num_gpus or node % size == 0 or size % node == 0
         wanted = planned is None or replicas is not None or size == planned
-        if size % least == 0 and fits and same and wanted:
+        if size > apart and (size - apart) % least == 0 and fits and same and wanted:
             out.append(size)
     if not out and len(set(alike)) > 1:
         raise InputError(

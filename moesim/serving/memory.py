@@ -20,13 +20,14 @@ ACTIVATION_BYTES = 2
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes of the fullest GPU of a deployment.
+    """Bytes of the fullest GPU of a deployment; with experts on GPUs of their own, of attention's.
 
     total_bytes: the GPU's memory; usable_bytes: the engine's share of it. expert_weight_bytes,
     other_weight_bytes, activation_bytes, runtime_bytes: what is taken before the KV cache;
     state_bytes: states of linear attention and state spaces; kv_cache_bytes: what is left, not
     below 0. kv_bytes_per_token: of one cached token on this GPU; kv_token_capacity: tokens that one
-    DP rank's cache holds.
+    DP rank's cache holds. expert_pool_bytes, expert_pool_usable_bytes: what the fullest GPU of an
+    expert pool needs and may use, 0 where there is none.
     """
 
     total_bytes: float
@@ -37,6 +38,8 @@ class EngineMemory:
     runtime_bytes: float
     kv_bytes_per_token: float
     state_bytes: float = 0.0
+    expert_pool_bytes: float = 0.0
+    expert_pool_usable_bytes: float = 0.0
 
     @property
     def weight_bytes(self) -> float:
@@ -51,7 +54,9 @@ class EngineMemory:
 
     @property
     def kv_token_capacity(self) -> int:
-        """Tokens in the KV cache of one DP rank."""
+        """Tokens in the KV cache of one DP rank; 0 where an expert pool cannot hold its experts."""
+        if self.expert_pool_bytes > self.expert_pool_usable_bytes:
+            return 0
         return int(self.kv_cache_bytes // self.kv_bytes_per_token)
 
 
@@ -95,6 +100,19 @@ def state_bytes_per_gpu(deployment: Deployment, left: float) -> float:
     return min(own, max(0.0, left) / 2)
 
 
+def _usable(
+    deployment: Deployment, total: float, weights: float, activations: float, runtime: float
+) -> float:
+    """Of `total` bytes of a GPU, those that the engine may use by its own rule."""
+    share, beside = deployment.memory_fraction, activations + runtime
+    rule = deployment.engine.memory_rule
+    if rule == "weights_and_cache":
+        return min(total, (total - runtime) * share + beside)
+    if rule == "free":
+        return weights + beside + max(0.0, total - weights - beside) * share
+    return total * share
+
+
 def gpu_memory(deployment: Deployment) -> EngineMemory:
     """Memory of the fullest GPU: the stage with most layers, the GPU with most expert slots.
 
@@ -106,6 +124,7 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
     fragmentation and page rounding.
     """
     model, tp, pp = deployment.model, deployment.tp, deployment.pp
+    apart = deployment.expert_gpus
     moe_layers = ceil(model.num_moe_layers / pp)
     slots = (
         ceil((model.num_experts + (deployment.redundant_experts or 0)) / deployment.ep)
@@ -127,23 +146,26 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
     router = model.bytes_per_weight("router", dtype)
     other = dense * share + moe_layers * model.router_params * router + tables * wide / tp
     rows = deployment.max_batch_tokens
-    width = 4 * model.hidden_size + max(
-        model.real_top_k
-        * (model.expert_hidden + 2 * model.moe_intermediate_size / deployment.moe_tp),
-        2 * model.dense_intermediate_size / tp,
+    routed = model.real_top_k * (
+        model.expert_hidden + 2 * model.moe_intermediate_size / deployment.moe_tp
     )
-    activations = rows * width * ACTIVATION_BYTES
+    width = 4 * model.hidden_size + max(
+        0.0 if apart else routed, 2 * model.dense_intermediate_size / tp
+    )
     engine = deployment.engine
+    activations = rows * width * ACTIVATION_BYTES
     activations += deployment.max_sequences * model.vocab_size * engine.sampler_bytes
-    total = min(gpu.hbm_gb for gpu in deployment.cluster.gpus) * HBM_BYTES_PER_GB
+    total = min(gpu.hbm_gb for gpu in deployment.attention_gpus) * HBM_BYTES_PER_GB
     runtime = (engine.runtime_gb + (engine.group_gb if deployment.num_gpus > 1 else 0.0)) * GB
+    pool = pool_usable = 0.0
+    if apart is not None:
+        moved = rows * deployment.dp / deployment.micro_batches / apart * routed * ACTIVATION_BYTES
+        pool = experts + runtime + moved
+        smallest = min(gpu.hbm_gb for gpu in deployment.cluster.gpus[-apart:]) * HBM_BYTES_PER_GB
+        pool_usable = _usable(deployment, smallest, experts, moved, runtime)
+        experts = 0.0
     beside = activations + runtime
-    usable = total * deployment.memory_fraction
-    if engine.memory_rule == "weights_and_cache":
-        usable = min(total, (total - runtime) * deployment.memory_fraction + beside)
-    elif engine.memory_rule == "free":
-        taken = experts + other + beside
-        usable = taken + max(0.0, total - taken) * deployment.memory_fraction
+    usable = _usable(deployment, total, experts + other, activations, runtime)
     return EngineMemory(
         total_bytes=total,
         usable_bytes=usable,
@@ -153,12 +175,21 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
         runtime_bytes=runtime,
         kv_bytes_per_token=kv_bytes_per_token_per_gpu(deployment),
         state_bytes=state_bytes_per_gpu(deployment, usable - experts - other - beside),
+        expert_pool_bytes=pool,
+        expert_pool_usable_bytes=pool_usable,
     )
 
 
 def require_fit(deployment: Deployment, min_tokens: int = 1) -> EngineMemory:
     """`gpu_memory`, or InfeasibleError with the numbers where fewer than `min_tokens` fit."""
     memory = gpu_memory(deployment)
+    if memory.expert_pool_bytes > memory.expert_pool_usable_bytes:
+        raise InfeasibleError(
+            f"{deployment.name}: a GPU has {memory.expert_pool_usable_bytes / GB:.1f} GB for"
+            f" experts of its own, which need {memory.expert_pool_bytes / GB:.1f} with activations"
+            " and runtime",
+            "give more `expert_gpus`, or narrower experts",
+        )
     if memory.kv_token_capacity < min_tokens:
         taken = memory.weight_bytes + memory.activation_bytes + memory.runtime_bytes
         taken += memory.state_bytes

@@ -89,7 +89,8 @@ def describe_deployment(deployment: Deployment) -> dict[str, Any]:
     names = (
         "num_gpus", "tp", "dp", "pp", "ep", "moe_tp", "expert_dtype", "dense_dtype", "kv_dtype",
         "max_batch_tokens", "max_sequences", "memory_fraction", "moe_comm",
-        "redundant_experts", "two_batch_overlap", "kv_scale", "kv_window",
+        "redundant_experts", "two_batch_overlap", "expert_gpus", "micro_batches", "kv_scale",
+        "kv_window",
     )  # fmt: skip
     return {
         "name": deployment.name,
@@ -120,6 +121,10 @@ def predictions(
         out.append("router's prediction of lengths: log-normal error as given")
     if deployment.two_batch_overlap != "off":
         out.append("two-batch overlap: the longer of computing and sending, SM share assumed")
+    if any(part.expert_gpus for part in (deployment, config.decode) if part is not None):
+        out.append(
+            "attention and experts apart: exchange as an all-to-all of as many GPUs, assumed"
+        )
     if deployment.redundant_experts is not None:
         out.append("placement of experts: EPLB that knows their popularity, assumed")
     if routing is None:

@@ -76,7 +76,7 @@ def simulate_serving(
         requests = routing.label(requests)
     tables = tables_of(costs, None if routing is None else [routing.moe_tables(c) for c in costs])
     bases = [*(c.basis for c in costs), requests.basis]
-    notes = list(dict.fromkeys(note for c in costs for note in c.notes))
+    notes = list(dict.fromkeys(note for c in costs for note in (*c.rests_on, *c.notes)))
     return run_tables(
         deployment,
         requests,

@@ -15,7 +15,7 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from moesim.choices import MoeComm, Phase
 from moesim.cost.curves import power_mean_max, weakest
 from moesim.cost.dense import GEMM_SHARPNESS
 from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF
+from moesim.serving.apart import ping_pong_us, spread_of
 from moesim.serving.attention_us import attention_terms
 from moesim.serving.batch import BatchShape
 from moesim.serving.count_table import CountTable, count_grid
@@ -47,10 +48,19 @@ LINEAR_ATTENTION_KERNELS = 6
 HBM_EFFICIENCY = 0.85
 
 
+class _Sourced(Protocol):
+    @property
+    def basis(self) -> Basis: ...
+
+    @property
+    def source(self) -> str: ...
+
+
 class EngineStepCost:
     """`step_us(batch)` of one deployment; build once, evaluate often.
 
-    basis: weakest kind of figure it rests on; notes: what was assumed.
+    basis: weakest kind of figure it rests on; notes: what was assumed; rests_on: of every part, the
+    kind and source of its figures.
     """
 
     def __init__(self, deployment: Deployment) -> None:
@@ -59,10 +69,12 @@ class EngineStepCost:
         self.calibration: Calibration = deployment.calibration or calibration_of(deployment)
         self.notes: list[str] = []
         self._bases: list[Basis] = [deployment.engine.basis, "assumed"]
+        self.rests_on: dict[str, None] = {}
         self._hbm = gpu.hbm_gb_per_s * HBM_EFFICIENCY * 1e3
         self._expert_model = self._pick_expert_model()
-        self.attention, bases = attention_terms(deployment, self.calibration.dense)
-        self._bases += bases
+        self.attention, decode, prefill = attention_terms(deployment, self.calibration.dense)
+        self._takes("attention of decodes", decode)
+        self._takes("attention of prompts", prefill)
         grid = count_grid(deployment.max_batch_tokens + deployment.max_sequences)
         everyone = count_grid(
             (deployment.max_batch_tokens + deployment.max_sequences) * deployment.dp
@@ -87,6 +99,10 @@ class EngineStepCost:
         other._rows_total = CountTable(self._rows_total.counts, self._rows_total.times_us + more)
         return other
 
+    def _takes(self, part: str, model: _Sourced) -> None:
+        self._bases.append(model.basis)
+        self.rests_on[f"{part}: {model.basis} ({model.source or 'datasheet'})"] = None
+
     @property
     def basis(self) -> Basis:
         """The weakest kind of figure that the times rest on."""
@@ -98,23 +114,40 @@ class EngineStepCost:
         return np.where(batch.rows.sum(axis=-1) > 0, self._with_host(gpu, batch), 0.0)
 
     def _layers_us(self, batch: BatchShape) -> FloatArray:
+        if self.deployment.expert_gpus is not None:
+            return self._apart_us(batch)
         compute, comm = self._compute_and_comm_us(batch)
         if self.deployment.two_batch_overlap == "off":
             return compute + comm
         limits, shares = self.overlap[:2], self.overlap[2:4]
         decodes = (batch.prefill_tokens.max(axis=-1) == 0).astype(int)
-        compute_half, comm_half = self._compute_and_comm_us(batch.halved())
+        compute_half, comm_half = self._compute_and_comm_us(batch.cut(2))
         both = overlapped_us(
             2 * compute_half, 2 * comm_half, shares[decodes], self.deployment.model.num_moe_layers
         )
         return np.where(batch.rows.mean(axis=-1) >= limits[decodes], both, compute + comm)
 
+    def _apart_us(self, batch: BatchShape) -> FloatArray:
+        """Whole, or in parts between the pools, whichever is faster."""
+        d = self.deployment
+        whole = sum(self._own_experts_and_comm_us(batch))
+        own, experts, comm = self._own_experts_and_comm_us(batch.cut(d.micro_batches))
+        layers = d.model.num_moe_layers
+        return np.minimum(whole, ping_pong_us(own, experts, comm, d.micro_batches, layers))
+
     def _compute_and_comm_us(self, batch: BatchShape) -> tuple[FloatArray, FloatArray]:
         """Of the slowest rank's layers and the experts, and of dispatch and combine."""
+        own, experts, comm = self._own_experts_and_comm_us(batch)
+        return own + experts, comm
+
+    def _own_experts_and_comm_us(
+        self, batch: BatchShape
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Of the slowest rank's layers, of the experts, and of dispatch and combine."""
         total = batch.rows.sum(axis=-1)
         own = self._rows_total(batch.rows) + self._attention_us(batch)
         comm = self._moe["communication"](total)
-        return own.max(axis=-1) + self._moe_total(total) - comm, comm - self._saved(batch)
+        return own.max(axis=-1), self._moe_total(total) - comm, comm - self._saved(batch)
 
     @property
     def overlap(self) -> FloatArray:
@@ -133,7 +166,7 @@ class EngineStepCost:
         prefill_sequences: Sequence[float],
     ) -> float:
         """`step_us` of one step by plain numbers, one of each a DP rank; quick, nothing checked."""
-        if self.deployment.two_batch_overlap != "off":
+        if self.deployment.two_batch_overlap != "off" or self.deployment.expert_gpus is not None:
             given = (decode_tokens, decode_context_tokens, prefill_tokens, prefill_pairs)
             return float(self.step_us(BatchShape.of(*given, prefill_sequences)))
         slowest, sampled, total, prefill = 0.0, 0.0, 0.0, False
@@ -167,7 +200,7 @@ class EngineStepCost:
 
     def breakdown(self, batch: BatchShape) -> dict[str, FloatArray]:
         """Microseconds by part, of the slowest DP rank; their sum is `step_us`. "overlap" is what
-        two-batch overlap saves, below 0, of the parts as they are without it."""
+        two-batch overlap, or parts between two pools, save, below 0, of what each takes without."""
         attention = self._attention_us(batch)
         slowest = np.argmax(self._rows_total(batch.rows) + attention, axis=-1)
 
@@ -182,7 +215,7 @@ class EngineStepCost:
         compute, comm = self._compute_and_comm_us(batch)
         hidden = compute + comm - self._layers_us(batch)
         parts["communication"] = parts["communication"] - self._saved(batch)
-        if self.deployment.two_batch_overlap != "off":
+        if self.deployment.two_batch_overlap != "off" or self.deployment.expert_gpus is not None:
             parts["overlap"] = -hidden
         parts["head"] = self._head(self._sampled(batch)).max(axis=-1)
         gpu = sum(parts.values(), np.zeros(total.shape))
@@ -219,7 +252,8 @@ class EngineStepCost:
         hidden = model.hidden_size
         gemm = self.calibration.dense.gemm(d.dense_dtype)
         router = self.calibration.dense.gemm("bf16")
-        self._bases += [gemm.basis, router.basis]
+        self._takes("dense layers", gemm)
+        self._takes("router and head", router)
         layers, moe_layers = model.num_hidden_layers, model.num_moe_layers
         moved = 8.0 * rows * hidden * ELEMENT_BYTES / self._hbm
         parts = {
@@ -256,7 +290,7 @@ class EngineStepCost:
         curve = self.calibration.collective(
             "p2p", 2, 2 if apart else 1, nic_gb_per_s=d.cluster.nic_gb_per_s
         )
-        self._bases.append(curve.basis)
+        self._takes("pipeline", curve)
         return curve.time_us(0.0 if apart else moved, moved if apart else 0.0)
 
     def _rotary_and_cache_us(self) -> float:
@@ -337,7 +371,7 @@ class EngineStepCost:
         nics = routes.link_gb_per_s[routes.link_class == routes.link_class_names.index("nic")]
         nic = float(nics.min()) if len(nics) else None
         curve = self.calibration.collective(kind, group, nodes, nic_gb_per_s=nic)
-        self._bases.append(curve.basis)
+        self._takes(kind, curve)
         return curve
 
     def _moe_parts(self, tokens: FloatArray) -> dict[str, FloatArray]:
@@ -386,7 +420,8 @@ class EngineStepCost:
             share,
         )
         everyone = d.moe_comm in ("all_reduce", "all_gather")
-        local = num_tokens if everyone else num_tokens / d.dp
+        groups = d.ep if d.expert_gpus is not None else d.dp
+        local = num_tokens if everyone else num_tokens / groups
         return (
             kernel.layer_launch_us()
             + work
@@ -423,7 +458,7 @@ class EngineStepCost:
     def _moe_comm_us(self, tokens: FloatArray, comm: MoeComm) -> FloatArray:
         """Dispatch and combine of one MoE layer; `tokens` of all ranks, evenly spread."""
         d, model = self.deployment, self.deployment.model
-        group = d.tp * d.dp
+        group = d.tp * d.dp + (d.expert_gpus or 0)
         if group == 1:
             return np.zeros_like(tokens)
         row = model.hidden_size * ELEMENT_BYTES
@@ -435,28 +470,34 @@ class EngineStepCost:
             return np.asarray(gather + self._curve("reduce_scatter", group).time_us(share))
         row = model.expert_hidden * ELEMENT_BYTES
         dispatch, combine = (self._curve(kind, group) for kind in KINDS_OF[comm])
-        per_gpu = tokens / group
-        fan_out = group * (1.0 - (1.0 - 1.0 / group) ** model.real_top_k)
-        nodes = max(1, ceil(group / d.cluster.gpus_per_node))
-        other_nodes = nodes * (1.0 - (1.0 - 1.0 / nodes) ** model.real_top_k) * (nodes - 1) / nodes
+        way = spread_of(d)
+        per_gpu = tokens / way.senders
+        fan_out, nodes = (
+            n * (1.0 - (1.0 - 1.0 / n) ** model.real_top_k) for n in (way.receivers, way.nodes)
+        )
         copies = float(model.real_top_k) if comm == "deepep_ll" else fan_out
-        sent = per_gpu * copies * (group - 1) / group
-        nic = per_gpu * (copies * (nodes - 1) / nodes if comm != "deepep" else other_nodes)
+        sent = per_gpu * copies * way.elsewhere
+        nic = per_gpu * (nodes if comm == "deepep" else copies) * way.other_nodes
         there = model.expert_hidden * BYTES_PER_ELEMENT["fp8" if "deepep" in comm else "bf16"]
         time = dispatch.time_us(sent * there, nic * there)
         return np.asarray(time + combine.time_us(sent * row, nic * row), dtype=np.float64)
 
     def _pick_expert_model(self) -> ExpertGemmModel:
         d = self.deployment
+        calibration = (
+            self.calibration
+            if d.calibration is not None or d.expert_gpu == d.gpu
+            else calibration_of(d, d.expert_gpu)
+        )
         names = {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4", "mxfp4"), "fp16": ("fp16", "bf16")}
-        known = {dtype for dtype, _ in self.calibration.experts}
+        known = {dtype for dtype, _ in calibration.experts}
         wanted = names.get(d.expert_dtype, (d.expert_dtype,))
         dtype = next((n for n in wanted if n in known), wanted[-1])
         shape = (d.model.expert_hidden, d.model.moe_intermediate_size // d.moe_tp)
         own = f"{d.engine.name}_{'ep' if d.ep > 1 else 'tp'}"
-        kernel = own if (dtype, own) in self.calibration.experts else None
-        model = self.calibration.expert_ffn(dtype, kernel, shape=shape)
-        self._bases.append(model.basis)
+        kernel = own if (dtype, own) in calibration.experts else None
+        model = calibration.expert_ffn(dtype, kernel, shape=shape)
+        self._takes("experts", model)
         return model
 
     def _head_us(self, rows: FloatArray) -> FloatArray:

@@ -41,7 +41,8 @@ class StepTables(NamedTuple):
     head_us: by sampled rows. terms: [M, Q, TERM_FIELDS], attention; unused ones have no layers.
     decode_saves_us: [M, points] by the tokens of all ranks, what a step without prompt tokens takes
     less than `moe_us` says. comm_us: [M, points], dispatch and combine in `moe_us`.
-    overlap: [M, 5], see `EngineStepCost.overlap`.
+    overlap: [M, 5], see `EngineStepCost.overlap`. parts: [M], of a step between two pools of GPUs,
+    0 where there is one.
     eager_us: added to steps with prompt tokens; host_us, sequence_us: added to every step,
     and for every sampled row of the rank that has most.
     """
@@ -60,6 +61,7 @@ class StepTables(NamedTuple):
     decode_saves_us: FloatArray
     comm_us: FloatArray
     overlap: FloatArray
+    parts: FloatArray
 
 
 def tables_of(
@@ -93,8 +95,9 @@ def tables_of(
     for i, cost in enumerate(costs):
         for q, term in enumerate(cost.attention):
             terms[i, q] = [getattr(term, name) for name in TERM_FIELDS]
-    profiles = [cost.deployment.engine for cost in costs]
-    layers = [cost.deployment.model.num_hidden_layers for cost in costs]
+    deployments = [cost.deployment for cost in costs]
+    profiles = [d.engine for d in deployments]
+    layers = [d.model.num_hidden_layers for d in deployments]
     eager = [p.eager_layer_us * n for p, n in zip(profiles, layers, strict=True)]
     return StepTables(
         row_x,
@@ -111,6 +114,7 @@ def tables_of(
         _padded([(cost._decode_saves.counts, cost._decode_saves.times_us) for cost in costs])[1],
         _padded([(c._moe_total.counts, c._moe["communication"].times_us) for c in costs])[1],
         np.stack([cost.overlap for cost in costs]),
+        np.array([d.micro_batches if d.expert_gpus else 0.0 for d in deployments], np.float64),
     )
 
 
@@ -240,6 +244,21 @@ def _ranks_us(
 
 
 @kernel(**INTERNAL)
+def _apart_us(tables: Any, m: int, own: float, total: float, prefill: bool, shares: Any) -> float:
+    """`moesim.serving.apart.ping_pong_us` of parts whose slowest rank computes `own`, `total` rows
+    of all ranks in each."""
+    parts, layers = tables.parts[m], tables.overlap[m, 4]
+    comm = _table(tables.moe_x[m], tables.comm_us[m], total)
+    experts = _moe_us(tables, m, total, shares) - comm
+    if not prefill:
+        comm -= _table(tables.moe_x[m], tables.decode_saves_us[m], total)
+    through = (own + experts + comm) / layers
+    busiest = max(own, experts, comm / 2.0) / layers
+    layer = max(parts * busiest, through)
+    return through + (layers - 1.0) * layer + (parts - 1.0) * busiest
+
+
+@kernel(**INTERNAL)
 def step_us(
     tables: Any,
     m: int,
@@ -280,6 +299,10 @@ def step_us(
         time = slowest + _moe_us(tables, m, total, shares)
         if not prefill:
             time -= _table(tables.moe_x[m], tables.decode_saves_us[m], total)
+    parts = tables.parts[m]
+    if parts > 1:
+        _, own = _ranks_us(tables, m, ranks, first, last, drafts, extra_context, 1.0 / parts)
+        time = min(time, _apart_us(tables, m, own, total / parts, prefill, shares))
     time += _table(tables.head_x[m], tables.head_us[m], sampled)
     if prefill:
         time += tables.eager_us[m]

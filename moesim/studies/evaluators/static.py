@@ -75,6 +75,8 @@ class DeploymentParams(Params):
     solver: Word | None = None
     redundant_experts: Annotated[Whole, Field(ge=0, le=1 << 20)] | None = None
     two_batch_overlap: Overlap = "off"
+    expert_gpus: Degree | None = None
+    micro_batches: Degree = 3
     kv_scale: Annotated[Number, Field(gt=0, le=1)] = 1.0
     seed: Annotated[Whole, Field(ge=0, le=2**31)] = 0
     imbalance_scale: Factor = 1.0
@@ -91,10 +93,15 @@ class DeploymentParams(Params):
             return raw
         gpus = raw.get("gpus")
         if gpus is None:
-            sizes = service_gpus(given["replicas"], given["tp"], given["dp"], given["pp"] or 1)
+            apart = raw.get("expert_gpus")
+            apart = apart if isinstance(apart, int) else None
+            sizes = service_gpus(
+                given["replicas"], given["tp"], given["dp"], given["pp"] or 1, apart
+            )
             return {**raw, "gpus": sizes}
         product = prod(known.values())
-        if isinstance(gpus, int) and not raw.get("decode_gpus") and gpus % product:
+        pools = raw.get("decode_gpus") or raw.get("expert_gpus")
+        if isinstance(gpus, int) and not pools and gpus % product:
             said = " x ".join(f"{name} {value}" for name, value in known.items())
             raise ValueError(f"{count(gpus, 'GPU')} cannot be divided over {said}")
         return raw
@@ -206,7 +213,7 @@ def service_of(
     names = (
         "engine", "tp", "dp", "pp", "ep", "moe_tp", "moe_comm", "expert_dtype", "dense_dtype",
         "kv_dtype", "max_batch_tokens", "max_sequences", "memory_fraction", "replicas",
-        "two_batch_overlap", "kv_scale",
+        "two_batch_overlap", "expert_gpus", "micro_batches", "kv_scale",
     )  # fmt: skip
     given = {name: params[name] for name in names}
     given["kv_window"] = params.get("kv_window")
@@ -263,7 +270,7 @@ def _plan(params: Mapping[str, Any], engine: Deployment) -> tuple[Plan | None, t
         )
     if params["trace"] is None or (params["solver"] is None and not params["redundant_experts"]):
         return None, ()
-    groups = params["ep"] or engine.tp * engine.dp
+    groups = params["ep"] or engine.ep
     content = RoutingParams(
         cluster=params["cluster"],
         gpus=groups,
