@@ -94,13 +94,16 @@ def test_deepep(scripts: dict[str, ModuleType], phase: str) -> None:
         assert fit["median_error"] < 0.09
 
 
-def test_gb200(scripts: dict[str, ModuleType]) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "kind"), [("NVLinkTwoSided", "nvlink"), ("NVLinkOneSided", "nvlink_one_sided")]
+)
+def test_gb200(scripts: dict[str, ModuleType], kernel: str, kind: str) -> None:
     calibration = load_calibration("gb200")
     for phase in ("dispatch", "combine"):
-        for ranks, points in scripts["tables"].trtllm_points(DATA, phase).items():
-            (fit,) = stated("gb200", "collectives", kind=f"nvlink_{phase}", group_size=ranks)
+        for ranks, points in scripts["tables"].trtllm_points(DATA, phase, kernel).items():
+            (fit,) = stated("gb200", "collectives", kind=f"{kind}_{phase}", group_size=ranks)
             test = ~points.train
-            curve = calibration.collective(f"nvlink_{phase}", ranks)
+            curve = calibration.collective(f"{kind}_{phase}", ranks)
             check(fit, curve.time_us(points.num_bytes[test]), points.times_us[test])
 
 

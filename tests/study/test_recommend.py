@@ -16,8 +16,10 @@ from moesim.exporters.launch import sglang, trtllm, vllm
 from moesim.exporters.launch.base import Role, Service
 from moesim.model.names import load_model
 from moesim.serving.config import ServingConfig
+from moesim.serving.deployment import deploy
 from moesim.serving.engines import engine_profile
 from moesim.serving.run import simulate_serving
+from moesim.serving.step_cost import EngineStepCost
 from moesim.serving.synthetic import synthetic_requests
 from moesim.studies.recommend.bounds import most
 from moesim.studies.recommend.firm import HELD_OUT_TPOT
@@ -336,3 +338,10 @@ def test_how_firm_is_what_the_report_says() -> None:
     assert found.keys() == HELD_OUT_TPOT.keys()
     for engine, errors in HELD_OUT_TPOT.items():
         assert found[engine] == pytest.approx(errors, abs=0.006)
+
+
+def test_an_engine_without_a_cache_serves_next_to_nothing() -> None:
+    """Weights that leave no cache at all: a bound of (almost) no requests, and no error."""
+    cost = EngineStepCost(deploy("DeepSeek-V3", "h100-sxm-ib", dp=8))
+    need = need_of(SLO, 60.0, 1000, 200, None, 0)
+    assert most("decode", cost, need, 8192).rate < 1e-6

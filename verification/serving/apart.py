@@ -2,13 +2,14 @@
 reports/experts-apart/README.md.
 
 Decoding alone, as every source measures it: the most rows in flight that keep a time per output
-token, found by bisection, at equal numbers of GPUs. Together is the better of plain steps and
-two-batch overlap, each with the better of its exchanges; apart is the best split of the GPUs.
+token, per GPU. Together is the better of plain steps and two-batch overlap, apart the best split of
+an engine's GPUs in eighths, each with the best of its exchanges and sizes of engines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,17 +18,18 @@ from moesim.errors import MoesimError
 from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import Deployment, deploy
 from moesim.serving.memory import require_fit
+from moesim.serving.static import LoadTest, run_load_test
 from moesim.serving.step_cost import EngineStepCost
 
-MOST_ROWS = 1024
+MOST_ROWS = 2048
 
 
 class Case(NamedTuple):
-    """A model on GPUs of a cluster, with `context` cached tokens per sequence."""
+    """A model on a cluster, in engines of these sizes, with `context` cached tokens a sequence."""
 
     model: str
     cluster: str
-    gpus: int
+    sizes: tuple[int, ...]
     context: int
     exchanges: tuple[str, ...]
     options: dict[str, Any]
@@ -65,31 +67,31 @@ def most(deployment: Deployment, context: int, limit_ms: float) -> Best | None:
 
 
 def together(case: Case) -> Iterator[Deployment]:
-    for exchange in case.exchanges:
-        for overlap in ("off", "decode"):
-            yield deploy(
-                case.model,
-                case.cluster,
-                dp=case.gpus,
-                moe_comm=exchange,  # type: ignore[arg-type]
-                two_batch_overlap=overlap,  # type: ignore[arg-type]
-                **case.options,
-            )
+    for gpus, exchange, overlap in product(case.sizes, case.exchanges, ("off", "decode")):
+        yield deploy(
+            case.model,
+            case.cluster,
+            dp=gpus,
+            moe_comm=exchange,  # type: ignore[arg-type]
+            two_batch_overlap=overlap,  # type: ignore[arg-type]
+            **case.options,
+        )
 
 
-def apart(case: Case, splits: Sequence[int], parts: Sequence[int]) -> Iterator[Deployment]:
-    for exchange in case.exchanges:
-        for experts in splits:
-            for micro_batches in parts:
-                yield deploy(
-                    case.model,
-                    case.cluster,
-                    dp=case.gpus - experts,
-                    expert_gpus=experts,
-                    micro_batches=micro_batches,
-                    moe_comm=exchange,  # type: ignore[arg-type]
-                    **case.options,
-                )
+def apart(case: Case) -> Iterator[Deployment]:
+    for gpus, exchange, eighths, parts in product(
+        case.sizes, case.exchanges, range(1, 8), (2, 3, 4)
+    ):
+        experts = gpus * eighths // 8
+        yield deploy(
+            case.model,
+            case.cluster,
+            dp=gpus - experts,
+            expert_gpus=experts,
+            micro_batches=parts,
+            moe_comm=exchange,  # type: ignore[arg-type]
+            **case.options,
+        )
 
 
 def best(found: Iterator[Deployment], context: int, limit_ms: float) -> Best | None:
@@ -100,27 +102,47 @@ def best(found: Iterator[Deployment], context: int, limit_ms: float) -> Best | N
 IB, LARGE = ("deepep", "deepep_ll"), ("nvlink", "nvlink_one_sided")
 FP4 = {"expert_dtype": "nvfp4"}
 CASES = (
-    Case("DeepSeek-V3", "h200-sxm-ib", 32, 4096, IB, {}),
-    Case("DeepSeek-V3", "h200-sxm-ib", 64, 4096, IB, {}),
-    Case("DeepSeek-V3", "h200-sxm-ib", 32, 16384, IB, {}),
-    Case("Qwen3-235B-A22B", "h200-sxm-ib", 32, 4096, IB, {}),
-    Case("DeepSeek-V3", "gb200-nvl72", 32, 4096, LARGE, {}),
-    Case("DeepSeek-V3", "gb200-nvl72", 32, 4096, LARGE, FP4),
-    Case("DeepSeek-V3", "gb200-nvl72", 32, 16384, LARGE, FP4),
+    Case("DeepSeek-V3", "h200-sxm-ib", (16, 32, 64), 4096, IB, {}),
+    Case("DeepSeek-V3", "h200-sxm-ib", (64,), 4096, IB, {}),
+    Case("DeepSeek-V3", "h200-sxm-ib", (16, 32, 64), 16384, IB, {}),
+    Case("Qwen3-235B-A22B", "h200-sxm-ib", (8, 16, 32), 4096, IB, {}),
+    Case("DeepSeek-V3", "gb200-nvl72", (8, 16, 32), 4096, LARGE, {}),
+    Case("DeepSeek-V3", "gb200-nvl72", (8, 16, 32), 4096, LARGE, FP4),
+    Case("DeepSeek-V3", "gb200-nvl72", (8, 16, 32), 16384, LARGE, FP4),
 )
 LIMITS_MS = (50.0, 100.0)
 
 
+def published() -> None:
+    """The deployments of MegaScale-Infer and of the plug-in of vLLM, as far as they are known."""
+    mixtral: tuple[dict[str, Any], ...] = (
+        {"tp": 8},
+        *({"dp": 8, "expert_gpus": 8, "micro_batches": m} for m in (2, 3, 4)),
+    )
+    for options in mixtral:
+        made = deploy("Mixtral-8x22B", "a100-sxm-ib", max_sequences=4096, **options)
+        print(made.name, most(made, 650, 150.0))
+    qwen: tuple[dict[str, Any], ...] = (
+        {"dp": 8},
+        {"dp": 4, "expert_gpus": 4, "micro_batches": 2},
+    )
+    for options in qwen:
+        made = deploy("Qwen3.5-122B-A10B", "h200-sxm-ib", **options)
+        test = run_load_test(EngineStepCost(made), LoadTest(1024, 128, 32))
+        rate = test.output_tokens_per_s
+        print(f"{made.name}: TPOT {test.mean_tpot_ms:.1f} ms, {rate:,.0f} output tokens/s")
+
+
 def main() -> None:
-    print("| model | GPUs | context | limit | together | tokens/s per GPU | apart | | gain |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    names = ("model", "cluster", "engines of", "context", "limit", "together")
+    print("|", " | ".join([*names, "tokens/s per GPU", "apart", "", "gain"]), "|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
-        splits = range(case.gpus // 8, case.gpus, case.gpus // 8)
         for limit in LIMITS_MS:
             one = best(together(case), case.context, limit)
-            two = best(apart(case, splits, (2, 3, 4)), case.context, limit)
-            row = [case.model + (" nvfp4" if case.options else ""), f"{case.gpus} {case.cluster}"]
-            row += [f"{case.context:,}", f"{limit:.0f} ms"]
+            two = best(apart(case), case.context, limit)
+            row = [case.model + (" nvfp4" if case.options else ""), case.cluster]
+            row += [", ".join(map(str, case.sizes)), f"{case.context:,}", f"{limit:.0f} ms"]
             row += (
                 [f"{one.name} {one.exchange}", f"{one.tokens_per_s:,.0f}"] if one else ["none", ""]
             )
@@ -129,6 +151,7 @@ def main() -> None:
             )
             gain = two.tokens_per_s / one.tokens_per_s - 1 if one and two else float("nan")
             print("| " + " | ".join([*row, f"{gain:+.0%}"]) + " |", flush=True)
+    published()
 
 
 if __name__ == "__main__":

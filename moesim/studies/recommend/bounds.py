@@ -117,7 +117,8 @@ def _sequences(cost: EngineStepCost, need: Need) -> tuple[FloatArray, str]:
     held = gpu_memory(d).kv_token_capacity / (need.prompt + need.output / 2)
     most = d.dp * min(float(d.max_sequences), held)
     binds = "KV cache" if held < d.max_sequences else "sequences of a step"
-    return np.geomspace(min(1.0, most), max(most, 1e-9), NUM_POINTS), binds
+    most = max(most, 1e-9)
+    return np.geomspace(min(1.0, most), most, NUM_POINTS), binds
 
 
 def _tokens_s(

@@ -141,6 +141,8 @@ def _exchanges(place: Place, role: Role, dp: int, cut: int) -> tuple[MoeComm, ..
         found = tuple(AUTO.get(comm, comm) for comm in found)
     if node_gpus(place.cluster) > NVLINK_DOMAIN and place.engine != "sglang":
         found = (*found, "nvlink")
+        if place.engine == "vllm":
+            found = (*found, "nvlink_one_sided")
     return found
 
 
