@@ -6,7 +6,8 @@ several columns: `experts=e0+e1+e2`); optional `weight` or `weights` in the same
 `phase` (prefill, decode, 0, 1), `domain`, `step`, `rank`. Rows of one token and layer need not be
 neighbours; requests and tokens keep the order of their first rows. In JSONL, `experts` may hold a
 token's choices in all layers, [L][K]; then `layer` is left out and `position` may be. With a
-`count` column (`step`, `layer`, `expert`, `count`) the result is a load trace.
+`count` column (`step`, `layer`, `expert`, `count`) the result is a load trace, and so it is where
+rows have `layer` and `expert` alone.
 """
 
 from __future__ import annotations
@@ -82,6 +83,12 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Trace | LoadTrace:
             found, table_layers = [nested], None
         else:
             frame = _frame(path, options)
+            if set(frame.columns) == {"layer", "expert"}:
+                options.notify(
+                    f"{path.name}: no column says which token a row is of: {len(frame):,} rows are"
+                    " counted, by layer and expert"
+                )
+                frame = frame.assign(count="1")
             if "count" in frame:
                 loads.append(frame)
                 continue

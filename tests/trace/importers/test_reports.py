@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from moesim.errors import FormatError
+from moesim.errors import FormatError, InputError
 from moesim.exporters import sglang as sglang_export
 from moesim.exporters import vllm_ascend
 from moesim.exporters.base import ReadOptions
@@ -39,6 +39,30 @@ def test_sglang_csv_of_each_rank(tmp_path, options, notes):
     plain = [file.rename(tmp_path / f"{i}.csv") for i, file in enumerate(files)]
     assert table.read(plain, options(top_k=1)).expert_load.shape[0] == 2
     assert any("each is a step of its own" in note for note in notes)
+
+
+def test_rows_of_layer_and_expert_alone_are_counted(tmp_path, options, notes):
+    """ggml-org/llama.cpp pull request 28544: a row for every choice, which token is not said. Layer
+    0's expert 1 is chosen twice, expert 0 once; layer 1's expert 0 once."""
+    file = write(tmp_path / "moe_trace.csv", "layer,expert\n0,1\n0,0\n1,0\n0,1\n")
+    load = import_files([file], options(top_k=1))
+    assert load.expert_load.tolist() == [[[1, 2], [1, 0]]]
+    assert any("4 rows are counted" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"schema": "glm52-routing-trace-export/v2", "layers": {"3": {"executed_topk": [[1, 2]]}}},
+        {"step": 0, "layer": 1, "rank": 0, "topk": 2, "indices": [[0, 1]]},
+        {"token_ids": [1, 2], "routed_experts": {"data": "AAE=", "shape": [1, 1, 2], "start": 0}},
+    ],
+    ids=["JustVugg/colibri issue 119", "Megatron-LM pull request 5220", "verifiers pull 1672"],
+)
+def test_routing_that_is_not_known_is_refused_by_name(record, tmp_path, options):
+    file = write(tmp_path / "routing.json", json.dumps(record) + "\n")
+    with pytest.raises(InputError, match="is of no known format"):
+        import_files([file], options())
 
 
 def test_counts_in_the_wrong_rows(tmp_path, options, notes):
