@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from itertools import product
+from itertools import cycle
 
 CODE = """
 import hashlib, json
@@ -29,13 +29,14 @@ for objective, solver in (
     print(objective, solver, hashlib.sha256(table.tobytes()).hexdigest()[:12])
 """
 PROCESSORS = ("", "x86-64", "haswell", "znver3", "skylake-avx512")
-THREADS = ("1", "2")
+THREADS = ("2", "1")
+"""Alternate over the processors."""
 
 
 def main() -> int:
     """0 where every setting gives the same bytes."""
     seen = set()
-    for seed, (processor, threads) in enumerate(product(PROCESSORS, THREADS)):
+    for seed, (processor, threads) in enumerate(zip(PROCESSORS, cycle(THREADS), strict=False)):
         with tempfile.TemporaryDirectory() as folder:
             more = {"PYTHONHASHSEED": str(seed), "NUMBA_NUM_THREADS": threads}
             more |= {"OMP_NUM_THREADS": threads, "NUMBA_CACHE_DIR": folder}
