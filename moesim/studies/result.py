@@ -78,14 +78,19 @@ def save(data: dict[str, Any], path: str | Any) -> None:
     atomic_write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
+MORE_OF = {"micro_batches": "expert_gpus"}
+"""A parameter, and the one without which it says nothing."""
+
+
 def _defaults(results: Results) -> dict[str, Any]:
     """Parameters that nobody gave and that are the same at every point, without those that are
-    switched off or scale by 1."""
+    switched off, scale by 1 or say more of something not asked for."""
     space = results.study.space
     given = {*space.fixed, *space.axes, *(name for case in space.cases for name in case)}
     out = {}
     for name, field in results.study.evaluator.params.model_fields.items():
         off = field.is_required() or field.default in (None, False, 0, "off")
+        off = off or name in MORE_OF and MORE_OF[name] not in given
         if name not in given and not off and not name.endswith("_scale"):
             out[name] = field.default
     return out
