@@ -90,7 +90,7 @@ def _defaults(results: Results) -> dict[str, Any]:
     out = {}
     for name, field in results.study.evaluator.params.model_fields.items():
         off = field.is_required() or field.default in (None, False, 0, "off")
-        off = off or name in MORE_OF and MORE_OF[name] not in given
+        off = off or (name in MORE_OF and MORE_OF[name] not in given)
         if name not in given and not off and not name.endswith("_scale"):
             out[name] = field.default
     return out
