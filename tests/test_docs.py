@@ -199,12 +199,19 @@ def test_the_demo_block_is_what_plan_prints() -> None:
     assert len(demo) == 1
     check_parses(demo[0])
     block = fences(ROOT / "README.md", "text")[0].splitlines()
-    starts = ["defaults taken: ", "debian-moe: ", "held-out: ", "held-out figure "]
+    starts = [
+        "note: the trace is narrow",
+        "defaults taken: ",
+        "debian-moe: ",
+        "held-out: ",
+        "held-out figure ",
+    ]
     shown = [name for name in PLACEMENT_FIGURES if name not in BETWEEN_NODES]
     starts += [f"{'  ' * (name in PARTS_OF_STEP)}{figure(name).heading}" for name in shown]
     starts += [
         "local_search against eplb: ",
         "better: ",
+        "on a domain that tuning has not seen: ",
         "what the search minimised: ",
         "predicted times rest on ",
         "wrote ",
