@@ -12,6 +12,7 @@ import numpy as np
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import Deployment, deploy
+from moesim.serving.engines import engine_profile
 from moesim.serving.memory import gpu_memory, require_fit
 from moesim.serving.step_cost import EngineStepCost
 
@@ -69,6 +70,8 @@ def default_split(
     Raises InfeasibleError with the numbers where nothing fits, InputError where the GPUs do not
     divide as given.
     """
+    if isinstance(options.get("engine"), str):
+        options["engine"] = engine_profile(options["engine"])
     plan, apart = options.get("plan"), options.get("expert_gpus") or 0
     groups = plan.placement.num_gpus if plan is not None and not apart else None
     tried: list[tuple[float, Deployment]] = []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moesim.cost.routing import route
 from moesim.cost.step import build_step_model
 from moesim.errors import InputError, MismatchError
-from moesim.placement import Placement
+from moesim.placement import EMPTY, Placement
 from moesim.planning.balancing.bench import Bench, Costs, Moves
 from moesim.planning.balancing.course import Course, make_course
 from moesim.planning.balancing.echo import clone
@@ -287,3 +287,17 @@ def test_plans_cut_off_by_the_clock_are_named(build: ModuleType) -> None:
     bench.placed("local_search", "balance", 4)
     (said,) = bench.notices
     assert "time limit of 0 s" in said
+
+
+def test_nothing_is_lent_to_a_gpu_that_holds_a_copy() -> None:
+    """Two experts on two GPUs, expert 0 on both. Of expert 0's 6 tokens GPU 1 takes 2 with the copy
+    it has; of expert 1's 4, GPU 0 takes 1 with weights sent from GPU 1: one expert is sent."""
+    base = Placement(np.array([[0, EMPTY, 0, 1]], np.int32), 2, 1, 2)
+    share = np.array([[[4, 2], [1, 3]]], np.int64)
+    placement, quota, pairs = lent(base, np.array([[0, 1]]), share)
+    assert pairs.tolist() == [[[0, 0], [1, 0]]]
+    gpus = placement.logical_to_physical()[0] // placement.slots_per_gpu
+    served = {
+        (e, int(g)): int(q) for e in (0, 1) for g, q in zip(gpus[e], quota[0, e], strict=True)
+    }
+    assert served == {(0, 0): 4, (0, 1): 2, (1, 0): 1, (1, 1): 3}

@@ -77,12 +77,13 @@ def homes_of(placement: Placement) -> IntArray:
 def lent(
     base: Placement, home: IntArray, share: IntArray
 ) -> tuple[Placement, IntArray, npt.NDArray[np.int32]]:
-    """`base` with further slots for the experts that `share` [L, E, G] lends to other GPUs, the
-    quota [L, E, R] of every replica, and experts sent between GPUs [L, G, G]."""
+    """`base` with further slots for the experts that `share` [L, E, G] lends to GPUs that do not
+    hold them, the quota [L, E, R] of every replica, and experts sent between GPUs [L, G, G]."""
     layers, experts, gpus = share.shape
     table = slot_table(base)
     away = share > 0
-    np.put_along_axis(away, home[:, :, None], False, axis=2)
+    held_in, held_by, _ = np.nonzero(table >= 0)
+    away[held_in, table[table >= 0], held_by] = False
     layer, expert, gpu = np.nonzero(away)
     pairs = np.zeros((layers, gpus, gpus), np.int32)
     np.add.at(pairs, (layer, home[layer, expert], gpu), 1)
