@@ -11,6 +11,7 @@ import typer
 from moesim.cli.options import (
     BatchTokensOption,
     ClusterOption,
+    GroupGpusOption,
     JsonOption,
     ModelOption,
     PhaseOption,
@@ -23,7 +24,7 @@ from moesim.cli.output import echo
 
 def balance(
     trace: TraceOption,
-    gpus: Annotated[int, typer.Option(help="GPUs of one expert-parallel group.", min=1)],
+    gpus: GroupGpusOption,
     cluster: ClusterOption = None,
     model: ModelOption = None,
     phase: PhaseOption = None,

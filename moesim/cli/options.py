@@ -34,6 +34,20 @@ ClusterOption = Annotated[
         show_default="h100-sxm-ib",
     ),
 ]
+GroupGpusOption = Annotated[
+    int, typer.Option("--gpus", help="GPUs of one expert-parallel group.", min=1)
+]
+ExpertDtypeOption = Annotated[
+    str | None,
+    typer.Option("--expert-dtype", help="Experts' weights.", show_default="the model's"),
+]
+KvDtypeOption = Annotated[str, typer.Option("--kv-dtype", help="KV cache: bf16 or fp8.")]
+MemoryFractionOption = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-fraction", help="Share of GPU memory in use.", show_default="the engine's"
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same bytes.", min=0)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 PlotOption = Annotated[

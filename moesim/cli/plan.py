@@ -12,6 +12,7 @@ from moesim.choices import Objective
 from moesim.cli.options import (
     BatchTokensOption,
     ClusterOption,
+    GroupGpusOption,
     JsonOption,
     ModelOption,
     PhaseOption,
@@ -27,7 +28,7 @@ from moesim.errors import InputError
 
 def plan(
     trace: TraceOption,
-    gpus: Annotated[int, typer.Option(help="GPUs of one expert-parallel group.", min=1)],
+    gpus: GroupGpusOption,
     cluster: ClusterOption = None,
     model: ModelOption = None,
     solver: Annotated[str, typer.Option(help="See moesim solver list.")] = "local_search",

@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from moesim.cli.options import JsonOption, PlotOption, SeedOption
+from moesim.cli.options import (
+    ExpertDtypeOption,
+    JsonOption,
+    KvDtypeOption,
+    MemoryFractionOption,
+    PlotOption,
+    SeedOption,
+)
 from moesim.cli.output import echo
 from moesim.errors import InputError
 
@@ -57,14 +64,9 @@ def recommend(
         Literal["goodput"] | None,
         typer.Option(help="Most requests/s on --gpus GPUs within the promises."),
     ] = None,
-    expert_dtype: Annotated[
-        str | None, typer.Option(help="Experts' weights.", show_default="the model's")
-    ] = None,
-    kv_dtype: Annotated[str, typer.Option(help="KV cache: bf16 or fp8.")] = "bf16",
-    memory_fraction: Annotated[
-        float | None,
-        typer.Option(help="Share of GPU memory in use.", show_default="the engine's"),
-    ] = None,
+    expert_dtype: ExpertDtypeOption = None,
+    kv_dtype: KvDtypeOption = "bf16",
+    memory_fraction: MemoryFractionOption = None,
     trace: Annotated[
         str | None,
         typer.Option(

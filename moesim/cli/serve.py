@@ -11,7 +11,10 @@ import typer
 from moesim.choices import MoeComm, Overlap, Router
 from moesim.cli.options import (
     ClusterOption,
+    ExpertDtypeOption,
     JsonOption,
+    KvDtypeOption,
+    MemoryFractionOption,
     ModelOption,
     PlotOption,
     RerouteOption,
@@ -102,10 +105,8 @@ def serve(
         int,
         typer.Option(help="Parts of a step that go back and forth between the two.", min=1),
     ] = 3,
-    expert_dtype: Annotated[
-        str | None, typer.Option(help="Experts' weights.", show_default="the model's")
-    ] = None,
-    kv_dtype: Annotated[str, typer.Option(help="KV cache: bf16 or fp8.")] = "bf16",
+    expert_dtype: ExpertDtypeOption = None,
+    kv_dtype: KvDtypeOption = "bf16",
     kv_scale: Annotated[
         float, typer.Option(help="Bytes of a compressed KV cache, as a share of its precision's.")
     ] = 1.0,
@@ -125,10 +126,7 @@ def serve(
         int | None,
         typer.Option(help="Running sequences of a rank.", show_default="the engine's", min=1),
     ] = None,
-    memory_fraction: Annotated[
-        float | None,
-        typer.Option(help="Share of GPU memory in use.", show_default="the engine's"),
-    ] = None,
+    memory_fraction: MemoryFractionOption = None,
     block_size: Annotated[int, typer.Option(help="Tokens of a KV block.", min=1)] = 16,
     prefix_cache: Annotated[
         bool | None,

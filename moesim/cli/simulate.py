@@ -152,7 +152,7 @@ def simulate(
         typer.Option(
             help="Library that carries weights, as measured in vLLM on H200s: gloo is what vLLM"
             " takes without NIXL.",
-            show_default="over the links, 1.5 ms a layer",
+            show_default="over the links, 1.5 ms per layer",
         ),
     ] = None,
     offload: Annotated[

@@ -18,8 +18,6 @@ from moesim.model.names import load_model
 from moesim.model.spec import ModelSpec
 from moesim.types import IntArray
 
-EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_up_exps")
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:

@@ -109,7 +109,7 @@ def measured_move(through: MoveThrough, asynchronous: bool, cluster: Cluster) ->
     when = "beside the steps" if asynchronous else "in the step"
     raise InputError(
         f"moving weights through {through} {when} was not measured on {gpu}",
-        "leave the library out: weights then go over the links, 1.5 ms a layer assumed",
+        "leave the library out: weights then go over the links, 1.5 ms per layer, assumed",
     )
 
 
