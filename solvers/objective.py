@@ -77,7 +77,7 @@ class PlacementCost:
         return np.ascontiguousarray(counts.T, np.float32)
 
     def tokens(self, layer: int) -> Any:
-        """The `search_traffic.Tokens` of one layer, made once. Needs traffic."""
+        """The `traffic.Tokens` of one layer, made once. Needs traffic."""
         if layer not in self._tokens:
             assert self.problem.traffic is not None
             self._tokens[layer] = layer_tokens(
@@ -108,36 +108,39 @@ class PlacementCost:
         largest = float((cost * self.scale).max()) * (int(self.capacity.max()) + 1)
         return float(2.0 ** np.floor(np.log2(2**30 / max(largest, 1e-30))))
 
+    def costs(self, counts: npt.NDArray[np.float32]) -> Any:
+        """The `placed.Costs` of `counts` [E, B], in grains."""
+        from moesim.solvers.kernels.placed import Costs
+
+        return Costs(counts, self.scale * self.grains(counts), self.table)
+
     def work(
         self, counts: npt.NDArray[np.float32], slots: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int32]:
         """[U, E + 1, B]: what a slot of each expert costs, shared among its replicas, in grains."""
-        from moesim.solvers.kernels.load import fill_row
+        from moesim.solvers.kernels.placed import make_work
 
-        num_experts = len(counts)
-        replicas = np.bincount(slots.ravel(), minlength=num_experts + 1)
-        out = np.zeros((len(self.scale), num_experts + 1, counts.shape[1]), np.int32)
-        scale = self.scale * self.grains(counts)
-        for e in range(num_experts):
-            fill_row(counts, e, replicas[e], scale, self.table, out[:, e])
-        return out
+        return np.asarray(make_work(self.costs(counts), slots))
+
+    def placed(self, counts: npt.NDArray[np.float32], slots: npt.NDArray[np.int64]) -> Any:
+        """The `placed.Placed` of `slots` [G, S], which searches change in place."""
+        from moesim.solvers.kernels.placed import make_placed
+
+        return make_placed(self.work(counts, slots), slots, self.capacity, self.unit)
 
     def load_value(self, slots: npt.NDArray[np.int64], counts: npt.NDArray[np.float32]) -> float:
         """Mean over the batches of `counts` [E, B] of the costliest GPU."""
-        from moesim.solvers.kernels.load import mean_max, rebuild
+        from moesim.solvers.kernels.placed import mean_max
 
-        load = np.zeros((len(slots), counts.shape[1]), np.int32)
-        rebuild(self.work(counts, slots), slots, self.capacity, self.unit, load)
-        return float(mean_max(load)) / self.grains(counts)
+        return float(mean_max(self.placed(counts, slots).load)) / self.grains(counts)
 
-    def message_value(self, slots: npt.NDArray[np.int64], tokens: Any) -> float:
-        """Microseconds of messages: dispatch and combine, or for traffic summed link time."""
+    def message_value(self, slots: npt.NDArray[np.int64], tokens: Any, flow: Any = None) -> float:
+        """Microseconds of messages: dispatch and combine, or for traffic summed link time. flow:
+        a `traffic.Flow` to work in."""
         from moesim.solvers.kernels.traffic import fill_flow, message_us, replica_gpus
 
-        problem = self.problem
-        assert problem.traffic is not None
-        flow = make_flow(tokens, self.net)
-        gpus, held = replica_gpus(slots, self.capacity, problem.num_experts)
+        flow = flow or make_flow(tokens, self.net)
+        gpus, held = replica_gpus(slots, self.capacity, self.problem.num_experts)
         fill_flow(tokens, self.net, flow, gpus, held)
         return float(message_us(self.net, flow))
 
@@ -156,7 +159,7 @@ class PlacementCost:
 
     def layer_value(self, slots: npt.NDArray[np.int64], layer: int) -> float:
         """The objective of one layer."""
-        from moesim.solvers.kernels.traffic import objective
+        from moesim.solvers.kernels.placed import objective
 
         load = self.load_value(slots, self.layer_counts(layer))
         if self.net is None:
@@ -176,7 +179,7 @@ class PlacementCost:
 
 
 def layer_tokens(traffic: Traffic, layer: int, num_experts: int) -> Any:
-    """The `search_traffic.Tokens` of one layer."""
+    """The `traffic.Tokens` of one layer."""
     from moesim.solvers.kernels.traffic import Tokens, group_choices, number_tokens
 
     ids = np.ascontiguousarray(traffic.expert_ids[:, layer], np.int64)
@@ -186,7 +189,7 @@ def layer_tokens(traffic: Traffic, layer: int, num_experts: int) -> Any:
 
 
 def make_net(traffic: Traffic, num_gpus: int, num_nodes: int, *, by_time: bool) -> Any:
-    """The `search_traffic.Net` of a problem."""
+    """The `traffic.Net` of a problem."""
     from moesim.solvers.kernels.traffic import Net
 
     per_node = num_gpus // num_nodes
@@ -230,7 +233,7 @@ def make_net(traffic: Traffic, num_gpus: int, num_nodes: int, *, by_time: bool) 
 
 
 def make_flow(tokens: Any, net: Any) -> Any:
-    """An empty `search_traffic.Flow` of the right size."""
+    """An empty `traffic.Flow` of the right size."""
     from moesim.solvers.kernels.traffic import Flow, Held
 
     words, batches = len(tokens.run_of), int(tokens.run_batch[-1]) + 1

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moesim.draw.charts import Axes, Bar, Line, bars, lines
+from moesim.draw.axes import Axes
+from moesim.draw.charts import Bar, Line, bars, lines
 from moesim.draw.colours import GREY, series_of
 from moesim.draw.figures import percent, significant
 from moesim.draw.heatmap import Colours, Side, heat_map

@@ -6,11 +6,11 @@ Legends stand above the data. Bars begin at 0; other axes that do not are said t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moesim.draw.axes import Axes, linear_axis, padded, plane
 from moesim.draw.colours import AXIS, PAPER, SERIES, SOFT, TEXT
 from moesim.draw.picture import WIDTH, Picture, Spec
 
@@ -68,22 +68,6 @@ class Points:
     big: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Axes:
-    """Titles with units, and how the axes run. Limits default to what is drawn, from 0 where that
-    is near; marks are lines across with a name, such as promises."""
-
-    x: str
-    y: str
-    log_x: bool = False
-    log_y: bool = False
-    x_range: tuple[float, float] | None = None
-    y_range: tuple[float, float] | None = None
-    height: int = 180
-    marks_y: Sequence[tuple[float, str]] = ()
-    marks_x: Sequence[tuple[float, str]] = ()
-
-
 def bars(
     title: str, rows: Sequence[Bar], axis: str, *, mark: tuple[float, str] | None = None
 ) -> Picture:
@@ -107,7 +91,7 @@ def bars(
         {"type": "bar", "height": BAR, "yOffset": 8, "cornerRadius": 1.5, "stroke": PAPER}
         | {"strokeWidth": 1 if stacked else 0},
         y=_row(),
-        x=_axis("from", axis, [0, most * 1.02 or 1.0]),
+        x=linear_axis("from", axis, [0, most * 1.02 or 1.0]),
         x2={"field": "to"},
         color=_by_name(parts, "part", 8) if stacked else own_look("colour"),
         description={"field": "hint"},
@@ -136,7 +120,7 @@ def columns(
         {"type": "bar"},
         x={"field": "column", "type": "ordinal", "scale": {"domain": list(names)}}
         | {"axis": {"title": axes.x, "labelAngle": 0, "grid": False}},
-        y=_axis("from", axes.y, [0, top]),
+        y=linear_axis("from", axes.y, [0, top]),
         y2={"field": "to"},
         color=_by_name({part: SERIES[series] for part, series, _ in parts}, "part"),
         description={"field": "hint"},
@@ -150,14 +134,14 @@ def intervals(
 ) -> Picture:
     """A point and its interval per row. `mark`: a line across all rows with its name."""
     ends = [x for row in rows for x in (row.low, row.high, row.value)] + ([mark[0]] if mark else [])
-    low, high = _padded(min(ends), max(ends))
+    low, high = padded(min(ends), max(ends))
     data = [
         {"row": i, "low": r.low, "high": r.high, "value": r.value, "hint": f"{r.name}: {r.text}"}
         | {"colour": SERIES[r.series], "shape": SHAPES[r.series % len(SHAPES)]}
         for i, r in enumerate(rows)
     ]
     y, colour = _row(), own_look("colour")
-    at = {name: _axis(name, axis, [low, high]) for name in ("low", "high", "value")}
+    at = {name: linear_axis(name, axis, [low, high]) for name in ("low", "high", "value")}
     tick = {"type": "tick", "size": 10, "thickness": 2, "yOffset": 8}
     rule = {"type": "rule", "strokeWidth": 2, "yOffset": 8}
     point = {"type": "point", "filled": True, "size": 90, "yOffset": 8, "opacity": 1}
@@ -179,7 +163,7 @@ def lines(title: str, series: Sequence[Line], axes: Axes) -> Picture:
     names = {line.name: SERIES[line.series] for line in drawn}
     dashes = {line.name: DASHES[line.series if len(drawn) > 1 else 0] for line in drawn}
     look: Spec = {"symbolType": "stroke", "symbolStrokeWidth": 2, "symbolSize": 300}
-    x, y = _plane(axes, [v for s in drawn for v in s.x], [v for s in drawn for v in s.y])
+    x, y = plane(axes, [v for s in drawn for v in s.x], [v for s in drawn for v in s.y])
     own = {"x": x, "y": y, "color": _by_name(names, **look)}
     layers: list[Spec] = []
     for line in drawn:
@@ -209,7 +193,7 @@ def points(
     if band is not None:
         ends = (min(xs + ys) / 1.15, max(xs + ys) * 1.15)
         axes = Axes(axes.x, axes.y, axes.log_x, axes.log_y, ends, ends, height=280)
-    x, y = _plane(axes, xs, ys)
+    x, y = plane(axes, xs, ys)
     layers = [] if band is None else _diagonal(band, x, y)
     names = {g.name: SERIES[g.series] for g in groups}
     shapes = {g.name: SHAPES[g.series % len(SHAPES)] for g in groups}
@@ -255,16 +239,6 @@ def layer(values: Sequence[Spec], mark: Spec, **encoding: Spec) -> Spec:
     """Marks of one kind; those with a description say it to a pointer and to screen readers."""
     mark = {"aria": "description" in encoding, **mark}
     return {"data": {"values": values}, "mark": mark, "encoding": encoding}
-
-
-def _axis(field: str, title: str, domain: Sequence[float]) -> Spec:
-    """A linear axis over `domain`, which says where it does not begin at 0."""
-    return {
-        "field": field,
-        "type": "quantitative",
-        "scale": {"domain": list(domain), "nice": False, "zero": False},
-        "axis": {"title": _said(title, domain[0], False), "tickCount": 5},
-    }
 
 
 def own_look(field: str) -> Spec:
@@ -346,66 +320,9 @@ def _columns(names: Sequence[str]) -> int:
     return 1
 
 
-def _said(title: str, low: float, log: bool) -> str:
-    """The title of an axis, which says where it does not begin at 0."""
-    return title + (", logarithmic" if log else ", not from 0" if low > 0 else "")
-
-
-def _plane(axes: Axes, xs: Sequence[float], ys: Sequence[float]) -> tuple[Spec, Spec]:
-    """The x and y encodings of fields x and y."""
-    out: list[Spec] = []
-    for name, title, log, given, values in (
-        ("x", axes.x, axes.log_x, axes.x_range, xs),
-        ("y", axes.y, axes.log_y, axes.y_range, ys),
-    ):
-        low, high = given or _range(values, log)
-        own = _axis(name, title, [low, high])
-        if log:
-            own["scale"]["type"] = "log"
-            own["axis"] = {"title": _said(title, low, log), "values": log_ticks(low, high)}
-            own["axis"]["format"] = "~s" if high >= 1e5 else ",~g"
-        out.append(own)
-    return out[0], out[1]
-
-
 def _layered(title: str, axes: Axes, layers: list[Spec], x: Spec, y: Spec, said: str) -> Picture:
     drawn = [*layers, *_marks(axes, x, y)] or [layer([], {"type": "point"}, x=x, y=y)]
     return Picture(title, {"height": axes.height, "layer": drawn}, said)
-
-
-def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Powers of ten within low..high, with 2 and 5 times them where few powers are."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for steps in ((1, 2, 5), (1, 3), (1,)):
-        found = [
-            m * 10.0**p
-            for p in range(first, last + 1)
-            for m in steps
-            if low * (1 - 1e-9) <= m * 10.0**p <= high * (1 + 1e-9)
-        ]
-        if len(found) <= most:
-            return found or [low, high]
-    return found[:: math.ceil(len(found) / most)]
-
-
-def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
-    usable = [v for v in values if v > 0] if log else list(values)
-    if not usable:
-        return (1.0, 10.0) if log else (0.0, 1.0)
-    low, high = min(usable), max(usable)
-    if log:
-        return (low / 1.25, high * 1.25)
-    if 0 <= low < 0.4 * high:
-        return (0.0, high * 1.05)
-    return _padded(low, high)
-
-
-def _padded(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
-    """The range a little wider, never empty."""
-    span = high - low
-    if span <= 0:
-        span = abs(high) or 1.0
-    return low - share * span, high + share * span
 
 
 def _usable(line: Line, axes: Axes) -> Line:

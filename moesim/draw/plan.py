@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moesim.draw.charts import Axes, Line, columns, lines
+from moesim.draw.axes import Axes
+from moesim.draw.charts import Line, columns, lines
 from moesim.draw.colours import PARTS, series_of
 from moesim.draw.heatmap import Colours, Side, heat_map
 from moesim.draw.picture import Picture, poster

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moesim.draw.charts import Axes, Bar, Points, bars, points
+from moesim.draw.axes import Axes
+from moesim.draw.charts import Bar, Points, bars, points
 from moesim.draw.picture import Picture, poster
 from moesim.figures import figure
 

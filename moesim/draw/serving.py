@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesim import figures
-from moesim.draw.charts import Axes, Line, lines
+from moesim.draw.axes import Axes
+from moesim.draw.charts import Line, lines
 from moesim.draw.figures import significant
 from moesim.draw.picture import Picture, poster
 

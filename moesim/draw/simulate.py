@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moesim.draw.charts import Axes, Bar, Interval, Line, bars, intervals, lines
+from moesim.draw.axes import Axes
+from moesim.draw.charts import Bar, Interval, Line, bars, intervals, lines
 from moesim.draw.colours import PARTS, series_of
 from moesim.draw.figures import percent, significant
 from moesim.draw.picture import Picture, poster

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moesim.draw.charts import Axes, Interval, Points, intervals, points
+from moesim.draw.axes import Axes
+from moesim.draw.charts import Interval, Points, intervals, points
 from moesim.draw.figures import significant
 from moesim.draw.picture import Picture, poster
 

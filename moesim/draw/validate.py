@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moesim.draw.charts import Axes, Bar, Points, bars, points
+from moesim.draw.axes import Axes
+from moesim.draw.charts import Bar, Points, bars, points
 from moesim.draw.colours import GREY
 from moesim.draw.picture import Picture
 from moesim.errors import InputError

@@ -164,20 +164,17 @@ def _searched(
     problem: Problem, cost: PlacementCost, layer: int, before: Table, target: Table, price: float
 ) -> list[Table]:
     """[G, S] tables of one layer found by making, or taking back, moves by their price."""
-    from moesim.solvers.kernels.moves import search_moves
+    from moesim.solvers.kernels.moves import Move, search_moves
 
     held = np.zeros((problem.num_gpus, problem.num_experts + 1), bool)
     held[np.arange(problem.num_gpus)[:, None], before] = True
     held[:, -1] = True
     counts = cost.layer_counts(layer)
-    grains = cost.grains(counts)
-    scale = cost.scale * grains
+    move = Move(held, price * cost.grains(counts))
     out = []
     for start in (before, target):
         slots = start.copy()
-        search_moves(
-            counts, slots, cost.capacity, cost.unit, scale, cost.table, held, price * grains
-        )
+        search_moves(cost.placed(counts, slots), cost.costs(counts), move)
         out.append(slots)
     return out
 

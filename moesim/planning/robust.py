@@ -146,15 +146,11 @@ class Losses:
 
     def of(self, placement: Placement) -> FloatArray:
         """[B]."""
-        from moesim.solvers.kernels.load import rebuild
-
         cost, (layers, num_batches) = self.cost, self.even.shape
         out = np.zeros(num_batches)
-        load = np.zeros((cost.problem.num_gpus, num_batches), np.int32)
         for layer in range(layers):
             slots = cost.layer_slots(placement, layer)
-            work = cost.work(cost.batch_counts(layer), slots)
-            rebuild(work, slots, cost.capacity, cost.unit, load)
+            load = cost.placed(cost.batch_counts(layer), slots).load
             even = self.even[layer]
             out += np.where(even > 0, load.max(axis=0) / np.maximum(even, 1e-12), 1.0)
         return out / layers

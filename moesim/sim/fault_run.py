@@ -23,12 +23,13 @@ import simpy
 
 from moesim.cost.routing import Routed, home_ranks
 from moesim.errors import InfeasibleError, InputError
-from moesim.placement import EMPTY, Placement
+from moesim.placement import Placement
 from moesim.sim.engine import Engine, SpeedModel, StepRun
 from moesim.sim.event import Tally, run_step
 from moesim.sim.faults import Fault, FaultClock, Recovery, reloaded, without_gpus
 from moesim.sim.migrate import Mover, holdings, plan_moves
 from moesim.sim.network import on_event
+from moesim.sim.outage import Outage, Table, bypass, widened
 from moesim.sim.prepare import Models, Step, limited, one_batch, routed_by
 from moesim.sim.rebalance import (
     Rebalance,
@@ -45,37 +46,11 @@ from moesim.trace.batches import Batches
 from moesim.trace.format import Trace
 from moesim.types import Progress
 
-Table = npt.NDArray[np.int32]
 Planner = Callable[[npt.NDArray[np.int64]], Placement]
 """From slots of each GPU [G] (0 for one that is down) to a placement."""
 
 MAX_FAULTS_IN_A_ROW = 100
 """Failures without one step in between, after which a run is given up."""
-
-
-@dataclass(slots=True)
-class Outage:
-    """One fault as it went: `recovered_us` is the end of the first step after it."""
-
-    name: str
-    at_us: float
-    lost_experts: int = 0
-    bytes_from_gpus: float = 0.0
-    bytes_from_host: float = 0.0
-    wasted_us: float = 0.0
-    recovered_us: float = math.nan
-
-    def to_json(self) -> dict[str, Any]:
-        done = math.isfinite(self.recovered_us)
-        return {
-            "fault": self.name,
-            "at_us": self.at_us,
-            "lost_experts": self.lost_experts,
-            "bytes_from_gpus": self.bytes_from_gpus,
-            "bytes_from_host": self.bytes_from_host,
-            "wasted_us": self.wasted_us,
-            "time_to_recover_us": self.recovered_us - self.at_us if done else None,
-        }
 
 
 @dataclass(slots=True, eq=False)
@@ -189,8 +164,8 @@ class FaultRun:
         table = slot_table(self.current)
         for layer, row in self.anew.arrived:
             width = max(table.shape[2], self.base.shape[2], row.shape[1])
-            table, self.base = _widened(table, width), _widened(self.base, width)
-            table[layer] = _widened(row[None], width)[0]
+            table, self.base = widened(table, width), widened(self.base, width)
+            table[layer] = widened(row[None], width)[0]
             for gpu in range(self.models.num_gpus):
                 if gpu not in self.down:
                     self.base[layer, gpu] = table[layer, gpu]
@@ -419,26 +394,3 @@ class FaultRun:
     def _mark(self, name: str) -> None:
         if self.timeline is not None:
             self.timeline.mark(name, self.engine.now_us)
-
-
-def _widened(table: Table, width: int) -> Table:
-    """Slots [L, G, S] with empty ones added up to `width`."""
-    out = np.full((*table.shape[:2], width), EMPTY, np.int32)
-    out[:, :, : table.shape[2]] = table
-    return out
-
-
-def bypass(routed: Routed, dead: list[int], node_of_gpu: npt.NDArray[np.int64]) -> None:
-    """Give messages that would be relayed by a GPU that is down to the next one up in its node,
-    in place. A GPU that is down holds no expert and no token, so relaying is all it could do."""
-    for gpu in dead:
-        mates = [g for g in np.flatnonzero(node_of_gpu == node_of_gpu[gpu]) if g not in dead]
-        if not mates:
-            continue
-        stand_in = min(mates, key=lambda g: (g - gpu) % len(node_of_gpu))
-        messages = routed.messages
-        messages[:, :, stand_in, :] += messages[:, :, gpu, :]
-        messages[:, :, :, stand_in] += messages[:, :, :, gpu]
-        messages[:, :, gpu, :] = 0
-        messages[:, :, :, gpu] = 0
-        messages[:, :, stand_in, stand_in] = 0

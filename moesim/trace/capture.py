@@ -12,7 +12,6 @@ modalities than text would route. The choices of a token are in the router's ord
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from moesim.trace.candidates import NAMES
 from moesim.trace.capture_candidates import CandidateRecorder
 from moesim.trace.capture_hooks import RoutingRecorder
 from moesim.trace.capture_journal import Journal
+from moesim.trace.capture_model import load, weights_digest
 from moesim.trace.format import DECODE, PREFILL, TraceMeta
 from moesim.trace.prompts import NO_DOMAIN, PromptFile, iter_prompts, scan_prompts
 from moesim.types import Array
@@ -127,7 +127,7 @@ def capture(
     """
     options.check()
     prompts = scan_prompts(options.prompts)
-    model, tokenizer = _load(options)
+    model, tokenizer = load(options.model, options.device, options.dtype)
     run = _Run(model, tokenizer, prompts, options)
     done = num_batches = 0
     with RoutingRecorder(model) as recorder, run.record_candidates(recorder):
@@ -196,7 +196,7 @@ class _Run:
             **chosen,
             "prompts": self.prompts.sha256,
             "config": hashlib.sha256(config.encode()).hexdigest(),
-            "weights": _weights_digest(self.model),
+            "weights": weights_digest(self.model),
             "layers": [layer.name for layer in recorder.layers],
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -372,57 +372,3 @@ class _Run:
                 "chat": options.chat,
             },
         )
-
-
-def _load(options: CaptureOptions) -> tuple[Any, Any]:
-    """The model, in evaluation mode on its device, and its tokenizer."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        config = transformers.AutoConfig.from_pretrained(options.model, trust_remote_code=False)
-        kind: Any = (
-            transformers.AutoModelForSeq2SeqLM
-            if config.is_encoder_decoder
-            else transformers.AutoModelForCausalLM
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            options.model, trust_remote_code=False
-        )
-        model = kind.from_pretrained(
-            options.model,
-            dtype=options.dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **({"device_map": device} if device == "balanced" else {}),
-        )
-        if device != "balanced":
-            model.to(device)
-    except torch.OutOfMemoryError:
-        raise InputError(
-            f"{options.model} does not fit on {device}",
-            "use `device` balanced or a smaller `dtype`",
-        ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        cause = str(error).strip().partition("\n")[0][:200]
-        raise InputError(
-            f"cannot load {options.model}: {cause}",
-            "name a folder or hub id with config.json, safetensors weights and a tokenizer",
-        ) from None
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise InputError(
-            f"{options.model} has no tokenizer", "put tokenizer.json beside the model's config.json"
-        )
-    model.eval()
-    return model, tokenizer
-
-
-def _weights_digest(model: Any) -> str:
-    """A hash over a few values of every parameter, to tell checkpoints apart."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 8)]
-        digest.update(f"{name}:{tuple(parameter.shape)}:{values.cpu().tolist()}".encode())
-    return digest.hexdigest()

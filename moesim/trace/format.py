@@ -20,9 +20,13 @@ import numpy.typing as npt
 
 from moesim.errors import FormatError, InputError, MismatchError, plain
 from moesim.files import atomic_directory, atomic_path, atomic_write
-from moesim.trace import candidates
+from moesim.trace import candidates, checks
+from moesim.trace.checks import DECODE as DECODE
+from moesim.trace.checks import PREFILL as PREFILL
+from moesim.trace.checks import TOKEN_DTYPES as TOKEN_DTYPES
 from moesim.trace.npyio import REMEDY as _REMEDY
 from moesim.trace.npyio import drop_pages as drop_pages
+from moesim.trace.npyio import iter_chunks as iter_chunks
 from moesim.trace.npyio import map_npy, read_archive
 from moesim.trace.npyio import read_npy as read_npy
 from moesim.types import Array as Array
@@ -30,22 +34,7 @@ from moesim.types import Array as Array
 FORMAT = "moesim-trace"
 OTHER_TEXT = (".csv", ".tsv", ".json", ".jsonl")
 VERSION = 1
-PREFILL, DECODE = 0, 1
 MAX_EXPERTS = 32_767
-CHUNK_TOKENS = 65_536
-
-TOKEN_DTYPES: dict[str, str] = {
-    "request_ids": "int32",
-    "positions": "int32",
-    "phases": "uint8",
-    "token_ids": "int32",
-    "domain_ids": "int16",
-    "step_ids": "int32",
-    "rank_ids": "int32",
-}
-REQUIRED_ARRAYS = ("request_ids", "positions", "phases")
-ID_DTYPES = ("uint8", "uint16", "int16")
-GATE_DTYPES = ("float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +193,7 @@ def load_trace(source: str | os.PathLike[str], *, validate: bool = True) -> Trac
         return _build_load_trace(raw, meta, str(path))
     trace = _build_trace(raw, meta, str(path))
     if validate:
-        _check_ids(trace)
+        checks.check_values(trace.arrays(), meta.num_experts, len(meta.domains), str(path))
     return trace
 
 
@@ -307,12 +296,6 @@ def parse_meta(text: str, where: str) -> TraceMeta:
     )
 
 
-def iter_chunks(num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[slice]:
-    """Slices that cover `num_tokens` tokens, so that a pass over a memory map stays bounded."""
-    for start in range(0, num_tokens, chunk_tokens):
-        yield slice(start, min(start + chunk_tokens, num_tokens))
-
-
 def _chunks(array: Array) -> Iterator[Array]:
     for part in iter_chunks(array.shape[0]):
         yield array[part]
@@ -351,7 +334,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
         meta = parse_meta(str(announced["meta"]), str(path))
         shapes = {name: array for name, array in announced.items() if name != "meta"}
         if "expert_load" in shapes:
-            _check_load(shapes, meta, str(path))
+            checks.check_load(shapes, (meta.num_layers, meta.num_experts), str(path))
         else:
             _build_trace(shapes, meta, str(path))
 
@@ -375,130 +358,13 @@ def _read_directory(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _check_load(raw: dict[str, Any], meta: TraceMeta, where: str) -> None:
-    """Type and shape of counts."""
-    load = raw["expert_load"]
-    want = (meta.num_layers, meta.num_experts)
-    if load.dtype != np.int64 or load.ndim != 3 or load.shape[1:] != want or load.shape[0] < 1:
-        raise FormatError(
-            f"{where}: expert_load is {load.dtype} {load.shape}, wanted int64 [S, {want[0]},"
-            f" {want[1]}]",
-            _REMEDY,
-        )
-    both = sorted(set(raw) & {*candidates.LAYER_ARRAYS, *TOKEN_DTYPES})
-    if both:
-        raise FormatError(
-            f"{where}: holds expert_load and {both[0]}, counts and tokens", "write one of them"
-        )
-
-
 def _build_load_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> LoadTrace:
-    _check_load(raw, meta, where)
+    checks.check_load(raw, (meta.num_layers, meta.num_experts), where)
     if raw["expert_load"].min() < 0:
         raise FormatError(f"{where}: expert_load has negative counts", _REMEDY)
     return LoadTrace(raw["expert_load"], meta, where)
 
 
 def _build_trace(raw: dict[str, Any], meta: TraceMeta, where: str) -> Trace:
-    missing = [n for n in ("expert_ids", *REQUIRED_ARRAYS) if n not in raw]
-    if missing:
-        raise FormatError(f"{where}: array {missing[0]} is missing", _REMEDY)
-    ids = raw["expert_ids"]
-    _check_dtype(ids, "expert_ids", ID_DTYPES, where)
-    want = (meta.num_layers, meta.top_k)
-    if ids.ndim != 3 or ids.shape[1:] != want:
-        raise FormatError(
-            f"{where}: expert_ids has shape {ids.shape}, but meta says [T, {want[0]}, {want[1]}]",
-            _REMEDY,
-        )
-    gates = raw.get("gate_weights")
-    if gates is not None:
-        _check_dtype(gates, "gate_weights", GATE_DTYPES, where)
-        if gates.shape != ids.shape:
-            raise FormatError(
-                f"{where}: gate_weights has shape {gates.shape}, expert_ids {ids.shape}", _REMEDY
-            )
-    listed, scores = (raw.get(name) for name in candidates.NAMES)
-    candidates.check_shapes(listed, scores, ids, meta.num_experts, where)
-    if listed is not None and scores is not None:
-        _check_dtype(listed, "candidate_ids", ID_DTYPES, where)
-        _check_dtype(scores, "candidate_scores", candidates.SCORE_DTYPES, where)
-    for name, dtype in TOKEN_DTYPES.items():
-        array = raw.get(name)
-        if array is None:
-            continue
-        _check_dtype(array, name, (dtype,), where)
-        if array.shape != ids.shape[:1]:
-            raise FormatError(
-                f"{where}: {name} has shape {array.shape}, wanted ({ids.shape[0]},)", _REMEDY
-            )
-    arrays = {n: raw[n] for n in (*candidates.LAYER_ARRAYS, *TOKEN_DTYPES) if n in raw}
+    arrays = checks.check_arrays(raw, (meta.num_layers, meta.top_k, meta.num_experts), where)
     return Trace(meta=meta, path=where, **arrays)
-
-
-def _check_dtype(array: Array, name: str, allowed: tuple[str, ...], where: str) -> None:
-    if array.dtype.newbyteorder("=").name not in allowed or not array.dtype.isnative:
-        raise FormatError(
-            f"{where}: {name} has type {array.dtype}, wanted {' or '.join(allowed)}", _REMEDY
-        )
-
-
-def _check_candidates(trace: Trace) -> None:
-    if trace.candidate_ids is None or trace.candidate_scores is None:
-        return
-    for part in iter_chunks(trace.num_tokens, max(1, CHUNK_TOKENS // trace.num_candidates)):
-        candidates.check_values(
-            np.asarray(trace.candidate_ids[part]),
-            np.asarray(trace.candidate_scores[part]),
-            trace.num_experts,
-            part.start,
-            trace.path,
-        )
-        drop_pages(trace.candidate_ids, trace.candidate_scores)
-
-
-def _check_ids(trace: Trace) -> None:
-    """One bounded pass: ids in range, no expert twice for a token, finite gates, known domains."""
-    top_k, num_experts = trace.top_k, trace.num_experts
-    for part in iter_chunks(trace.num_tokens):
-        ids = np.asarray(trace.expert_ids[part])
-        bad = ids >= num_experts
-        if ids.dtype.kind == "i":
-            bad |= ids < -1
-        if bad.any():
-            t, layer, k = (int(x[0]) for x in np.nonzero(bad))
-            raise FormatError(
-                f"{trace.path}: token {part.start + t}, layer {layer}: expert id"
-                f" {int(ids[t, layer, k])} is outside 0..{num_experts - 1}",
-                _REMEDY,
-            )
-        for a in range(top_k):
-            for b in range(a + 1, top_k):
-                same = (ids[:, :, a] == ids[:, :, b]) & (ids[:, :, a] != -1)
-                if same.any():
-                    t, layer = (int(x[0]) for x in np.nonzero(same))
-                    raise FormatError(
-                        f"{trace.path}: token {part.start + t}, layer {layer}: expert"
-                        f" {int(ids[t, layer, a])} is chosen twice",
-                        _REMEDY,
-                    )
-        if trace.gate_weights is not None and not np.isfinite(trace.gate_weights[part]).all():
-            raise FormatError(f"{trace.path}: gate_weights are not all finite", _REMEDY)
-        drop_pages(trace.expert_ids, trace.gate_weights)
-    _check_candidates(trace)
-    for name in ("request_ids", "positions"):
-        array = getattr(trace, name)
-        if array.size and array.min() < 0:
-            raise FormatError(f"{trace.path}: {name} has negative values", _REMEDY)
-    if trace.phases.size and trace.phases.max() > DECODE:
-        raise FormatError(f"{trace.path}: phases must be 0 (prefill) or 1 (decode)", _REMEDY)
-    domains = trace.domain_ids
-    if domains is None or not domains.size:
-        return
-    low, high, num_names = int(domains.min()), int(domains.max()), len(trace.meta.domains)
-    if low < 0 or high >= max(1, num_names):
-        raise FormatError(
-            f"{trace.path}: domain_ids go from {low} to {high}, but meta.domains has {num_names}"
-            " names",
-            _REMEDY,
-        )

@@ -8,7 +8,7 @@ import mmap
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from moesim.types import Array
 Members = dict[str, Array]
 MAX_MEMBER_BYTES = 1 << 38
 MAX_META_BYTES = 1 << 28
+CHUNK_TOKENS = 65_536
 REMEDY = "check how the trace was written; docs/trace-format.md describes the format"
 _MAX_DIMENSIONS = 16
 _READ_BYTES = 1 << 24
@@ -27,6 +28,12 @@ _CONTAINER_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
+
+
+def iter_chunks(num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[slice]:
+    """Slices that cover `num_tokens` tokens, so that a pass over a memory map stays bounded."""
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, num_tokens))
 
 
 def memory_bytes() -> int:

@@ -19,12 +19,11 @@ from moesim.trace.format import PREFILL, Trace
 from moesim.trace.measures import affinity
 from moesim.trace.synth import request_seeds, run_model
 from moesim.trace.synth_spec import MAX_CELLS, MAX_REQUEST_TOKENS, SynthSpec
+from moesim.trace.synth_types import token_types, type_dynamics
 from moesim.types import Array, FloatArray, IntArray, Progress, stream
 
 FIT_TOKENS = 65_536
 RUN_TOKENS = 12_288
-MIXTURE_TOKENS = 16_384
-NUM_TYPES = 128
 NUM_ROUNDS = 32
 LARGE_CELLS = 1 << 24
 """Beyond so many pairs of experts in adjacent layers, counts are float32, exact to 2**24, and a
@@ -32,7 +31,6 @@ specification is calibrated in LARGE_ROUNDS."""
 LARGE_ROUNDS = 15
 _SETTLED = 10
 _MEMORY = 0.75
-_MIXTURE_ROUNDS = 12
 _MAX_REQUESTS = 4096
 
 
@@ -85,7 +83,7 @@ def fit(trace: Trace, seed: int = 0, progress: Progress | None = None) -> SynthS
         total = (load * measured.tokens[:, None, None]).sum(axis=0) / len(ids)
         load *= share / np.maximum(total, 1e-9)
 
-    log_share, label = _token_types(ids, share, rng)
+    log_share, label = token_types(ids, share, rng)
     prior = np.bincount(label, minlength=log_share.shape[2]) + 0.1
     prior /= prior.sum()
     by_domain = np.zeros((num_domains, len(prior)))
@@ -93,7 +91,7 @@ def fit(trace: Trace, seed: int = 0, progress: Progress | None = None) -> SynthS
     by_domain /= np.maximum(by_domain.sum(axis=1, keepdims=True), 1)
     type_share = trust_weight * by_domain + (1 - trust_weight) * prior
     type_share = 0.98 * type_share + 0.02 * prior
-    concentration, persistence = _type_dynamics(label, starts, type_share, measured.tokens)
+    concentration, persistence = type_dynamics(label, starts, type_share, measured.tokens)
 
     top_k = trace.top_k
     inclusion = np.exp(log_share).transpose(0, 2, 1) * top_k
@@ -332,66 +330,6 @@ def _by_domain(requests: IntArray, num_domains: int) -> FloatArray:
     """[D] tokens of the requests [n, 4] by domain."""
     lengths = (requests[:, 2] + requests[:, 3]).astype(np.float64)
     return np.bincount(requests[:, 0], lengths, num_domains).astype(np.float64)
-
-
-def _token_types(
-    ids: Array, share: FloatArray, rng: np.random.Generator
-) -> tuple[FloatArray, IntArray]:
-    """Mixture of token types by expectation-maximisation (Dempster, Laird and Rubin 1977).
-
-    A type is a distribution over experts in every layer; the choices of a token are taken as
-    independent given its type. Returns log shares [L, E, C] and the likeliest type [T].
-    """
-    from moesim.trace.synth_kernels import type_responsibilities
-
-    top_k, num_experts = ids.shape[2], share.shape[1]
-    sample = rng.permutation(len(ids))[:MIXTURE_TOKENS]
-    num_types = int(np.clip(len(sample) // 64, 1, NUM_TYPES))
-    part = np.array(ids[np.sort(sample)], order="C")
-    even = np.maximum(share / np.maximum(share.sum(axis=1, keepdims=True), 1e-12), 1e-6)
-    p = np.repeat(0.7 * even[:, :, None], num_types, axis=2)
-    for c, token in enumerate(ids[sample[:num_types]].astype(np.int64)):
-        for layer, row in enumerate(token):
-            p[layer, row[row >= 0], c] += 0.3 / top_k
-    prior = np.full(num_types, 1.0 / num_types)
-    shape = (len(even), num_experts, num_types)
-    for _ in range(_MIXTURE_ROUNDS):
-        counts, weight = np.zeros(shape, np.float32), np.zeros(num_types)
-        label = np.zeros(len(part), np.int64)
-        _expect(type_responsibilities, part, p, prior, counts, weight, label)
-        prior = (weight + 0.1) / (weight + 0.1).sum()
-        pseudo = 5.0 * top_k
-        p = (counts + pseudo * even[:, :, None]) / (counts.sum(axis=1, keepdims=True) + pseudo)
-    label = np.zeros(len(ids), np.int64)
-    counts, weight = np.zeros(shape, np.float32), np.zeros(num_types)
-    _expect(type_responsibilities, ids, p, prior, counts, weight, label)
-    return np.log(p), label
-
-
-def _expect(kernel, ids, p, prior, counts, weight, label) -> None:  # type: ignore[no-untyped-def]
-    log_share = np.log(np.maximum(p, 1e-12)).astype(np.float32)
-    kernel(ids, log_share, np.log(prior).astype(np.float32), counts, weight, label)
-
-
-def _type_dynamics(
-    label: IntArray, starts: IntArray, type_share: FloatArray, tokens: FloatArray
-) -> tuple[float, float]:
-    """Dirichlet concentration and persistence of token types, from how often two tokens of a
-    request have the same type: next to each other, and 16 or 32 apart."""
-    request = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-
-    def alike(lag: int) -> float:
-        pairs = request[lag:] == request[:-lag]
-        return float((label[lag:] == label[:-lag])[pairs].mean()) if pairs.any() else float("nan")
-
-    by_chance = float(np.average((type_share**2).sum(axis=1), weights=tokens))
-    far = np.array([alike(lag) for lag in (16, 32)])
-    far = far[np.isfinite(far)]
-    if not far.size or far.mean() >= 1.0:
-        return 100.0, 0.0
-    apart, near = float(far.mean()), alike(1)
-    concentration = float(np.clip((1 - apart) / max(apart - by_chance, 1e-3), 1.0, 1e4))
-    return concentration, float(np.clip((near - apart) / (1 - apart), 0.0, 0.9))
 
 
 def _log_lift(between: FloatArray, num_tokens: int) -> npt.NDArray[np.float32]:

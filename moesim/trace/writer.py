@@ -17,14 +17,8 @@ import numpy as np
 from moesim.errors import FormatError, InputError
 from moesim.files import atomic_directory, atomic_path, atomic_write
 from moesim.trace import candidates
-from moesim.trace.format import (
-    GATE_DTYPES,
-    ID_DTYPES,
-    REQUIRED_ARRAYS,
-    TOKEN_DTYPES,
-    Trace,
-    TraceMeta,
-)
+from moesim.trace.checks import GATE_DTYPES, ID_DTYPES, REQUIRED_ARRAYS, TOKEN_DTYPES
+from moesim.trace.format import Trace, TraceMeta
 from moesim.types import Array
 
 _HEADER_BYTES = 256

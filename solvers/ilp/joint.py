@@ -241,16 +241,15 @@ def _work_by_replicas(
     objective: PlacementCost, counts: npt.NDArray[np.float32], replicas: int
 ) -> FloatArray:
     """[R, U, E, B] cost of a replica of each expert when it has 1 .. R of them."""
-    from moesim.solvers.kernels.load import fill_row
+    from moesim.solvers.kernels.placed import fill_row
 
     units = len(objective.scale)
     out = np.empty((replicas, units, *counts.shape))
     row = np.empty((units, counts.shape[1]), np.int32)
-    grains = objective.grains(counts)
-    scale = objective.scale * grains
+    grains, costs = objective.grains(counts), objective.costs(counts)
     for r in range(replicas):
         for expert in range(len(counts)):
-            fill_row(counts, expert, r + 1, scale, objective.table, row)
+            fill_row(costs, expert, r + 1, row)
             out[r, :, expert] = row / grains
     return out
 

@@ -7,10 +7,40 @@ relaxation (every item spread evenly) prunes next to nothing.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from moesim.kernels import kernel
+from moesim.solvers.kernels.placed import Goal, objective
 from moesim.types import Array
+
+
+class Parts(NamedTuple):
+    """What is dealt. item: [n] expert of each, `empty` for an empty slot; two of one expert never
+    share a GPU. work: [U, n, B] their cost on each kind of GPU, in grains; base: [G, B] what the
+    GPUs keep; fixed: [B] the costliest GPU elsewhere. start: [n] where items come from; unit: [G]
+    kinds of GPU. order: [n] items as they are dealt; rest: [n + 1, B] cost of those from there on.
+    """
+
+    item: Array
+    work: Array
+    base: Array
+    fixed: Array
+    start: Array
+    unit: Array
+    empty: int
+    order: Array
+    rest: Array
+
+
+class Terms(NamedTuple):
+    """Messages in microseconds, see `LayerState.message_terms`. alone: [n, G]; apart: [n, n];
+    between: [G, G] the part of `apart` that two items pay by where they are."""
+
+    alone: Array
+    apart: Array
+    between: Array
 
 
 @kernel
@@ -33,118 +63,118 @@ def mean_largest(fixed: Array, loads: Array, rest: Array, shared: int, grains: f
 
 
 @kernel
-def value_of(mean: float, messages: float, ceiling: float, weight: float) -> float:
-    """The objective: messages plus load, or for traffic plus load above the ceiling."""
-    if ceiling > 0:
-        return messages + weight * max(0.0, mean - ceiling)
-    return mean + messages
+def value_of(parts: Parts, goal: Goal, loads: Array, depth: int, messages: float) -> float:
+    """The objective, or a bound on it where items from `depth` on are still to be dealt."""
+    shared = loads.shape[0] if parts.work.shape[0] == 1 and depth < len(parts.item) else 0
+    mean = mean_largest(parts.fixed, loads, parts.rest[depth], shared, goal.grains)
+    return float(objective(mean, messages, goal.ceiling, goal.weight))
+
+
+@kernel
+def make_parts(
+    item: Array, work: Array, base: Array, fixed: Array, start: Array, unit: Array, empty: int
+) -> Parts:
+    """Parts, the costliest items first. All as in `Parts`, but items in any order."""
+    order = np.argsort(-work[unit[0]].sum(axis=1))
+    num, num_batches = len(item), len(fixed)
+    rest = np.zeros((num + 1, num_batches), np.int64)
+    for depth in range(num - 1, -1, -1):
+        rest[depth] = rest[depth + 1] + work[0, order[depth]]
+    return Parts(item, work, base, fixed, start, unit, empty, order, rest)
+
+
+@kernel
+def start_value(parts: Parts, terms: Terms, goal: Goal) -> float:
+    """The objective of leaving every item where it is."""
+    loads, messages = parts.base.copy(), 0.0
+    start = parts.start
+    for i in range(len(parts.item)):
+        loads[start[i]] += parts.work[parts.unit[start[i]], i]
+        messages += terms.alone[i, start[i]]
+        for j in range(i):
+            messages += terms.apart[i, j] * terms.between[start[i], start[j]]
+    return float(value_of(parts, goal, loads, len(parts.item), messages))
+
+
+@kernel
+def clashes(parts: Parts, on: Array, depth: int, gpu: int) -> bool:
+    """Whether the item dealt at `depth` has its expert on `gpu` already."""
+    i = parts.order[depth]
+    if parts.item[i] >= parts.empty:
+        return False
+    for d in range(depth):
+        j = parts.order[d]
+        if parts.item[j] == parts.item[i] and on[j] == gpu:
+            return True
+    return False
+
+
+@kernel
+def least_paid(
+    parts: Parts, terms: Terms, pay: Array, left: Array, paid: float, depth: int, gpu: int
+) -> float:
+    """What all items pay in messages at least, once those up to `depth` have `paid` and the item
+    there is on `gpu`; sets pay [depth + 1] from pay [depth], each [n, G] what an item would pay.
+    left: [G] items that a GPU still takes."""
+    i, least = parts.order[depth], paid
+    for d in range(depth + 1, len(parts.item)):
+        j = parts.order[d]
+        cheapest = np.inf
+        for h in range(len(left)):
+            pay[depth + 1, j, h] = pay[depth, j, h] + terms.apart[i, j] * terms.between[gpu, h]
+            if left[h] > 0:
+                cheapest = min(cheapest, pay[depth + 1, j, h])
+        least += cheapest
+    return least
 
 
 @kernel
 def best_parts(
-    item: Array,
-    work: Array,
-    base: Array,
-    fixed: Array,
-    room: Array,
-    unit: Array,
-    alone: Array,
-    apart: Array,
-    between: Array,
-    ceiling: float,
-    weight: float,
-    start: Array,
-    empty: int,
-    node_limit: int,
-    grains: float,
+    parts: Parts, terms: Terms, goal: Goal, room: Array, node_limit: int
 ) -> tuple[Array, float, int]:
     """(GPU of every item, value, nodes looked at): the least value over all ways, unless
-    `node_limit` comes first; ties keep `start`.
-
-    item: [n] expert of each item, `empty` for an empty slot; two of one expert never share a GPU.
-    work: [U, n, B] their cost on each kind of GPU, in grains; base: [G, B] what the GPUs keep;
-    fixed: [B] the costliest GPU elsewhere; room: [G] items that each takes; unit: [G] kinds.
-    alone [n, G], apart [n, n]: microseconds of messages, see `LayerState.message_terms`; between
-    [G, G]: the part of `apart` that two items pay by where they are. start: [n] where the items
-    come from.
+    `node_limit` comes first; ties keep where items come from. room: [G] items that each GPU takes.
     Costs O(G B + n G) a node.
     """
-    num, num_gpus = len(item), len(room)
-    num_batches = len(fixed)
-    order = np.argsort(-work[unit[0]].sum(axis=1))
-    rest = np.zeros((num + 1, num_batches), np.int64)
-    for depth in range(num - 1, -1, -1):
-        rest[depth] = rest[depth + 1] + work[0, order[depth]]
-    shared = num_gpus if work.shape[0] == 1 else 0
-    loads = np.empty((num + 1, num_gpus, num_batches), np.int32)
-    loads[0] = base
-    for i in range(num):
-        loads[0, start[i]] += work[unit[start[i]], i]
-    best = start.copy()
-    messages = 0.0
-    for i in range(num):
-        messages += alone[i, start[i]]
-        for j in range(i):
-            messages += apart[i, j] * between[start[i], start[j]]
-    best_value = value_of(
-        mean_largest(fixed, loads[0], rest[num], 0, grains), messages, ceiling, weight
-    ) * (1 - 1e-6)
-    loads[0] = base
+    num, num_gpus, start = len(parts.item), len(room), parts.start
+    order, unit = parts.order, parts.unit
+    best, best_value = start.copy(), start_value(parts, terms, goal) * (1 - 1e-6)
+    loads = np.empty((num + 1, num_gpus, len(parts.fixed)), np.int32)
+    loads[0] = parts.base
     left = room.copy()
     on = np.full(num, -1, np.int64)
     paid = np.zeros(num + 1)
     pay = np.zeros((num + 1, num, num_gpus))
-    pay[0] = alone
+    pay[0] = terms.alone
     tried = np.zeros(num + 1, np.int64)
-    first = np.zeros(num + 1, np.int64)
     depth, nodes = 0, 0
-    first[0] = start[order[0]]
     while depth >= 0 and nodes < node_limit:
         if depth == num or tried[depth] == num_gpus:
             tried[depth] = 0
             depth -= 1
             if depth >= 0:
-                i = order[depth]
-                left[on[i]] += 1
-                on[i] = -1
+                left[on[order[depth]]] += 1
+                on[order[depth]] = -1
             continue
         i = order[depth]
-        g = (first[depth] + tried[depth]) % num_gpus
+        g = (start[i] + tried[depth]) % num_gpus
         tried[depth] += 1
-        if left[g] == 0:
-            continue
-        clash = False
-        for d in range(depth):
-            j = order[d]
-            if item[i] < empty and item[j] == item[i] and on[j] == g:
-                clash = True
-        if clash:
+        if left[g] == 0 or clashes(parts, on, depth, g):
             continue
         nodes += 1
         loads[depth + 1] = loads[depth]
-        loads[depth + 1, g] += work[unit[g], i]
+        loads[depth + 1, g] += parts.work[unit[g], i]
         paid[depth + 1] = paid[depth] + pay[depth, i, g]
-        least = paid[depth + 1]
         left[g] -= 1
-        for d in range(depth + 1, num):
-            j = order[d]
-            cheapest = np.inf
-            for h in range(num_gpus):
-                pay[depth + 1, j, h] = pay[depth, j, h] + apart[i, j] * between[g, h]
-                if left[h] > 0:
-                    cheapest = min(cheapest, pay[depth + 1, j, h])
-            least += cheapest
-        mean = mean_largest(fixed, loads[depth + 1], rest[depth + 1], shared, grains)
-        value = value_of(mean, least, ceiling, weight)
+        least = least_paid(parts, terms, pay, left, paid[depth + 1], depth, g)
+        value = value_of(parts, goal, loads[depth + 1], depth + 1, least)
         if value >= best_value:
             left[g] += 1
             continue
         on[i] = g
         depth += 1
+        tried[depth] = 0
         if depth == num:
             best_value = value
             best[:] = on
-        else:
-            first[depth] = start[order[depth]]
-            tried[depth] = 0
     return best, best_value, nodes

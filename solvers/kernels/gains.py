@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moesim.kernels import kernel
-from moesim.solvers.kernels.traffic import Flow, Held, Net, Tokens, add_message
+from moesim.solvers.kernels.traffic import (
+    Flow,
+    Held,
+    Net,
+    Tokens,
+    add_message,
+    fill_flow,
+    replica_gpus,
+)
 from moesim.types import Array
 
 
@@ -24,9 +32,20 @@ class Serving(NamedTuple):
     number: Array
 
 
+class Messages(NamedTuple):
+    """Messages of a placement under search. trial: the state after a swap that is only tried; it
+    shares the bits of `flow`."""
+
+    tokens: Tokens
+    net: Net
+    flow: Flow
+    trial: Flow
+    serving: Serving
+
+
 @kernel
 def make_serving(tokens: Tokens, gpus: Array, count: Array) -> Serving:
-    """Serving of a placement (see `search_traffic.replica_gpus`)."""
+    """Serving of a placement (see `traffic.replica_gpus`)."""
     num_experts = len(count)
     first = np.zeros(num_experts + 1, np.int64)
     first[1:] = np.cumsum(count)
@@ -53,12 +72,20 @@ def ones(word: Any) -> Any:
 
 
 @kernel
-def move_us(
-    tokens: Tokens, net: Net, flow: Flow, serving: Serving, row: int, dst: int
-) -> tuple[float, float]:
+def make_messages(tokens: Tokens, net: Net, flow: Flow, slots: Array, capacity: Array) -> Messages:
+    """Messages of `slots` [G, S], for which `flow` is filled."""
+    gpus, count = replica_gpus(slots, capacity, len(tokens.indptr) - 1)
+    fill_flow(tokens, net, flow, gpus, count)
+    trial = Flow(flow.on_gpu, flow.on_node, flow.load.copy(), flow.total.copy())
+    return Messages(tokens, net, flow, trial, make_serving(tokens, gpus, count))
+
+
+@kernel(allocates=False)
+def move_us(messages: Messages, row: int, dst: int) -> tuple[float, float]:
     """(change of the summed link time when one replica moves to `dst` and nothing else does, link
     time a token that its place alone accounts for: what the move does not save for tokens that
     also chose the expert that comes in)."""
+    tokens, net, flow, serving = messages.tokens, messages.net, messages.flow, messages.serving
     src = serving.place[row]
     from_node, to_node = net.node_of[src], net.node_of[dst]
     across = net.dedup == 2 and from_node != to_node
@@ -86,41 +113,23 @@ def move_us(
 
 
 @kernel
-def try_swap(
-    tokens: Tokens,
-    net: Net,
-    flow: Flow,
-    trial: Flow,
-    serving: Serving,
-    row1: int,
-    g1: int,
-    row2: int,
-    g2: int,
-) -> None:
-    """Set the messages of `trial` to those of `flow` after the replicas `row1` on g1 and `row2` on
-    g2 (-1 for an empty slot) change places. Tokens that chose both are served as before."""
+def try_swap(messages: Messages, row1: int, g1: int, row2: int, g2: int) -> None:
+    """Set `trial` to the messages after the replicas `row1` on g1 and `row2` on g2 (-1 for an empty
+    slot) change places. Tokens that chose both are served as before."""
+    flow, trial = messages.flow, messages.trial
     trial.load[:] = flow.load
     trial.total[0] = flow.total[0]
-    move_messages(tokens, net, flow, trial, serving, row1, g1, g2, row2)
-    move_messages(tokens, net, flow, trial, serving, row2, g2, g1, row1)
+    move_messages(messages, row1, g1, g2, row2)
+    move_messages(messages, row2, g2, g1, row1)
 
 
 @kernel
-def move_messages(
-    tokens: Tokens,
-    net: Net,
-    flow: Flow,
-    trial: Flow,
-    serving: Serving,
-    row: int,
-    src: int,
-    dst: int,
-    other: int,
-) -> None:
+def move_messages(messages: Messages, row: int, src: int, dst: int, other: int) -> None:
     """Move what `row` is sent from `src` to `dst` in `trial`, but for tokens of the row `other`."""
     if row < 0:
         return
-    num_gpus = len(net.node_of)
+    tokens, net, flow, serving = messages.tokens, messages.net, messages.flow, messages.serving
+    trial, num_gpus = messages.trial, len(net.node_of)
     from_node, to_node = net.node_of[src], net.node_of[dst]
     across = net.dedup == 2 and from_node != to_node
     served = serving.bits[row]
@@ -159,21 +168,20 @@ def move_messages(
 
 
 @kernel
-def move_rows(
-    net: Net, flow: Flow, trial: Flow, serving: Serving, row1: int, g1: int, row2: int, g2: int
-) -> None:
+def move_rows(messages: Messages, row1: int, g1: int, row2: int, g2: int) -> None:
     """Make the swap that `try_swap` last tried."""
-    flow.load[:] = trial.load
-    flow.total[0] = trial.total[0]
-    move_row(net, flow, serving, row1, g1, g2)
-    move_row(net, flow, serving, row2, g2, g1)
+    messages.flow.load[:] = messages.trial.load
+    messages.flow.total[0] = messages.trial.total[0]
+    move_row(messages, row1, g1, g2)
+    move_row(messages, row2, g2, g1)
 
 
 @kernel
-def move_row(net: Net, flow: Flow, serving: Serving, row: int, src: int, dst: int) -> None:
+def move_row(messages: Messages, row: int, src: int, dst: int) -> None:
     """Serve one replica's tokens on another GPU; nothing for -1. Messages stay as they are."""
     if row < 0:
         return
+    net, flow, serving = messages.net, messages.flow, messages.serving
     serving.place[row] = dst
     from_node, to_node = net.node_of[src], net.node_of[dst]
     add_bits(flow.on_gpu, src, serving.bits[row], -1)

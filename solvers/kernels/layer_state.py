@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moesim.solvers.kernels.placed import MARGIN, objective
 from moesim.solvers.objective import PlacementCost, make_flow
 from moesim.types import IntArray
 
 FloatArray = npt.NDArray[np.floating[Any]]
 LoadArray = npt.NDArray[np.int32]
-MARGIN = 1e-6
 
 
 class LayerState:
@@ -48,24 +48,16 @@ class LayerState:
         return np.asarray(self.work[unit, held].sum(axis=0, dtype=np.int32))
 
     def _messages(self, slots: IntArray) -> float:
-        from moesim.solvers.kernels.traffic import fill_flow, message_us, replica_gpus
-
         if self.tokens is None:
             return 0.0
-        objective = self.objective
-        gpus, held = replica_gpus(slots, objective.capacity, objective.problem.num_experts)
-        fill_flow(self.tokens, objective.net, self._flow, gpus, held)
-        return float(message_us(objective.net, self._flow))
+        return self.objective.message_value(slots, self.tokens, self._flow)
 
     def _mean_largest(self, load: LoadArray) -> float:
         return int(load.max(axis=0).sum(dtype=np.int64)) / (load.shape[1] * self.grains)
 
     def _value(self, load: LoadArray, messages_us: float) -> float:
         mean = self._mean_largest(load)
-        ceiling, weight = self.objective.limits(self.layer)
-        if ceiling > 0:
-            return messages_us + weight * max(0.0, mean - ceiling)
-        return mean + messages_us
+        return float(objective(mean, messages_us, *self.objective.limits(self.layer)))
 
     def blame(self) -> FloatArray:
         """[G]: share of the tuning batches in which each GPU is the costliest."""

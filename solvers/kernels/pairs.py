@@ -5,7 +5,7 @@ batches where one of the two is the costliest, some 2 / G of them; what it does 
 does at all, and most swaps are ruled out by it. For that the three costliest GPUs of every batch
 are kept (`Peaks`): whatever pair is looked at, one of them is outside it.
 
-`work`, `load`, `slots` and `holds` are those of `moesim.solvers.kernels.load`.
+Loads and slots are those of `moesim.solvers.kernels.placed.Placed`.
 """
 
 from __future__ import annotations
@@ -15,53 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.kernels import kernel
+from moesim.solvers.kernels.placed import Placed, may_swap
 from moesim.types import Array
 
 BLOCK = 128
 NEVER = np.int32(2**31 - 1)
-
-
-@kernel
-def swap_delta(
-    others: Array, most: Array, base1: Array, more1: Array, base2: Array, more2: Array
-) -> int:
-    """Sum over batches of the largest of `others`, base1 + more1 and base2 + more2, less `most`:
-    by how much a swap changes the summed objective when GPU 1 is left with `base1` and given
-    `more1`, GPU 2 likewise."""
-    total = 0
-    for b in range(len(others)):
-        one, two, three = base1[b] + more1[b], base2[b] + more2[b], others[b]
-        one = one if one > two else two
-        total += (one if one > three else three) - most[b]
-    return total
-
-
-@kernel
-def rest_delta(
-    rest: Array,
-    load1: Array,
-    less1: Array,
-    more1: Array,
-    load2: Array,
-    less2: Array,
-    more2: Array,
-    delta: int,
-    best: float,
-) -> int:
-    """`delta` plus the same sum with `rest` for both `others` and `most`, where a swap can only
-    lose; stops as soon as the total is not below `best`. `load` less `less` is what is left."""
-    num_batches = len(rest)
-    for first in range(0, num_batches, BLOCK):
-        total = 0
-        for b in range(first, min(first + BLOCK, num_batches)):
-            one = load1[b] - less1[b] + more1[b]
-            two = load2[b] - less2[b] + more2[b]
-            above = (one if one > two else two) - rest[b]
-            total += above if above > 0 else 0
-        delta += total
-        if delta >= best:
-            break
-    return delta
 
 
 class Peaks(NamedTuple):
@@ -133,9 +91,11 @@ def rank_peaks(load: Array, peaks: Peaks, moved: Array) -> int:
 
 
 class Scratch(NamedTuple):
-    """Work space of a pair of GPUs. hot_others, hot_most [B]; hot_base1, hot_more1, hot_base2,
-    hot_more2 [S, B]: arguments of `swap_delta` on the hot batches, those whose costliest GPU is one
-    of the pair. rest [B]: the largest load, and more than any load in the hot batches."""
+    """Work space of a pair of GPUs, of which the first `hot` batches of hot_* are filled: those
+    whose costliest GPU is one of the pair. hot_others, hot_most: [B] the largest load elsewhere,
+    and of all; hot_base1, hot_base2: [S, B] what a GPU keeps without a slot; hot_more1, hot_more2:
+    what it gets with a slot of the other. rest: [B] the largest load, and more than any load in
+    the hot batches."""
 
     hot_others: Array
     hot_most: Array
@@ -160,18 +120,8 @@ def make_scratch(num_slots: int, num_batches: int) -> Scratch:
     )
 
 
-@kernel
-def gather_pair(
-    work: Array,
-    load: Array,
-    peaks: Peaks,
-    slots: Array,
-    capacity: Array,
-    unit: Array,
-    g1: int,
-    g2: int,
-    scratch: Scratch,
-) -> int:
+@kernel(allocates=False)
+def gather_pair(placed: Placed, peaks: Peaks, scratch: Scratch, g1: int, g2: int) -> int:
     """Fill the hot part of `scratch` for one pair of GPUs; returns how many batches are hot."""
     num_hot = 0
     value, gpu = peaks.value, peaks.gpu
@@ -183,47 +133,78 @@ def gather_pair(
             scratch.hot_most[num_hot] = value[0, b]
             scratch.hot_others[num_hot] = value[2, b] if gpu[1, b] == other else value[1, b]
             num_hot += 1
-    u1, u2 = unit[g1], unit[g2]
+    u1, u2 = placed.unit[g1], placed.unit[g2]
     for side in range(2):
         g = g1 if side == 0 else g2
         base = scratch.hot_base1 if side == 0 else scratch.hot_base2
         more = scratch.hot_more2 if side == 0 else scratch.hot_more1
         here, there = (u1, u2) if side == 0 else (u2, u1)
-        for s in range(capacity[g]):
-            own, away = work[here, slots[g, s]], work[there, slots[g, s]]
+        for s in range(placed.capacity[g]):
+            own, away = (
+                placed.work[here, placed.slots[g, s]],
+                placed.work[there, placed.slots[g, s]],
+            )
             at = 0
             for part in range(2):
                 p = g1 if part == 0 else g2
                 for i in range(peaks.start[p], peaks.start[p + 1]):
                     b = peaks.order[i]
-                    base[s, at] = load[g, b] - own[b]
+                    base[s, at] = placed.load[g, b] - own[b]
                     more[s, at] = away[b]
                     at += 1
     return num_hot
 
 
-@kernel
+@kernel(allocates=False)
 def mark_rest(peaks: Peaks, g1: int, g2: int, out: Array) -> None:
     """out [B]: the largest load, and more than any load in the hot batches."""
-    out[:] = peaks.value[0]
+    for b in range(len(out)):
+        out[b] = peaks.value[0, b]
     for g in (g1, g2):
         for i in range(peaks.start[g], peaks.start[g + 1]):
             out[peaks.order[i]] = NEVER
 
 
-@kernel
+@kernel(allocates=False)
+def hot_delta(scratch: Scratch, hot: int, s1: int, s2: int) -> int:
+    """By how much a swap of two slots changes the sum over the hot batches of the largest load."""
+    base1, more1 = scratch.hot_base1[s1], scratch.hot_more1[s2]
+    base2, more2 = scratch.hot_base2[s2], scratch.hot_more2[s1]
+    others, most = scratch.hot_others, scratch.hot_most
+    total = 0
+    for b in range(hot):
+        one, two, three = base1[b] + more1[b], base2[b] + more2[b], others[b]
+        one = one if one > two else two
+        total += (one if one > three else three) - most[b]
+    return total
+
+
+@kernel(allocates=False)
+def rest_delta(
+    placed: Placed, rest: Array, g1: int, e1: int, g2: int, e2: int, delta: int, best: float
+) -> int:
+    """`delta` plus the same sum over the batches of `rest`, where a swap can only lose; stops as
+    soon as the total is not below `best`."""
+    u1, u2 = placed.unit[g1], placed.unit[g2]
+    load1, less1, more1 = placed.load[g1], placed.work[u1, e1], placed.work[u1, e2]
+    load2, less2, more2 = placed.load[g2], placed.work[u2, e2], placed.work[u2, e1]
+    num_batches = len(rest)
+    for first in range(0, num_batches, BLOCK):
+        total = 0
+        for b in range(first, min(first + BLOCK, num_batches)):
+            one = load1[b] - less1[b] + more1[b]
+            two = load2[b] - less2[b] + more2[b]
+            above = (one if one > two else two) - rest[b]
+            total += above if above > 0 else 0
+        delta += total
+        if delta >= best:
+            break
+    return delta
+
+
+@kernel(allocates=False)
 def best_swap(
-    work: Array,
-    load: Array,
-    peaks: Peaks,
-    slots: Array,
-    capacity: Array,
-    unit: Array,
-    holds: Array,
-    g1: int,
-    g2: int,
-    least: int,
-    scratch: Scratch,
+    placed: Placed, peaks: Peaks, scratch: Scratch, g1: int, g2: int, least: int
 ) -> tuple[int, int, int]:
     """(change of the summed objective, slot of g1, slot of g2) of the best swap of a pair of GPUs
     that gains more than `least`; slots are -1 if there is none.
@@ -231,45 +212,23 @@ def best_swap(
     Only in batches where one of the pair is the costliest GPU can a swap gain, so that what it does
     there bounds what it does at all: the other batches are looked at only for swaps that pass.
     """
-    empty = work.shape[1] - 1
-    hot = gather_pair(work, load, peaks, slots, capacity, unit, g1, g2, scratch)
+    hot = gather_pair(placed, peaks, scratch, g1, g2)
     best, best1, best2 = -least, -1, -1
     if hot == 0:
         return best, best1, best2
-    u1, u2 = unit[g1], unit[g2]
     ready = False
-    for s1 in range(capacity[g1]):
-        e1 = slots[g1, s1]
-        if e1 != empty and holds[g2, e1]:
-            continue
-        for s2 in range(capacity[g2]):
-            e2 = slots[g2, s2]
-            if e1 == e2 or (e2 != empty and holds[g1, e2]):
+    for s1 in range(placed.capacity[g1]):
+        for s2 in range(placed.capacity[g2]):
+            e1, e2 = placed.slots[g1, s1], placed.slots[g2, s2]
+            if not may_swap(placed, g1, e1, g2, e2):
                 continue
-            delta = swap_delta(
-                scratch.hot_others[:hot],
-                scratch.hot_most[:hot],
-                scratch.hot_base1[s1, :hot],
-                scratch.hot_more1[s2, :hot],
-                scratch.hot_base2[s2, :hot],
-                scratch.hot_more2[s1, :hot],
-            )
+            delta = hot_delta(scratch, hot, s1, s2)
             if delta >= best:
                 continue
             if not ready:
                 mark_rest(peaks, g1, g2, scratch.rest)
                 ready = True
-            delta = rest_delta(
-                scratch.rest,
-                load[g1],
-                work[u1, e1],
-                work[u1, e2],
-                load[g2],
-                work[u2, e2],
-                work[u2, e1],
-                delta,
-                best,
-            )
+            delta = rest_delta(placed, scratch.rest, g1, e1, g2, e2, delta, best)
             if delta < best:
                 best, best1, best2 = delta, s1, s2
     return best, best1, best2

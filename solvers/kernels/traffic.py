@@ -230,11 +230,3 @@ def fill_flow(tokens: Tokens, net: Net, flow: Flow, gpus: Array, count: Array) -
         for src in range(num_gpus):
             for dst in range(num_gpus):
                 add_message(net, flow, batch, src, dst, number[batch, src, dst])
-
-
-@kernel
-def objective(load_value: float, messages: float, ceiling: float, weight: float) -> float:
-    """Time: load plus messages. Traffic (ceiling > 0): messages, and load above the ceiling."""
-    if ceiling > 0:
-        return messages + weight * max(0.0, load_value - ceiling)
-    return load_value + messages

@@ -134,7 +134,8 @@ def deal_anew(state: LayerState, gpus: IntArray, step: int, rng: np.random.Gener
 
     Every `step`-th tuning batch is looked at.
     """
-    from moesim.solvers.kernels.enumerate_parts import best_parts
+    from moesim.solvers.kernels.enumerate_parts import Terms, best_parts, make_parts
+    from moesim.solvers.kernels.placed import Goal
 
     objective = state.objective
     empty = objective.problem.num_experts
@@ -161,24 +162,18 @@ def deal_anew(state: LayerState, gpus: IntArray, step: int, rng: np.random.Gener
     ).astype(np.int32)
     alone, apart = state.message_terms(item, gpus, staying)
     between = 1.0 - state.near()[np.ix_(gpus, gpus)]
-    ceiling, weight = objective.limits(state.layer)
-    found, _, _ = best_parts(
+    parts = make_parts(
         item,
         work,
         base,
         np.ascontiguousarray(state.others(gpus)[::step]),
-        np.array([len(s) for s in freed]),
-        unit.reshape(-1).astype(np.int64),
-        alone,
-        apart,
-        between,
-        ceiling,
-        weight,
         start,
+        unit.reshape(-1).astype(np.int64),
         empty,
-        NODE_LIMIT,
-        state.grains,
     )
+    goal = Goal(*objective.limits(state.layer), state.grains)
+    room = np.array([len(s) for s in freed])
+    found, _, _ = best_parts(parts, Terms(alone, apart, between), goal, room, NODE_LIMIT)
     if (found == start).all():
         return False
     rows = state.slots[gpus].copy()

@@ -119,17 +119,9 @@ class LayerSearch:
         problem, objective = self.problem, self.objective
         if problem.objective != "traffic":
             counts = self._counts(layer)
-            grains = objective.grains(counts)
-            value = search_layer(
-                counts,
-                slots,
-                objective.capacity,
-                objective.unit,
-                objective.scale * grains,
-                objective.table,
-                self.kicks,
-                problem.seed + layer,
-            )
+            grains, placed = objective.grains(counts), objective.placed(counts, slots)
+            costs = objective.costs(counts)
+            value = search_layer(placed, costs, self.kicks, problem.seed + layer)
             if problem.objective == "balance":
                 return float(value) / grains
         return self.search_messages(layer, slots, self.message_kicks, problem.seed + layer)
@@ -140,7 +132,7 @@ class LayerSearch:
         """Improve `slots` [G, S] of one layer by load and messages; returns the objective. The
         numbers of replicas stay."""
         from moesim.solvers.kernels.messages import search_messages
-        from moesim.solvers.kernels.traffic import fill_flow, message_us, replica_gpus
+        from moesim.solvers.kernels.placed import Goal
 
         problem, objective = self.problem, self.objective
         counts, tokens = self._counts(layer), objective.tokens(layer)
@@ -149,25 +141,10 @@ class LayerSearch:
         if not objective.by_time:
             linear = Linear().solve(problem).placement
             ceiling = objective.load_value(objective.layer_slots(linear, layer), counts)
-            gpus, held = replica_gpus(slots, objective.capacity, problem.num_experts)
-            fill_flow(tokens, objective.net, flow, gpus, held)
-            weight = CEILING_WEIGHT * message_us(objective.net, flow)
-        return float(
-            search_messages(
-                tokens,
-                objective.net,
-                flow,
-                objective.work(counts, slots),
-                slots,
-                objective.capacity,
-                objective.unit,
-                ceiling,
-                weight,
-                kicks,
-                seed,
-                objective.grains(counts),
-            )
-        )
+            weight = CEILING_WEIGHT * objective.message_value(slots, tokens, flow)
+        placed = objective.placed(counts, slots)
+        goal = Goal(ceiling, weight, objective.grains(counts))
+        return float(search_messages(placed, tokens, objective.net, flow, goal, kicks, seed))
 
     def _counts(self, layer: int) -> npt.NDArray[np.float32]:
         """[E, B]: see `PlacementCost.layer_counts`; of some batches where messages count."""

@@ -9,19 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesim.draw.charts import (
-    Axes,
-    Bar,
-    Interval,
-    Line,
-    Points,
-    bars,
-    columns,
-    intervals,
-    lines,
-    log_ticks,
-    points,
-)
+from moesim.draw.axes import Axes, log_ticks
+from moesim.draw.charts import Bar, Interval, Line, Points, bars, columns, intervals, lines, points
 from moesim.draw.figures import percent, significant
 from moesim.draw.picture import Picture
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from moesim.draw import Picture, check_target, poster, save
-from moesim.draw.charts import Axes, Bar, Line, bars, lines
+from moesim.draw.axes import Axes
+from moesim.draw.charts import Bar, Line, bars, lines
 from moesim.draw.colours import DARK, DIVERGING, SEQUENTIAL, SERIES, series_of
 from moesim.draw.heatmap import Colours, Side, coarser, heat_map
 from moesim.draw.plan import layer_times, load_maps, plan_poster, relative_load

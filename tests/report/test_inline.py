@@ -8,7 +8,8 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from moesim.draw.charts import Axes, Bar, Line, bars, lines
+from moesim.draw.axes import Axes
+from moesim.draw.charts import Bar, Line, bars, lines
 from moesim.draw.colours import DARK
 from moesim.draw.heatmap import Colours, Side, heat_map
 from moesim.report.html.inline import ATTRIBUTES, ELEMENTS, dark_style, inline

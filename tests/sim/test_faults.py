@@ -13,7 +13,7 @@ from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.placement import Placement
 from moesim.planning.baselines import place_by_counts
 from moesim.sim.event import run_event
-from moesim.sim.fault_run import FaultRun, bypass
+from moesim.sim.fault_run import FaultRun
 from moesim.sim.faults import (
     Fault,
     FaultClock,
@@ -23,6 +23,7 @@ from moesim.sim.faults import (
     without_gpus,
 )
 from moesim.sim.migrate import HOST, Move, build_mover, holdings, plan_moves
+from moesim.sim.outage import bypass
 from moesim.sim.schedules.sequential import Sequential
 from moesim.sim.timeline import StepTimeline
 

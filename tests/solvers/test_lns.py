@@ -11,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.solvers.base import Objective, Problem, Traffic
-from moesim.solvers.kernels.enumerate_parts import best_parts, mean_largest, value_of
+from moesim.solvers.kernels.enumerate_parts import (
+    Terms,
+    best_parts,
+    make_parts,
+    mean_largest,
+)
 from moesim.solvers.kernels.layer_state import LayerState, draw_gpus
+from moesim.solvers.kernels.placed import Goal, objective
 from moesim.solvers.methods.lns import (
     MAX_WAYS,
     LargeNeighbourhoodSearch,
@@ -49,7 +55,7 @@ def reference(
     mean = float(np.maximum(fixed, load.max(axis=0)).mean())
     cost = sum(alone[i, g] for i, g in enumerate(on))
     cost += sum(apart[i, j] * between[on[i], on[j]] for i in range(len(on)) for j in range(i))
-    return float(value_of(mean, cost, ceiling, weight))
+    return float(objective(mean, cost, ceiling, weight))
 
 
 @settings(max_examples=30, deadline=None)
@@ -96,22 +102,9 @@ def test_best_of_all_ways(seed: int, room: list[int], kinds: bool, ceiling: bool
         pairs = [(e, g) for e, g in zip(item.tolist(), on, strict=True) if e != 99]
         if len(set(pairs)) == len(pairs):
             best = min(best, reference(*given_, np.array(on)))
-    found, value, _ = best_parts(
-        item,
-        work,
-        base,
-        fixed,
-        np.array(room),
-        unit,
-        alone,
-        apart,
-        between,
-        *limits,
-        start,
-        99,
-        10**6,
-        GRAINS,
-    )
+    parts = make_parts(item, work, base, fixed, start, unit, 99)
+    terms, goal = Terms(alone, apart, between), Goal(*limits, GRAINS)
+    found, value, _ = best_parts(parts, terms, goal, np.array(room), 10**6)
     assert np.bincount(found, minlength=gpus).tolist() == room
     assert reference(*given_, found) == pytest.approx(best, rel=1e-4)
     assert value <= best * (1 + 1e-4)

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from moesim.metrics import imbalance
 from moesim.placement import EMPTY
 from moesim.solvers.base import Problem
-from moesim.solvers.kernels.load import (
-    fill_row,
-    make_rows,
-    mean_max,
-    rebuild,
-    replace_pass,
-    search_layer,
-    swap_pass,
-)
+from moesim.solvers.kernels.load import search_layer, swap_pass
 from moesim.solvers.kernels.pairs import best_swap, make_peaks, make_scratch, rank_peaks
+from moesim.solvers.kernels.placed import (
+    Costs,
+    fill_row,
+    make_placed,
+    make_scan,
+    make_work,
+    mean_max,
+)
+from moesim.solvers.kernels.replace import make_rows, replace_pass
 from moesim.solvers.methods.local_search import LocalSearch
 
 Array = npt.NDArray[Any]
@@ -58,13 +59,13 @@ class Case:
                 held = self.slots[gpu].tolist()
                 self.slots[gpu, slot] = next(e for e in order if e not in held)
 
-    def work(self, slots: Array) -> Array:
-        """[U, E + 1, B] from the compiled cost."""
-        replicas = np.bincount(slots.ravel(), minlength=self.experts + 1)
-        out = np.zeros((2, self.experts + 1, self.counts.shape[1]), np.int32)
-        for expert in range(self.experts):
-            fill_row(self.counts, expert, replicas[expert], self.scale, self.table, out[:, expert])
-        return out
+    @property
+    def costs(self) -> Costs:
+        return Costs(self.counts, self.scale, self.table)
+
+    def placed(self, slots: Array) -> Any:
+        """State of `slots` from the compiled cost."""
+        return make_placed(make_work(self.costs, slots), slots, self.capacity, self.unit)
 
     def value(self, slots: Array) -> float:
         """The objective from scratch, in float64, without any of the compiled code."""
@@ -85,9 +86,7 @@ class Case:
 
     def search(self, kicks: int, seed: int = 0) -> tuple[float, Array]:
         slots = self.slots.copy()
-        value = search_layer(
-            self.counts, slots, self.capacity, self.unit, self.scale, self.table, kicks, seed
-        )
+        value = search_layer(self.placed(slots), self.costs, kicks, seed)
         return float(value) / GRAINS, slots
 
     def check(self, slots: Array) -> None:
@@ -105,10 +104,10 @@ def test_cost_rows_by_hand() -> None:
     counts = np.array([[0, 1, 3, 8]], np.float32)
     scale = np.array([2.0, 4.0])
     out = np.zeros((2, 4), np.int32)
-    fill_row(counts, 0, 2, scale, np.zeros((2, 1)), out)
+    fill_row(Costs(counts, scale, np.zeros((2, 1))), 0, 2, out)
     assert out.tolist() == [[0, 1, 3, 8], [0, 2, 6, 16]]
     # Costs of 0, 1, 2 tokens: 0 10 12. Half a token 5; 1.5 tokens 11; 4 go on in line: 12 + 2 x 2.
-    fill_row(counts, 0, 2, scale, np.array([[0.0, 10, 12], [0, 1, 2]]), out)
+    fill_row(Costs(counts, scale, np.array([[0.0, 10, 12], [0, 1, 2]])), 0, 2, out)
     assert out.tolist() == [[0, 10, 22, 32], [0, 2, 6, 16]]
 
 
@@ -164,21 +163,14 @@ def test_best_swap_of_a_pair_is_that_of_trying_all(seed: int, by_time: bool) -> 
     """Ruling swaps out by a few batches loses none: the change found is the least over all valid
     swaps, each evaluated on all batches from scratch."""
     case = Case(seed, by_time=by_time, batches=300)
-    slots, work = case.slots, case.work(case.slots)
-    gpus = len(case.capacity)
-    load = np.zeros((gpus, 300), np.int32)
-    rebuild(work, slots, case.capacity, case.unit, load)
+    slots, gpus = case.slots, len(case.capacity)
+    placed = case.placed(slots)
     peaks, scratch = make_peaks(gpus, 300), make_scratch(slots.shape[1], 300)
-    rank_peaks(load, peaks, np.arange(gpus))
-    holds = np.zeros((gpus, case.experts + 1), np.bool_)
-    for gpu, row in enumerate(slots):
-        holds[gpu, row[: case.capacity[gpu]]] = True
+    rank_peaks(placed.load, peaks, np.arange(gpus))
     now = case.value(slots) * 300
     least = int(1e-4 * now * GRAINS)
     for g1, g2 in itertools.combinations(range(gpus), 2):
-        found, s1, s2 = best_swap(
-            work, load, peaks, slots, case.capacity, case.unit, holds, g1, g2, least, scratch
-        )
+        found, s1, s2 = best_swap(placed, peaks, scratch, g1, g2, least)
         changes = [-least / GRAINS]
         for i, j in np.ndindex(int(case.capacity[g1]), int(case.capacity[g2])):
             e1, e2 = slots[g1, i], slots[g2, j]
@@ -201,60 +193,26 @@ def test_passes_keep_their_state(seed: int, by_time: bool) -> None:
     """After swaps and replica moves, loads, holders and replica counts are those of the slots."""
     case = Case(seed, by_time=by_time)
     slots, gpus = case.slots.copy(), len(case.capacity)
-    work = case.work(slots)
-    load = np.zeros((gpus, case.counts.shape[1]), np.int32)
-    rebuild(work, slots, case.capacity, case.unit, load)
+    placed = case.placed(slots)
+    load = placed.load
     assert mean_max(load) / GRAINS == pytest.approx(case.value(slots), rel=1e-4)
-    holds = np.zeros((gpus, case.experts + 1), np.bool_)
-    for gpu, row in enumerate(slots):
-        holds[gpu, row[: case.capacity[gpu]]] = True
-    replicas = np.bincount(slots.ravel(), minlength=case.experts + 1)[: case.experts].copy()
-    changed = np.zeros(gpus, np.int64)
-    scanned = np.full((gpus, gpus), -1, np.int64)
-    peaks = make_peaks(gpus, load.shape[1])
+    peaks, scan = make_peaks(gpus, load.shape[1]), make_scan(gpus)
     rank_peaks(load, peaks, np.arange(gpus))
-    scratch, rows = make_scratch(slots.shape[1], load.shape[1]), make_rows(work, gpus)
-    before, clock = mean_max(load), 0
+    scratch, rows = make_scratch(slots.shape[1], load.shape[1]), make_rows(placed)
+    before = mean_max(load)
     for _ in range(2):
-        clock = swap_pass(
-            work,
-            load,
-            peaks,
-            slots,
-            case.capacity,
-            case.unit,
-            holds,
-            changed,
-            scanned,
-            clock,
-            scratch,
-        )
-        clock = replace_pass(
-            case.counts,
-            case.scale,
-            case.table,
-            work,
-            load,
-            peaks,
-            slots,
-            case.capacity,
-            case.unit,
-            holds,
-            replicas,
-            changed,
-            clock,
-            rows,
-        )
+        swap_pass(placed, peaks, scratch, scan)
+        replace_pass(placed, case.costs, peaks, scan, rows)
         check_peaks(peaks, load)
         case.check(slots)
-        now = np.zeros_like(load)
-        rebuild(case.work(slots), slots, case.capacity, case.unit, now)
-        assert np.array_equal(load, now)
+        again = case.placed(slots)
+        assert np.array_equal(load, again.load)
         count = np.bincount(slots.ravel(), minlength=case.experts + 1)[: case.experts]
-        assert replicas.tolist() == count.tolist()
+        assert placed.replicas.tolist() == count.tolist()
         for gpu, row in enumerate(slots):
-            assert set(np.flatnonzero(holds[gpu, : case.experts])) == set(row) - {case.experts}
-        assert mean_max(now) <= before * (1 + 1e-5)
+            held = set(np.flatnonzero(placed.holds[gpu, : case.experts]))
+            assert held == set(row) - {case.experts}
+        assert mean_max(again.load) <= before * (1 + 1e-5)
 
 
 def test_converged_search_has_no_better_swap() -> None:

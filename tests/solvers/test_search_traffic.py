@@ -19,9 +19,9 @@ from moesim.model.names import load_model
 from moesim.placement import Placement
 from moesim.planning.traffic import binding_links, sample_traffic
 from moesim.solvers.base import Traffic
-from moesim.solvers.kernels.gains import make_serving, move_rows, move_us, replica_row, try_swap
-from moesim.solvers.kernels.load import fill_row, mean_max, rebuild
+from moesim.solvers.kernels.gains import make_messages, move_rows, move_us, replica_row, try_swap
 from moesim.solvers.kernels.messages import search_messages
+from moesim.solvers.kernels.placed import Costs, Goal, make_placed, make_work, mean_max
 from moesim.solvers.kernels.traffic import (
     fill_flow,
     message_us,
@@ -146,8 +146,8 @@ def test_swaps_keep_the_message_state(
     if len(doubled):
         slots[tuple(doubled[0])] = case.experts
     tokens, net, flow, gpus, count = case.state(slots, 0, by_time=by_time)
-    serving = make_serving(tokens, gpus, count)
-    trial = flow._replace(load=flow.load.copy(), total=flow.total.copy())
+    messages = make_messages(tokens, net, flow, slots, case.capacity)
+    serving, trial = messages.serving, messages.trial
     rng = np.random.default_rng(seed)
     done = 0
     while done < 12:
@@ -159,11 +159,11 @@ def test_swaps_keep_the_message_state(
             continue
         row1, row2 = replica_row(serving, e1, g1), replica_row(serving, e2, g2)
         if row1 >= 0:
-            try_swap(tokens, net, flow, trial, serving, row1, g1, -1, g2)
-            alone, _ = move_us(tokens, net, flow, serving, row1, g2)
+            try_swap(messages, row1, g1, -1, g2)
+            alone, _ = move_us(messages, row1, g2)
             assert trial.total[0] - flow.total[0] == pytest.approx(alone, abs=1e-9)
-        try_swap(tokens, net, flow, trial, serving, row1, g1, row2, g2)
-        move_rows(net, flow, trial, serving, row1, g1, row2, g2)
+        try_swap(messages, row1, g1, row2, g2)
+        move_rows(messages, row1, g1, row2, g2)
         slots[g1, s1], slots[g2, s2] = e2, e1
     for expert in range(case.experts):
         held = np.flatnonzero((slots == expert).any(axis=1))
@@ -192,14 +192,11 @@ def test_search_improves_what_the_step_model_predicts(
     rng = np.random.default_rng(0)
     counts = rng.poisson(20, (case.experts, 30)).astype(np.float32)
     grains = 1024.0
-    work = np.zeros((1, case.experts + 1, 30), np.int32)
-    for expert in range(case.experts):
-        fill_row(counts, expert, 1, np.full(1, grains), np.zeros((1, 1)), work[:, expert])
+    work = make_work(Costs(counts, np.full(1, grains), np.zeros((1, 1))), slots)
     unit = np.zeros(case.num_gpus, np.int64)
 
     def predicted(held: Slots) -> float:
-        load = np.zeros((case.num_gpus, 30), np.int32)
-        rebuild(work, held, case.capacity, unit, load)
+        load = make_placed(work, held, case.capacity, unit).load
         table = case.placement.physical_to_logical.copy()
         table[1] = held.ravel()
         placement = Placement(table, case.num_gpus, case.cluster.num_nodes, case.experts)
@@ -209,9 +206,8 @@ def test_search_improves_what_the_step_model_predicts(
 
     start = predicted(slots)
     tokens, net, flow, _, _ = case.state(slots, 1, by_time=True)
-    value = search_messages(
-        tokens, net, flow, work, slots, case.capacity, unit, 0.0, 0.0, 3, 0, grains
-    )
+    placed = make_placed(work, slots, case.capacity, unit)
+    value = search_messages(placed, tokens, net, flow, Goal(0.0, 0.0, grains), 3, 0)
     assert value == pytest.approx(predicted(slots), rel=1e-6)
     assert value <= start * (1 + 1e-6)
     assert sorted(slots.ravel().tolist()) == list(range(case.experts))

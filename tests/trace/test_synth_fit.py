@@ -17,10 +17,11 @@ from moesim.errors import FormatError, InputError
 from moesim.trace.format import Trace
 from moesim.trace.stats import TraceStats, batch_imbalance, trace_stats
 from moesim.trace.synth import generate
-from moesim.trace.synth_fit import _type_dynamics, fit, race_score
+from moesim.trace.synth_fit import fit, race_score
 from moesim.trace.synth_kernels import request_variance
 from moesim.trace.synth_shape import design, reshape
 from moesim.trace.synth_spec import SynthSpec
+from moesim.trace.synth_types import type_dynamics
 
 MakeTrace = Callable[..., Trace]
 RealTrace = Callable[[str], Trace]
@@ -202,7 +203,7 @@ def test_type_dynamics_are_found_again() -> None:
         for _ in range(100):
             own.append(own[-1] if own and rng.random() < 0.5 else int(rng.random() < share))
         labels += own
-    concentration, persistence = _type_dynamics(
+    concentration, persistence = type_dynamics(
         np.array(labels), np.arange(0, 40_001, 100), np.full((1, 2), 0.5), np.array([40_000.0])
     )
     assert concentration == pytest.approx(4, rel=0.25)
