@@ -221,4 +221,4 @@ def _latent_decode(pool: Pool, b: int, n: int, h: int) -> list[Any]:
     return calls
 
 
-PARTS = {"prompts": prompts, "decodes": decodes, "latent": latent}
+PARTS = {"decodes": decodes, "prompts": prompts, "latent": latent}

@@ -231,6 +231,6 @@ def _expert_calls(pool: Pool, ids: Any, hidden: int, width: int, local: int) -> 
 PARTS = {
     "products": products,
     "small": small,
-    **part_attention.PARTS,
     "experts": experts,
+    **part_attention.PARTS,
 }
