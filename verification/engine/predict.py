@@ -2,8 +2,9 @@
 
     python verification/engine/predict.py FOLDER --data DIR --out predictions.json
 
-Step times from `serve`'s step model (TP1 on one H200, bf16, engine profile vllm as it is; host_ms:
-with this machine's host) and the memory of the GPU. The routing is the trace's popularity per layer, as `load_of_trace` takes it.
+Step times from `serve`: TP1 on one H200, bf16, engine profile vllm as it is; host_ms: with this
+machine's host. And the memory of the GPU. The routing is the trace's popularity per layer, as
+`load_of_trace` takes it.
 """
 
 from __future__ import annotations
