@@ -136,11 +136,21 @@ class Calibration:
             sources={**other.sources, **self.sources},
         )
 
-    def with_shapes_of(self, other: Calibration) -> Calibration:
-        """This calibration with `other`'s expert kernels that are for one shape alone."""
-        own = {key: m for key, m in other.experts.items() if m.shape is not None}
-        sources = {**self.sources, **other.sources}
-        return replace(self, experts={**self.experts, **own}, sources=sources)
+    def with_measured_in(self, engine: Calibration) -> Calibration:
+        """This calibration with what was measured in the engine: its expert kernels that are for
+        one shape alone, and its products and attention."""
+        own = {key: m for key, m in engine.experts.items() if m.shape is not None}
+        mine, theirs = self.dense, engine.dense
+        return replace(
+            self,
+            experts={**self.experts, **own},
+            dense=DenseModel(
+                {**mine.gemms, **theirs.gemms},
+                {**mine.attention, **theirs.attention},
+                {**mine.mla, **theirs.mla},
+            ),
+            sources={**self.sources, **engine.sources},
+        )
 
     def copy(
         self, direction: str, *, pinned: bool = True, num_gpus_at_once: int | None = None

@@ -393,4 +393,4 @@ def calibration_of(deployment: Deployment, gpu: GpuSpec | None = None) -> Calibr
     names = calibration_names()
     found = load_calibration(own).completed_by(general) if own in names else general
     measured = f"{own}-engine"
-    return found.with_shapes_of(load_calibration(measured)) if measured in names else found
+    return found.with_measured_in(load_calibration(measured)) if measured in names else found

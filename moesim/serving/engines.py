@@ -30,6 +30,10 @@ class EngineProfile:
     not counted where None and 0.
     eager_layer_us: what a layer adds to a step with prompt tokens beside its kernels: gaps between
     them while the host enqueues, where no CUDA graph is replayed.
+    prompt_step_us: what a step with prompt tokens adds, whatever its layers: the GPU waits for its
+    first kernel and for its answers' way back. enqueue_layer_us: the least that a layer of such a
+    step takes, since the host enqueues it that fast. Both are a machine's, measured on it; 0 where
+    nobody did.
     request_ms, request_layer_us, prompt_token_us: time of a request outside the engine's steps: of
     itself (HTTP, scheduler queues, first answer back), per layer of the model (enqueuing its prompt
     while the GPU is busy with other steps), and of tokenising, per prompt token.
@@ -44,6 +48,8 @@ class EngineProfile:
     runtime_gb: memory of a GPU that neither weights, KV cache nor activations use (CUDA context,
     CUDA graphs); group_gb: the same for communication among several GPUs. sampler_bytes: memory per
     sequence and word of the vocabulary that is kept for sampling.
+    balancer_gb, balancer_layers: the same where experts have replicas: of its load balancer, and in
+    copies of one layer's experts of the GPU, through which it moves weights.
     memory_fraction: a share of the GPU's memory, and memory_rule what it bounds. "all": everything
     (gpu_memory_utilization). "weights_and_cache": weights and KV cache, of the memory beside the
     runtime; activations come out of the rest (mem_fraction_static). "free": the KV cache, of what
@@ -67,7 +73,11 @@ class EngineProfile:
     admission: Admission = "prompt"
     group_gb: float = 1.2
     sampler_bytes: float = 4.0
+    balancer_gb: float = 0.0
+    balancer_layers: int = 0
     request_layer_us: float = 0.0
+    prompt_step_us: float = 0.0
+    enqueue_layer_us: float = 0.0
     rotary_gb_per_s: float | None = None
     cache_write_ns: float = 0.0
     basis: Basis = "assumed"
@@ -75,7 +85,19 @@ class EngineProfile:
 
     def to_file(self) -> dict[str, Any]:
         """What a file of a refitted engine holds."""
-        return {key: getattr(self, key) for key in FILE_KEYS}
+        keys = (
+            *FILE_KEYS,
+            *(k for k in HOST_KEYS if getattr(self, k) != getattr(ENGINES[self.name], k)),
+        )
+        return {key: getattr(self, key) for key in keys}
+
+    def prompt_added_us(self, num_layers: int) -> float:
+        """What a step with prompt tokens adds to the GPU's work."""
+        return self.prompt_step_us + self.eager_layer_us * num_layers
+
+    def prompt_least_us(self, num_layers: int) -> float:
+        """What such a step takes at least: enqueueing its layers."""
+        return self.enqueue_layer_us * num_layers
 
     def outside_us(self, num_layers: int, prompt_tokens: _Tokens) -> _Tokens:
         """Microseconds of requests of so many prompt tokens outside the engine's steps."""
@@ -106,11 +128,13 @@ ENGINES: Mapping[str, EngineProfile] = {
             runtime_gb=0.9,
             memory_fraction=0.9,
             sampler_bytes=13.0,
+            balancer_gb=1.02,
+            balancer_layers=1,
             rotary_gb_per_s=1900.0,
             cache_write_ns=8.2,
             basis="measured",
             source=f"{FITTED}; rotary_gb_per_s, cache_write_ns: kernels of vLLM 0.23.0 on an H200"
-            " (reports/engine-vllm)",
+            " (reports/engine-vllm); balancer: memory of DeepSeek-V2-Lite (reports/engine-vllm-x2)",
         ),
         EngineProfile(
             name="sglang",
@@ -154,6 +178,8 @@ ENGINES: Mapping[str, EngineProfile] = {
 
 
 FILE_KEYS = ("name", "request_ms", "kernel_us", "basis", "source")
+HOST_KEYS = ("eager_layer_us", "prompt_step_us", "enqueue_layer_us")
+"""What a file may say of its machine's host besides."""
 
 
 def engine_profile(name: str) -> EngineProfile:
@@ -178,13 +204,14 @@ def _of_file(path: str) -> EngineProfile:
         raise InputError(f"cannot read {path}: {error}", remedy) from None
     except (yaml.YAMLError, RecursionError, ValueError):
         raise FormatError(f"{path}: no YAML", remedy) from None
-    if not isinstance(raw, dict) or set(raw) != set(FILE_KEYS) or raw["name"] not in ENGINES:
+    fitting = isinstance(raw, dict) and set(FILE_KEYS) <= set(raw) <= {*FILE_KEYS, *HOST_KEYS}
+    if not fitting or raw["name"] not in ENGINES:
         raise FormatError(f"{path}: no engine's constants, {', '.join(FILE_KEYS)}", remedy)
-    for key in ("request_ms", "kernel_us"):
+    for key in ("request_ms", "kernel_us", *(k for k in HOST_KEYS if k in raw)):
         value = raw[key]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
             raise FormatError(f"{path}: {key} is {value!r:.40}", remedy)
     if raw["basis"] not in get_args(Basis):
         raise FormatError(f"{path}: basis is {raw['basis']!r:.40}", remedy)
-    known = {key: raw[key] for key in FILE_KEYS if key != "name"}
+    known = {key: value for key, value in raw.items() if key != "name"}
     return replace(ENGINES[raw["name"]], **known | {"source": str(raw["source"])[:400]})

@@ -113,6 +113,16 @@ def _usable(
     return total * share
 
 
+def _balancer_bytes(deployment: Deployment, layer_bytes: float) -> float:
+    """What the engine's load balancer takes where experts have replicas; layer_bytes: of a layer's
+    experts on the GPU."""
+    plan, engine = deployment.plan, deployment.engine
+    slots = deployment.model.num_experts if plan is None else plan.placement.num_slots
+    if not deployment.redundant_experts and slots <= deployment.model.num_experts:
+        return 0.0
+    return engine.balancer_gb * GB + engine.balancer_layers * layer_bytes
+
+
 def gpu_memory(deployment: Deployment) -> EngineMemory:
     """Memory of the fullest GPU: the stage with most layers, the GPU with most expert slots.
 
@@ -157,6 +167,7 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
     activations += deployment.max_sequences * model.vocab_size * engine.sampler_bytes
     total = min(gpu.hbm_gb for gpu in deployment.attention_gpus) * HBM_BYTES_PER_GB
     runtime = (engine.runtime_gb + (engine.group_gb if deployment.num_gpus > 1 else 0.0)) * GB
+    runtime += _balancer_bytes(deployment, experts / moe_layers)
     pool = pool_usable = 0.0
     if apart is not None:
         moved = rows * deployment.dp / deployment.micro_batches / apart * routed * ACTIVATION_BYTES

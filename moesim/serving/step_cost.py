@@ -195,7 +195,8 @@ class EngineStepCost:
         if not prefill:
             time -= self._decode_saves.one(total)
         if prefill:
-            time += engine.eager_layer_us * self.deployment.model.num_hidden_layers
+            layers = self.deployment.model.num_hidden_layers
+            time = max(time + engine.prompt_added_us(layers), engine.prompt_least_us(layers))
         return time + engine.step_host_us + engine.sequence_host_us * sampled
 
     def breakdown(self, batch: BatchShape) -> dict[str, FloatArray]:
@@ -233,8 +234,11 @@ class EngineStepCost:
     def _with_host(self, gpu_us: FloatArray, batch: BatchShape) -> FloatArray:
         engine = self.deployment.engine
         prefill = batch.prefill_tokens.max(axis=-1) > 0
-        eager = engine.eager_layer_us * self.deployment.model.num_hidden_layers
-        busy = gpu_us + np.where(prefill, eager, 0.0)
+        layers = self.deployment.model.num_hidden_layers
+        with_host = np.maximum(
+            gpu_us + engine.prompt_added_us(layers), engine.prompt_least_us(layers)
+        )
+        busy = np.where(prefill, with_host, gpu_us)
         sequences = self._sampled(batch).max(axis=-1)
         return busy + engine.step_host_us + engine.sequence_host_us * sequences
 

@@ -43,8 +43,8 @@ class StepTables(NamedTuple):
     less than `moe_us` says. comm_us: [M, points], dispatch and combine in `moe_us`.
     overlap: [M, 5], see `EngineStepCost.overlap`. parts: [M], of a step between two pools of GPUs,
     0 where there is one.
-    eager_us: added to steps with prompt tokens; host_us, sequence_us: added to every step,
-    and for every sampled row of the rank that has most.
+    eager_us: added to steps with prompt tokens, which take least_us at least; host_us,
+    sequence_us: added to every step, and for every sampled row of the rank that has most.
     """
 
     row_x: FloatArray
@@ -56,6 +56,7 @@ class StepTables(NamedTuple):
     head_us: FloatArray
     terms: FloatArray
     eager_us: FloatArray
+    least_us: FloatArray
     host_us: FloatArray
     sequence_us: FloatArray
     decode_saves_us: FloatArray
@@ -98,7 +99,8 @@ def tables_of(
     deployments = [cost.deployment for cost in costs]
     profiles = [d.engine for d in deployments]
     layers = [d.model.num_hidden_layers for d in deployments]
-    eager = [p.eager_layer_us * n for p, n in zip(profiles, layers, strict=True)]
+    eager = [p.prompt_added_us(n) for p, n in zip(profiles, layers, strict=True)]
+    least = [p.prompt_least_us(n) for p, n in zip(profiles, layers, strict=True)]
     return StepTables(
         row_x,
         row_us,
@@ -109,6 +111,7 @@ def tables_of(
         head_us,
         terms,
         np.array(eager, np.float64),
+        np.array(least, np.float64),
         np.array([p.step_host_us for p in profiles], np.float64),
         np.array([p.sequence_host_us for p in profiles], np.float64),
         _padded([(cost._decode_saves.counts, cost._decode_saves.times_us) for cost in costs])[1],
@@ -305,6 +308,6 @@ def step_us(
         time = min(time, _apart_us(tables, m, own, total / parts, prefill, shares))
     time += _table(tables.head_x[m], tables.head_us[m], sampled)
     if prefill:
-        time += tables.eager_us[m]
+        time = max(time + tables.eager_us[m], tables.least_us[m])
     time += tables.host_us[m] + tables.sequence_us[m] * sampled
     return time, mean / (last - first), slowest

@@ -161,6 +161,21 @@ def test_caches_that_engines_logged() -> None:
     assert sglang.kv_token_capacity == pytest.approx(367_404, rel=0.03)
 
 
+def test_replicas_take_the_balancers_memory() -> None:
+    """DeepSeek-V2-Lite on two GPUs, 36 slots of 3 x 2048 x 1408 bf16 weights: one layer's once
+    more, and 1.02 GB; both none of the weights."""
+    plain, balanced = (
+        gpu_memory(
+            deploy("DeepSeek-V2-Lite", "h200-sxm-ib", dp=2, expert_dtype="bf16",
+                   redundant_experts=extra)
+        )
+        for extra in (None, 8)
+    )  # fmt: skip
+    layer = 36 * 3 * 2048 * 1408 * 2
+    assert balanced.runtime_bytes == pytest.approx(plain.runtime_bytes + layer + 1.02e9)
+    assert balanced.expert_weight_bytes == 26 * layer
+
+
 def test_what_a_memory_fraction_bounds() -> None:
     """Mixtral-8x7B on 4 GPUs of 79.2 GiB, fraction 0.8: of everything (vLLM), of weights and cache
     beside the runtime (SGLang), of what is left for the cache (TensorRT-LLM)."""

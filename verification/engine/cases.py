@@ -21,7 +21,8 @@ ROUTINGS = ("trace", "uniform", "same")
 
 @dataclass(frozen=True)
 class Model:
-    """One run: preset, layers that are kept (None: all), the trace, and how it is stretched."""
+    """One run: preset, layers that are kept (None: all), the trace, how it is stretched, and the
+    set of steps that it is timed in ("later": none was used for fitting, models and sizes new)."""
 
     key: str
     preset: str
@@ -29,6 +30,7 @@ class Model:
     layers: int | None = None
     repeat_layers: bool = False
     compile: bool = False
+    set: str = "first"
 
 
 MODELS = {
@@ -47,6 +49,9 @@ MODELS = {
             compile=True,
         ),
         Model("qwen3-235b-16", "Qwen3-235B-A22B", "synth:qwen3-30b", layers=16),
+        Model("mixtral-8x7b", "Mixtral-8x7B", "synth:Mixtral-8x7B", set="later"),
+        Model("granite-3b", "Granite-3.0-3B-A800M", "synth:Granite-3.0-3B-A800M", set="later"),
+        Model("glm-4.5-air-17", "GLM-4.5-Air", "synth:qwen3-30b", layers=17, set="later"),
     )
 }
 
@@ -87,7 +92,32 @@ DECODE = tuple(
     )
 )
 
+LATER_PREFILL = tuple(
+    Case("prefill", n, p)
+    for n, p in ((1, 700), (3, 700), (1, 3000), (5, 1000), (7, 1500), (4, 4000))
+)
+LATER_DECODE = tuple(
+    Case("decode", n, p)
+    for n, p in (
+        (2, 1000),
+        (12, 1000),
+        (24, 1000),
+        (48, 1000),
+        (100, 1000),
+        (200, 700),
+        (400, 400),
+        (20, 6000),
+    )
+)
+CASES = {"first": (*PREFILL, *DECODE), "later": (*LATER_PREFILL, *LATER_DECODE)}
+GRAPHS = {
+    "first": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
+    "later": [1, 2, 4, 8, 16, 24, 48, 104, 200, 400],
+}
+"""Sizes of CUDA graphs; of vLLM's own those that the later steps are padded to."""
+ROUTINGS_OF = {"first": ROUTINGS, "later": ("trace", "same")}
 
-def context_of(case: Case) -> int:
+
+def context_of(case: Case, name: str = "first") -> int:
     """Cached tokens per sequence in the middle of a decode case's timed steps."""
-    return case.prompt + (ROUNDS * STEPS * len(ROUTINGS) + ROUNDS * 5) // 2
+    return case.prompt + (ROUNDS * STEPS * len(ROUTINGS_OF[name]) + ROUNDS * 5) // 2

@@ -2,8 +2,9 @@
 
     python verification/engine/predict.py FOLDER --data DIR --out predictions.json
 
-Step times from `serve`'s step model (TP1 on one H200, bf16, engine profile vllm as it is) and the
-memory of the GPU. The routing is the trace's popularity per layer, as `load_of_trace` takes it.
+Step times from `serve`: TP1 on one H200, bf16, engine profile vllm as it is; host_ms: with this
+machine's host. And the memory of the GPU. The routing is the trace's popularity per layer, as
+`load_of_trace` takes it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 from cases import (
-    DECODE,
+    CASES,
     MAX_BATCH_TOKENS,
     MAX_SEQUENCES,
     MEMORY_FRACTION,
     MODELS,
-    PREFILL,
-    ROUTINGS,
+    ROUTINGS_OF,
     Case,
     context_of,
 )
@@ -33,9 +33,13 @@ from prepare import trace_of
 from moesim.engine.model_folder import hf_config, spec_of
 from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import Deployment, deploy
+from moesim.serving.engines import engine_profile
 from moesim.serving.memory import gpu_memory
 from moesim.serving.step_cost import EngineStepCost
 from moesim.trace.format import Trace
+
+HOST = Path(__file__).resolve().parents[2] / "reports/engine-vllm/host.yaml"
+"""vLLM's profile with the host of these machines."""
 
 
 def routed(trace: Trace, routing: str) -> Trace:
@@ -52,11 +56,11 @@ def routed(trace: Trace, routing: str) -> Trace:
     return replace(cut, expert_ids=np.ascontiguousarray(ids).astype(trace.expert_ids.dtype))
 
 
-def shape_of(case: Case) -> BatchShape:
-    """The step that a case times."""
+def shape_of(case: Case, name: str = "first") -> BatchShape:
+    """The step that a case of a set times."""
     n, prompt = case.requests, case.prompt
     if case.phase == "decode":
-        return BatchShape.of(decode_tokens=n, decode_context_tokens=n * context_of(case))
+        return BatchShape.of(decode_tokens=n, decode_context_tokens=n * context_of(case, name))
     return BatchShape.of(
         prefill_tokens=n * prompt,
         prefill_pairs=n * prompt * (prompt + 1) / 2,
@@ -93,13 +97,15 @@ def main() -> None:
     for key, model in MODELS.items():
         trace = trace_of(model, args.data, args.folder)
         steps: dict[str, dict[str, object]] = {}
-        for routing in ROUTINGS:
+        for routing in ROUTINGS_OF[model.set]:
             cost = EngineStepCost(deployment(key, routed(trace, routing)))
-            for case in (*PREFILL, *DECODE):
-                parts = cost.breakdown(shape_of(case))
+            hosted = cost.with_engine(engine_profile(str(HOST)))
+            for case in CASES[model.set]:
+                parts = cost.breakdown(shape_of(case, model.set))
                 step = {name: round(float(v.sum()) / 1e3, 4) for name, v in parts.items()}
+                hosted_ms = float(hosted.step_us(shape_of(case, model.set))) / 1e3
                 row = {"ms": round(sum(step.values()), 4), "parts_ms": step}
-                steps.setdefault(case.key, {})[routing] = row
+                steps.setdefault(case.key, {})[routing] = row | {"host_ms": round(hosted_ms, 4)}
         memory = gpu_memory(cost.deployment)
         found["models"][key] = {  # type: ignore[index]
             "basis": cost.basis,

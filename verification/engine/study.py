@@ -1,11 +1,13 @@
 """Steps of a whole model inside vLLM, one process per model, on the GPU machine.
 
-    python study.py FOLDER MODEL OUT.json [--budget SECONDS] [--turn FILE] [--smoke]
+    python study.py FOLDER MODEL OUT.json [--budget SECONDS] [--turn FILE] [--only CASE,...]
+        [--start] [--paused] [--smoke]
 
 FOLDER: what prepare.py wrote. The engine runs in this process, so that a step's wall time and GPU
 time are seen together. Prefill: whole prompts in one step. Decode: sequences are prefilled once,
 then rounds of every routing are interleaved while they go on; the routing is changed in place, so
-the CUDA graphs captured at start replay all of them. Written after every case.
+the CUDA graphs captured at start replay all of them. --start: start and check, no steps. --paused:
+prefill also with a rest before every step. Written after every case.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 from cases import (
+    CASES,
     DECODE,
+    GRAPHS,
+    LATER_DECODE,
+    LATER_PREFILL,
     MAX_BATCH_TOKENS,
     MAX_MODEL_LEN,
     MAX_SEQUENCES,
@@ -29,15 +35,16 @@ from cases import (
     MODELS,
     PREFILL,
     ROUNDS,
-    ROUTINGS,
+    ROUTINGS_OF,
     STEPS,
     WARM_STEPS,
     Case,
 )
+from parts import Clock
 
-GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 EAGER_STEPS = 5
 EAGER_ROUNDS = 3
+PAUSED_ROUNDS, PAUSE_S = 4, 0.4
 PROFILED = (PREFILL[5], DECODE[3], DECODE[5], DECODE[7])
 
 
@@ -65,7 +72,7 @@ class Engine:
         from vllm.engine.arg_utils import EngineArgs
 
         self.sampling = SamplingParams
-        config = {"mode": 3 if model.compile else 0, "cudagraph_capture_sizes": GRAPHS}
+        config = {"mode": 3 if model.compile else 0, "cudagraph_capture_sizes": GRAPHS[model.set]}
         if not model.compile:
             config["cudagraph_mode"] = "FULL_DECODE_ONLY"
         kwargs = {
@@ -98,6 +105,8 @@ class Engine:
         self.vocab = self.runner.model_config.get_vocab_size()
         self.number = 0
         self.rng = np.random.default_rng(1)
+        self.clock = Clock()
+        self.clock.start()
         self._time_gpu()
 
     def _time_gpu(self) -> None:
@@ -171,25 +180,27 @@ class Engine:
         }
 
 
-def prefill(engine: Engine, replay, contents, case: Case, rounds: int) -> dict:
+def prefill(engine: Engine, replay, contents, case: Case, rounds: int, pause: float = 0.0) -> dict:
     """Rounds of one prefill step, routings interleaved."""
     import torch
 
     rows = []
     for number in range(-1, rounds):
-        for routing in ROUTINGS:
+        for routing in contents:
             replay.swap(contents[routing])
             engine.add(case, 1)
             torch.cuda.synchronize()
             engine.events.clear()
-            began = time.perf_counter()
+            time.sleep(pause)
+            seen, began = time.time(), time.perf_counter()
             calls = engine.drain()
             torch.cuda.synchronize()
             wall = (time.perf_counter() - began) * 1e3
             passes = engine.gpu_ms()
             if number >= 0:
-                rows.append([number, routing, wall, calls, passes])
-    return {"columns": ["round", "routing", "wall_ms", "calls", "[gpu_ms, host_ms]"], "rows": rows}
+                rows.append([number, routing, wall, calls, passes, *engine.clock.since(seen)])
+    columns = ["round", "routing", "wall_ms", "calls", "[gpu_ms, host_ms]", "mhz", "watts"]
+    return {"columns": columns, "rows": rows}
 
 
 def decode(engine: Engine, replay, contents, case: Case, rounds: int) -> dict:
@@ -206,7 +217,7 @@ def decode(engine: Engine, replay, contents, case: Case, rounds: int) -> dict:
     prefill_s = time.perf_counter() - began
     dispatcher = engine.runner.cudagraph_dispatcher
     rows = []
-    ways = [(r, "graph", STEPS) for r in ROUTINGS] + [("trace", "eager", EAGER_STEPS)]
+    ways = [(r, "graph", STEPS) for r in contents] + [("trace", "eager", EAGER_STEPS)]
     for number in range(rounds):
         for routing, mode, steps in ways:
             if mode == "eager" and number >= EAGER_ROUNDS:
@@ -229,12 +240,18 @@ def decode(engine: Engine, replay, contents, case: Case, rounds: int) -> dict:
     return {"columns": columns, "prefill_s": prefill_s, "rows": rows}
 
 
-def profile(engine: Engine, replay, contents, case: Case) -> list[list]:
-    """[kernel, microseconds, launches] of one prefill step or three decode steps."""
+def profile(engine: Engine, replay, contents, case: Case, before: int = 0) -> tuple[list, list]:
+    """[kernel, microseconds, launches] of one prefill step or three decode steps; and what lies
+    between the first kernel's start and the last one's end: [all, with a kernel running]. before:
+    prefill steps right before it, so that the GPU is as warm as in the rounds."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     replay.swap(contents["trace"])
+    for _ in range(before):
+        engine.add(case, 1)
+        engine.drain()
     names = engine.add(case, 1 if case.phase == "prefill" else 200)
     if case.phase == "decode":
         for _ in range(-(-case.requests * case.prompt // MAX_BATCH_TOKENS) + 6):
@@ -249,13 +266,22 @@ def profile(engine: Engine, replay, contents, case: Case) -> list[list]:
     engine.engine.abort_request(names)
     engine.drain()
     rows = [[e.key[:160], round(e.device_time_total, 2), e.count] for e in found.key_averages()]
-    return sorted((r for r in rows if r[1] > 0), key=lambda r: -r[1])[:40]
+    times = [e.time_range for e in found.events() if e.device_type == DeviceType.CUDA]
+    spans = sorted((t.start, t.end) for t in times)
+    busy, last = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return sorted((r for r in rows if r[1] > 0), key=lambda r: -r[1])[:40], [
+        round(last - spans[0][0], 1),
+        round(busy, 1),
+    ]
 
 
 def check(engine: Engine, replay, contents) -> dict:
     """INV-1: a run of prefills and decodes with counting on, every routing."""
     found = {}
-    for routing in ROUTINGS:
+    for routing in contents:
         replay.swap(contents[routing])
         replay.counting = True
         engine.add(Case("prefill", 5, 300), 20)
@@ -274,7 +300,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--budget", type=float, default=1e9, help="seconds once the engine is up")
     parser.add_argument("--turn", type=Path, help="wait for this file before using the GPU")
-    parser.add_argument("--only", default="", help="cases whose key ends so")
+    parser.add_argument("--only", default="", help="keys of cases, between commas")
+    parser.add_argument("--start", action="store_true")
+    parser.add_argument("--paused", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     model = MODELS[args.model]
@@ -306,13 +334,17 @@ def main() -> None:
     }
     print("UP", json.dumps(record), flush=True)
     replay = current()
-    contents = variants(replay.content)
+    contents = {r: c for r, c in variants(replay.content).items() if r in ROUTINGS_OF[model.set]}
     record["check"] = check(engine, replay, contents)
     print("CHECK", json.dumps(record["check"]), flush=True)
     began = time.time()
     rounds = 2 if args.smoke else ROUNDS
-    cases = (PREFILL[1:2] + DECODE[1:2]) if args.smoke else (*PREFILL, *DECODE)
-    for case in (c for c in cases if c.key.endswith(args.only)):
+    cases = (PREFILL[1:2] + DECODE[1:2]) if args.smoke else CASES[model.set]
+    if args.only:
+        cases = [c for c in cases if c.key in args.only.split(",")]
+    if args.start:
+        cases = []
+    for case in cases:
         left = args.budget - (time.time() - began)
         if left < 0:
             record.setdefault("left_out", []).append(case.key)
@@ -321,6 +353,9 @@ def main() -> None:
         measure = prefill if case.phase == "prefill" else decode
         try:
             record["cases"][case.key] = measure(engine, replay, contents, case, rounds)
+            if args.paused and case.phase == "prefill":
+                paused = prefill(engine, replay, contents, case, PAUSED_ROUNDS, PAUSE_S)
+                record["cases"][case.key]["paused"] = paused["rows"]
         except Exception as error:
             record["cases"][case.key] = {"error": repr(error)[:500]}
             print("ERROR", case.key, repr(error)[:500], flush=True)
@@ -328,12 +363,17 @@ def main() -> None:
         finally:
             args.out.write_text(json.dumps(record))
         print("DONE", model.key, case.key, round(time.time() - start, 1), "s", flush=True)
-    for case in PROFILED:
-        try:
-            record.setdefault("profile", {})[case.key] = profile(engine, replay, contents, case)
-        except Exception as error:
-            print("ERROR profile", repr(error)[:300], flush=True)
-            break
+    profiled = {"first": PROFILED, "later": (LATER_PREFILL[4], LATER_DECODE[4])}[model.set]
+    for case in () if args.start else profiled:
+        for before in (0, 4) if case.phase == "prefill" else (0,):
+            try:
+                name = case.key + (f" after {before}" if before else "")
+                kernels, span = profile(engine, replay, contents, case, before)
+                record.setdefault("profile", {})[name] = kernels
+                record.setdefault("spans", {})[name] = span
+            except Exception as error:
+                print("ERROR profile", repr(error)[:300], flush=True)
+                break
     args.out.write_text(json.dumps(record))
     print("END", model.key, round(time.time() - engine.began, 1), "s", flush=True)
 

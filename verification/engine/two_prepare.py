@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 from cases import MODELS as ALL
+from predict import HOST
 from prepare import trace_of
 from two_cases import (
     CASES,
@@ -38,6 +39,7 @@ from moesim.engine.schedule import PhaseRows
 from moesim.placement import Placement, Plan, load_plan
 from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import deploy
+from moesim.serving.engines import engine_profile
 from moesim.serving.memory import gpu_memory
 from moesim.serving.step_cost import EngineStepCost
 from moesim.trace.batches import index_requests, split_requests
@@ -159,11 +161,14 @@ def predictions(spec: Any, trace: Trace, plans: dict[str, Plan]) -> dict[str, An
                     **parallel,  # type: ignore[arg-type]
                 )
             )
+            hosted = cost.with_engine(engine_profile(str(HOST)))
             rows = {}
             for case in CASES:
-                parts = cost.breakdown(shape_of(case, parallel["dp"]))  # type: ignore[arg-type]
+                shape = shape_of(case, parallel["dp"])  # type: ignore[arg-type]
+                parts = cost.breakdown(shape)
                 step = {k: round(float(v.sum()) / 1e3, 4) for k, v in parts.items()}
                 rows[case.key] = {"ms": round(sum(step.values()), 4), "parts_ms": step}
+                rows[case.key]["host_ms"] = round(float(hosted.step_us(shape)) / 1e3, 4)
             found.setdefault(mode, {})[name] = rows
             if name.startswith("linear"):
                 memory.setdefault(mode, {})[name] = kv_bytes(cost)
