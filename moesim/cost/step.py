@@ -331,12 +331,17 @@ def calibration_of_gpu(gpu: GpuSpec, named: str | None, only_type: bool) -> Cali
             kernel_launch_us=gpu.kernel_launch_us,
         )
     )
-    family = gpu.name.split("-")[0]
+    family = family_of(gpu)
     if named is not None and only_type:
         return load_calibration(named).completed_by(datasheet)
     if family in calibration_names():
         return load_calibration(family).completed_by(datasheet)
     return datasheet
+
+
+def family_of(gpu: GpuSpec) -> str:
+    """The name of a GPU's calibration: "h200" of an h200-sxm."""
+    return gpu.name.removesuffix("-sxm")
 
 
 def default_library(calibration: Calibration, num_nodes: int, phase: Phase) -> AllToAll:

@@ -44,6 +44,7 @@ class EngineProfile:
     runtime_gb: memory of a GPU that neither weights, KV cache nor activations use (CUDA context,
     CUDA graphs); group_gb: the same for communication among several GPUs. sampler_bytes: memory per
     sequence and word of the vocabulary that is kept for sampling.
+    dispatch_tokens: rows per rank that buffers of DeepEP's low-latency kernels hold.
     memory_fraction: a share of the GPU's memory, and memory_rule what it bounds. "all": everything
     (gpu_memory_utilization). "weights_and_cache": weights and KV cache, of the memory beside the
     runtime; activations come out of the rest (mem_fraction_static). "free": the KV cache, of what
@@ -66,6 +67,7 @@ class EngineProfile:
     memory_rule: MemoryRule = "all"
     admission: Admission = "prompt"
     group_gb: float = 1.2
+    dispatch_tokens: int = 256
     sampler_bytes: float = 4.0
     request_layer_us: float = 0.0
     rotary_gb_per_s: float | None = None
@@ -114,6 +116,7 @@ ENGINES: Mapping[str, EngineProfile] = {
         ),
         EngineProfile(
             name="sglang",
+            dispatch_tokens=128,
             step_host_us=0.0,
             sequence_host_us=0.0,
             kernel_us=6.0,
