@@ -156,8 +156,8 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
     and head cut by tp, both counted; multi-token-prediction layers, where they draft, on the
     fullest stage, experts by slots and the rest cut by tp, with the model's tables. Activations:
     the widest layer's rows of a full step, and the engine's `sampler_bytes` for `max_sequences`
-    rows of the whole vocabulary. What the memory fraction bounds is the engine's (`memory_rule`). Ignored:
-    fragmentation and page rounding.
+    rows of the whole vocabulary. What the memory fraction bounds is the engine's (`memory_rule`).
+    Ignored: fragmentation and page rounding.
     """
     model, tp, pp = deployment.model, deployment.tp, deployment.pp
     apart = deployment.expert_gpus

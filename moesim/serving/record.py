@@ -90,7 +90,7 @@ def describe_deployment(deployment: Deployment) -> dict[str, Any]:
         "num_gpus", "tp", "dp", "pp", "ep", "moe_tp", "expert_dtype", "dense_dtype", "kv_dtype",
         "max_batch_tokens", "max_sequences", "memory_fraction", "moe_comm",
         "redundant_experts", "two_batch_overlap", "expert_gpus", "micro_batches", "kv_scale",
-        "kv_window",
+        "kv_window", "mtp",
     )  # fmt: skip
     return {
         "name": deployment.name,
@@ -100,6 +100,8 @@ def describe_deployment(deployment: Deployment) -> dict[str, Any]:
         **{name: getattr(deployment, name) for name in names},
         "planned": deployment.plan is not None,
         "weights_gb_per_gpu": memory.weight_bytes / 1e9,
+        "dispatch_tokens": deployment.dispatch_tokens if memory.exchange_bytes else None,
+        "exchange_gb_per_gpu": memory.exchange_bytes / 1e9,
         "kv_cache_gb_per_gpu": memory.kv_cache_bytes / 1e9,
         "kv_tokens_per_rank": memory.kv_token_capacity,
     }
@@ -147,7 +149,13 @@ def predictions(
     if config.decode is not None:
         out.append("transfer of KV caches: assumed rate and latency")
     if config.speculation is not None:
-        out.append("accepted drafts and cost of drafting: assumed")
+        out.append("accepted drafts: assumed")
+        drafting = (
+            "one multi-token-prediction layer, its parts as the model's layers"
+            if deployment.mtp
+            else "a share of the step as given, and no memory of its own: assumed"
+        )
+        out.append(f"drafting: {drafting}")
     return out
 
 

@@ -335,7 +335,7 @@ class _Engine:
         time = verified + self.drafting * base * any(decode)
         if self.cost.deployment.mtp:
             batch = BatchShape.of(decode, context, rows, pairs, chunks)
-            time += float(self.cost.drafting_us(batch, self.drafts * any(decode), again > 1))
+            time += float(self.cost.drafting_us(batch, self.drafts * any(decode), float(latent)))
         return time
 
     def _decode(self) -> list[_Request]:
