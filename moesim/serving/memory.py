@@ -208,10 +208,10 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
         moved = rows * deployment.dp / deployment.micro_batches / apart * routed * ACTIVATION_BYTES
         pool = experts + runtime + moved + buffers
         smallest = min(gpu.hbm_gb for gpu in deployment.cluster.gpus[-apart:]) * HBM_BYTES_PER_GB
-        pool_usable = _usable(deployment, smallest, experts, moved, runtime + buffers)
+        pool_usable = _usable(deployment, smallest, experts, moved + buffers, runtime)
         experts = 0.0
     beside = activations + runtime + buffers
-    usable = _usable(deployment, total, experts + other, activations, runtime + buffers)
+    usable = _usable(deployment, total, experts + other, activations + buffers, runtime)
     return EngineMemory(
         total_bytes=total,
         usable_bytes=usable,
