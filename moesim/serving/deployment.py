@@ -11,7 +11,7 @@ from moesim.choices import MoeComm as MoeComm
 from moesim.choices import Overlap as Overlap
 from moesim.cluster import DEFAULT_CLUSTER, load_cluster
 from moesim.cost.calibration import calibration_names, load_calibration
-from moesim.cost.step import calibration_of_gpu, default_library, family_of
+from moesim.cost.step import calibration_of_gpu, check_one_domain, default_library, family_of
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.model.names import KV_BYTES, WEIGHT_BYTES, load_model
 from moesim.serving.engines import EngineProfile, engine_profile
@@ -157,6 +157,8 @@ class Deployment:
                 f"moe_comm {self.moe_comm} sends tokens to whole experts, moe_tp is {self.moe_tp}",
                 "set moe_tp to 1, or choose all_reduce or all_gather",
             )
+        group = self.tp * self.dp + (self.expert_gpus or 0)
+        check_one_domain(self.moe_comm, ceil(group / self.cluster.gpus_per_node))
         self._check_plan()
         self._check_redundancy()
         if self.two_batch_overlap not in get_args(Overlap):
