@@ -149,7 +149,7 @@ class MoeCost(Parts):
         return ExpertSlots(gpu, np.maximum(table, 0), np.where(table >= 0, share, 0.0))
 
     @cached_property
-    def _links(self) -> Calibration:
+    def links(self) -> Calibration:
         """The exchange's kernels."""
         slowest = self.deployment.link_gpu
         return self.calibration if slowest == self.deployment.gpu else self._kernels_of(slowest)
@@ -162,11 +162,11 @@ class MoeCost(Parts):
             return np.zeros_like(tokens)
         row = model.hidden_size * ELEMENT_BYTES
         if comm == "all_reduce":
-            return np.asarray(self.curve("all_reduce", group, self._links).time_us(tokens * row))
+            return np.asarray(self.curve("all_reduce", group, self.links).time_us(tokens * row))
         if comm == "all_gather":
             share = tokens * row * (group - 1) / group
-            gather = self.curve("all_gather", group, self._links).time_us(share)
-            scatter = self.curve("reduce_scatter", group, self._links)
+            gather = self.curve("all_gather", group, self.links).time_us(share)
+            scatter = self.curve("reduce_scatter", group, self.links)
             return np.asarray(gather + scatter.time_us(share))
         if comm == "deepep_ll":
             return self._in_rounds(tokens)
@@ -188,7 +188,7 @@ class MoeCost(Parts):
         d, model = self.deployment, self.deployment.model
         group = d.tp * d.dp + (d.expert_gpus or 0)
         row = model.expert_hidden * ELEMENT_BYTES
-        dispatch, combine = (self.curve(kind, group, self._links) for kind in KINDS_OF[comm])
+        dispatch, combine = (self.curve(kind, group, self.links) for kind in KINDS_OF[comm])
         way = spread_of(d)
         per_gpu = tokens / way.senders
         fan_out, nodes = (
@@ -202,6 +202,13 @@ class MoeCost(Parts):
         there = model.expert_hidden * BYTES_PER_ELEMENT["fp8" if "deepep" in comm else "bf16"]
         time = dispatch.time_us(sent * there, nic * there)
         return np.asarray(time + combine.time_us(sent * row, nic * row), dtype=np.float64)
+
+    @property
+    def chosen_share(self) -> FloatArray:
+        """[ep]: the probability that a rank holds an expert that a token chooses, the mean over
+        layers."""
+        own = self._slots.tokens_by_rank(self._load.inclusion)
+        return np.asarray((1.0 - np.prod(1.0 - own, axis=2)).mean(axis=0), np.float64)
 
     def _receives_more(self, num_nodes: int, *, once: bool) -> tuple[float, float]:
         """Rows that the busiest rank, and node, receives over the mean one's, averaged over layers;
