@@ -99,6 +99,8 @@ class ServeResult(Result):
                 continue
             rows.append([known.heading, known.text(value)])
         lines.append(text_table(["", ""], rows).lstrip("\n"))
+        if record["pools"] is not None:
+            lines.append(_pools_line(record["pools"]))
         if record["slo"] is not None:
             lines += _slo_lines(record["slo"])
         lines.append(f"basis: {record['basis']} at the weakest part (--json lists every part)")
@@ -436,6 +438,17 @@ def _levels(levels: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in levels
     ]
     return [text_table(head, rows)]
+
+
+def _pools_line(pools: Mapping[str, float]) -> str:
+    each, shares = f"{pools['sequences_per_rank']:.1f} sequences per attention rank", []
+    for name, gpus in (("attention", "attention_gpus"), ("experts", "expert_gpus")):
+        shares.append(f"{pools[gpus]:g} GPUs of {name} compute {pools[f'{name}_busy']:.0%} of it")
+    return (
+        f"two pools, a decode step of {each}: {', '.join(shares)}; its layers take"
+        f" {pools['step_s'] * 1e3:,.1f} ms with the exchange as flows over the network,"
+        f" {pools['step_closed_form_s'] * 1e3:,.1f} by the closed form that is used"
+    )
 
 
 def _slo_lines(slo: Mapping[str, Any]) -> list[str]:

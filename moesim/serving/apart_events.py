@@ -23,6 +23,8 @@ import simpy
 from moesim.cost.curves import BYTES_PER_US_AT_1_GB_PER_S
 from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF, OTHER_LINK_EFFICIENCY
 from moesim.errors import InputError
+from moesim.serving.apart import ping_pong_us
+from moesim.serving.batch import BatchShape
 from moesim.serving.step_cost import EngineStepCost
 from moesim.sim.links import asymptotic_gb_per_s
 from moesim.sim.network import Flow, Network
@@ -30,22 +32,22 @@ from moesim.types import FloatArray
 
 if TYPE_CHECKING:
     from moesim.cost.collective import CollectiveCurve
-    from moesim.serving.batch import BatchShape
+    from moesim.serving.deployment import Deployment
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ApartStep:
     """step_us: all MoE layers' shares of all layers, without head and host. attention_busy,
     experts_busy: share of it that a pool computes. link_bytes: [links] carried; peak_used: [links],
-    the most of each in use at a time, 1 is all of it. exchange_us: [2] dispatch and combine of one
-    part with nothing else on the network."""
+    the most of each in use at a time, 1 is all of it. exchange_us: dispatch and combine of one part
+    with nothing else on the network, the mean over layers."""
 
     step_us: float
     attention_busy: float
     experts_busy: float
     link_bytes: FloatArray
     peak_used: FloatArray
-    exchange_us: tuple[float, float]
+    exchange_us: tuple[float, ...]
 
 
 def simulate_apart(cost: EngineStepCost, batch: BatchShape) -> ApartStep:
@@ -56,7 +58,8 @@ def simulate_apart(cost: EngineStepCost, batch: BatchShape) -> ApartStep:
     parts, layers = d.micro_batches, d.model.num_moe_layers
     part = batch.cut(parts)
     own, experts, _ = (float(t) / layers for t in cost._own_experts_and_comm_us(part))
-    flows = exchange_flows(cost, part)
+    sampled = exchange_flows(cost, part)
+    flows = [sampled[layer % len(sampled)] for layer in range(layers)]
     env = simpy.Environment()
     network = Network(env, cost.deployment.cluster.routes().num_links)
     pools = simpy.Resource(env), simpy.Resource(env)
@@ -67,36 +70,63 @@ def simulate_apart(cost: EngineStepCost, batch: BatchShape) -> ApartStep:
             yield env.timeout(us)
 
     def through() -> Iterator[Any]:
-        for _ in range(layers):
+        for dispatch, combine in flows:
             yield from compute(pools[0], own)
-            yield network.send(flows[0])
+            yield network.send(dispatch)
             yield from compute(pools[1], experts)
-            yield network.send(flows[1])
+            yield network.send(combine)
 
     env.run(simpy.AllOf(env, [env.process(through()) for _ in range(parts)]))
     step = float(env.now)
     busy = [parts * layers * us / step for us in (own, experts)]
-    alone = [flow.latency_us + flow.alone_us for flow in flows]
-    return ApartStep(step, busy[0], busy[1], network.bytes, network.peak_used, (alone[0], alone[1]))
+    alone = [[flow.latency_us + flow.alone_us for flow in pair] for pair in flows]
+    exchange_us = tuple(np.mean(alone, axis=0).tolist())
+    return ApartStep(step, busy[0], busy[1], network.bytes, network.peak_used, exchange_us)
 
 
-def exchange_flows(cost: EngineStepCost, part: BatchShape) -> tuple[Flow, Flow]:
-    """Dispatch and combine of one layer of a part."""
+def pools_record(deployment: Deployment, rows: float, context: float) -> dict[str, float]:
+    """A decode step of `rows` sequences per attention rank with `context` cached tokens each: what
+    the pools and the network do in it, and the same step by the closed form. Times in seconds."""
+    cost = EngineStepCost(deployment)
+    ones = np.ones(deployment.dp)
+    batch = BatchShape.of(rows * ones, rows * context * ones)
+    run = simulate_apart(cost, batch)
+    parts, layers = deployment.micro_batches, deployment.model.num_moe_layers
+    times = cost._own_experts_and_comm_us(batch.cut(parts))
+    closed = float(ping_pong_us(*times, parts, layers))
+    exchange_us = sum(run.exchange_us)
+    return {
+        "sequences_per_rank": rows,
+        "context_tokens": context,
+        "attention_gpus": deployment.tp * deployment.dp,
+        "expert_gpus": deployment.expert_gpus or 0,
+        "parts": parts,
+        "step_s": run.step_us / 1e6,
+        "step_closed_form_s": closed / 1e6,
+        "attention_busy": run.attention_busy,
+        "experts_busy": run.experts_busy,
+        "exchange_share": parts * layers * exchange_us / 2.0 / run.step_us,
+    }
+
+
+def exchange_flows(cost: EngineStepCost, part: BatchShape) -> list[tuple[Flow, Flow]]:
+    """Dispatch and combine of a part, in each of the layers that the load of experts samples."""
     d = cost.deployment
     prefill = bool(part.prefill_tokens.max() > 0)
     comm = cost._of_moe.comm("prefill" if prefill else "decode")
     group = d.tp * d.dp + (d.expert_gpus or 0)
     rows = np.repeat(part.rows.reshape(-1) / d.tp, d.tp)
-    messages = np.outer(rows, cost._of_moe.chosen_share)
     sizes = [BYTES_PER_ELEMENT["fp8" if "deepep" in comm else "bf16"], BYTES_PER_ELEMENT["bf16"]]
+    ways = [cost._of_moe.curve(kind, group, cost._of_moe.links) for kind in KINDS_OF[comm]]
     out = []
-    for back, (kind, size) in enumerate(zip(KINDS_OF[comm], sizes, strict=True)):
-        curve = cost._of_moe.curve(kind, group, cost._of_moe.links)
-        out.append(_flow(cost, messages * d.model.expert_hidden * size, curve, bool(back)))
-    return out[0], out[1]
+    for chosen in cost._of_moe.chosen_share:
+        elements = np.outer(rows, np.repeat(chosen, d.moe_tp)) * d.model.expert_hidden
+        pair = [_flow(cost, elements * sizes[i], ways[i], back=i == 1) for i in range(2)]
+        out.append((pair[0], pair[1]))
+    return out
 
 
-def _flow(cost: EngineStepCost, sent: FloatArray, curve: CollectiveCurve, back: bool) -> Flow:
+def _flow(cost: EngineStepCost, sent: FloatArray, curve: CollectiveCurve, *, back: bool) -> Flow:
     """`sent` [attention GPUs, expert GPUs] bytes, or as many back."""
     routes = cost.deployment.cluster.routes()
     carried = np.zeros(routes.num_links)

@@ -205,10 +205,10 @@ class MoeCost(Parts):
 
     @property
     def chosen_share(self) -> FloatArray:
-        """[ep]: the probability that a rank holds an expert that a token chooses, the mean over
-        layers."""
+        """[X, ep]: the probability that a rank holds an expert that a token chooses, in each of the
+        sampled layers."""
         own = self._slots.tokens_by_rank(self._load.inclusion)
-        return np.asarray((1.0 - np.prod(1.0 - own, axis=2)).mean(axis=0), np.float64)
+        return np.asarray(1.0 - np.prod(1.0 - own, axis=2), np.float64)
 
     def _receives_more(self, num_nodes: int, *, once: bool) -> tuple[float, float]:
         """Rows that the busiest rank, and node, receives over the mean one's, averaged over layers;

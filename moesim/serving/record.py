@@ -56,6 +56,7 @@ def run_record(
         "service": _service(config),
         "requests": requests.describe(),
         "counts": result.counts(),
+        "pools": _pools(deployment, requests, config, result),
         "window": {**asdict(result.window), "rule": RULE},
         "metrics": {**result.metrics, **dollars(deployment, config, result)},
         "by_level": _by_level(requests, result),
@@ -125,7 +126,8 @@ def predictions(
         out.append("two-batch overlap: the longer of computing and sending, SM share assumed")
     if any(part.expert_gpus for part in (deployment, config.decode) if part is not None):
         out.append(
-            "attention and experts apart: exchange as an all-to-all of as many GPUs, assumed"
+            "attention and experts apart: exchange as an all-to-all of as many GPUs, assumed;"
+            " `pools` has a step with it as flows over the network"
         )
     if deployment.redundant_experts is not None:
         out.append("placement of experts: EPLB that knows their popularity, assumed")
@@ -231,6 +233,21 @@ def _by_level(requests: Requests, result: ServingResult) -> list[dict[str, Any]]
         row |= result.latencies(ended)
         out.append(row)
     return out
+
+
+def _pools(
+    deployment: Deployment, requests: Requests, config: ServingConfig, result: ServingResult
+) -> dict[str, float] | None:
+    """A mean decode step of the engines whose experts are apart."""
+    from moesim.serving.apart_events import pools_record
+
+    split = deployment if config.decode is None else config.decode
+    running = result.metrics["running_mean"]
+    if split.expert_gpus is None or not running:
+        return None
+    replicas = config.replicas if config.decode is None else config.decode_replicas
+    context = float(requests.prompt_tokens.mean() + requests.output_tokens.mean() / 2.0)
+    return pools_record(split, running / (replicas * split.dp), context)
 
 
 def _slo(slo: Slo, result: ServingResult) -> dict[str, Any]:

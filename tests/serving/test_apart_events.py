@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import moesim
+from moesim.cli.main import run as run_command
 from moesim.errors import InputError
 from moesim.serving.apart import ping_pong_us
 from moesim.serving.apart_events import ApartStep, exchange_flows, simulate_apart
@@ -44,8 +49,9 @@ def test_bytes_of_the_exchange_by_hand() -> None:
     elements of fp8 and a scale per 128, and comes back in bf16; the network carries that, all of it
     between the two nodes, through the NICs of both."""
     cost = made(2)
-    dispatch, combine = exchange_flows(cost, batch().cut(2))
-    copies = 8 * 48 * cost._of_moe.chosen_share.sum()
+    every = exchange_flows(cost, batch().cut(2))
+    dispatch, combine = every[0]
+    copies = 8 * 48 * cost._of_moe.chosen_share[0].sum()
     names = np.array(cost.deployment.cluster.routes().link_class_names)
     link_class = names[cost.deployment.cluster.routes().link_class]
     for flow, size in ((dispatch, 1 + 4 / 128), (combine, 2.0)):
@@ -53,8 +59,9 @@ def test_bytes_of_the_exchange_by_hand() -> None:
         assert out == pytest.approx(copies * 2048 * size)
     run = simulate_apart(cost, batch())
     layers = cost.deployment.model.num_moe_layers
-    once = dispatch.bytes.sum() + combine.bytes.sum()
-    assert run.link_bytes.sum() == pytest.approx(2 * layers * once)
+    once = [a.bytes.sum() + b.bytes.sum() for a, b in every]
+    assert layers % len(once) == 0
+    assert run.link_bytes.sum() == pytest.approx(2 * layers * np.mean(once))
 
 
 def check(cost: EngineStepCost, shape: BatchShape) -> ApartStep:
@@ -88,3 +95,19 @@ def test_without_pools() -> None:
     cost = EngineStepCost(deploy("Qwen3-30B-A3B", "h200-sxm-ib", dp=8))
     with pytest.raises(InputError, match="share their GPUs"):
         simulate_apart(cost, batch())
+
+
+def test_serve_says_what_the_pools_do(tmp_path: Path) -> None:
+    drawn = "poisson:rate=4,requests=40,prompt=200,output=20"
+    asked = {"model": "Qwen3-30B-A3B", "cluster": "h200-sxm-ib", "seed": 1, "gpus": 8}
+    served = moesim.serve(drawn, replicas=1, expert_gpus=2, **asked)
+    pools = served.record["pools"]
+    assert (pools["attention_gpus"], pools["expert_gpus"]) == (6, 2)
+    for name in ("attention_busy", "experts_busy", "exchange_share"):
+        assert 0 < pools[name] <= 1
+    assert "two pools, a decode step of" in served.summary()
+    run, page = tmp_path / "run.json", tmp_path / "page.html"
+    run.write_text(json.dumps(served.to_json()), encoding="utf-8")
+    assert run_command(["report", str(run), "--out", str(page)], debug=True) == 0
+    assert "Attention and experts apart" in page.read_text(encoding="utf-8")
+    assert moesim.serve(drawn, replicas=1, **asked).record["pools"] is None
