@@ -108,7 +108,7 @@ def serve(
     dispatch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Rows per rank that buffers of DeepEP's low-latency kernels hold; more go in"
+            help="Rows per GPU that buffers of DeepEP's low-latency kernels hold; more go in"
             " rounds.",
             show_default="256, SGLang 128",
             min=1,

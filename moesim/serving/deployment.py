@@ -53,7 +53,7 @@ class Deployment:
     `micro_batches` parts (`moesim.serving.apart`). None: experts are on attention's GPUs.
     mtp: the model's multi-token-prediction layers are held, and the first drafts tokens for
     speculative decoding.
-    dispatch_tokens: rows per rank that buffers of DeepEP's low-latency kernels hold; more go in
+    dispatch_tokens: rows per GPU that buffers of DeepEP's low-latency kernels hold; more go in
     rounds.
     calibration: measured kernels, by default the cluster's. imbalance_scale: experts' popularity
     differs from the mean by so many times as much, for what-if studies.

@@ -44,7 +44,7 @@ class EngineProfile:
     runtime_gb: memory of a GPU that neither weights, KV cache nor activations use (CUDA context,
     CUDA graphs); group_gb: the same for communication among several GPUs. sampler_bytes: memory per
     sequence and word of the vocabulary that is kept for sampling.
-    dispatch_tokens: rows per rank that buffers of DeepEP's low-latency kernels hold.
+    dispatch_tokens: rows per GPU that buffers of DeepEP's low-latency kernels hold.
     memory_fraction: a share of the GPU's memory, and memory_rule what it bounds. "all": everything
     (gpu_memory_utilization). "weights_and_cache": weights and KV cache, of the memory beside the
     runtime; activations come out of the rest (mem_fraction_static). "free": the KV cache, of what

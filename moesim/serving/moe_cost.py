@@ -173,9 +173,9 @@ class MoeCost(Parts):
         return self._all_to_all_us(tokens, comm)
 
     def _in_rounds(self, tokens: FloatArray) -> FloatArray:
-        """Low-latency exchange of no more rows per rank at once than its buffers hold."""
+        """Low-latency exchange of no more rows per GPU at once than its buffers hold."""
         d = self.deployment
-        most = float(d.dispatch_tokens * d.dp)
+        most = float(d.dispatch_tokens * d.tp * d.dp)
         whole = np.floor(tokens / most)
         rest = tokens - whole * most
         full = self._all_to_all_us(np.array([most]), "deepep_ll")[0]
