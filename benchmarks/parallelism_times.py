@@ -22,7 +22,7 @@ import numpy as np
 from moesim.cost.curves import Basis, weakest
 from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF, calibration_of_gpu
 from moesim.errors import InputError, UnknownNameError
-from moesim.serving.moe_load import MoeLoad, layer_us
+from moesim.serving.moe_load import ExpertSlots, MoeLoad, layer_us
 from moesim.types import FloatArray
 
 if TYPE_CHECKING:
@@ -135,27 +135,20 @@ class _Layer:
         model, gpus = self.model, self.gpus
         num = model.num_experts
         whole = way in ("ep", "ep_gather")
-        gpu_of_slot = np.arange(num) * gpus // num if whole else np.zeros(num, np.int64)
+        rank_of_slot = np.arange(num) * gpus // num if whole else np.zeros(num, np.int64)
         seen = tokens if way in ("dp", "dp_gather") else tokens * gpus
         width = model.moe_intermediate_size // (gpus if way == "tp" else 1)
         layers = len(self.load.inclusion)
         expert_of_slot = np.tile(np.arange(num), (layers, 1))
-        share = np.ones(expert_of_slot.shape)
-        work = [
-            layer_us(
-                self.load,
-                self.kernel,
-                float(count),
-                model.expert_hidden,
-                width,
-                model.ffn_matrices,
-                gpu_of_slot,
-                expert_of_slot,
-                share,
-            )
-            for count in seen
-        ]
-        return np.array(work) + self.kernel.layer_launch_us()
+        slots = ExpertSlots(rank_of_slot, expert_of_slot, np.ones(expert_of_slot.shape))
+        one_kind = np.zeros(rank_of_slot[-1] + 1, np.int64)
+        sizes = (model.expert_hidden, width, model.ffn_matrices)
+        return np.array(
+            [
+                layer_us(self.load, [self.kernel], one_kind, slots, float(count), 0.0, 0, sizes)
+                for count in seen
+            ]
+        )
 
     def communication(self, way: str, tokens: FloatArray) -> tuple[FloatArray, tuple[str, ...]]:
         none = ("",) * len(tokens)

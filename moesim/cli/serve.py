@@ -105,6 +105,15 @@ def serve(
         int,
         typer.Option(help="Parts of a step that go back and forth between the two.", min=1),
     ] = 3,
+    dispatch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows per GPU that buffers of DeepEP's low-latency kernels hold; more go in"
+            " rounds.",
+            show_default="256, SGLang 128",
+            min=1,
+        ),
+    ] = None,
     expert_dtype: ExpertDtypeOption = None,
     kv_dtype: KvDtypeOption = "bf16",
     kv_scale: Annotated[
@@ -180,8 +189,11 @@ def serve(
         typer.Option(help="GB/s of moving a rank's KV cache.", show_default="85 % of its NICs"),
     ] = None,
     speculate: Annotated[
-        float | None,
-        typer.Option(help="Speculative decoding with this acceptance of a drafted token."),
+        str | None,
+        typer.Option(
+            help="Speculative decoding with this acceptance of a drafted token: 0.7, or of the"
+            " first, second, ... token 0.85,0.7,0.6."
+        ),
     ] = None,
     drafts: Annotated[
         int, typer.Option(help="Most drafted tokens; how many is chosen by goodput.")
@@ -190,8 +202,12 @@ def serve(
         bool, typer.Option("--fixed-drafts", help="Always draft that many.")
     ] = False,
     draft_share: Annotated[
-        float, typer.Option(help="Time of drafting one token, as a share of a step.")
-    ] = 0.05,
+        float | None,
+        typer.Option(
+            help="Time of drafting one token, as a share of a step.",
+            show_default="what the model's multi-token-prediction layer takes; 0.05 without one",
+        ),
+    ] = None,
     priorities: Annotated[
         str | None,
         typer.Option(help="Draw priorities in these shares, the most urgent first: 0.3,0.7."),
@@ -278,6 +294,7 @@ def serve(
                 run,
                 locals(),
                 priorities=None if priorities is None else numbers(priorities, "priorities"),
+                speculate=None if speculate is None else numbers(speculate, "speculate"),
                 level=level or (),
                 rebalance_every=_whole(rebalance_every),
                 rebalance_stall=numbers(rebalance_stall, "rebalance_stall")

@@ -20,7 +20,7 @@ from moesim.cost.curves import Basis, weakest
 from moesim.cost.datasheet import GpuFigures, datasheet_models
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.routing import DEDUP_CODES, Dedup, Routed
-from moesim.errors import MismatchError, UnknownNameError
+from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.kernels import kernel
 from moesim.trace.batches import Phase
 from moesim.types import Array, FloatArray
@@ -253,7 +253,7 @@ def build_step_model(
     """The step model of `model` on `cluster`.
 
     all_to_all: default nccl within a node; across nodes deepep for prefill and deepep_ll for
-    decode, where they are calibrated; nvlink where its own kernels are.
+    decode, where they are calibrated; nvlink within one where its own kernels are.
     dedup: default as the library does it (C2): nccl gpu, deepep node, deepep_ll none.
     calibration: default the bundled one of each GPU type, datasheet figures where there is none.
     Ignored: routing metadata bytes (ids and weights), gate, permutation, shared experts,
@@ -277,6 +277,7 @@ def build_step_model(
     slowest = min(types, key=lambda n: specs[n].nvlink_gb_per_s)
     first = of_type[slowest]
     library = all_to_all or default_library(first, cluster.num_nodes, phase)
+    check_one_domain(library, cluster.num_nodes)
     curves = [_curve(first, kind, cluster, eager=eager) for kind in KINDS_OF[library]]
     shape = (model.expert_hidden, model.moe_intermediate_size)
     dtype = expert_dtype or model.expert_dtype
@@ -331,7 +332,7 @@ def calibration_of_gpu(gpu: GpuSpec, named: str | None, only_type: bool) -> Cali
             kernel_launch_us=gpu.kernel_launch_us,
         )
     )
-    family = gpu.name.split("-")[0]
+    family = family_of(gpu)
     if named is not None and only_type:
         return load_calibration(named).completed_by(datasheet)
     if family in calibration_names():
@@ -339,12 +340,25 @@ def calibration_of_gpu(gpu: GpuSpec, named: str | None, only_type: bool) -> Cali
     return datasheet
 
 
+def family_of(gpu: GpuSpec) -> str:
+    """The name of a GPU's calibration: "h200" of an h200-sxm."""
+    return gpu.name.removesuffix("-sxm")
+
+
 def default_library(calibration: Calibration, num_nodes: int, phase: Phase) -> AllToAll:
     """All-to-all over so many nodes where none is named (see `build_step_model`)."""
     across: AllToAll = "deepep" if phase == "prefill" else "deepep_ll"
-    candidates: tuple[AllToAll, ...] = (across, "nvlink") if num_nodes > 1 else ("nvlink",)
-    kinds = calibration.collectives.kinds
-    return next((name for name in candidates if KINDS_OF[name][0] in kinds), "nccl")
+    wanted: AllToAll = across if num_nodes > 1 else "nvlink"
+    return wanted if KINDS_OF[wanted][0] in calibration.collectives.kinds else "nccl"
+
+
+def check_one_domain(library: str, num_nodes: int) -> None:
+    """Raise InputError for kernels that reach the GPUs of one NVLink domain only, over more."""
+    if library.startswith("nvlink") and num_nodes > 1:
+        raise InputError(
+            f"{library} over {num_nodes} NVLink domains: its kernels write to GPUs of one only",
+            "choose nccl or deepep, or a group inside one domain",
+        )
 
 
 def _curve(

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from moesim.jobs.inputs import ClusterLike, ModelLike, PlanLike, TraceLike
 
 STATS = ("mean", "p50", "p90", "p99")
+DRAFT_SHARE = 0.05
 HIDDEN_AT_ZERO = ("preemptions", "shortened", "demoted")
 _LEVEL = re.compile(r"^(queue|refuse|shorten|demote)(?:@(\d{1,9}))?(?:=([0-9.]+))?$")
 
@@ -98,6 +99,8 @@ class ServeResult(Result):
                 continue
             rows.append([known.heading, known.text(value)])
         lines.append(text_table(["", ""], rows).lstrip("\n"))
+        if record["pools"] is not None:
+            lines.append(_pools_line(record["pools"]))
         if record["slo"] is not None:
             lines += _slo_lines(record["slo"])
         lines.append(f"basis: {record['basis']} at the weakest part (--json lists every part)")
@@ -141,6 +144,7 @@ def serve(
     two_batch_overlap: Overlap = "off",
     expert_gpus: int | None = None,
     micro_batches: int = 3,
+    dispatch_tokens: int | None = None,
     kv_scale: float = 1.0,
     kv_window: int | None = None,
     expert_dtype: str | None = None,
@@ -158,10 +162,10 @@ def serve(
     decode_gpus: int | None = None,
     decode_replicas: int | None = None,
     transfer: float | None = None,
-    speculate: float | None = None,
+    speculate: float | Sequence[float] | None = None,
     drafts: int = 4,
     fixed_drafts: bool = False,
-    draft_share: float = 0.05,
+    draft_share: float | None = None,
     priorities: Sequence[float] | None = None,
     level: Sequence[str] = (),
     plan: PlanLike | None = None,
@@ -189,7 +193,9 @@ def serve(
     engine. reroute: a rule of routing for the trace, as "drop:factor=1.25" for a capacity factor;
     expert loads are of what it leaves, messages of the model's top-k. rebalance_every,
     rebalance_stall: steps between two placements and ms that each stops an engine; two of each for
-    engines that take prompts and engines that decode, one for both. The other names and defaults
+    engines that take prompts and engines that decode, one for both. speculate: the probability that
+    a drafted token is accepted, or those of the first, the second and so on; without `draft_share`
+    the model's multi-token-prediction layer drafts, where it has one. The other names and defaults
     are those of `moesim serve`; progress(done, total) counts requests.
 
     Raises InputError where the GPUs do not divide or nothing names the model, InfeasibleError where
@@ -217,6 +223,8 @@ def serve(
         "two_batch_overlap": two_batch_overlap,
         "expert_gpus": expert_gpus,
         "micro_batches": micro_batches,
+        "dispatch_tokens": dispatch_tokens,
+        "mtp": speculate is not None and draft_share is None,
         "kv_scale": kv_scale,
         "kv_window": kv_window,
         "expert_dtype": expert_dtype,
@@ -255,8 +263,8 @@ def serve(
         shared_reads=shared_reads,
         chunk_tokens=chunk_tokens,
         prefill_first=None if prefill is None else prefill == "first",
-        speculation=(
-            None if speculate is None else Speculation(speculate, drafts, draft_share, fixed_drafts)
+        speculation=_speculation(
+            deployment, speculate, drafts, fixed_drafts, draft_share, defaults
         ),
         levels=_level_rules(level),
         routing=_routing(deployment, domain_mix, drift_hours, seed),
@@ -305,6 +313,7 @@ def _pools(
             "nothing says which model is served", "name one with `model` (a preset or config.json)"
         )
     spec = inputs.model_required(model, named, "the plan or trace")
+    options["mtp"] = options["mtp"] and spec.mtp_layers > 0
     split = dict(asked)
     gpus = split.pop("gpus")
     if gpus is None:
@@ -330,6 +339,27 @@ def _pools(
             "give prompts and decoding engines of the plan's size, or no plan",
         )
     return front, back
+
+
+def _speculation(
+    deployment: Deployment,
+    speculate: float | Sequence[float] | None,
+    drafts: int,
+    fixed: bool,
+    share: float | None,
+    defaults: dict[str, str],
+) -> Speculation | None:
+    if speculate is None:
+        if share is not None:
+            raise InputError("`draft_share` without `speculate`", "give an acceptance, as 0.7")
+        return None
+    given = tuple(speculate) if isinstance(speculate, Sequence) else (speculate,)
+    if deployment.mtp:
+        defaults["drafting"] = "multi-token-prediction layer"
+        return Speculation(given, drafts, 0.0, fixed)
+    if share is None:
+        defaults["drafting"] = f"{DRAFT_SHARE:g} of a step per token"
+    return Speculation(given, drafts, DRAFT_SHARE if share is None else share, fixed)
 
 
 def _level_rules(texts: Sequence[str]) -> tuple[Level, ...]:
@@ -408,6 +438,17 @@ def _levels(levels: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in levels
     ]
     return [text_table(head, rows)]
+
+
+def _pools_line(pools: Mapping[str, float]) -> str:
+    each, shares = f"{pools['sequences_per_rank']:.1f} sequences per attention rank", []
+    for name, gpus in (("attention", "attention_gpus"), ("experts", "expert_gpus")):
+        shares.append(f"{pools[gpus]:g} GPUs of {name} compute {pools[f'{name}_busy']:.0%} of it")
+    return (
+        f"two pools, a decode step of {each}: {', '.join(shares)}; its layers take"
+        f" {pools['step_s'] * 1e3:,.1f} ms with the exchange as flows over the network,"
+        f" {pools['step_closed_form_s'] * 1e3:,.1f} by the closed form that is used"
+    )
 
 
 def _slo_lines(slo: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moesim.errors import FormatError, InputError
-from moesim.model.attention import AttentionSpec, LayerKind
+from moesim.model.attention import AttentionSpec, Cache, LayerKind
 from moesim.model.checks import MAX_EXPERTS, MAX_LAYERS, MAX_PARAMS, MAX_SIZE
 from moesim.model.checks import check_int as _check_int
 from moesim.model.checks import check_layer_ids as _check_layer_ids
@@ -38,7 +38,8 @@ class ModelSpec:
     of them (1, 1: no limit). `num_zero_experts`: further choices of the router that compute
     nothing. `expert_hidden_size`: width that experts read and write where it is not `hidden_size`
     (latent experts). `mtp_layers`, of which `mtp_moe_layers` have experts, are layers for
-    predicting further tokens, `mtp_params` their weights without tables. `other_params` are weights
+    predicting further tokens, `mtp_params` their weights without tables, `mtp_caches` what each
+    keeps of every token. `other_params` are weights
     that `note` names. `expert_dtype` is the stored type of routed experts, `dense_dtype` that of
     most other projections; `stored` gives bytes per weight by class (TENSOR_CLASSES) where they
     are not those of these types. `ffn_matrices` is 3 for gate, up and down. `source` says where the
@@ -76,6 +77,7 @@ class ModelSpec:
     mtp_layers: int = 0
     mtp_moe_layers: int = 0
     mtp_params: int = 0
+    mtp_caches: tuple[Cache, ...] = ()
     other_params: int = 0
     stored: tuple[tuple[str, float], ...] = ()
 
@@ -228,6 +230,12 @@ class ModelSpec:
         """Bytes that one more token adds once every window is full."""
         return round(self._growth(dtype, windows=False))
 
+    def mtp_kv_bytes_per_token(self, dtype: str = "bf16") -> int:
+        """Bytes that all multi-token-prediction layers cache of one token."""
+        element = bytes_per(KV_BYTES, dtype)
+        each = sum(cache.entry_bytes(element) / cache.tokens_per_entry for cache in self.mtp_caches)
+        return round(self.mtp_layers * each)
+
     def _growth(self, dtype: str, windows: bool) -> float:
         element = bytes_per(KV_BYTES, dtype)
         return sum(
@@ -298,6 +306,17 @@ class ModelSpec:
     def latent_params(self) -> int:
         """Weights of one MoE layer's projections into the experts' latent space and back."""
         return 2 * self.hidden_size * self.expert_hidden_size
+
+    @property
+    def mtp_expert_params(self) -> int:
+        """Weights of the routed experts among `mtp_params`."""
+        return self.mtp_moe_layers * self.num_experts * self.expert_params
+
+    @property
+    def mtp_window(self) -> int:
+        """Tokens that a multi-token-prediction layer attends to, 0 for all."""
+        windows = [cache.window for cache in self.mtp_caches]
+        return max(windows) if windows and all(windows) else 0
 
     @property
     def attention_params(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, get_args
@@ -10,7 +11,7 @@ from moesim.choices import MoeComm as MoeComm
 from moesim.choices import Overlap as Overlap
 from moesim.cluster import DEFAULT_CLUSTER, load_cluster
 from moesim.cost.calibration import calibration_names, load_calibration
-from moesim.cost.step import calibration_of_gpu, default_library
+from moesim.cost.step import calibration_of_gpu, check_one_domain, default_library, family_of
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.model.names import KV_BYTES, WEIGHT_BYTES, load_model
 from moesim.serving.engines import EngineProfile, engine_profile
@@ -50,6 +51,10 @@ class Deployment:
     expert_gpus: so many GPUs hold the routed experts and nothing else (ep x moe_tp, the last of the
     cluster), the tp x dp others the rest, and a step goes back and forth between them in up to
     `micro_batches` parts (`moesim.serving.apart`). None: experts are on attention's GPUs.
+    mtp: the model's multi-token-prediction layers are held, and the first drafts tokens for
+    speculative decoding.
+    dispatch_tokens: rows per GPU that buffers of DeepEP's low-latency kernels hold; more go in
+    rounds.
     calibration: measured kernels, by default the cluster's. imbalance_scale: experts' popularity
     differs from the mean by so many times as much, for what-if studies.
 
@@ -82,9 +87,20 @@ class Deployment:
     kv_window: int | None = None
     expert_gpus: int | None = None
     micro_batches: int = 3
+    mtp: bool = False
+    dispatch_tokens: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("tp", "dp", "pp", "ep", "moe_tp", "max_batch_tokens", "max_sequences"):
+        for name in (
+            "tp",
+            "dp",
+            "pp",
+            "ep",
+            "moe_tp",
+            "max_batch_tokens",
+            "max_sequences",
+            "dispatch_tokens",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(
@@ -118,6 +134,11 @@ class Deployment:
             raise InputError(f"`kv_scale` is {self.kv_scale}", "give a share above 0, at most 1")
         if self.kv_window is not None and self.kv_window < 1:
             raise InputError(f"`kv_window` is {self.kv_window}", "give 1 token or more")
+        if self.mtp and not self.model.mtp_layers:
+            raise InputError(
+                f"{self.model.name} has no multi-token-prediction layer to draft with",
+                "give `draft_share`, the time of another drafter",
+            )
         self._check_shapes()
         if self.moe_comm not in get_args(MoeComm):
             raise UnknownNameError("moe_comm", str(self.moe_comm), get_args(MoeComm))
@@ -136,6 +157,8 @@ class Deployment:
                 f"moe_comm {self.moe_comm} sends tokens to whole experts, moe_tp is {self.moe_tp}",
                 "set moe_tp to 1, or choose all_reduce or all_gather",
             )
+        group = self.tp * self.dp + (self.expert_gpus or 0)
+        check_one_domain(self.moe_comm, ceil(group / self.cluster.gpus_per_node))
         self._check_plan()
         self._check_redundancy()
         if self.two_batch_overlap not in get_args(Overlap):
@@ -243,16 +266,47 @@ class Deployment:
         """Those of all but the routed experts: all, or all but the last `expert_gpus`."""
         return self.cluster.gpus[: self.tp * self.dp * self.pp]
 
-    @property
-    def gpu(self) -> GpuSpec:
-        """Attention's slowest GPU type by memory rate, which every step waits for."""
-        return min(self.attention_gpus, key=lambda gpu: gpu.hbm_gb_per_s)
+    def slowest_of(self, gpus: Iterable[int]) -> int:
+        """The GPU of these with the lowest memory rate, its speed factor included."""
+        speed = self.cluster.speed_factor
+        return min(gpus, key=lambda g: self.cluster.gpus[g].hbm_gb_per_s * speed[g])
 
     @property
-    def expert_gpu(self) -> GpuSpec:
-        """The slowest GPU type by memory rate of those that hold routed experts."""
-        held = self.cluster.gpus[-(self.expert_gpus or self.num_gpus) :]
-        return min(held, key=lambda gpu: gpu.hbm_gb_per_s)
+    def gpu(self) -> GpuSpec:
+        """The type of attention's slowest GPU, which every step waits for."""
+        return self.cluster.gpus[self._slowest]
+
+    @property
+    def speed(self) -> float:
+        """The speed factor of that GPU."""
+        return float(self.cluster.speed_factor[self._slowest])
+
+    @property
+    def _slowest(self) -> int:
+        return self.slowest_of(range(self.tp * self.dp * self.pp))
+
+    @property
+    def link_gpu(self) -> GpuSpec:
+        """The type with the slowest NVLink, whose kernels the exchange takes."""
+        return min(self.cluster.gpus, key=lambda gpu: gpu.nvlink_gb_per_s)
+
+    @property
+    def expert_ranks(self) -> list[list[int]]:
+        """GPUs of each expert-parallel rank: its `moe_tp` GPUs in every stage."""
+        stage = self.ep * self.moe_tp
+        first = self.tp * self.dp if self.expert_gpus else 0
+        starts = [first + s * stage for s in range(self.pp)]
+        return [
+            [at + r * self.moe_tp + i for at in starts for i in range(self.moe_tp)]
+            for r in range(self.ep)
+        ]
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether GPUs that share a role differ in type or speed."""
+        every = list(zip(self.cluster.gpus, self.cluster.speed_factor.tolist(), strict=True))
+        own = self.tp * self.dp * self.pp
+        return len(set(every[:own])) > 1 or len(set(every[own:])) > 1
 
     @property
     def name(self) -> str:
@@ -303,6 +357,8 @@ def deploy(
     kv_window: int | None = None,
     expert_gpus: int | None = None,
     micro_batches: int = 3,
+    mtp: bool = False,
+    dispatch_tokens: int | None = None,
     calibration: Calibration | None = None,
 ) -> Deployment:
     """A deployment with defaults for what is not given.
@@ -370,11 +426,13 @@ def deploy(
         kv_window=kv_window,
         expert_gpus=expert_gpus,
         micro_batches=micro_batches,
+        mtp=mtp,
+        dispatch_tokens=dispatch_tokens or profile.dispatch_tokens,
         calibration=calibration,
     )
     if moe_comm is not None or alone or moe_tp > 1:
         return made
-    kernels = calibration or calibration_of(made)
+    kernels = calibration or calibration_of(made, made.link_gpu)
     group_nodes = ceil((stage + apart) / cluster.gpus_per_node)
     of_prompts = default_library(kernels, group_nodes, "prefill")
     of_decoding = default_library(kernels, group_nodes, "decode")
@@ -389,7 +447,7 @@ def calibration_of(deployment: Deployment, gpu: GpuSpec | None = None) -> Calibr
     gpu = gpu or deployment.gpu
     types = {g.name for g in deployment.cluster.gpus}
     general = calibration_of_gpu(gpu, deployment.cluster.calibration, len(types) == 1)
-    own = f"{gpu.name.split('-')[0]}-{deployment.engine.name}"
+    own = f"{family_of(gpu)}-{deployment.engine.name}"
     names = calibration_names()
     found = load_calibration(own).completed_by(general) if own in names else general
     measured = f"{own}-engine"

@@ -50,6 +50,7 @@ class EngineProfile:
     sequence and word of the vocabulary that is kept for sampling.
     balancer_gb, balancer_layers: the same where experts have replicas: of its load balancer, and in
     copies of one layer's experts of the GPU, through which it moves weights.
+    dispatch_tokens: rows per GPU that buffers of DeepEP's low-latency kernels hold.
     memory_fraction: a share of the GPU's memory, and memory_rule what it bounds. "all": everything
     (gpu_memory_utilization). "weights_and_cache": weights and KV cache, of the memory beside the
     runtime; activations come out of the rest (mem_fraction_static). "free": the KV cache, of what
@@ -72,6 +73,7 @@ class EngineProfile:
     memory_rule: MemoryRule = "all"
     admission: Admission = "prompt"
     group_gb: float = 1.2
+    dispatch_tokens: int = 256
     sampler_bytes: float = 4.0
     balancer_gb: float = 0.0
     balancer_layers: int = 0
@@ -138,6 +140,7 @@ ENGINES: Mapping[str, EngineProfile] = {
         ),
         EngineProfile(
             name="sglang",
+            dispatch_tokens=128,
             step_host_us=0.0,
             sequence_host_us=0.0,
             kernel_us=6.0,

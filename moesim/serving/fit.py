@@ -183,8 +183,7 @@ def _cache_share(engine: Deployment) -> tuple[float, bool]:
     """Share of the engine's memory that is left for the KV cache, below 0 where weights do not
     fit, and whether a rank has MIN_CACHE_TOKENS tokens of it."""
     memory = gpu_memory(engine)
-    taken = memory.weight_bytes + memory.activation_bytes + memory.runtime_bytes
-    share = 1.0 - (taken + memory.state_bytes) / memory.usable_bytes
+    share = 1.0 - memory.taken_bytes / memory.usable_bytes
     return share, memory.kv_token_capacity >= MIN_CACHE_TOKENS
 
 

@@ -78,7 +78,9 @@ def advance(
         clock.now_us[0] = now
         for i in range(len(inst)):
             if inst[i].busy_until_us == now:
-                _end_step(req, ids, ranks, queues, running, prefix, cfg, inst, clock, i, now)
+                _end_step(
+                    req, ids, ranks, queues, running, prefix, cfg, inst, expected, clock, i, now
+                )
         while clock.counts[NUM_TRANSFERS] > 0 and clock.heap_us[0] == now:
             _end_transfer(req, ids, ranks, queues, prefix, cfg, clock)
         while (
@@ -287,6 +289,7 @@ def _end_step(
     prefix: Any,
     cfg: Any,
     inst: Any,
+    expected: Any,
     clock: Any,
     i: int,
     now: float,
@@ -309,7 +312,7 @@ def _end_step(
                         if cfg.prefix_on and role != DECODE:
                             register(req, ids, ranks, prefix, cfg, rank, r)
                 else:
-                    accepted = accepted_drafts(cfg, drafts, r, req[r].generated)
+                    accepted = accepted_drafts(cfg, expected, drafts, r, req[r].generated)
                     clock.accepted[0] += drafts
                     clock.accepted[1] += accepted
                     gain = min(1 + accepted, req[r].output - req[r].generated)

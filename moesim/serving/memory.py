@@ -10,6 +10,7 @@ from moesim.errors import InfeasibleError
 from moesim.model.dtypes import KV_BYTES
 
 if TYPE_CHECKING:
+    from moesim.model.attention import Cache
     from moesim.serving.deployment import Deployment
 
 GB = 1e9
@@ -24,7 +25,8 @@ class EngineMemory:
 
     total_bytes: the GPU's memory; usable_bytes: the engine's share of it. expert_weight_bytes,
     other_weight_bytes, activation_bytes, runtime_bytes: what is taken before the KV cache;
-    state_bytes: states of linear attention and state spaces; kv_cache_bytes: what is left, not
+    state_bytes: states of linear attention and state spaces; exchange_bytes: buffers of DeepEP's
+    low-latency kernels; kv_cache_bytes: what is left, not
     below 0. kv_bytes_per_token: of one cached token on this GPU; kv_token_capacity: tokens that one
     DP rank's cache holds. expert_pool_bytes, expert_pool_usable_bytes: what the fullest GPU of an
     expert pool needs and may use, 0 where there is none.
@@ -40,6 +42,7 @@ class EngineMemory:
     state_bytes: float = 0.0
     expert_pool_bytes: float = 0.0
     expert_pool_usable_bytes: float = 0.0
+    exchange_bytes: float = 0.0
 
     @property
     def weight_bytes(self) -> float:
@@ -49,8 +52,13 @@ class EngineMemory:
     @property
     def kv_cache_bytes(self) -> float:
         """Bytes left for the KV cache."""
-        taken = self.weight_bytes + self.activation_bytes + self.runtime_bytes + self.state_bytes
-        return max(0.0, self.usable_bytes - taken)
+        return max(0.0, self.usable_bytes - self.taken_bytes)
+
+    @property
+    def taken_bytes(self) -> float:
+        """All that is not the KV cache's."""
+        beside = self.activation_bytes + self.runtime_bytes + self.exchange_bytes
+        return self.weight_bytes + beside + self.state_bytes
 
     @property
     def kv_token_capacity(self) -> int:
@@ -76,10 +84,37 @@ def kv_bytes_per_token_per_gpu(deployment: Deployment) -> float:
     for kind in model.layer_kinds:
         layers += len(kind.layer_ids) if kind.caches else 0
         for cache in (cache for cache in kind.caches if cache not in kind.rings):
-            cut = ceil(cache.heads / tp) / cache.heads if cache.heads else 1.0
-            entry = cache.entry_bytes(element) / cache.tokens_per_entry
-            total += len(kind.layer_ids) * entry * cut
-    return total / layers * ceil(layers / deployment.pp) * deployment.kv_scale
+            total += len(kind.layer_ids) * _kept_bytes(cache, element, tp)
+    own = total / layers * ceil(layers / deployment.pp)
+    if deployment.mtp:
+        each = sum(_kept_bytes(cache, element, tp) for cache in model.mtp_caches)
+        own += model.mtp_layers * each
+    return own * deployment.kv_scale
+
+
+def _kept_bytes(cache: Cache, element: float, tp: int) -> float:
+    """Of one token on one of `tp` GPUs."""
+    cut = ceil(cache.heads / tp) / cache.heads if cache.heads else 1.0
+    return cache.entry_bytes(element) / cache.tokens_per_entry * cut
+
+
+def low_latency_buffer_bytes(deployment: Deployment) -> float:
+    """Of DeepEP's low-latency kernels on each GPU: two buffers to send from and two to receive in,
+    each with room for `dispatch_tokens` rows of every expert, whoever is chosen, since nothing is
+    known of a step's choices beforehand (github.com/deepseek-ai/DeepEP @dd758ca,
+    csrc/legacy/config.hpp, `LowLatencyLayout`; a combine message is a bf16 row and 4 bytes for each
+    128 channels). Version 2 has no such kernels; its buffers are larger (README) and are not
+    modelled."""
+    if deployment.moe_comm not in ("deepep_ll", "deepep_auto"):
+        return 0.0
+    model = deployment.model
+    slots = (
+        model.num_experts + (deployment.redundant_experts or 0)
+        if deployment.plan is None
+        else deployment.plan.placement.num_slots
+    )
+    message = 2 * model.expert_hidden + 4 * (model.expert_hidden // 128)
+    return 4.0 * slots * deployment.dispatch_tokens * message
 
 
 def state_bytes_per_gpu(deployment: Deployment, left: float) -> float:
@@ -128,10 +163,11 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
 
     Weights: experts by slots (of the plan, else experts / ep) and moe_tp; attention, dense and
     shared layers cut by tp (shared experts and dense layers too); routers whole; embedding table
-    and head cut by tp, both counted; multi-token-prediction layers left out. Activations: the
-    widest layer's rows of a full step, and the engine's `sampler_bytes` for `max_sequences` rows of
-    the whole vocabulary. What the memory fraction bounds is the engine's (`memory_rule`). Ignored:
-    fragmentation and page rounding.
+    and head cut by tp, both counted; multi-token-prediction layers, where they draft, on the
+    fullest stage, experts by slots and the rest cut by tp, with the model's tables. Activations:
+    the widest layer's rows of a full step, and the engine's `sampler_bytes` for `max_sequences`
+    rows of the whole vocabulary. What the memory fraction bounds is the engine's (`memory_rule`).
+    Ignored: fragmentation and page rounding.
     """
     model, tp, pp = deployment.model, deployment.tp, deployment.pp
     apart = deployment.expert_gpus
@@ -141,7 +177,13 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
         if deployment.plan is None
         else deployment.plan.placement.num_slots // deployment.ep
     )
-    experts = moe_layers * slots * model.expert_bytes(deployment.expert_dtype) / deployment.moe_tp
+    more = model.mtp_moe_layers if deployment.mtp else 0
+    experts = (
+        (moe_layers + more)
+        * slots
+        * model.expert_bytes(deployment.expert_dtype)
+        / deployment.moe_tp
+    )
     share = 1.0 / (tp * pp)
     dtype = deployment.dense_dtype
     params = model.params_by_class
@@ -154,6 +196,9 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
         else (model.embedding_params + model.lm_head_params)
     )
     router = model.bytes_per_weight("router", dtype)
+    if deployment.mtp:
+        rest = model.mtp_params - model.mtp_expert_params
+        dense += pp * rest * model.bytes_per_weight("attention", dtype)
     other = dense * share + moe_layers * model.router_params * router + tables * wide / tp
     rows = deployment.max_batch_tokens
     routed = model.real_top_k * (
@@ -168,15 +213,16 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
     total = min(gpu.hbm_gb for gpu in deployment.attention_gpus) * HBM_BYTES_PER_GB
     runtime = (engine.runtime_gb + (engine.group_gb if deployment.num_gpus > 1 else 0.0)) * GB
     runtime += _balancer_bytes(deployment, experts / moe_layers)
+    buffers = low_latency_buffer_bytes(deployment)
     pool = pool_usable = 0.0
     if apart is not None:
         moved = rows * deployment.dp / deployment.micro_batches / apart * routed * ACTIVATION_BYTES
-        pool = experts + runtime + moved
+        pool = experts + runtime + moved + buffers
         smallest = min(gpu.hbm_gb for gpu in deployment.cluster.gpus[-apart:]) * HBM_BYTES_PER_GB
-        pool_usable = _usable(deployment, smallest, experts, moved, runtime)
+        pool_usable = _usable(deployment, smallest, experts, moved + buffers, runtime)
         experts = 0.0
-    beside = activations + runtime
-    usable = _usable(deployment, total, experts + other, activations, runtime)
+    beside = activations + runtime + buffers
+    usable = _usable(deployment, total, experts + other, activations + buffers, runtime)
     return EngineMemory(
         total_bytes=total,
         usable_bytes=usable,
@@ -188,6 +234,7 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
         state_bytes=state_bytes_per_gpu(deployment, usable - experts - other - beside),
         expert_pool_bytes=pool,
         expert_pool_usable_bytes=pool_usable,
+        exchange_bytes=buffers,
     )
 
 
@@ -202,12 +249,16 @@ def require_fit(deployment: Deployment, min_tokens: int = 1) -> EngineMemory:
             "give more `expert_gpus`, or narrower experts",
         )
     if memory.kv_token_capacity < min_tokens:
-        taken = memory.weight_bytes + memory.activation_bytes + memory.runtime_bytes
-        taken += memory.state_bytes
+        buffers = (
+            f" ({memory.exchange_bytes / GB:.1f} of them buffers of DeepEP's low-latency kernels:"
+            " lower `dispatch_tokens`)"
+            if memory.exchange_bytes
+            else ""
+        )
         raise InfeasibleError(
             f"{deployment.name}: a GPU has {memory.usable_bytes / GB:.1f} GB for the engine, "
             f"weights take {memory.weight_bytes / GB:.1f}, activations, states and runtime "
-            f"{(taken - memory.weight_bytes) / GB:.1f}; the KV cache holds "
+            f"{(memory.taken_bytes - memory.weight_bytes) / GB:.1f}{buffers}; the KV cache holds "
             f"{memory.kv_token_capacity:,} tokens, {min_tokens:,} are needed",
             "use more GPUs, a narrower weight or KV precision, or a smaller max_batch_tokens",
         )

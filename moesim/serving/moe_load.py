@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -72,31 +73,48 @@ def load_of_trace(trace: Trace, max_tokens: int = 65536) -> MoeLoad:
     return MoeLoad(np.minimum(inclusion, 1.0), "routing trace")
 
 
+class ExpertSlots(NamedTuple):
+    """Of every slot its rank [P], ascending, its expert [X, P], and the share of that one's tokens
+    that it serves [X, P] (replicas in equal shares)."""
+
+    rank: npt.NDArray[np.int64]
+    expert: npt.NDArray[np.int64]
+    share: FloatArray
+
+    def tokens_by_rank(self, counts: FloatArray) -> FloatArray:
+        """[X, ranks, most slots], 0 for padding, of tokens by expert [X, E]."""
+        tokens = np.take_along_axis(counts, self.expert, axis=1) * self.share
+        held = np.bincount(self.rank)
+        place = np.arange(len(self.rank)) - np.repeat(np.cumsum(held) - held, held)
+        own = np.zeros((len(tokens), len(held), held.max()))
+        own[:, self.rank, place] = tokens
+        return own
+
+
 def layer_us(
     load: MoeLoad,
-    model: ExpertGemmModel,
+    models: Sequence[ExpertGemmModel],
+    kind_of_rank: npt.NDArray[np.int64],
+    slots: ExpertSlots,
     num_tokens: float,
-    hidden: int,
-    intermediate: int,
-    num_matrices: int,
-    gpu_of_slot: npt.NDArray[np.int64],
-    expert_of_slot: npt.NDArray[np.int64],
-    share_of_slot: FloatArray,
+    local_tokens: float,
+    top_k: int,
+    sizes: tuple[int, int, int],
 ) -> float:
-    """Mean over layers of the slowest GPU's time for its experts, launch excluded.
+    """Mean over layers of the slowest rank's time: launch, its experts, and summing the rows of the
+    `local_tokens` that a rank has of its own.
 
-    gpu_of_slot [P], ascending; expert_of_slot [X, P], share_of_slot [X, P]: a slot serves that
-    share of its expert's tokens (replicas in equal shares).
+    kind_of_rank [ranks]: index into `models`. sizes: hidden, intermediate, number of matrices.
     """
-    counts = load.counts(num_tokens)
-    tokens = np.take_along_axis(counts, expert_of_slot, axis=1) * share_of_slot
-    held = np.bincount(gpu_of_slot)
-    place = np.arange(len(gpu_of_slot)) - np.repeat(np.cumsum(held) - held, held)
-    own = np.zeros((len(tokens), len(held), held.max()))
-    own[:, gpu_of_slot, place] = tokens
-    mean = own.sum(axis=-1) / held
-    per_gpu = model.slots_time_us(own, hidden, intermediate, num_matrices, mean_tokens=mean)
-    return float(per_gpu.max(axis=1).mean())
+    own = slots.tokens_by_rank(load.counts(num_tokens))
+    mean = own.sum(axis=-1) / np.bincount(slots.rank)
+    per_rank = np.empty(mean.shape)
+    for i, model in enumerate(models):
+        ranks = kind_of_rank == i
+        work = model.slots_time_us(own[:, ranks], *sizes, mean_tokens=mean[:, ranks])
+        fixed = model.layer_launch_us() + model.token_overhead_us(local_tokens, top_k, sizes[0])
+        per_rank[:, ranks] = fixed + work
+    return float(per_rank.max(axis=1).mean())
 
 
 @lru_cache(maxsize=64)

@@ -56,6 +56,7 @@ def run_record(
         "service": _service(config),
         "requests": requests.describe(),
         "counts": result.counts(),
+        "pools": _pools(deployment, requests, config, result),
         "window": {**asdict(result.window), "rule": RULE},
         "metrics": {**result.metrics, **dollars(deployment, config, result)},
         "by_level": _by_level(requests, result),
@@ -90,7 +91,7 @@ def describe_deployment(deployment: Deployment) -> dict[str, Any]:
         "num_gpus", "tp", "dp", "pp", "ep", "moe_tp", "expert_dtype", "dense_dtype", "kv_dtype",
         "max_batch_tokens", "max_sequences", "memory_fraction", "moe_comm",
         "redundant_experts", "two_batch_overlap", "expert_gpus", "micro_batches", "kv_scale",
-        "kv_window",
+        "kv_window", "mtp",
     )  # fmt: skip
     return {
         "name": deployment.name,
@@ -100,6 +101,8 @@ def describe_deployment(deployment: Deployment) -> dict[str, Any]:
         **{name: getattr(deployment, name) for name in names},
         "planned": deployment.plan is not None,
         "weights_gb_per_gpu": memory.weight_bytes / 1e9,
+        "dispatch_tokens": deployment.dispatch_tokens if memory.exchange_bytes else None,
+        "exchange_gb_per_gpu": memory.exchange_bytes / 1e9,
         "kv_cache_gb_per_gpu": memory.kv_cache_bytes / 1e9,
         "kv_tokens_per_rank": memory.kv_token_capacity,
     }
@@ -123,7 +126,8 @@ def predictions(
         out.append("two-batch overlap: the longer of computing and sending, SM share assumed")
     if any(part.expert_gpus for part in (deployment, config.decode) if part is not None):
         out.append(
-            "attention and experts apart: exchange as an all-to-all of as many GPUs, assumed"
+            "attention and experts apart: exchange as an all-to-all of as many GPUs, assumed;"
+            " `pools` has a step with it as flows over the network"
         )
     if deployment.redundant_experts is not None:
         out.append("placement of experts: EPLB that knows their popularity, assumed")
@@ -147,7 +151,13 @@ def predictions(
     if config.decode is not None:
         out.append("transfer of KV caches: assumed rate and latency")
     if config.speculation is not None:
-        out.append("accepted drafts and cost of drafting: assumed")
+        out.append("accepted drafts: assumed")
+        drafting = (
+            "one multi-token-prediction layer, its parts as the model's layers"
+            if deployment.mtp
+            else "a share of the step as given, and no memory of its own: assumed"
+        )
+        out.append(f"drafting: {drafting}")
     return out
 
 
@@ -223,6 +233,21 @@ def _by_level(requests: Requests, result: ServingResult) -> list[dict[str, Any]]
         row |= result.latencies(ended)
         out.append(row)
     return out
+
+
+def _pools(
+    deployment: Deployment, requests: Requests, config: ServingConfig, result: ServingResult
+) -> dict[str, float] | None:
+    """A mean decode step of the engines whose experts are apart."""
+    from moesim.serving.apart_events import pools_record
+
+    split = deployment if config.decode is None else config.decode
+    running = result.metrics["running_mean"]
+    if split.expert_gpus is None or not running:
+        return None
+    replicas = config.replicas if config.decode is None else config.decode_replicas
+    context = float(requests.prompt_tokens.mean() + requests.output_tokens.mean() / 2.0)
+    return pools_record(split, running / (replicas * split.dp), context)
 
 
 def _slo(slo: Slo, result: ServingResult) -> dict[str, Any]:

@@ -5,7 +5,6 @@ The engine is in `loop`, compiled; `reference` is the same in readable form.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,6 +69,7 @@ def simulate_serving(
     parts = [deployment] if config.decode is None else [deployment, config.decode]
     for part in parts:
         require_fit(part)
+        _check_drafting(part, config)
     costs = [EngineStepCost(part) for part in parts]
     routing = config.routing
     if routing is not None:
@@ -86,6 +86,17 @@ def simulate_serving(
         basis=weakest(*bases),
         notes=tuple(notes),
     )
+
+
+def _check_drafting(part: Deployment, config: ServingConfig) -> None:
+    """A layer that drafts and a share of the step for drafting are one or the other."""
+    spec = config.speculation
+    if part.mtp and (spec is None or spec.draft_share > 0):
+        raise InputError(
+            "a multi-token-prediction layer that drafts"
+            + (", but no speculation" if spec is None else ", and a `draft_share` as well"),
+            "give a speculation whose `draft_share` is 0, or leave `mtp` out",
+        )
 
 
 def run_tables(
@@ -199,7 +210,6 @@ def _settings(
         "hash_tokens": requests.block_tokens,
         "spec_max": spec.max_drafts if spec else 0,
         "spec_fixed": spec.max_drafts if spec and spec.fixed else -1,
-        "spec_log_acceptance": math.log(spec.acceptance) if spec else -1.0,
         "spec_draft_share": spec.draft_share if spec else 0.0,
         "spec_context": parts[0].model.attention.kind == "mla",
         "seed": config.seed,
@@ -223,7 +233,10 @@ def _transfer(parts: list[Deployment], config: ServingConfig) -> tuple[float, fl
     if rate is None:
         nic = min(part.cluster.nic_gb_per_s or ASSUMED_NIC_GB_PER_S for part in parts)
         rate = nic * ASSUMED_NIC_EFFICIENCY * min(part.tp for part in parts)
-    size = parts[0].model.kv_bytes_per_token(parts[0].kv_dtype) * parts[0].kv_scale
+    model, dtype = parts[0].model, parts[0].kv_dtype
+    size = model.kv_bytes_per_token(dtype) * parts[0].kv_scale
+    if parts[0].mtp:
+        size += model.mtp_kv_bytes_per_token(dtype) * parts[0].kv_scale
     return config.transfer_latency_us, size / (rate * 1e3)
 
 

@@ -1,10 +1,12 @@
 """Speculative decoding: how many tokens to draft, and how many of them are accepted.
 
-A drafted token is accepted with one probability, independently of the others, and the first that
-is not ends the run; a step with k drafts then gives (1 - a^(k+1)) / (1 - a) tokens a sequence on
-average (Leviathan et al., arXiv:2211.17192). The length is chosen step by step so that the tokens
-expected a second are most (goodput, as SmartSpec: arXiv:2406.14066). Drafting one token for the
-whole batch takes a given share of the step without drafts.
+A drafted token is accepted with a probability of its place, independently of the others, and the
+first that is not ends the run; with one probability a for all, a step with k drafts gives
+(1 - a^(k+1)) / (1 - a) tokens a sequence on average (Leviathan et al., arXiv:2211.17192). The
+length is chosen step by step so that the tokens expected a second are most (goodput, as SmartSpec:
+arXiv:2406.14066). Drafting takes what the model's multi-token-prediction layer takes
+(`step_table.drafting_us`), or one token for the whole batch a given share of the step without
+drafts.
 """
 
 from __future__ import annotations
@@ -19,36 +21,51 @@ import numpy.typing as npt
 from moesim.errors import InputError
 from moesim.kernels import kernel
 from moesim.serving.state import INTERNAL
-from moesim.serving.step_table import step_us
+from moesim.serving.step_table import drafting_us, step_us
 
 MAX_DRAFTS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """acceptance: probability of each drafted token, above 0 and below 1. max_drafts: most drafted
-    tokens; always that many if `fixed`. draft_share: time of drafting one token for the batch, as a
-    share of the step's time without drafts. Raises InputError for numbers that are none."""
+    """acceptance: probability of each drafted token, above 0 and below 1; or of the first, the
+    second, ... token, each where those before it were accepted, the last one for all further.
+    max_drafts: most drafted tokens; always that many if `fixed`. draft_share: time of drafting one
+    token for the batch, as a share of the step's time without drafts; 0 where the deployment drafts
+    by its multi-token-prediction layer (`Deployment.mtp`). Raises InputError for numbers that are
+    none."""
 
-    acceptance: float = 0.7
+    acceptance: float | tuple[float, ...] = 0.7
     max_drafts: int = 4
     draft_share: float = 0.05
     fixed: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.acceptance < 1:
-            raise InputError(
-                f"an acceptance of {self.acceptance}", "give a probability between 0 and 1, as 0.7"
-            )
+        given = self._given
+        for share in given:
+            if not 0 < share < 1:
+                raise InputError(
+                    f"an acceptance of {share}", "give a probability between 0 and 1, as 0.7"
+                )
         if not 1 <= self.max_drafts <= MAX_DRAFTS:
             raise InputError(f"{self.max_drafts} draft tokens", f"give 1 to {MAX_DRAFTS}")
+        if not 1 <= len(given) <= self.max_drafts:
+            raise InputError(
+                f"acceptances of {len(given)} drafted tokens, of at most {self.max_drafts}",
+                "give one for all, or no more than `drafts`",
+            )
         if not (math.isfinite(self.draft_share) and self.draft_share >= 0):
             raise InputError(f"a draft share of {self.draft_share}", "give 0 or more, as 0.05")
 
+    @property
+    def _given(self) -> tuple[float, ...]:
+        return self.acceptance if isinstance(self.acceptance, tuple) else (self.acceptance,)
+
     def expected(self) -> npt.NDArray[np.float64]:
         """[max_drafts + 1]: tokens that a step with k drafts gives a sequence, on average."""
-        k = np.arange(self.max_drafts + 1)
-        return np.asarray((1 - self.acceptance ** (k + 1)) / (1 - self.acceptance), np.float64)
+        given = self._given
+        each = [*given, *[given[-1]] * (self.max_drafts - len(given))]
+        return np.concatenate([np.ones(1), 1.0 + np.cumsum(np.cumprod(each))])
 
 
 @kernel(**INTERNAL)
@@ -60,17 +77,19 @@ def choose_drafts(
     sequences = 0
     for rank in range(first, last):
         sequences += ranks[rank].decode_rows
+    own = drafting_us(tables, m, ranks, first, last, 0, cfg.spec_context, shares)
     if cfg.spec_max == 0 or sequences == 0:
-        return 0, base, mean, slowest
+        return 0, base + own, mean, slowest
     prompts = 0
     for rank in range(first, last):
         prompts += ranks[rank].prefill_sequences
-    best, best_time = 0, base
-    best_rate = (sequences * expected[0] + prompts) / base if base > 0 else 0.0
+    best, best_time = 0, base + own
+    best_rate = (sequences * expected[0] + prompts) / best_time if best_time > 0 else 0.0
     low = cfg.spec_fixed if cfg.spec_fixed > 0 else 1
     for k in range(low, cfg.spec_max + 1):
         time, m_us, s_us = step_us(tables, m, ranks, first, last, k, cfg.spec_context, shares)
         time += k * cfg.spec_draft_share * base
+        time += drafting_us(tables, m, ranks, first, last, k, cfg.spec_context, shares)
         rate = (sequences * expected[k] + prompts) / time if time > 0 else 0.0
         if rate > best_rate or cfg.spec_fixed > 0:
             best, best_time, best_rate, mean, slowest = k, time, rate, m_us, s_us
@@ -78,7 +97,7 @@ def choose_drafts(
 
 
 @kernel(**INTERNAL)
-def accepted_drafts(cfg: Any, drafts: int, r: int, generated: int) -> int:
+def accepted_drafts(cfg: Any, expected: Any, drafts: int, r: int, generated: int) -> int:
     """Drafts accepted of request `r` at a position: a function of these and the seed alone."""
     if drafts == 0:
         return 0
@@ -92,4 +111,7 @@ def accepted_drafts(cfg: Any, drafts: int, r: int, generated: int) -> int:
         mixed *= np.uint64(0x94D049BB133111EB)
         mixed ^= mixed >> np.uint64(31)
     uniform = (float(mixed >> np.uint64(11)) + 0.5) / 9007199254740992.0
-    return min(drafts, int(np.log(uniform) / cfg.spec_log_acceptance))
+    accepted = 0
+    while accepted < drafts and uniform <= expected[accepted + 1] - expected[accepted]:
+        accepted += 1
+    return accepted

@@ -58,7 +58,6 @@ SETTINGS = np.dtype(
         ("hash_tokens", "i8"),
         ("spec_max", "i8"),
         ("spec_fixed", "i8"),
-        ("spec_log_acceptance", "f8"),
         ("spec_draft_share", "f8"),
         ("spec_context", "f8"),
         ("seed", "i8"),

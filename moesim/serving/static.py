@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moesim.errors import InputError
+from moesim.serving.batch import BatchShape
 from moesim.serving.memory import require_fit
 from moesim.types import stream
 
@@ -331,7 +332,11 @@ class _Engine:
             pairs,
             chunks,
         )
-        return verified + self.drafting * base * any(decode)
+        time = verified + self.drafting * base * any(decode)
+        if self.cost.deployment.mtp:
+            batch = BatchShape.of(decode, context, rows, pairs, chunks)
+            time += float(self.cost.drafting_us(batch, self.drafts * any(decode), float(latent)))
+        return time
 
     def _decode(self) -> list[_Request]:
         busy = [rank for rank in self.ranks if rank.running]

@@ -42,7 +42,8 @@ class StepTables(NamedTuple):
     decode_saves_us: [M, points] by the tokens of all ranks, what a step without prompt tokens takes
     less than `moe_us` says. comm_us: [M, points], dispatch and combine in `moe_us`.
     overlap: [M, 5], see `EngineStepCost.overlap`. parts: [M], of a step between two pools of GPUs,
-    0 where there is one.
+    0 where there is one. drafting_us: [M, points], what one rank computes by its rows in the
+    multi-token-prediction layer that drafts; drafting: [M, 3], `EngineStepCost.drafting`.
     eager_us: added to steps with prompt tokens, which take least_us at least; host_us,
     sequence_us: added to every step, and for every sampled row of the rank that has most.
     """
@@ -63,6 +64,8 @@ class StepTables(NamedTuple):
     comm_us: FloatArray
     overlap: FloatArray
     parts: FloatArray
+    drafting_us: FloatArray
+    drafting: FloatArray
 
 
 def tables_of(
@@ -118,6 +121,8 @@ def tables_of(
         _padded([(c._moe_total.counts, c._moe["communication"].times_us) for c in costs])[1],
         np.stack([cost.overlap for cost in costs]),
         np.array([d.micro_batches if d.expert_gpus else 0.0 for d in deployments], np.float64),
+        _padded([(cost._drafting.counts, cost._drafting.times_us) for cost in costs])[1],
+        np.array([cost.drafting for cost in costs], np.float64),
     )
 
 
@@ -167,32 +172,38 @@ def _table(x: Any, y: Any, count: float) -> float:
 
 
 @kernel(**INTERNAL)
+def _layer_us(
+    term: Any, rows: float, context: float, repeated: float, prompt: float, pairs: float
+) -> float:
+    """Attention of one layer."""
+    window, time = term[1], 0.0
+    if rows > 0:
+        seen = min(context, rows * window) if window > 0 else context
+        time += term[2] + term[3] * (seen + term[4] * rows)
+        if window == 0:
+            time -= (term[3] - term[9]) * repeated
+    if prompt > 0:
+        inside = pairs
+        if window > 0:
+            length = max(2.0 * pairs / prompt - 1.0, 1.0)
+            n = min(length, window)
+            inside = prompt / length * (n * (n + 1.0) / 2.0 + (length - n) * n)
+        a, b = term[6] * prompt, term[7] * inside
+        high, low = max(a, b), min(a, b)
+        if high > 0:
+            high *= (1.0 + (low / high) ** term[8]) ** (1.0 / term[8])
+        time += term[5] + high
+    return time
+
+
+@kernel(**INTERNAL)
 def _attention_us(
     terms: Any, rows: float, context: float, repeated: float, prompt: float, pairs: float
 ) -> float:
     total = 0.0
     for q in range(len(terms)):
-        layers, window = terms[q, 0], terms[q, 1]
-        if layers == 0:
-            continue
-        time = 0.0
-        if rows > 0:
-            seen = min(context, rows * window) if window > 0 else context
-            time += terms[q, 2] + terms[q, 3] * (seen + terms[q, 4] * rows)
-            if window == 0:
-                time -= (terms[q, 3] - terms[q, 9]) * repeated
-        if prompt > 0:
-            inside = pairs
-            if window > 0:
-                length = max(2.0 * pairs / prompt - 1.0, 1.0)
-                n = min(length, window)
-                inside = prompt / length * (n * (n + 1.0) / 2.0 + (length - n) * n)
-            a, b = terms[q, 6] * prompt, terms[q, 7] * inside
-            high, low = max(a, b), min(a, b)
-            if high > 0:
-                high *= (1.0 + (low / high) ** terms[q, 8]) ** (1.0 / terms[q, 8])
-            time += terms[q, 5] + high
-        total += layers * time
+        if terms[q, 0] > 0:
+            total += terms[q, 0] * _layer_us(terms[q], rows, context, repeated, prompt, pairs)
     return total
 
 
@@ -311,3 +322,64 @@ def step_us(
         time = max(time + tables.eager_us[m], tables.least_us[m])
     time += tables.host_us[m] + tables.sequence_us[m] * sampled
     return time, mean / (last - first), slowest
+
+
+@kernel(**INTERNAL)
+def _drafting_pass_us(
+    tables: Any,
+    m: int,
+    ranks: Any,
+    first: int,
+    last: int,
+    drafts: int,
+    extra_context: float,
+    prompts: bool,
+    shares: Any,
+) -> float:
+    """The multi-token-prediction layer over `1 + drafts` rows of each decoding sequence, and over
+    the prompts' rows."""
+    term = tables.terms[m, int(tables.drafting[m, 1])]
+    total, slowest, prefill = 0.0, 0.0, False
+    for rank in range(first, last):
+        rows = ranks[rank].decode_rows * (1.0 + drafts)
+        prompt = float(ranks[rank].prefill_rows) if prompts else 0.0
+        if rows + prompt == 0:
+            continue
+        context = ranks[rank].decode_context * (1.0 + extra_context * drafts)
+        time = _table(tables.row_x[m], tables.drafting_us[m], rows + prompt)
+        time += _layer_us(term, rows, context, 0.0, prompt, ranks[rank].prefill_pairs)
+        slowest = max(slowest, time)
+        total += rows + prompt
+        prefill = prefill or prompt > 0
+    if total == 0:
+        return 0.0
+    moe = _moe_us(tables, m, total, shares)
+    if not prefill:
+        moe -= _table(tables.moe_x[m], tables.decode_saves_us[m], total)
+    return slowest + tables.drafting[m, 2] * moe
+
+
+@kernel(**INTERNAL)
+def drafting_us(
+    tables: Any,
+    m: int,
+    ranks: Any,
+    first: int,
+    last: int,
+    drafts: int,
+    extra_context: float,
+    shares: Any,
+) -> float:
+    """`EngineStepCost.drafting_us` of the step of ranks `first` to `last`."""
+    if tables.drafting[m, 0] == 0.0:
+        return 0.0
+    time = _drafting_pass_us(tables, m, ranks, first, last, drafts, extra_context, True, shares)
+    if drafts > 0:
+        most = 0.0
+        for rank in range(first, last):
+            most = max(most, float(ranks[rank].decode_rows))
+        time += drafts * _table(tables.head_x[m], tables.head_us[m], most)
+    if drafts > 1:
+        one = _drafting_pass_us(tables, m, ranks, first, last, 0, 0.0, False, shares)
+        time += (drafts - 1.0) * one
+    return time

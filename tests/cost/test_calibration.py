@@ -494,7 +494,10 @@ def test_the_documented_file_loads_and_the_documented_errors_are_the_files() -> 
 )
 @pytest.mark.parametrize("group", [2, 4, 8])
 def test_large_all_reduces_of_engines_are_nccls(name: str, group: int) -> None:
-    """Beyond their own kernels' sizes engines call NCCL: the same bytes take the same time."""
+    """Beyond their own kernels' sizes engines call NCCL: the same bytes take the same time
+    (over PCIe within 15%)."""
     own = load_calibration(name).collective("all_reduce", group)
-    nccl = load_calibration(name.split("-")[0]).collective("all_reduce", group)
-    assert own.time_us(128 * 2**20) == pytest.approx(nccl.time_us(128 * 2**20), rel=0.1)
+    nccl = load_calibration(name.rsplit("-", 1)[0]).collective("all_reduce", group)
+    assert own.time_us(128 * 2**20) == pytest.approx(
+        nccl.time_us(128 * 2**20), rel=0.15 if name.startswith("rtx") else 0.1
+    )

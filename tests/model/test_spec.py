@@ -359,6 +359,7 @@ def test_to_dict_survives_json_and_rebuilds_the_spec(name: str) -> None:
     fields = json.loads(json.dumps(spec.to_dict()))
     derived = fields.pop("derived")
     attention = fields.pop("attention")
+    fields["mtp_caches"] = tuple(Cache(**cache) for cache in fields["mtp_caches"])
     attention["kinds"] = [
         LayerKind(**{**_tuples(kind), "caches": tuple(Cache(**cache) for cache in kind["caches"])})
         for kind in attention["kinds"]

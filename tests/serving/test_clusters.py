@@ -77,7 +77,7 @@ def test_prompts_and_decoding_have_their_own_all_to_all() -> None:
     prompt = BatchShape.of(prefill_tokens=1024 * ranks)
     mixed = BatchShape.of(16 * ranks, 16_000 * ranks, prefill_tokens=1024 * ranks)
     assert float(both.step_us(decode)) == pytest.approx(float(quick.step_us(decode)))
-    assert float(both.step_us(decode)) < 0.85 * float(normal.step_us(decode))
+    assert float(both.step_us(decode)) < 0.9 * float(normal.step_us(decode))
     for batch in (prompt, mixed):
         assert float(both.step_us(batch)) == pytest.approx(float(normal.step_us(batch)))
         assert float(both.step_us(batch)) < float(quick.step_us(batch))

@@ -121,8 +121,9 @@ def test_impossible_promises() -> None:
 def test_the_default_split() -> None:
     """DeepSeek-V3 takes 654 GB of experts and 17 GB of other weights in fp8. On 8 H200s of 136 GB
     for the engine a rank holds 82 + 17 = 99 GB: with activations 22% are left, so 32 GPUs are four
-    such engines. On H100s (77 GB) it takes 16 at least. Kimi-K2 (1,029 GB) leaves less than a tenth
-    on 16 H100s with tp 8, more is not asked of NVLink: the largest cache is taken."""
+    such engines. On H100s (77 GB) it takes 16 at least, and tp 2, since
+    low-latency buffers have 3.8 GB of each. Kimi-K2 (1,029 GB) leaves less than a tenth
+    on 16 H100s with tp 8 and buffers of 64 rows, none with 256; more is not asked of NVLink: the largest cache is taken."""
     from moesim.cluster import load_cluster
     from moesim.model.names import load_model
 
@@ -133,11 +134,14 @@ def test_the_default_split() -> None:
         split("deepseek-v3", "h100-sxm-ib", 8)
     assert "more GPUs" in error.value.remedy
     assert str(split("deepseek-v3", "h200-sxm-ib", 32)) == "4 x tp1 dp8 ep8"
-    assert str(split("deepseek-v3", "h100-sxm-ib", 32)) == "2 x tp1 dp16 ep16"
+    assert str(split("deepseek-v3", "h100-sxm-ib", 32)) == "2 x tp2 dp8 ep16"
     assert str(split("deepseek-v3", "h200-sxm-ib", 32, tp=8)) == "4 x tp8"
     assert str(split("deepseek-v3", "h200-sxm-ib", 32, tp=8, replicas=1)) == "1 x tp8 dp4 ep32"
     assert str(split("qwen3-30b-a3b", "h200-sxm-ib", 8)) == "8 x tp1"
-    assert str(split("kimi-k2", "h100-sxm-ib", 16)) == "1 x tp8 dp2 ep16"
+    with pytest.raises(InfeasibleError, match="low-latency kernels: lower `dispatch_tokens`"):
+        split("kimi-k2", "h100-sxm-ib", 16)
+    few = split("kimi-k2", "h100-sxm-ib", 16, dispatch_tokens=64)
+    assert str(few) == "1 x tp8 dp2 ep16"
     cut = split("mixtral-8x7b", "h100-sxm-ib", 16, replicas=1).engine
     assert (cut.tp, cut.dp, cut.ep, cut.moe_tp) == (1, 16, 8, 2)
     with pytest.raises(InputError, match="cannot be spread over 24 GPUs as replicas 1: experts"):

@@ -18,11 +18,8 @@ from moesim.model.names import load_model
 from moesim.serving.batch import BatchShape, chunk_pairs
 from moesim.serving.deployment import Deployment, deploy
 from moesim.serving.engines import ENGINES
-from moesim.serving.step_cost import (
-    SMALL_KERNEL_US,
-    SMALL_KERNELS,
-    EngineStepCost,
-)
+from moesim.serving.row_cost import SMALL_KERNEL_US, SMALL_KERNELS
+from moesim.serving.step_cost import EngineStepCost
 
 SHARP = 64.0  # a maximum, near enough
 QUIET = replace(
@@ -136,10 +133,10 @@ def test_kernels_of_one_shape_go_before_the_engines_table() -> None:
     whole = deploy("DeepSeek-V2-Lite", "h200-sxm-ib", tp=1, dp=2, expert_dtype="bf16")
     cut = deploy("DeepSeek-V2-Lite", "h200-sxm-ib", tp=2, ep=1, expert_dtype="bf16")
     assert whole.moe_tp == 1
-    assert EngineStepCost(whole)._expert_model == measured
-    assert EngineStepCost(cut)._expert_model.shape is None
+    assert EngineStepCost(whole)._of_moe.ranks.models[0] == measured
+    assert EngineStepCost(cut)._of_moe.ranks.models[0].shape is None
     public = load_calibration("h200-vllm").expert_ffn("bf16", "vllm_tp")
-    assert EngineStepCost(cut)._expert_model == public
+    assert EngineStepCost(cut)._of_moe.ranks.models[0] == public
 
 
 def test_a_chunk_has_the_pairs_of_its_cached_tokens() -> None:
@@ -301,7 +298,7 @@ def test_an_empty_step_costs_nothing_and_the_basis_is_assumed() -> None:
 
 
 def test_skewed_routing_over_few_gpus_costs_more_than_even() -> None:
-    from moesim.serving.moe_load import assumed_load, layer_us
+    from moesim.serving.moe_load import ExpertSlots, assumed_load, layer_us
 
     model = load_model("Qwen3-30B-A3B")
     kernel = ExpertGemmModel("bf16", "toy", 2.0, 0.0, 1e6, 100.0)
@@ -311,7 +308,9 @@ def test_skewed_routing_over_few_gpus_costs_more_than_even() -> None:
         load = assumed_load(128, 8, skew)
         assert load.inclusion.sum(axis=1) == pytest.approx(8.0)
         expert = np.tile(np.arange(128), (len(load.inclusion), 1))
-        times.append(layer_us(load, kernel, 8192, 2048, 768, 3, gpu, expert, np.ones(expert.shape)))
+        slots = ExpertSlots(gpu, expert, np.ones(expert.shape))
+        one = np.zeros(8, np.int64)
+        times.append(layer_us(load, [kernel], one, slots, 8192, 1024, 8, (2048, 768, 3)))
     assert times == sorted(times)
     assert model.top_k == 8
 

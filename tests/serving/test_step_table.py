@@ -108,7 +108,7 @@ def test_domains_of_requests(routing: DomainRouting) -> None:
 
 def test_mix_of_domains(routing: DomainRouting) -> None:
     """One domain alone and equal shares of all are exact; between them, against tables of the mixed
-    tokens themselves, within 1 % of the MoE layers' time."""
+    tokens themselves, within 1.5 % of the MoE layers' time."""
     deployment = deploy("debian-moe", "h100-sxm-ib", dp=8)
     cost = EngineStepCost(deployment)
     table = routing.moe_tables(cost)
@@ -133,7 +133,7 @@ def test_mix_of_domains(routing: DomainRouting) -> None:
         truth = EngineStepCost(replace(deployment, trace=mixed))._moe_total
         for place in (20, 40, len(counts) - 1):
             guess = loop_moe_us(tables, counts[place], shares)
-            assert guess == pytest.approx(truth.times_us[place], rel=0.01)
+            assert guess == pytest.approx(truth.times_us[place], rel=0.015)
 
 
 def test_routing_refuses(routing: DomainRouting) -> None:

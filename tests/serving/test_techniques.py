@@ -32,7 +32,7 @@ def test_redundant_experts_balance_the_layers() -> None:
         EngineStepCost(deploy("DeepSeek-V3", "h200-sxm-ib", dp=32, redundant_experts=r))
         for r in (None, 32)
     )
-    gpu, expert, share = more._slots
+    gpu, expert, share = more._of_moe._slots
     assert np.bincount(gpu).tolist() == [9] * 32
     for row, parts in zip(expert, share, strict=True):
         assert np.bincount(row, parts, minlength=256) == pytest.approx(np.ones(256))

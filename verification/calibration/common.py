@@ -119,4 +119,8 @@ HEADERS: dict[str, dict[str, Any]] = {
         for name in ("b200", "b300", "gb200", "gb300")
     },
 }
+HEADERS["rtx-pro-6000"] = HEADERS["b200"] | {
+    "name": "rtx-pro-6000",
+    "gpu": "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+}
 HEADERS["gb200"]["description"] += "; TensorRT-LLM's NVLink all-to-all"

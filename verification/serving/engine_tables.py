@@ -27,10 +27,10 @@ SYSTEM = {
     "b300": "b300_sxm",
     "gb200": "gb200",
     "gb300": "gb300",
+    "rtx-pro-6000": "rtx_pro_6000_server",
 }
 TABLE_DTYPE = {
     "bf16": "bfloat16",
-    "fp8": "fp8_block",
     "nvfp4": "nvfp4",
     "int4": "int4_wo",
     "mxfp4": "w4a16_mxfp4",
@@ -64,6 +64,10 @@ class EngineTables:
     fp8_gemm: tuple[str, str] | None = None  # where the engine's own table does not serve
     gemm_dtypes: tuple[str, ...] = ("bf16", "fp8")
     parallel: tuple[str, ...] = ("tp", "ep")  # the first is the default of other engines
+    fp8_name: str = "fp8_block"  # of the GEMMs and experts taken; "fp8" has one scale per tensor
+
+    def named(self, dtype: str) -> str:
+        return self.fp8_name if dtype == "fp8" else TABLE_DTYPE[dtype]
 
 
 SOURCES: dict[tuple[str, str], EngineTables] = {
@@ -95,6 +99,17 @@ SOURCES: dict[tuple[str, str], EngineTables] = {
             gemm_dtypes=("bf16", "fp8", "nvfp4"),
             parallel=("ep", "tp"),
         ),
+    ),
+    # No table of this GPU has block-scaled fp8 kernels but for 518 GEMMs.
+    ("rtx-pro-6000", "vllm"): EngineTables(
+        gemm="0.24.0",
+        attention="0.24.0",
+        all_reduce="0.24.0",
+        experts=dict.fromkeys(("fp8", "nvfp4", "bf16", "int4", "mxfp4"), "0.24.0"),
+        mla=("trtllm", "1.3.0rc20"),
+        gemm_dtypes=("bf16", "fp8", "nvfp4"),
+        parallel=("ep", "tp"),
+        fp8_name="fp8",
     ),
     ("h200", "sglang"): EngineTables(
         gemm="0.5.9",
@@ -150,7 +165,7 @@ def gemm_points(root: Path, gpu: str, engine: str, dtype: str) -> DensePoints:
     source = used.fp8_gemm if dtype == "fp8" and used.fp8_gemm else (engine, used.gemm)
     table = read(root, gpu, "gemm", *source, "gemm_perf")
     wide = table["n"].between(128, 20000) & table["k"].between(128, 20000)
-    table = table[(table["gemm_dtype"] == TABLE_DTYPE[dtype]) & wide & (table["m"] > 0)]
+    table = table[(table["gemm_dtype"] == used.named(dtype)) & wide & (table["m"] > 0)]
     return _dense_points(table.groupby(["m", "n", "k"], as_index=False)["latency"].min(), "m")
 
 
@@ -208,11 +223,12 @@ def expert_points(
 
     `num_tokens` is the input of the one measured rank. Every other token count is held out.
     """
-    version = SOURCES[gpu, engine].experts[dtype]
+    used = SOURCES[gpu, engine]
+    version = used.experts[dtype]
     table = read(root, gpu, "moe", engine, version, "moe_perf")
     shard = table["inter_size"] // table["moe_tp_size"]
     table = table[
-        (table["moe_dtype"] == TABLE_DTYPE[dtype])
+        (table["moe_dtype"] == used.named(dtype))
         & (table["moe_tp_size"] <= MAX_SHARDS)
         & (shard >= MIN_SHARD)
         & (table["moe_ep_size"].between(2, 16) if parallel == "ep" else table["moe_ep_size"] == 1)

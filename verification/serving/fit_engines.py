@@ -47,7 +47,7 @@ SHAPES = {
     "mxfp4": ((2880, 2880),),
 }
 START_TFLOPS = {"fp8": 800.0, "bf16": 500.0, "int4": 400.0, "mxfp4": 500.0, "nvfp4": 2000.0}
-START_GB_PER_S = {"h100": 2600.0, "h200": 3500.0}
+START_GB_PER_S = {"h100": 2600.0, "h200": 3500.0, "rtx-pro-6000": 1400.0}
 GPU_NAMES = {
     "h100": "NVIDIA H100 80GB HBM3",
     "h200": "NVIDIA H200",
@@ -55,6 +55,7 @@ GPU_NAMES = {
     "b300": "NVIDIA B300",
     "gb200": "NVIDIA GB200",
     "gb300": "NVIDIA GB300",
+    "rtx-pro-6000": "NVIDIA RTX PRO 6000 Blackwell Server Edition",
 }
 
 

@@ -275,7 +275,7 @@ class _Reader:
                 return count
         return 0
 
-    def _mtp(self, draft: ModelSpec, layers: Layers, count: int) -> dict[str, int]:
+    def _mtp(self, draft: ModelSpec, layers: Layers, count: int) -> dict[str, Any]:
         """Weights of the multi-token-prediction layers: a layer like the model's, and a projection
         of two hidden states to one (DeepSeek-V3, arXiv:2412.19437, section 2.2)."""
         for name in ("mtp_hybrid_override_pattern", "mtp_layers_block_type"):
@@ -295,6 +295,7 @@ class _Reader:
             "mtp_layers": count,
             "mtp_moe_layers": count if has_experts else 0,
             "mtp_params": count * each,
+            "mtp_caches": mixer.caches,
         }
 
     def _other_params(self, sizes: Shape) -> int:

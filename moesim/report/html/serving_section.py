@@ -47,6 +47,7 @@ def serving_section(run: Run) -> Section:
     section.blocks.append(_latencies(metrics, basis))
     section.blocks.append(Figures(_over_time(data, basis)))
     section.blocks.append(_table(metrics, basis))
+    section.blocks += _pools(data, basis)
     section.blocks += _levels(data, basis)
     section.blocks += [Note(text) for text in data.texts("notices")]
     return section
@@ -183,6 +184,31 @@ def _table(metrics: Fields, basis: str) -> TableBlock:
         if metrics.has(name)
     ]
     return TableBlock("Throughput, use and queues", Table(["figure", "value"], rows), basis)
+
+
+def _pools(data: Fields, basis: str) -> Sequence[TableBlock]:
+    """Attention and experts apart: what each pool does in a decode step."""
+    pools = data.maybe("pools")
+    if pools is None:
+        return []
+    rows = [
+        [
+            f"attention, {pools.whole('attention_gpus', 0)} GPUs",
+            percent(pools.number("attention_busy")),
+        ],
+        [f"experts, {pools.whole('expert_gpus', 0)} GPUs", percent(pools.number("experts_busy"))],
+        ["exchange, each way", percent(pools.number("exchange_share"))],
+    ]
+    caption = (
+        f"Of a decode step in {pools.whole('parts', 1)} parts with"
+        f" {significant(pools.number('sequences_per_rank'), 3)} sequences per attention rank of"
+        f" {significant(pools.number('context_tokens'), 3)} tokens. Layers take"
+        f" {significant(pools.number('step_s') * 1e3, 3)} ms with the exchange as flows over the"
+        f" network, {significant(pools.number('step_closed_form_s') * 1e3, 3)} by the closed form"
+        " that the service is simulated with."
+    )
+    table = Table(["pool", "share of the step that it works"], rows)
+    return [TableBlock("Attention and experts apart", table, basis, caption)]
 
 
 def _levels(data: Fields, basis: str) -> Sequence[TableBlock]:
