@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.cluster import GpuSpec, Host
+from moesim.cluster import GpuSpec, Host, Machine
 
 READ_SHARE = {"NVIDIA": 0.75, "AMD": 0.75, "Apple": 0.6}
 """Of the memory's bandwidth, reached on the weights of one token."""
@@ -95,6 +95,12 @@ def gpu_rates(gpu: GpuSpec, unified: bool, memory_gb: float | None = None) -> Gp
         layer_s=LAYER_US[name] * 1e-6,
         memory=memory - MARGIN_BYTES,
     )
+
+
+def filled_gb(machine: Machine) -> tuple[float, ...]:
+    """GB of each GPU's memory, all that an engine may fill and its margin."""
+    unified = machine.host.unified
+    return tuple((gpu_rates(g, unified).memory + MARGIN_BYTES) / 1e9 for g in machine.gpus)
 
 
 def host_bytes(host: Host) -> float:
