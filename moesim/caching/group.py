@@ -77,7 +77,8 @@ def plan_group(
     counts on every GPU that has one. Ask for no prefetch on several GPUs: what other ranks' tokens
     choose reaches a GPU with the dispatch, too late to fetch ahead.
     machine: what the GPUs are in, None for a cluster; it decides whose kernels are taken
-    (`torch_kernels`). Speeds leave the network out: a GPU's tokens per second are what its experts alone would allow.
+    (`torch_kernels`).
+    Speeds leave the network out: a GPU's tokens per second are what its experts alone would allow.
 
     Raises what plan_cache raises, of the first GPU that does not fit.
     """
@@ -99,7 +100,11 @@ def plan_group(
             replace(
                 planned.plan,
                 predicted=asdict(figures)
-                | {"batch_size": request.batch_size, "context_tokens": request.context_tokens},
+                | {
+                    "num_tokens": work.held_out.num_tokens,
+                    "batch_size": request.batch_size,
+                    "context_tokens": request.context_tokens,
+                },
                 provenance={"seed": request.seed, "max_steps": request.max_steps, **made},
             )
         )

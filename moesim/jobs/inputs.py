@@ -105,8 +105,8 @@ def cluster_of(
     defaults: dict[str, str] | None = None,
     after: int = 0,
 ) -> Cluster:
-    """A cluster of `gpus` GPUs, or a machine as one; its own size where that is None. The default is
-    said in `defaults`. after: as in `load_cluster`."""
+    """A cluster of `gpus` GPUs, or a machine as one; its own size where that is None. The default
+    is said in `defaults`. after: as in `load_cluster`."""
     if isinstance(cluster, Cluster):
         if gpus is None or cluster.num_gpus == gpus:
             return cluster
