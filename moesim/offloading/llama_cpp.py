@@ -192,7 +192,7 @@ def _plan(task: Task, layout: Layout, engine: str, cpu_factor: float) -> EngineP
             "context": task.context,
             "cache_type": task.cache_type,
         },
-        (_command(task, layout, engine),),
+        (_command(task, layout),),
         weights=task.weights.source,
         notes=(task.weights.note,) if task.weights.note else (),
     )
@@ -244,7 +244,7 @@ def _prompt_rate(task: Task, layout: Layout) -> float:
     return task.prompt / total
 
 
-def _command(task: Task, layout: Layout, engine: str) -> str:
+def _command(task: Task, layout: Layout) -> str:
     parts = ["llama-server -m MODEL -ngl 99", f"-c {task.context}", f"-ub {layout.ubatch}"]
     parts.append(f"-b {max(2048, layout.ubatch)}")
     if layout.cpu_tensors:
@@ -257,7 +257,7 @@ def _command(task: Task, layout: Layout, engine: str) -> str:
     if len(task.gpus) > 1:
         counts = [*layout.layers_of[:-1], layout.layers_of[-1] + 1]
         parts.append("-ts " + ",".join(map(str, counts)))
-    parts.append("-fa on" if engine == "llama.cpp" else "-fa")
+    parts.append("-fa on")
     if task.cache_type != "fp16":
         name = _CACHE_FLAG.get(task.cache_type, task.cache_type)
         parts.append(f"-ctk {name} -ctv {name}")

@@ -6,8 +6,9 @@ Shares of datasheet figures and fixed costs, by maker. They were set once, by ha
 DeepSeek-V2-Lite on an RTX 2080 beside an i9-10900X, Qwen3-30B-A3B on an i7-8700 alone and on an RTX
 4080 beside a Ryzen 7950X, Qwen3-235B-A22B on an RTX A6000 beside a Threadripper PRO 7965WX and on
 an RTX 3090 beside an EPYC 9355, gpt-oss-120b on an RTX 3090 and on Strix Halo (for all of AMD's
-GPUs), prompts of DeepSeek-V2-Lite on an RTX 3090 (ggml-org/llama.cpp#15525), and KTransformers' tables of DeepSeek-R1 on Xeon 6454S and of Qwen3-Coder-Next on an RTX
-5090. All of it counts as assumed.
+GPUs), prompts of DeepSeek-V2-Lite on an RTX 3090 (ggml-org/llama.cpp#15525), and KTransformers'
+tables of DeepSeek-R1 on Xeon 6454S and of Qwen3-Coder-Next on an RTX 5090. All of it counts as
+assumed.
 
 Ignored: clocks that fall under load, memory that other programs use, threads badly placed.
 """
