@@ -419,8 +419,9 @@ def _offload(result: PlanResult, request: PlanRequest, hbm: float | None) -> Gro
             "give `model`: moesim model list",
         )
     machine = work.cluster.machine
-    own = torch_kernels(machine) or machine is None
-    memory = [gpu.hbm_gb for gpu in gpus] if own else filled_gb(machine)
+    memory: Sequence[float] = [gpu.hbm_gb for gpu in gpus]
+    if machine is not None and not torch_kernels(machine):
+        memory = filled_gb(machine)
     asked = Request(
         hbm_gb=min(memory) if hbm is None else hbm,
         batch_size=len(gpus),
