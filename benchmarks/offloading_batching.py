@@ -17,7 +17,7 @@ from moesim.caching.info import limit_tokens
 from moesim.caching.rates import HostSpec, build_rates, step_times
 from moesim.caching.simulate import expert_frequency
 from moesim.caching.timeline import Setup, all_events, run_timeline
-from moesim.cluster.load import load_gpu
+from moesim.cluster.gpus import load_gpu
 from moesim.model.names import load_model
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import load_token_trace

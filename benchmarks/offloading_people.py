@@ -118,8 +118,9 @@ def runs(facts: dict[str, Any], machines: dict[str, Machine]) -> list[dict[str, 
     out, source = [], ""
     for run in facts["runs"]:
         source = source if run["source"] == "the same" else run["source"]
-        weights = weights_of(run["model"], run["quant"])
         engine = run.get("engine", "llama.cpp")
+        quant = run.get("quant")
+        weights = load_weights(run["model"]) if quant is None else weights_of(run["model"], quant)
         task = Task(
             weights,
             weights,
@@ -132,6 +133,12 @@ def runs(facts: dict[str, Any], machines: dict[str, Machine]) -> list[dict[str, 
         if engine == "vLLM":
             plan = vllm(replace(task, checkpoint=load_weights(run["model"])))
             what = f"vLLM, {run['model']} on {run['machine']}"
+        elif engine == "KTransformers":
+            plan = at_experts(task, run["gpu_experts"])
+            what = (
+                f"KTransformers, {run['model']} on {run['machine']}, {run['gpu_experts']} experts"
+                f" of a layer on the GPU, {run['prompt']:,} tokens"
+            )
         else:
             plan = fixed(roomy(task), run["cpu_layers"], run["ubatch"], engine)
             what = (
@@ -139,10 +146,11 @@ def runs(facts: dict[str, Any], machines: dict[str, Machine]) -> list[dict[str, 
                 f" layers on the CPU, -ub {run['ubatch']}"
             )
         more = {"fitted": run.get("fitted", False)}
-        out.append(
-            row(run["group"], what, "tokens/s", run["decode"], plan.decode_tokens_per_s, source,
-                **more)
-        )  # fmt: skip
+        if "decode" in run:
+            out.append(
+                row(run["group"], what, "tokens/s", run["decode"], plan.decode_tokens_per_s,
+                    source, **more)
+            )  # fmt: skip
         if "prompt_rate" in run:
             out.append(
                 row(f"{run['group']}, prompts", what, "prompt tokens/s", run["prompt_rate"],
@@ -435,18 +443,58 @@ by a Zipf law, its exponent set on the one row marked.
 TAIL = """
 ## Not reproduced
 
-- That LRU beats pinning the hottest half (kekzl/imp#2061): tokens drawn by a law that never changes
-  favour pinning; what real text asks for drifts. The published 10% for 32 fixed experts of 512 is
-  between the law's one ranking per request (6%) and one for all.
+- That LRU beats pinning the hottest half (kekzl/imp#2061): tokens drawn by a law that never
+  changes favour pinning; what real text asks for drifts. The published 10% for 32 fixed experts
+  of 512 is between the law's one ranking per request (6%) and one for all.
 - KTransformers' dynamic update between prompts (its column is in `facts.yaml`): not modelled.
 - llama.cpp#27861's 18.4 to 24.2 tokens/s: the model's shape and the host's memory are not named
   well enough; its hit rates are above.
-- MoE-Gen's rows of llama.cpp with DeepSeek-V2 and R1 (23/1 and 5.7/0.9 tokens/s): 16-bit attention
-  alone is larger than the GPU, and layers left to the CPU as a whole (-ngl) are not modelled.
-- MoE-Gen's own and vLLM's rows: throughput of large batches, and one conversation is modelled here.
-- 1.6 tokens/s beside an EPYC 7343 with 64 GB: the row is above and counts; other published runs of
-  the same placement are fifteen times as fast, so something else (paging, one thread, a NUMA node
-  without memory) decided there.
+- MoE-Gen's rows of llama.cpp with DeepSeek-V2 and R1 (23/1 and 5.7/0.9 tokens/s): 16-bit
+  attention alone is larger than the GPU, and layers left to the CPU as a whole (-ngl) are not
+  modelled.
+- MoE-Gen's own and vLLM's rows: throughput of large batches, and one conversation is modelled
+  here. Its llama.cpp rows above are likely such too: 328 prompt tokens/s of Mixtral-8x7B would
+  copy the 73 GB that the GPU does not hold in 1.6 s, above what PCIe Gen4 carries, were ubatches
+  of 512 alone.
+- The fit of prompts: tile, overlap and shares were set on the rows marked fitted; the runs under
+  "wholly on the GPU" and "small cards" were in view when it was decided which mechanisms to have.
+- The Quadro RTX 5000's 37.0 tokens/s on six cores: 1.7 weights per cycle and core give 23. It is
+  a build of September 2026, the fitted rows of AVX2 are of 2025; faster CPU kernels would explain
+  it.
+- 1.6 tokens/s beside an EPYC 7343 with 64 GB: the row is above and counts; other published runs
+  of the same placement are fifteen times as fast, so something else (paging, one thread, a NUMA
+  node without memory) decided there.
+
+## Seen: llama.cpp's own accounting
+
+llama.cpp of October 2026 (the CPU wheel of xllamacpp 2026.10.11549) was given a GGUF header
+written from moesim's table of Qwen3-30B-A3B Q4_K_M over a file of zeros, with flash attention. It
+loads, so tensor names, shapes and types are those that it wants, and `-ot` of an exported file
+moves the tensors that it names ("buffer type overridden"). In MiB:
+
+| buffer | context, -ub | llama.cpp | moesim |
+|---|---|---|---|
+| model | any | 17,691.34 | 17,691.29 |
+| KV cache | 16,384 | 1,536.00 | 1,536.00 |
+| compute | 16,384, 2048 | 416.07 | 1,219.00 |
+| compute | 16,384, 512 | 104.02 | 304.75 |
+| compute | 32,768, 512 | 120.02 | 304.75 |
+
+Compute is an upper bound for such builds: they reserve the logits of one token, earlier ones
+those of a whole ubatch (ggml-org/llama.cpp#23527), which the logs above have. Without them it is
+`4 x ubatch x (top-k x (2 x width + hidden) + 8 x hidden) + 2 x ubatch x context` to 0.1 MiB in
+all three (a mask of four bytes, expected before the third was run, gave 136). No GPU was there to
+see CUDA's buffer, so moesim keeps the older, larger one. A toy model of random weights answers
+too, of moesim's size (4.48 MiB). accelerate 1.15 runs a toy Mixtral with an exported device_map
+(`pytest -m engines tests/offloading`). Flags of exported lines stand in the parsers of llama.cpp
+build 11434 and of ik_llama.cpp, and in KTransformers' pages; the files of vLLM were not run.
+
+That wheel also has `--moe-cache-mib`: an LRU cache of experts in GPU memory, experts that it
+lacks copied (build 11434 has no such flag; tetherto/qvac-fabric-llm.cpp#232 describes one).
+moesim's caching plans answer what such a cache is worth (`policy lru`, `cpu off`), no engine's
+row does yet. One published run to hold it against: 28.9 tokens/s by `--fit` and 50.6 with a tenth
+of the experts cached, 77.8% hits, Qwen3.8-Flash-Next Q4_0 on an RTX 5090
+(tetherto/qvac-fabric-llm.cpp#237; host not named).
 """
 
 

@@ -29,7 +29,7 @@ from moesim.caching.sch import model_hit_rates
 from moesim.caching.simulate import CacheSettings, expert_frequency, hit_curves
 from moesim.caching.slots import allocate_slots
 from moesim.caching.timeline import run_timeline
-from moesim.cluster.load import load_gpu
+from moesim.cluster.gpus import load_gpu
 from moesim.draw.cache import hit_rates, speed_by_memory
 from moesim.model.names import load_model
 from moesim.trace.batches import index_requests, split_requests

@@ -61,11 +61,10 @@ and ask about your own with `moesim cache --machine GPU+HOST --model MODEL`
 the engine too.
 
 **What this rests on.** Predictions, none of them measured here: datasheet bandwidths and rates
-times assumed shares. On published runs that no constant was set on, the median error is 3% over
-all and 15% without KTransformers' table; runs of gpt-oss-120b and Qwen3-30B-A3B on machines that
-are not fully known are 7 to 77% off, one more is not explained
-([reports/offloading-people](../reports/offloading-people/README.md)). Prompt tokens/s of models
-wholly in GPU memory are the least certain, and too high for large GPUs. Hosts are round machines of
+times assumed shares. On published runs that no constant was set on, the median error is 7% over
+all and 15% without KTransformers' table; prompts alone are 23% off in the median, and gpt-oss-120b
+and Qwen3-30B-A3B on machines that are not fully known 30 and 37%
+([reports/offloading-people](../reports/offloading-people/README.md)). Hosts are round machines of
 a kind; routing is assumed uniform. llama.cpp runs the types named, KTransformers and vLLM the
 checkpoint's (FP8 where there is one). A dash: it does not fit, or the engine has no kernels for it.
 `gpu` is the share of experts in GPU memory under llama.cpp.

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from moesim.caching.compare import Result, result
 from moesim.caching.plan import CachePlan, parse_cache_plan
 from moesim.caching.planner import Request, Workload, make_workload, plan_cache
-from moesim.caching.rates import HostSpec, build_rates
+from moesim.caching.rates import rates_on, torch_kernels
+from moesim.cluster.machine import Machine
 from moesim.cluster.types import GpuSpec
 from moesim.errors import FormatError
 from moesim.model.names import ModelSpec
@@ -66,7 +67,7 @@ def plan_group(
     model: ModelSpec,
     gpus: tuple[GpuSpec, ...],
     request: Request,
-    host: HostSpec | None = None,
+    machine: Machine | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GroupPlan:
     """A caching plan for every GPU of a placement.
@@ -75,15 +76,21 @@ def plan_group(
     choices of all its tokens, and holds the dense weights and its share of the KV cache. A replica
     counts on every GPU that has one. Ask for no prefetch on several GPUs: what other ranks' tokens
     choose reaches a GPU with the dispatch, too late to fetch ahead.
+    machine: what the GPUs are in, None for a cluster; it decides whose kernels are taken
+    (`torch_kernels`).
     Speeds leave the network out: a GPU's tokens per second are what its experts alone would allow.
 
     Raises what plan_cache raises, of the first GPU that does not fit.
     """
     plans, results, notes = [], [], []
+    made = {} if torch_kernels(machine) or machine is None else {
+        "machine": machine.name,
+        "kernels": "engine",
+    }  # fmt: skip
     share = -(-request.batch_size // placement.num_gpus)
     at_once = placement.num_gpus // placement.num_nodes
     for g, hosted in enumerate(hosted_experts(placement)):
-        rates = build_rates(model, gpus[g], host or HostSpec(), num_gpus=at_once)
+        rates = rates_on(model, gpus[g], machine, num_gpus=at_once)
         here = replace(request, home_requests=share)
         work: Workload = make_workload(trace, here, hosted)
         planned = plan_cache(work, rates, here)
@@ -93,8 +100,12 @@ def plan_group(
             replace(
                 planned.plan,
                 predicted=asdict(figures)
-                | {"batch_size": request.batch_size, "context_tokens": request.context_tokens},
-                provenance={"seed": request.seed, "max_steps": request.max_steps},
+                | {
+                    "num_tokens": work.held_out.num_tokens,
+                    "batch_size": request.batch_size,
+                    "context_tokens": request.context_tokens,
+                },
+                provenance={"seed": request.seed, "max_steps": request.max_steps, **made},
             )
         )
         results.append(figures)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from moesim.caching.timeline_kernel import StepTimes
-from moesim.cluster.machine import Machine
+from moesim.cluster.machine import USUAL_HOST, Machine
 from moesim.cluster.types import GpuSpec
 from moesim.cost.calibration import Calibration
 from moesim.cost.curves import Basis, weakest
@@ -127,12 +128,40 @@ def build_rates(
     return Rates(model, gpu, host, experts, found, basis, notes, num_gpus)
 
 
-def engine_rates(model: ModelSpec, machine: Machine) -> Rates:
-    """Rates of the first GPU of a machine with kernels such as engines of quantised weights have
-    (`offloading.rates`), so that a caching plan differs from theirs by its placement alone. The
-    call of a layer on the CPU is spread over the experts of a token."""
-    spec = machine.gpus[0]
-    gpu, cpu = gpu_rates(spec, machine.host.unified), cpu_rates(machine.host, SOCKETS_SHARE)
+def torch_kernels(machine: Machine | None, quantised: bool = False) -> bool:
+    """Whether a caching plan is timed with torch's kernels: on clusters, and on a GPU beside the
+    host that they were measured on; with those of engines elsewhere, and for types of GGUF."""
+    return machine is None or (machine.host.name == USUAL_HOST and not quantised)
+
+
+def rates_on(
+    model: ModelSpec,
+    gpu: GpuSpec,
+    machine: Machine | None = None,
+    given: Mapping[str, float] | None = None,
+    *,
+    quantised: bool = False,
+    num_gpus: int = 1,
+) -> Rates:
+    """Rates of a GPU of a cluster (None) or of a machine, of which `num_gpus` copy at once. given:
+    fields of HostSpec that replace what is known of the host."""
+    engine = machine is not None and not torch_kernels(machine, quantised)
+    rates = engine_rates(model, machine, gpu) if machine is not None and engine else None
+    host = HostSpec() if rates is None else rates.host
+    if given:
+        source = f"given: {', '.join(sorted(given))}; {host.source}"
+        host = replace(host, **given, kind="assumed", source=source)  # type: ignore[arg-type]
+    if rates is None:
+        return build_rates(model, gpu, host, num_gpus=num_gpus)
+    return replace(rates, host=host, num_gpus=num_gpus)
+
+
+def engine_rates(model: ModelSpec, machine: Machine, gpu: GpuSpec | None = None) -> Rates:
+    """Rates of a GPU of a machine, by default the first, with kernels such as engines of quantised
+    weights have (`offloading.rates`), so that a caching plan differs from theirs by its placement
+    alone. The call of a layer on the CPU is spread over the experts of a token."""
+    spec = machine.gpus[0] if gpu is None else gpu
+    own, cpu = gpu_rates(spec, machine.host.unified), cpu_rates(machine.host, SOCKETS_SHARE)
     calibration = calibration_of_gpu(spec, None, only_type=True)
     per_weight = model.bytes_per_weight("experts")
     source = f"{spec.name} datasheet x assumed efficiencies of engines"
@@ -141,8 +170,8 @@ def engine_rates(model: ModelSpec, machine: Machine) -> Rates:
         kernel="engine",
         weight_bytes_per_param=per_weight,
         launch_us=0.0,
-        weight_gb_per_s=gpu.read / 1e9,
-        tflops=gpu.flops / 1e12,
+        weight_gb_per_s=own.read / 1e9,
+        tflops=own.flops / 1e12,
         basis="assumed",
         source=source,
     )
@@ -166,9 +195,9 @@ def engine_rates(model: ModelSpec, machine: Machine) -> Rates:
         f"NVMe: assumed ({nvme:g} GB/s)",
         "attention and dense layers: assumed, as the experts",
     )
-    share = gpu.read / (spec.hbm_gb_per_s * 1e9)
+    share = own.read / (spec.hbm_gb_per_s * 1e9)
     return Rates(
-        model, spec, host, experts, calibration, "assumed", notes, 1, share, gpu.layer_s * 1e6
+        model, spec, host, experts, calibration, "assumed", notes, 1, share, own.layer_s * 1e6
     )
 
 

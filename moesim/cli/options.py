@@ -30,8 +30,18 @@ ClusterOption = Annotated[
     str | None,
     typer.Option(
         "--cluster",
-        help="Cluster name or YAML file; resized to --gpus.",
+        "--machine",
+        help="Cluster name or YAML file, resized to --gpus; or a machine, as rtx-4090+ddr5-2ch.",
         show_default="h100-sxm-ib",
+    ),
+]
+MaybeGpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        help="GPUs of one expert-parallel group.",
+        show_default="those of the machine",
+        min=1,
     ),
 ]
 GroupGpusOption = Annotated[

@@ -12,8 +12,8 @@ from moesim.choices import Objective
 from moesim.cli.options import (
     BatchTokensOption,
     ClusterOption,
-    GroupGpusOption,
     JsonOption,
+    MaybeGpusOption,
     ModelOption,
     PhaseOption,
     PlotOption,
@@ -28,7 +28,7 @@ from moesim.errors import InputError
 
 def plan(
     trace: TraceOption,
-    gpus: GroupGpusOption,
+    gpus: MaybeGpusOption = None,
     cluster: ClusterOption = None,
     model: ModelOption = None,
     solver: Annotated[str, typer.Option(help="See moesim solver list.")] = "local_search",

@@ -31,7 +31,12 @@ def simulate(
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(help="Cluster name or YAML file.", show_default="the plan's, or h100-sxm-ib"),
+        typer.Option(
+            "--cluster",
+            "--machine",
+            help="Cluster name or YAML file, or a machine, as rtx-4090+ddr5-2ch.",
+            show_default="the plan's, or h100-sxm-ib",
+        ),
     ] = None,
     gpus: Annotated[
         int | None, typer.Option(help="GPUs.", show_default="the plan's", min=1)

@@ -2,17 +2,23 @@
 
 from moesim.cluster.core import Cluster
 from moesim.cluster.fabric import Fabric
+from moesim.cluster.gpus import gpu_names, load_gpu, topology_dir
 from moesim.cluster.load import (
     DEFAULT_CLUSTER,
     check_cluster_file,
     cluster_names,
     find_cluster_file,
-    gpu_names,
     load_cluster,
-    load_gpu,
-    topology_dir,
 )
-from moesim.cluster.machine import Host, Machine, host_names, is_machine, load_host, load_machine
+from moesim.cluster.machine import (
+    Host,
+    Machine,
+    host_names,
+    is_machine,
+    is_shipped,
+    load_host,
+    load_machine,
+)
 from moesim.cluster.types import (
     KINDS,
     LINK_CLASSES,
@@ -44,6 +50,7 @@ __all__ = [
     "gpu_names",
     "host_names",
     "is_machine",
+    "is_shipped",
     "load_cluster",
     "load_gpu",
     "load_host",

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cluster.fabric import Fabric
+from moesim.cluster.machine import Host, Machine
 from moesim.cluster.routes import host_routes, route_table
 from moesim.cluster.types import KINDS, LINK_CLASSES, Basis, BasisBlock, GpuSpec
 from moesim.errors import InputError
@@ -42,7 +43,8 @@ class Cluster:
     and NVMe the GPU uses, and `host_dram_gb`, `host_nvme_gb` float64[hosts] their capacities (0
     where there is no NVMe). `calibration` names a calibration table or its file, or is None.
     `nic_gb_per_s` is a GPU's share of its NIC, of the node where it is least, also where the
-    cluster is one node without a network; None without NICs.
+    cluster is one node without a network; None without NICs. `machine`: what it was made from,
+    where that was a machine.
     Equality is identity; compare `cluster_hash()`.
     """
 
@@ -63,6 +65,7 @@ class Cluster:
     fabric: Fabric
     blocks: tuple[BasisBlock, ...]
     nic_gb_per_s: float | None = None
+    machine: Machine | None = None
 
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(gpu.name for gpu in self.gpus))
@@ -216,8 +219,23 @@ class Cluster:
             "nic_type": self.nic_type,
             "calibration": self.calibration and Path(self.calibration).name,
         }
+        if self.machine is not None:
+            content["host"] = _host_figures(self.machine.host)
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _host_figures(host: Host) -> list[Any]:
+    return [
+        host.dram_gb_per_s,
+        host.sockets,
+        host.cores,
+        host.ghz,
+        host.vectors,
+        host.unified,
+        host.kernels,
+        host.nvme_gb_per_s,
+    ]
 
 
 def _figures(gpu: GpuSpec) -> list[Any]:

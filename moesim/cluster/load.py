@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
-from importlib import resources
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moesim.cluster.core import Cluster
+from moesim.cluster.gpus import gpu_names, load_gpu, topology_dir
+from moesim.cluster.machine import Machine, is_machine, load_machine
 from moesim.cluster.types import BasisBlock, GpuSpec
 from moesim.errors import FormatError, InputError, UnknownNameError
 
@@ -22,34 +23,9 @@ DEFAULT_CLUSTER = "h100-sxm-ib"
 """The cluster of a command that names none."""
 
 
-@lru_cache(maxsize=1)
-def topology_dir() -> Path:
-    """Directory of the shipped cluster and GPU files."""
-    return Path(str(resources.files("moesim.topologies")))
-
-
 def cluster_names() -> tuple[str, ...]:
     """Names of the shipped clusters."""
     return tuple(sorted(path.stem for path in topology_dir().glob("*.yaml")))
-
-
-def gpu_names() -> tuple[str, ...]:
-    """Names of the shipped GPU specs."""
-    return tuple(sorted(path.stem for path in (topology_dir() / "gpus").glob("*.yaml")))
-
-
-def load_gpu(name: str) -> GpuSpec:
-    """A shipped GPU spec. Raises UnknownNameError."""
-    if name not in gpu_names():
-        raise UnknownNameError("GPU", name, gpu_names())
-    return _gpu_file(topology_dir() / "gpus" / f"{name}.yaml")
-
-
-@lru_cache(maxsize=64)
-def _gpu_file(path: Path) -> GpuSpec:
-    from moesim.cluster.schema import GpuFile, parse_file
-
-    return parse_file(GpuFile, path, path.name).spec()
 
 
 def find_cluster_file(name_or_path: str | os.PathLike[str]) -> Path:
@@ -72,7 +48,8 @@ def load_cluster(
     *,
     after: int = 0,
 ) -> Cluster:
-    """The cluster of a shipped name or a YAML file, sized to `num_gpus` GPUs.
+    """The cluster of a shipped name or a YAML file, sized to `num_gpus` GPUs; also a machine
+    (`load_machine`), as a cluster of one node.
 
     None takes the file's own count. The file's nodes are repeated in order as often as needed;
     fewer GPUs than the first node has makes one partial node (its first GPUs). after: GPUs of the
@@ -81,14 +58,56 @@ def load_cluster(
     no whole number of nodes (the cause and the nearest sizes), FormatError for a wrong file (the
     field, the file, the line and a remedy).
     """
-    from moesim.cluster.build import build_fabric, choose_nodes
+    from moesim.cluster.build import choose_nodes
     from moesim.cluster.schema import ClusterFile, parse_file
 
+    if _is_machine_only(name_or_path):
+        return cluster_of_machine(load_machine(name_or_path), num_gpus)
     path = find_cluster_file(name_or_path)
     file = parse_file(ClusterFile, path, path.name)
     nodes = choose_nodes(file, num_gpus, after)
     gpus = _gpus_of(file, path.name, nodes)
-    fabric = build_fabric(file, path.name, nodes, gpus)
+    return _built(file, path.name, nodes, gpus, _calibration_beside(path, file.calibration))
+
+
+def _is_machine_only(name_or_path: str | os.PathLike[str]) -> bool:
+    return os.fspath(name_or_path) not in cluster_names() and is_machine(name_or_path)
+
+
+def cluster_of_machine(machine: Machine, num_gpus: int | None = None) -> Cluster:
+    """A machine as a cluster of one node, with all its GPUs or the first `num_gpus`.
+
+    GPUs with NVLink beyond a bridge's meet on it all to all, others in the PCIe tree; the host is
+    one NUMA domain with all its memory. Latencies are assumed. Raises InputError for more GPUs than
+    it has.
+    """
+    from moesim.cluster.build import NodePlan
+    from moesim.cluster.machine_schema import cluster_file
+
+    have = len(machine.gpus)
+    count = have if num_gpus is None else num_gpus
+    if not 1 <= count <= have:
+        raise InputError(
+            f"{machine.name} has {have} GPU{'s' * (have > 1)}, {count} are asked for",
+            f"name a machine of {count}, as {max(1, count)}x{machine.gpus[0].name}",
+        )
+    file = cluster_file(machine, count)
+    used = replace(machine, gpus=machine.gpus[:count])
+    built = _built(file, machine.name, [NodePlan(file.nodes[0], count)], list(used.gpus), None)
+    rest = [b for b in used.host.blocks if not b.where.endswith((": memory", ": nvme", ": link"))]
+    return replace(built, name=machine.name, machine=used, blocks=(*built.blocks, *rest))
+
+
+def _built(
+    file: ClusterFile,
+    label: str,
+    nodes: list[NodePlan],
+    gpus: list[GpuSpec],
+    calibration: str | None,
+) -> Cluster:
+    from moesim.cluster.build import build_fabric
+
+    fabric = build_fabric(file, label, nodes, gpus)
     factors = [
         factor
         for plan in nodes
@@ -111,7 +130,7 @@ def load_cluster(
         host_of_gpu=host_of_gpu,
         host_dram_gb=np.array([group.host.dram_gb for group in host_groups]),
         host_nvme_gb=np.array([g.nvme.nvme_gb if g.nvme else 0.0 for g in host_groups]),
-        calibration=_calibration_beside(path, file.calibration),
+        calibration=calibration,
         network_type=file.network.type if file.network is not None else "none",
         nic_type="+".join(nic_types) or "none",
         fabric=fabric,

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from moesim.choices import Vectors
-from moesim.cluster.load import gpu_names, load_gpu, topology_dir
+from moesim.cluster.gpus import gpu_names, load_gpu, topology_dir
 from moesim.cluster.types import KINDS, BasisBlock, GpuSpec, Kind
 from moesim.errors import InputError, MismatchError, UnknownNameError
 
@@ -139,6 +139,15 @@ def is_machine(name_or_path: str | os.PathLike[str]) -> bool:
     except InputError:
         return False
     return isinstance(content, dict) and content.get("format") == "moesim-machine"
+
+
+def is_shipped(name: str) -> bool:
+    """Whether all parts of a machine's name are shipped: a name out of a file that may be loaded,
+    for it leads to no other file."""
+    gpu_text, plus, host = name.partition("+")
+    found = _COUNT.fullmatch(gpu_text)
+    gpu = found[2] if found else gpu_text
+    return gpu in gpu_names() and (not plus or host in host_names())
 
 
 def _machine_file(path: Path) -> Machine:

@@ -28,8 +28,7 @@ from moesim.caching.planner import (
 )
 from moesim.caching.policies import POLICIES
 from moesim.caching.predictors.base import accuracy
-from moesim.caching.rates import HostSpec, Rates, build_rates, engine_rates
-from moesim.cluster.machine import USUAL_HOST, Machine, load_machine
+from moesim.caching.rates import rates_on, torch_kernels
 from moesim.errors import FormatError, InputError
 from moesim.jobs import inputs
 from moesim.jobs.cache_engines import (
@@ -42,14 +41,13 @@ from moesim.jobs.cache_engines import (
 )
 from moesim.jobs.cache_exact import exact_bits, solve_exactly
 from moesim.jobs.cache_result import CacheJob
-from moesim.model.spec import ModelSpec
-from moesim.offloading.rates import MARGIN_BYTES, gpu_rates
+from moesim.offloading.rates import filled_gb
 from moesim.offloading.task import EnginePlan
 from moesim.trace.format import Trace, read_npy
 from moesim.trace.uniform import uniform_trace
 
 if TYPE_CHECKING:
-    from moesim.jobs.inputs import ModelLike, TraceLike
+    from moesim.jobs.inputs import MachineLike, ModelLike, TraceLike
 
 DEFAULT_MACHINE = "l40s"
 
@@ -79,7 +77,7 @@ class CacheOptions:
     """What the user says; see `moesim cache --help`. `host` overrides fields of HostSpec. With
     `bits` or several requests at once no engine is asked."""
 
-    machine: str
+    machine: MachineLike
     model: ModelLike | None = None
     hbm_gb: float | None = None
     batch_size: int = 1
@@ -106,7 +104,7 @@ def cache(
     trace: TraceLike | None = None,
     *,
     model: ModelLike | None = None,
-    machine: str = DEFAULT_MACHINE,
+    machine: MachineLike = DEFAULT_MACHINE,
     engine: Sequence[str] | None = None,
     quant: str | None = None,
     hbm: float | None = None,
@@ -208,13 +206,14 @@ def run_cache(
     weights = weights_of(options.model, trace.meta.model, options.quant, options.expert_dtype)
     model = weights[0].spec
     compat.trace_fits_model(trace.meta, model, whole=True)
-    machine = load_machine(options.machine)
+    machine = inputs.machine_of(options.machine)
     gpu = machine.gpus[0]
-    own_kernels = machine.host.name == USUAL_HOST and not weights[0].quantised
-    rates = _rates(model, machine, options, own_kernels)
+    quantised = weights[0].quantised
+    own_kernels = torch_kernels(machine, quantised)
+    rates = rates_on(model, gpu, machine, options.host, quantised=quantised)
     hbm = options.hbm_gb
     if hbm is None:
-        hbm = gpu.hbm_gb * len(machine.gpus) if own_kernels else _filled_gb(machine)
+        hbm = gpu.hbm_gb * len(machine.gpus) if own_kernels else sum(filled_gb(machine))
     request = Request(
         hbm_gb=hbm,
         batch_size=options.batch_size,
@@ -310,6 +309,7 @@ def run_cache(
             "expert_dtype": options.expert_dtype,
             "host": options.host,
             "machine": machine.name,
+            "quant": options.quant,
             "kernels": "torch" if own_kernels else "engine",
             "routing": "uniform, assumed" if uniform else "trace",
         },
@@ -336,25 +336,6 @@ def run_cache(
         return job
     stage("integer program")
     return replace(job, exact=(*solve_exactly(job), *exact))
-
-
-def _rates(model: ModelSpec, machine: Machine, options: CacheOptions, own_kernels: bool) -> Rates:
-    """Rates measured with torch where the machine is a GPU beside the host that they were measured
-    on; else those of engines. Given figures of the host replace either."""
-    gpu, changed = machine.gpus[0], ", ".join(sorted(options.host))
-    rates = None if own_kernels else engine_rates(model, machine)
-    host = HostSpec() if rates is None else rates.host
-    if options.host:
-        host = replace(
-            host, **options.host, kind="assumed", source=f"given: {changed}; {host.source}"
-        )
-    return build_rates(model, gpu, host) if rates is None else replace(rates, host=host)
-
-
-def _filled_gb(machine: Machine) -> float:
-    """GB of the GPUs' memory, all that an engine may fill and its margin."""
-    unified = machine.host.unified
-    return sum(gpu_rates(gpu, unified).memory + MARGIN_BYTES for gpu in machine.gpus) / 1e9
 
 
 def _prediction(work: Workload, plan: CachePlan) -> dict[str, float]:

@@ -164,7 +164,8 @@ def engine_lines(
             gain = dynamic / runs[0].decode_tokens_per_s - 1
             lines.append(
                 f"left on the table: a dynamic expert cache with such kernels would give"
-                f" {dynamic:.1f} tokens/s ({gain:+.0%}); no release of these engines has one"
+                f" {dynamic:.1f} tokens/s ({gain:+.0%}); of these engines only builds of llama.cpp"
+                " of October 2026 have one, --moe-cache-mib (LRU, not predicted here)"
             )
     lines += [f"  {plan.engine} does not run: {plan.problem}" for plan in plans if plan.problem]
     notes = dict.fromkeys(f"  {plan.engine}: {note}" for plan in runs for note in plan.notes)

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesim.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
+from moesim.cluster import DEFAULT_CLUSTER, Cluster, Machine, load_cluster, load_machine
+from moesim.cluster.load import cluster_of_machine
 from moesim.errors import InputError, MismatchError, UnknownNameError, plain
 from moesim.model.names import load_model, preset_aliases
 from moesim.model.spec import ModelSpec
@@ -16,7 +17,8 @@ from moesim.trace.format import LoadTrace, Trace, load_trace, require_tokens
 if TYPE_CHECKING:
     TraceLike = Trace | LoadTrace | str | os.PathLike[str]
     ModelLike = ModelSpec | str | os.PathLike[str]
-    ClusterLike = Cluster | str | os.PathLike[str]
+    ClusterLike = Cluster | Machine | str | os.PathLike[str]
+    MachineLike = Machine | str | os.PathLike[str]
     PlanLike = Plan | str | os.PathLike[str]
 
 
@@ -103,8 +105,8 @@ def cluster_of(
     defaults: dict[str, str] | None = None,
     after: int = 0,
 ) -> Cluster:
-    """A cluster of `gpus` GPUs; its own size where that is None. The default is said in
-    `defaults`. after: as in `load_cluster`."""
+    """A cluster of `gpus` GPUs, or a machine as one; its own size where that is None. The default
+    is said in `defaults`. after: as in `load_cluster`."""
     if isinstance(cluster, Cluster):
         if gpus is None or cluster.num_gpus == gpus:
             return cluster
@@ -112,9 +114,16 @@ def cluster_of(
             f"the cluster has {cluster.num_gpus} GPUs, {gpus} are asked for",
             "give load_cluster(name, num_gpus=...) that many, or leave out `gpus`",
         )
+    if isinstance(cluster, Machine):
+        return cluster_of_machine(cluster, gpus)
     if cluster is None and defaults is not None:
         defaults["cluster"] = DEFAULT_CLUSTER
     return load_cluster(str(cluster or DEFAULT_CLUSTER), num_gpus=gpus, after=after)
+
+
+def machine_of(machine: MachineLike) -> Machine:
+    """A machine, or that of a name or YAML file."""
+    return machine if isinstance(machine, Machine) else load_machine(machine)
 
 
 def plan_of(plan: PlanLike) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moesim.cluster import is_machine
 from moesim.errors import InputError, UnknownNameError
 from moesim.jobs import inputs
 from moesim.jobs.plan_result import Candidate, PlanResult
@@ -81,8 +83,9 @@ def plan(
     Half of the trace's requests find the placement, every figure comes from the other half. A load
     trace (expert counts by step) gives a plan for balance, tuned on the first half of its steps.
 
-    trace, cluster, model, old_plan: names, paths or objects. gpus: of one expert-parallel group;
-    may be left out where `cluster` is an object. reroute: a rule of routing that the trace goes
+    trace, cluster, model, old_plan: names, paths or objects; a machine (`load_machine`) is a
+    cluster too. gpus: of one expert-parallel group; may be left out where `cluster` is an object or
+    a machine. reroute: a rule of routing that the trace goes
     through first, as "drop:factor=1.25" for a capacity factor. The other names and defaults are
     those of `moesim plan`. progress(done, total) counts layers; once `stop()` is true the search
     ends with the best it has, and the plan is evaluated all the same.
@@ -96,7 +99,7 @@ def plan(
         )
     if home_ranks is not None and home_ranks not in HOME_RANKS:
         raise UnknownNameError("home ranks", home_ranks, HOME_RANKS)
-    if gpus is None and not hasattr(cluster, "num_gpus"):
+    if gpus is None and not _has_a_size(cluster):
         raise InputError("the number of GPUs is not given", "give it with `gpus`")
     loaded, changed = inputs.rerouted(
         inputs.trace_of(trace), reroute, batch_tokens=batch_tokens, seed=seed
@@ -134,6 +137,12 @@ def plan(
         cached = _offload(result, request, hbm)
         result = replace(result, plan=replace(result.plan, cache=cached.to_dict()), cached=cached)
     return result
+
+
+def _has_a_size(cluster: ClusterLike | None) -> bool:
+    if isinstance(cluster, str | os.PathLike):
+        return is_machine(cluster)
+    return cluster is not None
 
 
 def make_plan(
@@ -399,6 +408,8 @@ def _offload(result: PlanResult, request: PlanRequest, hbm: float | None) -> Gro
     """A cache plan for every GPU of the placement, decoding one request per GPU."""
     from moesim.caching.group import plan_group
     from moesim.caching.planner import Request
+    from moesim.caching.rates import torch_kernels
+    from moesim.offloading.rates import filled_gb
 
     work = request.workload
     gpus = tuple(work.cluster.gpus)
@@ -407,11 +418,15 @@ def _offload(result: PlanResult, request: PlanRequest, hbm: float | None) -> Gro
             "`offload` needs the model's sizes, and the trace names no known model",
             "give `model`: moesim model list",
         )
+    machine = work.cluster.machine
+    memory: Sequence[float] = [gpu.hbm_gb for gpu in gpus]
+    if machine is not None and not torch_kernels(machine):
+        memory = filled_gb(machine)
     asked = Request(
-        hbm_gb=min(gpu.hbm_gb for gpu in gpus) if hbm is None else hbm,
+        hbm_gb=min(memory) if hbm is None else hbm,
         batch_size=len(gpus),
         prefetch="auto" if len(gpus) == 1 else "none",
         seed=request.search.seed,
     )
     tokens = require_tokens(work.trace, "`offload`")
-    return plan_group(tokens, result.plan.placement, work.model, gpus, asked)
+    return plan_group(tokens, result.plan.placement, work.model, gpus, asked, machine)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.choices import Fidelity, Keep, MoveThrough, OnLoss, Order, Phase, ReplicaPolicy, Scope
-from moesim.cluster import DEFAULT_CLUSTER, Cluster, cluster_names, load_cluster
-from moesim.errors import InputError
+from moesim.cluster import DEFAULT_CLUSTER, Cluster, cluster_names, is_shipped, load_cluster
+from moesim.errors import InputError, plain
 from moesim.jobs import inputs
 from moesim.jobs.simulate_request import DEFAULT_STEPS, FaultSpec, SimRequest
 from moesim.jobs.simulate_result import SimReport
@@ -186,7 +186,7 @@ def _inputs(
         caches = (load_cache_plan(Path(plan)),)
         gpus = 1 if gpus is None else gpus
         if cluster is None:
-            cluster = defaults["cluster"] = _cluster_with(caches[0].gpu)
+            cluster = defaults["cluster"] = _cluster_of(caches[0])
         model = model or caches[0].model or None
     elif plan is not None:
         made = inputs.plan_of(plan)
@@ -194,18 +194,38 @@ def _inputs(
             caches = parse_group(made.cache)
     if cluster is None:
         planned = str(made.provenance.get("cluster", "")) if made is not None else ""
-        cluster = planned if planned in cluster_names() else DEFAULT_CLUSTER
+        cluster = planned if planned in cluster_names() or is_shipped(planned) else DEFAULT_CLUSTER
         defaults["cluster"] = cluster
     if gpus is None and made is not None:
         gpus = made.placement.num_gpus
     named = made.model if made is not None and made.model else loaded.meta.model
-    spec = inputs.model_required(model, named)
+    spec = inputs.model_required(model, named) if not caches else _stored(caches[0], model, named)
     sized = inputs.cluster_of(cluster, gpus)
     return _Inputs(loaded, made, sized, spec, defaults, caches)
 
 
-def _cluster_with(gpu: str) -> str:
-    """A bundled cluster of GPUs called `gpu`. Raises InputError."""
+def _stored(plan: CachePlan, model: ModelLike | None, named: str) -> ModelSpec:
+    """The model with the types that the cache plan was made for. Raises InputError."""
+    from moesim.jobs.cache_engines import weights_of
+
+    quant = plan.provenance.get("quant")
+    if plan.provenance.get("kernels") != "engine" or not isinstance(quant, str | None):
+        return inputs.model_required(model, named)
+    return weights_of(model, named, quant, None)[0].spec
+
+
+def _cluster_of(plan: CachePlan) -> str:
+    """The machine that the cache plan names, where its parts are shipped, else a bundled cluster of
+    its GPUs. Raises InputError."""
+    machine, gpu = str(plan.provenance.get("machine", "")), plan.gpu
+    if plan.provenance.get("kernels") == "engine":
+        if is_shipped(machine):
+            return machine
+        raise InputError(
+            f"the cache plan is for the machine {plain(machine)!r:.60}, which is not one of"
+            " moesim's",
+            "name its file with `cluster`",
+        )
     for name in cluster_names():
         if load_cluster(name, num_gpus=1).gpus[0].name == gpu:
             return name

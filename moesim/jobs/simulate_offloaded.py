@@ -15,7 +15,7 @@ from moesim.caching.group import hosted_experts
 from moesim.caching.plan import CachePlan
 from moesim.caching.planner import Request, Workload, expert_sizes, make_workload, setup_of_plan
 from moesim.caching.policies import ONLINE
-from moesim.caching.rates import HostSpec, Rates, build_rates, step_times
+from moesim.caching.rates import HostSpec, Rates, rates_on, step_times, torch_kernels
 from moesim.cost.curves import weakest
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.jobs.simulate_request import SimRequest
@@ -138,7 +138,14 @@ class _Builder:
             if self.made["expert_dtype"] is not None:
                 model = replace(model, expert_dtype=self.made["expert_dtype"])
             at_once = self.placement.num_gpus // self.placement.num_nodes
-            self._rates[spec.name] = build_rates(model, spec, self.made["host"], num_gpus=at_once)
+            self._rates[spec.name] = rates_on(
+                model,
+                spec,
+                self.request.cluster.machine,
+                self.made["host"],
+                quantised=self.made["engine"],
+                num_gpus=at_once,
+            )
         return self._rates[spec.name]
 
     def run(
@@ -307,6 +314,16 @@ def _gpu_notices(request: SimRequest) -> list[str]:
         if plan.gpu and plan.gpu != name:
             notes.append(f"the cache plan of GPU {g} was made for {plan.gpu}, this is {name}")
             break
+    engine = request.caches[0].provenance.get("kernels") == "engine"
+    machine = request.cluster.machine
+    if engine and machine is None:
+        raise MismatchError(
+            "the cache plan was made for kernels of engines on a machine, and clusters are"
+            " simulated with torch's",
+            "name the machine with `cluster`, as rtx-4090+ddr5-2ch",
+        )
+    if not engine and not torch_kernels(machine):
+        notes.append("the cache plan was made for torch's kernels, this machine has engines'")
     made_from = request.caches[0].provenance.get("trace_hash")
     if made_from is not None and made_from != request.trace.content_hash():
         notes.append("the cache plan was made from another trace than this one")
@@ -316,13 +333,7 @@ def _gpu_notices(request: SimRequest) -> list[str]:
 def _made_with(plan: CachePlan) -> dict[str, Any]:
     """Seed, steps, expert type and host that a cache plan was made with. Raises FormatError."""
     raw = plan.provenance
-    if raw.get("kernels") == "engine":
-        raise MismatchError(
-            "the cache plan was made for kernels of engines on a machine, and clusters are"
-            " simulated with torch's",
-            "make it for a GPU without naming a host",
-        )
-    made: dict[str, Any] = {}
+    made: dict[str, Any] = {"engine": raw.get("kernels") == "engine"}
     for name, default in (("seed", 0), ("max_steps", Request(1.0).max_steps)):
         made[name] = raw.get(name, default)
         if type(made[name]) is not int or not 0 <= made[name] < 1 << 31:
@@ -338,12 +349,7 @@ def _made_with(plan: CachePlan) -> dict[str, Any]:
         for key, value in host.items()
     ):
         raise FormatError("provenance.host of the cache plan is not of rates and sizes", _REMEDY)
-    spec = HostSpec()
-    if host:
-        spec = replace(
-            spec, **host, kind="assumed", source=f"as planned: {', '.join(sorted(host))}"
-        )
-    made["host"] = spec
+    made["host"] = host
     return made
 
 

@@ -6,8 +6,9 @@ Shares of datasheet figures and fixed costs, by maker. They were set once, by ha
 DeepSeek-V2-Lite on an RTX 2080 beside an i9-10900X, Qwen3-30B-A3B on an i7-8700 alone and on an RTX
 4080 beside a Ryzen 7950X, Qwen3-235B-A22B on an RTX A6000 beside a Threadripper PRO 7965WX and on
 an RTX 3090 beside an EPYC 9355, gpt-oss-120b on an RTX 3090 and on Strix Halo (for all of AMD's
-GPUs), and KTransformers' tables of DeepSeek-R1 on Xeon 6454S and of Qwen3-Coder-Next on an RTX
-5090. All of it counts as assumed.
+GPUs), prompts of DeepSeek-V2-Lite on an RTX 3090 (ggml-org/llama.cpp#15525), and KTransformers'
+tables of DeepSeek-R1 on Xeon 6454S and of Qwen3-Coder-Next on an RTX 5090. All of it counts as
+assumed.
 
 Ignored: clocks that fall under load, memory that other programs use, threads badly placed.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.cluster import GpuSpec, Host
+from moesim.cluster import GpuSpec, Host, Machine
 
 READ_SHARE = {"NVIDIA": 0.75, "AMD": 0.75, "Apple": 0.6}
 """Of the memory's bandwidth, reached on the weights of one token."""
@@ -24,7 +25,11 @@ LAYER_US = {"NVIDIA": 45.0, "AMD": 60.0, "Apple": 90.0}
 """Launches of one layer of a token, beyond reading its weights."""
 PROMPT_SHARE = {"NVIDIA": 0.5, "AMD": 0.25, "Apple": 0.6}
 UNIFIED_PROMPT_SHARE = {"NVIDIA": 0.18, "AMD": 0.15, "Apple": 0.6}
-"""Of the dense 16-bit rate, reached on prompts: cards, and GPUs that share the host's memory."""
+"""Of the dense 16-bit rate, reached on prompts by engines of 16-bit and 8-bit weights: cards, and
+GPUs that share the host's memory."""
+QUANT_SHARE = {"NVIDIA": 0.36, "AMD": 0.25, "Apple": 0.6}
+UNIFIED_QUANT_SHARE = {"NVIDIA": 0.21, "AMD": 0.33, "Apple": 0.6}
+"""The same of llama.cpp's kernels, which multiply quantised weights as they are."""
 LINK_SHARE = 0.75
 """Of the host link, for copies of whole tensors."""
 DRAM_SHARE = {"datasheet": 0.65, "assumed": 0.65, "measured": 0.9}
@@ -47,11 +52,13 @@ MARGIN_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class GpuRates:
-    """bytes/s of weights on one token, flop/s on prompts, bytes/s over the host link, seconds of
-    one layer's launches, and bytes that an engine may fill."""
+    """bytes/s of weights on one token, flop/s on prompts (of quantised weights: quant_flops),
+    bytes/s over the host link, seconds of one layer's launches, and bytes that an engine may
+    fill."""
 
     read: float
     flops: float
+    quant_flops: float
     link: float
     layer_s: float
     memory: float
@@ -88,13 +95,22 @@ def gpu_rates(gpu: GpuSpec, unified: bool, memory_gb: float | None = None) -> Gp
     else:
         memory = gpu.hbm_gb * 2**30
     shares = UNIFIED_PROMPT_SHARE if unified else PROMPT_SHARE
+    quant = UNIFIED_QUANT_SHARE if unified else QUANT_SHARE
+    peak = gpu.peak_tflops("bf16") * 1e12
     return GpuRates(
         read=gpu.hbm_gb_per_s * 1e9 * READ_SHARE[name],
-        flops=gpu.peak_tflops("bf16") * 1e12 * shares[name],
+        flops=peak * shares[name],
+        quant_flops=peak * quant[name],
         link=gpu.pcie_gb_per_s * 1e9 * LINK_SHARE,
         layer_s=LAYER_US[name] * 1e-6,
         memory=memory - MARGIN_BYTES,
     )
+
+
+def filled_gb(machine: Machine) -> tuple[float, ...]:
+    """GB of each GPU's memory, all that an engine may fill and its margin."""
+    unified = machine.host.unified
+    return tuple((gpu_rates(g, unified).memory + MARGIN_BYTES) / 1e9 for g in machine.gpus)
 
 
 def host_bytes(host: Host) -> float:

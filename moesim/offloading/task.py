@@ -134,8 +134,19 @@ def kv_layer_bytes(spec: ModelSpec, tokens: int, cache_type: str, extra: int = 0
 
 
 def distinct_share(spec: ModelSpec, tokens: float) -> float:
-    """Share of a layer's experts that `tokens` tokens choose together, under uniform routing."""
-    return float(1.0 - (1.0 - spec.real_top_k / spec.num_experts) ** tokens)
+    """Share of a layer's experts that `tokens` tokens of a prompt choose together.
+
+    With n choices per expert on average, n / (1 + n): what experts have whose popularity is
+    exponentially distributed. DeepSeek-V2-Lite's trace has 0.97, 0.98 and 1.00 at 128, 256 and 512
+    tokens (0.92, 0.96, 0.98 by this), uniform routing 1.00 of each.
+    """
+    each = tokens * spec.real_top_k / spec.num_experts
+    return max(each / (1.0 + each), spec.real_top_k / spec.num_experts)
+
+
+def expert_flops(spec: ModelSpec, tokens: float) -> float:
+    """Operations of the routed experts of `tokens` tokens."""
+    return 2.0 * tokens * spec.num_moe_layers * spec.real_top_k * spec.expert_params
 
 
 def prompt_flops(spec: ModelSpec, tokens: float, context: float) -> float:

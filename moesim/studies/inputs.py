@@ -36,7 +36,7 @@ def code_hash() -> str:
     """
     import moesim
     import moesim.solvers
-    from moesim.cluster.load import topology_dir
+    from moesim.cluster.gpus import topology_dir
 
     roots = {
         "moesim": Path(moesim.__path__[0]),

@@ -14,7 +14,7 @@ from moesim.studies.evaluator import Evaluator, Scalar
 from moesim.studies.inputs import absolute, code_hash
 
 DEFAULT_MAX_POINTS = 2000
-FILE_PARAMS = ("trace", "requests", "model", "cluster", "plan", "calibration")
+FILE_PARAMS = ("trace", "requests", "model", "cluster", "machine", "plan", "calibration")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pytest
 from moesim.caching.group import hosted_experts, parse_group, plan_group
 from moesim.caching.planner import Request
 from moesim.cli.main import run
-from moesim.cluster.load import load_gpu
+from moesim.cluster.gpus import load_gpu
 from moesim.errors import FormatError, InfeasibleError
 from moesim.model.names import AttentionSpec, ModelSpec
 from moesim.placement import Placement, load_plan

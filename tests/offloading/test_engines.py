@@ -18,7 +18,7 @@ from moesim.offloading.engines import ENGINES, engine_name, plan_engines
 from moesim.offloading.ktransformers import at_experts
 from moesim.offloading.llama_cpp import fixed, llama_cpp
 from moesim.offloading.rates import MARGIN_BYTES
-from moesim.offloading.task import EnginePlan, Task, distinct_share, kv_layer_bytes
+from moesim.offloading.task import EnginePlan, Task, distinct_share, kv_layer_bytes, prompt_flops
 
 MIB = 1 << 20
 
@@ -155,9 +155,45 @@ def test_context_and_experts_share_the_memory(gpt: Weights) -> None:
 
 
 def test_experts_that_tokens_choose_together(gpt: Weights) -> None:
-    """4 of 128: one token chooses 1/32, two 1 - (31/32)^2."""
+    """4 of 128: one token chooses 1/32; 512 choose each expert 16 times on average, 16/17 of them;
+    never more than uniform routing would."""
     assert distinct_share(gpt.spec, 1) == pytest.approx(1 / 32)
-    assert distinct_share(gpt.spec, 2) == pytest.approx(1 - (31 / 32) ** 2)
+    assert distinct_share(gpt.spec, 512) == pytest.approx(16 / 17)
+    uniform = [1 - (31 / 32) ** n for n in (1, 2, 64, 512, 4096)]
+    shares = [distinct_share(gpt.spec, n) for n in (1, 2, 64, 512, 4096)]
+    assert all(s <= u + 1e-12 for s, u in zip(shares, uniform, strict=True))
+
+
+def test_a_prompt_of_llama_cpp_by_hand() -> None:
+    """DeepSeek-V2-Lite Q4_0 wholly on an RTX 3090, one ubatch of 256: 24 choices of each of 64
+    experts, 24/25 of them chosen by 25 tokens each, filled up to tiles by 16 more."""
+    weights = load_weights("DeepSeek-V2-Lite", "Q4_0")
+    task = Task(weights, weights, load_machine("rtx-3090+ddr5-2ch"), 512, 256, 1)
+    gpu, spec = task.gpus[0], weights.spec
+    experts = 2 * 256 * 26 * 6 * spec.expert_params
+    work = prompt_flops(spec, 256, 128) + experts * 16 / 25
+    read = float(weights.layer_bytes(experts=False).sum())
+    read += 24 / 25 * float(weights.layer_bytes(experts=True).sum())
+    seconds = work / (71e12 * 0.36) + read / (936e9 * 0.75) + 27 * 45e-6
+    assert gpu.quant_flops == pytest.approx(71e12 * 0.36)
+    assert fixed(task, 0, 256).prompt_tokens_per_s == pytest.approx(256 / seconds)
+
+
+def test_copies_of_a_prompt_hide_by_half(gpt: Weights) -> None:
+    """All experts on the CPU: the longer of copying and computing, and half of the shorter."""
+    task = Task(gpt, gpt, load_machine("rtx-4090+ddr5-2ch"), 2048, 512, 1)
+    slow = replace(task.machine.gpus[0], pcie_gb_per_s=1.0)
+    crawl = replace(task, machine=replace(task.machine, gpus=(slow,)))
+    copied = 16 / 17 * float(gpt.layer_bytes(experts=True).sum()) / 0.75e9
+    found = 512 / fixed(crawl, 36, 512).prompt_tokens_per_s
+    fast = replace(task.machine.gpus[0], pcie_gb_per_s=1e6)
+    alone = (
+        512
+        / fixed(
+            replace(task, machine=replace(task.machine, gpus=(fast,))), 36, 512
+        ).prompt_tokens_per_s
+    )
+    assert found == pytest.approx(copied + alone / 2, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

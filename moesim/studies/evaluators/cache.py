@@ -9,9 +9,13 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field
 
 from moesim import compat
+from moesim.caching.rates import torch_kernels
+from moesim.cluster import Machine, load_machine
+from moesim.cluster.load import cluster_of_machine
+from moesim.errors import InputError, MismatchError
 from moesim.studies.evaluator import Evaluated, Factor, Number, Params, StudyFigure, Whole, Word
-from moesim.studies.evaluators.routing import RoutingEvaluator, model_required
-from moesim.studies.inputs import rerouted_trace
+from moesim.studies.evaluators.routing import RoutingEvaluator, model_name, model_required
+from moesim.studies.inputs import kept, rerouted_trace
 
 
 def _word(value: Any) -> Any:
@@ -25,12 +29,15 @@ Choice = Annotated[Word, BeforeValidator(_word)]
 
 
 class CacheParams(Params):
-    """hbm_gb: memory of the GPU, by default the GPU's own. The network plays no part."""
+    """machine: as `moesim cache --machine`, in the place of `cluster`'s first GPU; quant: types of
+    GGUF. hbm_gb: memory of the GPU, by default what the GPU's has. The network plays no part."""
 
     gpus: Annotated[Whole, Field(ge=1, le=1)] = 1
     trace: Word
     reroute: Word | None = None
     model: Word | None = None
+    machine: Word | None = None
+    quant: Word | None = None
     hbm_gb: Annotated[Number, Field(gt=0, le=1e5)] | None = None
     batch_size: Annotated[Whole, Field(ge=1, le=65536)] = 1
     context_tokens: Annotated[Whole, Field(ge=0, le=1 << 24)] = 2048
@@ -53,6 +60,7 @@ class CacheEvaluator(RoutingEvaluator):
         StudyFigure("tokens_per_s", "tokens/s", "", "high"),
         StudyFigure("hit_rate", "hit rate", "", "high"),
         StudyFigure("bytes_per_token", "bytes per token over the host link", "bytes"),
+        StudyFigure("engine_tokens_per_s", "tokens/s of the fastest engine", "", "high"),
         StudyFigure("num_slots", "experts in GPU memory", "", ""),
         StudyFigure("hbm_gb", "GB of GPU memory"),
     )
@@ -61,50 +69,143 @@ class CacheEvaluator(RoutingEvaluator):
     front: ClassVar = ("hbm_gb", "tokens_per_s")
     scales: ClassVar = {"host link": "host_link_scale", "CPU": "cpu_scale"}
 
-    def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
-        from moesim.caching.compare import result
-        from moesim.caching.planner import Request, make_workload, plan_cache
-        from moesim.caching.rates import HostSpec, build_rates
-        from moesim.cost.scaled import faster_calibration
-        from moesim.cost.step import calibration_of_gpu
+    def check_named(self, params: Mapping[str, Any]) -> None:
+        super().check_named(params)
+        if params["machine"] is not None:
+            _machine(params)
+        elif params["quant"] is not None:
+            raise InputError("`quant` without `machine`", "fix the machine: --set machine=NAME")
 
-        (trace, changed), model = rerouted_trace(params), model_required(params)
-        compat.trace_fits_model(trace.meta, model, whole=True)
-        gpu = self.cluster(params).gpus[0]
-        hbm = gpu.hbm_gb if params["hbm_gb"] is None else params["hbm_gb"]
-        host, cpu = HostSpec(), params["cpu_scale"]
-        host = replace(
-            host,
-            dram_gb_per_s=host.dram_gb_per_s * cpu,
-            cpu_tflops=host.cpu_tflops * cpu,
+    def inputs(self, params: Mapping[str, Any]) -> dict[str, str]:
+        found = super().inputs(params)
+        if params["machine"] is not None:
+            found["machine"] = cluster_of_machine(_machine(params)).cluster_hash()
+        return found
+
+    def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
+        return _on_cluster(self, params) if params["machine"] is None else _on_machine(params)
+
+
+def _machine(params: Mapping[str, Any]) -> Machine:
+    name = str(params["machine"])
+    return kept("machine", name, lambda: load_machine(name))  # type: ignore[no-any-return]
+
+
+def _scaled(machine: Machine, params: Mapping[str, Any]) -> Machine:
+    """The machine with its GPUs, host link and CPU so many times as fast. Raises MismatchError
+    where torch's measured kernels would be taken all the same."""
+    compute, link, cpu = (params[n] for n in ("compute_scale", "host_link_scale", "cpu_scale"))
+    if compute == link == cpu == 1.0:
+        return machine
+    if torch_kernels(machine):
+        raise MismatchError(
+            f"{machine.name} is timed with measured kernels, which scales do not reach",
+            "name its cluster with `cluster`, or a host with `machine`",
         )
-        calibration = faster_calibration(
-            calibration_of_gpu(gpu, None, only_type=True),
-            compute=params["compute_scale"],
-            host_link=params["host_link_scale"],
+    host = machine.host
+    kernels = host.kernels and (host.kernels[0], host.kernels[1] * cpu, host.kernels[2] * cpu)
+    gpus = tuple(
+        replace(
+            gpu,
+            tflops={name: rate * compute for name, rate in gpu.tflops.items()},
+            hbm_gb_per_s=gpu.hbm_gb_per_s * compute,
+            pcie_gb_per_s=gpu.pcie_gb_per_s * link,
         )
-        rates = build_rates(model, gpu, host, calibration)
-        request = Request(
-            hbm_gb=hbm,
-            batch_size=params["batch_size"],
-            context_tokens=params["context_tokens"],
-            policy=params["policy"],
-            prefetch=params["prefetch"],
-            cpu=params["cpu"],
+        for gpu in machine.gpus
+    )
+    host = replace(
+        host, dram_gb_per_s=host.dram_gb_per_s * cpu, ghz=host.ghz * cpu, kernels=kernels
+    )
+    return replace(machine, gpus=gpus, host=host)
+
+
+def _on_machine(params: Mapping[str, Any]) -> Evaluated:
+    """As `moesim cache --machine`."""
+    from moesim.jobs.cache import CacheOptions, run_cache
+
+    trace, changed = rerouted_trace(params)
+    context = params["context_tokens"]
+    job = run_cache(
+        trace,
+        CacheOptions(
+            _scaled(_machine(params), params),
+            model_name(params),
+            params["hbm_gb"],
+            params["batch_size"],
+            context,
+            params["policy"],
+            params["prefetch"],
+            params["cpu"],
+            quant=params["quant"],
             max_steps=params["max_steps"],
             seed=params["seed"],
-        )
-        work = make_workload(trace, request)
-        planned = plan_cache(work, rates, request)
-        row = result("this plan", planned.timeline, float(planned.memory.slot_bytes))
-        return Evaluated(
-            {
-                "tokens_per_s": row.tokens_per_s,
-                "hit_rate": row.hit_rate,
-                "bytes_per_token": row.bytes_per_token,
-                "num_slots": float(planned.memory.num_slots),
-                "hbm_gb": hbm,
-            },
-            rates.basis,
-            (*changed, *work.notes),
-        )
+            prompt=max(1, context // 2),
+            output=max(1, context // 8),
+        ),
+    )
+    best = job.best_engine
+    return Evaluated(
+        {
+            "tokens_per_s": job.own.tokens_per_s,
+            "hit_rate": job.own.hit_rate,
+            "bytes_per_token": job.own.bytes_per_token,
+            "engine_tokens_per_s": None if best is None else best.decode_tokens_per_s,
+            "num_slots": float(job.planned.memory.num_slots),
+            "hbm_gb": job.request.hbm_gb,
+        },
+        job.basis,
+        (*changed, *job.notes),
+        "" if best is None else best.engine,
+    )
+
+
+def _on_cluster(evaluator: CacheEvaluator, params: Mapping[str, Any]) -> Evaluated:
+    """As `moesim cache` with the first GPU of the cluster, beside the host that torch's kernels
+    were measured on."""
+    from moesim.caching.compare import result
+    from moesim.caching.planner import Request, make_workload, plan_cache
+    from moesim.caching.rates import HostSpec, build_rates
+    from moesim.cost.scaled import faster_calibration
+    from moesim.cost.step import calibration_of_gpu
+
+    (trace, changed), model = rerouted_trace(params), model_required(params)
+    compat.trace_fits_model(trace.meta, model, whole=True)
+    gpu = evaluator.cluster(params).gpus[0]
+    hbm = gpu.hbm_gb if params["hbm_gb"] is None else params["hbm_gb"]
+    host, cpu = HostSpec(), params["cpu_scale"]
+    host = replace(
+        host,
+        dram_gb_per_s=host.dram_gb_per_s * cpu,
+        cpu_tflops=host.cpu_tflops * cpu,
+    )
+    calibration = faster_calibration(
+        calibration_of_gpu(gpu, None, only_type=True),
+        compute=params["compute_scale"],
+        host_link=params["host_link_scale"],
+    )
+    rates = build_rates(model, gpu, host, calibration)
+    request = Request(
+        hbm_gb=hbm,
+        batch_size=params["batch_size"],
+        context_tokens=params["context_tokens"],
+        policy=params["policy"],
+        prefetch=params["prefetch"],
+        cpu=params["cpu"],
+        max_steps=params["max_steps"],
+        seed=params["seed"],
+    )
+    work = make_workload(trace, request)
+    planned = plan_cache(work, rates, request)
+    row = result("this plan", planned.timeline, float(planned.memory.slot_bytes))
+    return Evaluated(
+        {
+            "tokens_per_s": row.tokens_per_s,
+            "hit_rate": row.hit_rate,
+            "bytes_per_token": row.bytes_per_token,
+            "engine_tokens_per_s": None,
+            "num_slots": float(planned.memory.num_slots),
+            "hbm_gb": hbm,
+        },
+        rates.basis,
+        (*changed, *work.notes),
+    )
