@@ -113,6 +113,11 @@ def balance(
         seed=seed,
         start=start,
     )
+    if break_even and setting.counts:
+        raise InputError(
+            "`break_even` needs token-level routing, and the trace has expert counts only",
+            "leave it out, or give a trace with expert_ids (moesim trace capture)",
+        )
     if requests is None and (slo is not None or first is not None or rate_scale != 1.0):
         raise InputError(
             "`slo`, `first` and `rate_scale` are about requests, and there are none",

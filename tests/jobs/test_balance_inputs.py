@@ -85,3 +85,18 @@ def test_a_placement_in_use_is_what_doing_nothing_means(build: ModuleType, tmp_p
             model=build.toy_model(3, 8, 2),
             old_plan=file,
         )
+
+
+def test_plans_from_counts_never_see_what_they_are_judged_on(build: ModuleType) -> None:
+    """Expert 0 is hot in the first half, expert 8 in the second. A single plan for the whole log is
+    made from the first half, so it does not help on the second: no better than experts in order."""
+    loads = counted(build)
+    load = loads.expert_load.copy()
+    load[20:] = np.roll(load[20:], 8, axis=2)
+    result = from_counts(
+        build, replace(loads, expert_load=load), schemes=("eplb-vllm+r",), phase="decode"
+    )
+    none, eplb = result.rows
+    assert eplb.imbalance.value > 0.9 * none.imbalance.value
+    with pytest.raises(InputError, match="break_even"):
+        from_counts(build, loads, break_even=True)

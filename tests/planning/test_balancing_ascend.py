@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.planning.balancing.eplb import Rhythm, _Clock
-from moesim.planning.balancing.flashlb import place, renamed
-from moesim.planning.balancing.swift import rebalance
+from moesim.planning.balancing.flashlb import FlashLb, place, renamed
+from moesim.planning.balancing.swift import Swift, rebalance
 from moesim.planning.balancing.waterfill import fill
 from tests.planning.test_balancing import Moves, bench_of
 
@@ -131,3 +131,15 @@ def test_waterfill_keeps_small_batches_at_home() -> None:
     shared, messages = waterfilled([20, 20], 40)
     assert shared.tolist() == [40, 0]
     assert not messages.any()
+
+
+def test_both_policies_serve_a_course_with_redundant_slots(build: ModuleType) -> None:
+    """They start from linear placement, whose redundant slots are filled, and lessen imbalance."""
+    bench = bench_of(build)
+    none = bench.price([(0, bench.placed("linear", "balance", 4))]).imbalance.mean()
+    rhythm = Rhythm(20, 10, asynchronous=True, delay=1)
+    for scheme in (Swift("s", "", rhythm, 4), FlashLb("f", "", rhythm, 4)):
+        done = scheme.run(bench)
+        assert done.num_plans > 0
+        assert done.moved_experts > 0
+        assert done.priced.imbalance.mean() < none

@@ -17,7 +17,7 @@ from moesim.cost.routing import home_ranks, route
 from moesim.cost.step import StepModel
 from moesim.errors import InputError
 from moesim.metrics import imbalance
-from moesim.placement import Placement
+from moesim.placement import EMPTY, Placement
 from moesim.planning.balancing.course import Course
 from moesim.sim.links import link_table
 from moesim.sim.migrate import build_mover, holdings, plan_moves
@@ -203,9 +203,11 @@ class Bench:
 
     def begin(self, redundant: int) -> Placement:
         """What a scheme with so many redundant slots starts from: the placement in use where it has
-        as many, else the linear one."""
-        if self.start is not None and self.start.slots_per_gpu == self.room(redundant)[0]:
-            return self.start
+        as many, all filled, else the linear one."""
+        start = self.start
+        same = start is not None and start.slots_per_gpu == self.room(redundant)[0]
+        if start is not None and same and (start.physical_to_logical != EMPTY).all():
+            return start
         return self.placed("linear", "balance", redundant)
 
     def price(

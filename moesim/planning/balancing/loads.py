@@ -72,8 +72,11 @@ class LoadCourse:
         return self.rows[self.first :]
 
     def seen(self, step: int, window: int) -> npt.NDArray[np.float32]:
-        """[W, L, E] the rows of the `window` steps before `step`, at least one, evenly spread."""
+        """[W, L, E] the rows of the `window` steps before `step`, at least one, evenly spread; of
+        those before the judged half for `num_steps`, from which a service starts."""
         last = max(1, step * len(self.rows) // self.num_steps)
+        if step >= self.num_steps:
+            last = self.first
         rows = max(1, round(window * len(self.rows) / self.num_steps))
         first = max(0, last - rows)
         num = min(last - first, MAX_SEEN_BATCHES)
