@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING
 
 from moesim.choices import MoveThrough, Phase
 from moesim.errors import InputError
-from moesim.jobs import inputs
 from moesim.jobs.arrivals import arriving_requests
 from moesim.jobs.balance_points import break_even as find_break_even
 from moesim.jobs.balance_result import BalanceResult, Row
 from moesim.jobs.balance_rows import kv_bytes, run_schemes, served
-from moesim.jobs.balance_setup import Setting, costs_of, extra_slots, in_use, set_up
+from moesim.jobs.balance_setup import Setting, costs_of, extra_slots, group_of, in_use, set_up
 from moesim.planning.balancing.lineup import Asked
 from moesim.serving.slo import parse_slo
-from moesim.trace.empty import loaded_layers, only_layers, require_load
-from moesim.trace.format import LoadTrace
 from moesim.types import Progress
 
 if TYPE_CHECKING:
@@ -78,22 +75,12 @@ def balance(
     Raises MismatchError where inputs do not belong together, InfeasibleError where the experts do
     not fit the memory, UnknownNameError for names and InputError for numbers that cannot be used.
     """
-    if gpus is None and not hasattr(cluster, "num_gpus"):
-        raise InputError("the number of GPUs is not given", "give it with `gpus`")
-    loaded = inputs.trace_of(trace)
-    loaded = only_layers(loaded, require_load(loaded_layers(loaded)))
     defaults: dict[str, str] = {"steps": f"{steps:,}"} if steps == DEFAULT_STEPS else {}
-    spec = inputs.model_required(model, loaded.meta.model)
-    sized = inputs.cluster_of(cluster, gpus, defaults)
-    num_experts = spec.num_experts if isinstance(loaded, LoadTrace) else loaded.num_experts
-    if sized.num_gpus > num_experts:
-        raise InputError(
-            f"{sized.num_gpus} GPUs for {num_experts} experts: some would hold none",
-            f"use at most {num_experts} GPUs",
-        )
-    least = -num_experts % sized.num_gpus
+    loaded, spec, sized = group_of(trace, model, cluster, gpus, defaults)
+    least = -spec.num_experts % sized.num_gpus
     start = in_use(old_plan, loaded, sized, spec)
     costs, resting = costs_of(sized, rebalance_plan, rebalance_layer, rebalance_through)
+    extra = extra_slots(redundant_experts, least, sized.num_gpus, spec.num_experts, start, defaults)
     setting = Setting(
         trace=loaded,
         cluster=sized,
@@ -101,7 +88,7 @@ def balance(
         phase=phase,
         batch_tokens=batch_tokens,
         least=least,
-        extra=extra_slots(redundant_experts, least, sized.num_gpus, num_experts, start, defaults),
+        extra=extra,
         steps=steps,
         drift=drift,
         schemes=tuple(schemes),
@@ -129,7 +116,7 @@ def balance(
     promises = parse_slo(slo) if slo is not None else None
     found = _compare(setting, arriving, promises, progress)
     result = replace(found, defaults={**found.defaults, **defaults}, stalls=tuple(resting))
-    return with_break_even(result, setting) if break_even else result
+    return _with_break_even(result, setting) if break_even else result
 
 
 def _compare(
@@ -165,7 +152,7 @@ def _compare(
     )
 
 
-def with_break_even(result: BalanceResult, setting: Setting) -> BalanceResult:
+def _with_break_even(result: BalanceResult, setting: Setting) -> BalanceResult:
     """The result with where balancing begins to pay, by batch and pace of drift."""
     pinned = replace(setting, phase=result.phase)
 

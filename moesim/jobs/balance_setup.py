@@ -23,12 +23,13 @@ from moesim.planning.loads import load_case
 from moesim.planning.request import DEFAULT_BATCH_TOKENS, PlanRequest, check_options
 from moesim.planning.worth import Worth, worth_by_domain, worth_by_step
 from moesim.sim.rearrange import said, weight_move
+from moesim.trace.empty import loaded_layers, only_layers, require_load
 from moesim.trace.format import LoadTrace, Trace
 
 if TYPE_CHECKING:
     from moesim.choices import MoveThrough
     from moesim.cluster import Cluster
-    from moesim.jobs.inputs import PlanLike
+    from moesim.jobs.inputs import ClusterLike, ModelLike, PlanLike, TraceLike
     from moesim.model.spec import ModelSpec
     from moesim.placement import Placement
     from moesim.planning.balancing.bench import Scheme
@@ -185,6 +186,29 @@ def _from_counts(setting: Setting, request: PlanRequest, schemes: list[Scheme]) 
         " out"
     )
     return Setup(setting, case, bench, schemes, phase, [notice])
+
+
+def group_of(
+    trace: TraceLike,
+    model: ModelLike | None,
+    cluster: ClusterLike | None,
+    gpus: int | None,
+    defaults: dict[str, str],
+) -> tuple[Trace | LoadTrace, ModelSpec, Cluster]:
+    """The trace without layers that have no load, its model, and the GPUs. Raises InputError where
+    GPUs are not given, or some would hold no expert."""
+    if gpus is None and not hasattr(cluster, "num_gpus"):
+        raise InputError("the number of GPUs is not given", "give it with `gpus`")
+    loaded = inputs.trace_of(trace)
+    loaded = only_layers(loaded, require_load(loaded_layers(loaded)))
+    spec = inputs.model_required(model, loaded.meta.model)
+    sized = inputs.cluster_of(cluster, gpus, defaults)
+    if sized.num_gpus > spec.num_experts:
+        raise InputError(
+            f"{sized.num_gpus} GPUs for {spec.num_experts} experts: some would hold none",
+            f"use at most {spec.num_experts} GPUs",
+        )
+    return loaded, spec, sized
 
 
 def costs_of(
