@@ -37,8 +37,8 @@ def test_swift_leaves_what_is_even() -> None:
 
 
 def test_swift_gives_the_redundant_slot_anew() -> None:
-    """GPU 1 holds expert 1 a second time; loads 12 + 2 + 3 and 2 + 3 + 2. The slot goes to expert 0,
-    which GPU 1 lacks, at 2/3 of its 12 tokens per replica: 8 + 4 + 3 and 2 + 3 + 8, less than 17.
+    """GPU 1 holds expert 1 a second time; loads 12 + 2 + 3 and 2 + 3 + 2. Its slot goes to expert
+    0, which it lacks, at 2/3 of its 12 tokens per replica: 8 + 4 + 3 and 2 + 3 + 8, less than 17.
     GPU 0 has sent to GPU 1, so that they do not swap."""
     table = np.array([[0, 1, 4], [2, 3, 1]], np.int32)
     rebalance(np.array([12.0, 4.0, 2.0, 3.0, 3.0]), 0.01, table)
