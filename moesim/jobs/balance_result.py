@@ -17,6 +17,7 @@ from moesim.planning.evaluate import Interval
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moesim.choices import Phase
     from moesim.cost.step import StepModel
     from moesim.draw import Picture
     from moesim.planning.balancing.bench import Outcome
@@ -125,7 +126,7 @@ class BalanceResult(Result):
     model: str
     cluster: str
     num_gpus: int
-    phase: str
+    phase: Phase
     batch_tokens: int
     num_steps: int
     num_judged: int

@@ -167,7 +167,10 @@ def _from_counts(setting: Setting, request: PlanRequest, schemes: list[Scheme]) 
     if setting.batch_tokens is None:
         case.defaults["batch tokens"] = f"{tokens:,}"
     step = build_step_model(
-        setting.cluster, setting.model, phase=phase, all_to_all=setting.all_to_all
+        setting.cluster,
+        setting.model,
+        phase=phase,
+        all_to_all=setting.all_to_all,  # type: ignore[arg-type]
     )
     course = load_course(trace, tokens, setting.model.top_k, setting.steps, setting.seed)
     bench = LoadBench(
