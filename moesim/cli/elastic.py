@@ -51,7 +51,7 @@ def elastic(
     Example: moesim elastic --requests azure.csv --model DeepSeek-V2-Lite --widths 2,4,8
     --slo "ttft<1s,tpot<30ms" --peak 150
     """
-    from moesim.cli.output import check_targets, wrote
+    from moesim.cli.output import check_targets, given, wrote
     from moesim.cli.progress import progress_bar
     from moesim.jobs.serve import numbers
     from moesim.studies.elastic import elastic as run
@@ -59,18 +59,12 @@ def elastic(
     check_targets(out)
     with progress_bar("simulating hours") as progress:
         result = run(
-            requests,
-            model=model,
-            widths=[int(w) for w in numbers(widths, "widths")],
-            slo=slo,
-            peak=peak,
-            cluster=cluster,
-            day=None if day is None else numbers(day, "day"),
-            good=good,
-            restart_ms=restart,
-            first=first,
-            seed=seed,
-            progress=progress,
+            **given(
+                run,
+                locals(),
+                widths=[int(w) for w in numbers(widths, "widths")],
+                day=None if day is None else numbers(day, "day"),
+            )
         )
     if out is not None:
         result.save(out)

@@ -196,7 +196,7 @@ def elastic(
     cluster: ClusterLike | None = None,
     day: Sequence[float] | None = None,
     good: float = DEFAULT_GOOD,
-    restart_ms: float = 1000.0,
+    restart: float = 1000.0,
     first: int = DEFAULT_REQUESTS,
     seed: int = 0,
     progress: Progress | None = None,
@@ -207,7 +207,7 @@ def elastic(
     GPUs of an engine with attention data-parallel and experts over all. peak: requests/s of the
     busiest hour. day: relative load of 24 hours; by default one cosine between 0.25 and 1.75 of the
     mean with its peak at 14 h (assumed). good: share of the requests whose promises are to be kept.
-    restart_ms: to form a group anew. progress(done, total) counts simulations.
+    restart: ms to form a group anew. progress(done, total) counts simulations.
 
     Raises InputError for numbers that cannot be used, and what `serve` raises.
     """
@@ -222,8 +222,8 @@ def elastic(
             )
     if len(sized) < 2:
         raise InputError(f"`widths` {sized}", "give at least two numbers of GPUs, as 2,4,8")
-    if not (0 < good < 1 and np.isfinite(restart_ms) and restart_ms >= 0):
-        raise InputError(f"`good` {good}, `restart_ms` {restart_ms}", "give a share, and 0 or more")
+    if not (0 < good < 1 and np.isfinite(restart) and restart >= 0):
+        raise InputError(f"`good` {good}, `restart` {restart}", "give a share, and 0 or more")
     rates = _rates(day, peak, defaults)
     clusters = {w: inputs.cluster_of(cluster, w, defaults) for w in sized}
     arriving = arriving_requests(requests, seed=seed, first=first)
@@ -246,7 +246,7 @@ def elastic(
         if progress is not None:
             progress(len(kept), len(pairs))
     changes = {
-        (a, b): _change(spec, clusters[max(a, b)], a, b, restart_ms / 1e3)
+        (a, b): _change(spec, clusters[max(a, b)], a, b, restart / 1e3)
         for a in sized
         for b in sized
         if a != b
@@ -265,7 +265,7 @@ def elastic(
         policies={n: _judged(w, rates, kept, changes, price) for n, w in chosen.items()},
         basis=(
             f"a change of width: {said(weight_move(wide, False), PLAN_US)};"
-            f" {restart_ms:g} ms to form the group anew (assumed); requests meanwhile miss their"
+            f" {restart:g} ms to form the group anew (assumed); requests meanwhile miss their"
             " promises",
             f"${price:g} per GPU and hour (the cluster file's, assumed); held by the hour",
         ),

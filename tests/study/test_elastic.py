@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import moesim
+from moesim.cli.main import run
 from moesim.errors import InputError
 from moesim.studies.elastic import Change, _judged, _policies, _runs
 
@@ -67,3 +68,13 @@ def test_numbers_that_cannot_be_used(changed: dict, said: str) -> None:
     with pytest.raises(InputError) as error:
         moesim.elastic("poisson:rate=1,requests=4,prompt=5,output=2", **(given | changed))
     assert said in str(error.value) or said in error.value.remedy
+
+
+def test_the_command_exits_with_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    """One width is enough, so that nothing is to be changed: exit 1."""
+    args = ["--requests", "poisson:rate=1,requests=20,prompt=50,output=20", "--peak", "1"]
+    args += ["--model", "DeepSeek-V2-Lite", "--widths", "2,4", "--slo", "ttft<5s,tpot<500ms"]
+    assert run(["elastic", *args, "--day", ",".join(["1"] * 24)]) == 1
+    said = capsys.readouterr().out
+    assert "keep one width: always 2 GPUs" in said
+    assert "ms per layer that moves" in said
