@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moesim.cli.options import ClusterOption, JsonOption, SeedOption
+from moesim.cli.options import JsonOption, SeedOption
 from moesim.cli.output import echo
 
 
@@ -26,7 +26,12 @@ def elastic(
     peak: Annotated[
         float, typer.Option(help="Requests/s of the busiest hour.", show_default=False)
     ],
-    cluster: ClusterOption = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Cluster name or YAML file; resized to each width.", show_default="h100-sxm-ib"
+        ),
+    ] = None,
     day: Annotated[
         str | None,
         typer.Option(
@@ -49,7 +54,7 @@ def elastic(
     Exits with 1 where no changing width is cheaper than a fixed one that keeps the promises.
 
     Example: moesim elastic --requests azure.csv --model DeepSeek-V2-Lite --widths 2,4,8
-    --slo "ttft<1s,tpot<30ms" --peak 150
+    --slo "ttft<2s,tpot<50ms" --peak 60
     """
     from moesim.cli.output import check_targets, given, wrote
     from moesim.cli.progress import progress_bar
