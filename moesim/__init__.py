@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moesim.jobs.validate import validate as validate
     from moesim.model.names import load_model as load_model
     from moesim.placement import load_plan as load_plan
+    from moesim.studies.elastic import elastic as elastic
     from moesim.studies.job import study as study
     from moesim.studies.recommend.job import recommend as recommend
     from moesim.trace.format import load_trace as load_trace
@@ -36,6 +37,7 @@ _WHERE = {
     "recommend": "moesim.studies.recommend.job",
     "study": "moesim.studies.job",
     "balance": "moesim.jobs.balance",
+    "elastic": "moesim.studies.elastic",
     "cache": "moesim.jobs.cache",
     "export": "moesim.jobs.export",
     "import_plan": "moesim.jobs.export",

@@ -11,6 +11,7 @@ import pytest
 import moesim
 from moesim.cli.balance import balance
 from moesim.cli.cache import cache
+from moesim.cli.elastic import elastic
 from moesim.cli.plan import plan
 from moesim.cli.serve import serve
 from moesim.cli.simulate import simulate
@@ -28,8 +29,9 @@ CALLBACKS = {"progress", "stop", "notify", "sweep"}
         (serve, moesim.serve),
         (cache, moesim.cache),
         (balance, moesim.balance),
+        (elastic, moesim.elastic),
     ],
-    ids=["plan", "simulate", "serve", "cache", "balance"],
+    ids=["plan", "simulate", "serve", "cache", "balance", "elastic"],
 )
 def test_names_and_defaults_agree(
     command: Callable[..., Any], function: Callable[..., Any]

@@ -16,6 +16,9 @@ from moesim.cli.options import (
     ModelOption,
     PhaseOption,
     PlotOption,
+    RebalanceLayerOption,
+    RebalancePlanOption,
+    RebalanceThroughOption,
     SeedOption,
     TraceOption,
 )
@@ -71,10 +74,17 @@ def balance(
     rebalance_async: Annotated[
         bool, typer.Option("--rebalance-async", help="Its weights move beside the steps.")
     ] = False,
-    rebalance_plan: Annotated[float, typer.Option(help="Ms to compute a placement.")] = 10.0,
-    rebalance_layer: Annotated[
-        float, typer.Option(help="Ms of host work for each layer that moves.")
-    ] = 9.0,
+    rebalance_plan: RebalancePlanOption = 10.0,
+    rebalance_layer: RebalanceLayerOption = None,
+    rebalance_through: RebalanceThroughOption = None,
+    old_plan: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Placement in use: a plan, or ENGINE:FILE; doing nothing is to stay with it.",
+            show_default="experts in order",
+        ),
+    ] = None,
     requests: Annotated[
         str | None,
         typer.Option(
@@ -111,7 +121,8 @@ def balance(
     improved on the way, and schemes that balance every batch.
 
     Judged on held-out requests in their order, in MoE time per step with stalls; redundant slots
-    are charged for the KV cache that they take. Exits with 1 where nothing beats doing nothing.
+    are charged for the KV cache that they take. A load trace (expert counts by step) is compared by
+    balance and expert times alone. Exits with 1 where nothing beats doing nothing.
 
     Example: moesim balance --trace sample:debian-moe --gpus 8
     """

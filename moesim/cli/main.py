@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "whatif": ("whatif", "whatif", "Ask a question of many deployments at once."),
     "balance": ("balance", "balance", "Compare ways to balance experts; is it worth it?"),
+    "elastic": ("elastic", "elastic", "Widen and narrow an expert-parallel group with the load."),
     "cache": ("cache", "cache", "Plan what stays in GPU memory when not all experts fit."),
     "export": ("export", "export", "Write a plan in a serving engine's format."),
     "engine": ("engine", "app", "Serving engines: replay a routing trace inside one."),

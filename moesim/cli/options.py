@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moesim.choices import Phase, ReplicaPolicy
+from moesim.choices import MoveThrough, Phase, ReplicaPolicy
 
 TraceOption = Annotated[
     str,
@@ -95,5 +95,23 @@ BatchTokensOption = Annotated[
         show_default="the plan's, else 4096 prefill or 256 decode",
         min=1,
         max=1 << 20,
+    ),
+]
+
+RebalancePlanOption = Annotated[float, typer.Option(help="Ms to compute a placement.")]
+RebalanceLayerOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Ms of host work for each layer that moves.",
+        show_default="as measured on these GPUs, else 9",
+        min=0,
+    ),
+]
+RebalanceThroughOption = Annotated[
+    MoveThrough | None,
+    typer.Option(
+        help="Library that carries weights, as measured in vLLM on H200s: gloo is what vLLM takes"
+        " without NIXL.",
+        show_default="over the links",
     ),
 ]

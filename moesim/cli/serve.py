@@ -249,7 +249,10 @@ def serve(
     ] = None,
     rebalance_stall: Annotated[
         str | None,
-        typer.Option(help="Ms that each placement stops an engine, as many numbers."),
+        typer.Option(
+            help="Ms that each placement stops an engine, as many numbers.",
+            show_default="as long as moving all layers takes",
+        ),
     ] = None,
     rate_scale: Annotated[float, typer.Option(help="Let requests arrive so much faster.")] = 1.0,
     first: Annotated[

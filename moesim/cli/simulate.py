@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
-from moesim.choices import Fidelity, Keep, MoveThrough, OnLoss, Order, Scope
+from moesim.choices import Fidelity, Keep, OnLoss, Order, Scope
 from moesim.cli.options import (
     BatchTokensOption,
     JsonOption,
     ModelOption,
     PhaseOption,
     PlotOption,
+    RebalanceLayerOption,
+    RebalancePlanOption,
+    RebalanceThroughOption,
     ReplicaPolicyOption,
     SeedOption,
     TraceOption,
@@ -147,19 +150,13 @@ def simulate(
     rebalance_async: Annotated[
         bool, typer.Option("--rebalance-async", help="Plan and move weights beside the steps.")
     ] = False,
-    rebalance_plan: Annotated[float, typer.Option(help="Ms to compute a placement.")] = 10.0,
+    rebalance_plan: RebalancePlanOption = 10.0,
+    rebalance_layer: RebalanceLayerOption = None,
     rebalance_above: Annotated[
         float | None,
         typer.Option(help="Keep what has at least this balancedness.", show_default="never"),
     ] = None,
-    rebalance_through: Annotated[
-        MoveThrough | None,
-        typer.Option(
-            help="Library that carries weights, as measured in vLLM on H200s: gloo is what vLLM"
-            " takes without NIXL.",
-            show_default="over the links, 1.5 ms per layer",
-        ),
-    ] = None,
+    rebalance_through: RebalanceThroughOption = None,
     offload: Annotated[
         bool,
         typer.Option(

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from moesim.planning.evaluate import NUM_RESAMPLES
 
 if TYPE_CHECKING:
-    from moesim.jobs.balance_result import BalanceResult
+    from moesim.jobs.balance_result import BalanceResult, Row
 
 BATCH_FACTORS = (1 / 16, 1 / 4, 4, 16)
 PACE_FACTORS = (1 / 16, 1 / 4, 4)
 MAX_BATCH_TOKENS = 1 << 18
 LEFT_OUT = ("plan-balance", "-nearest", "eplb-asked")
-Again = Callable[[int, int, Sequence[str]], "BalanceResult"]
-"""Batch tokens, steps, names of schemes to the comparison with these."""
+Again = Callable[[int, int, Sequence[str]], "Sequence[Row]"]
+"""Batch tokens, steps, names of schemes to the rows of the comparison with these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +52,16 @@ def break_even(result: BalanceResult, again: Again) -> Points:
         if not any(row.name.startswith(x) or row.name.endswith(x) for x in LEFT_OUT)
     ]
     moving = [row.name for row in result.rows if row.outcome.num_plans and row.name in kept]
-    by_batch = {result.batch_tokens: result}
+    by_batch = {result.batch_tokens: tuple(result.rows)}
     for factor in BATCH_FACTORS:
         tokens = round(result.batch_tokens * factor)
         if result.num_gpus <= tokens <= MAX_BATCH_TOKENS:
-            by_batch[tokens] = again(tokens, result.num_steps, kept)
-    by_steps = {result.num_steps: result}
+            by_batch[tokens] = tuple(again(tokens, result.num_steps, kept))
+    by_steps = {result.num_steps: tuple(result.rows)}
     for factor in PACE_FACTORS:
         steps = round(result.num_steps * factor)
         if moving and steps >= 2 * NUM_RESAMPLES:
-            by_steps[steps] = again(result.batch_tokens, steps, moving)
+            by_steps[steps] = tuple(again(result.batch_tokens, steps, moving))
     return Points(_gains(by_batch, kept), _gains(by_steps, moving))
 
 
@@ -77,11 +77,11 @@ def crossings(gains: Mapping[int, float]) -> list[tuple[float, bool]]:
 
 
 def _gains(
-    results: Mapping[int, BalanceResult], names: Sequence[str]
+    results: Mapping[int, Sequence[Row]], names: Sequence[str]
 ) -> dict[str, dict[int, float]]:
     return {
         name: {
-            x: next(row.charged.value for row in results[x].rows if row.name == name)
+            x: next(row.charged.value for row in results[x] if row.name == name)
             for x in sorted(results)
         }
         for name in names

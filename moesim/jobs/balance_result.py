@@ -17,6 +17,7 @@ from moesim.planning.evaluate import Interval
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moesim.choices import Phase
     from moesim.cost.step import StepModel
     from moesim.draw import Picture
     from moesim.planning.balancing.bench import Outcome
@@ -33,7 +34,8 @@ class Row:
     cache still holds. parts_us: of the mean step, by part; stalls and slowed_us per step.
     kv_bytes_less: on every GPU; kv_share: what is left of the KV cache, None where it is not known.
     pays_from_steps: interval from which moves are paid back, infinite where nothing is gained, None
-    where nothing moves.
+    where nothing moves. switch_pays_from_steps: steps that pay back the move from a placement in
+    use that was given, None where nothing is saved.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Row:
     kv_bytes_less: float
     kv_share: float | None
     pays_from_steps: float | None
+    switch_pays_from_steps: float | None
     num_steps: int
 
     @property
@@ -75,11 +78,19 @@ class Row:
             every = self.num_steps / self.outcome.num_plans
             stall = figure("stall_us_per_plan").text(self.value("stall_us_per_plan"))
             said.append(f"stalls {stall} ms every {every:,.0f} steps")
-        if self.kv_bytes_less >= 5e6:
-            less = f"{figure('kv_bytes_less').text(self.kv_bytes_less)} GB less KV cache per GPU"
+        if abs(self.kv_bytes_less) >= 5e6:
+            more = "less" if self.kv_bytes_less > 0 else "more"
+            size = figure("kv_bytes_less").text(abs(self.kv_bytes_less))
+            less = f"{size} GB {more} KV cache per GPU"
             if self.kv_share is not None:
-                less += f" ({100 * (1 - self.kv_share):.1f}% of it)"
+                less += f" ({100 * abs(1 - self.kv_share):.1f}% of it)"
             said.append(less)
+        if self.outcome.switch_us >= 500 and self.switch_pays_from_steps is not None:
+            took = figure("stall_us_per_plan").text(self.outcome.switch_us)
+            said.append(
+                f"moving there once stops serving for {took} ms, paid back after"
+                f" {self.switch_pays_from_steps:,.0f} steps"
+            )
         if self.outcome.note:
             said.append(self.outcome.note)
         return said
@@ -94,6 +105,8 @@ class Row:
             **{n: self.value(n) for n in BALANCE_FIGURES[4:]},
             "moved_bytes": done.moved_bytes / self.num_steps,
             "num_skipped": done.num_skipped,
+            "switch_us": done.switch_us,
+            "switch_pays_from_steps": self.switch_pays_from_steps,
             "kv_share": self.kv_share,
             "pays": self.pays,
             "pays_from_steps": None if self.pays_from_steps == inf else self.pays_from_steps,
@@ -107,12 +120,13 @@ class BalanceResult(Result):
     the KV cache; redundant_experts: per layer, in the schemes that use them. stretches: of the log,
     as the course went. worth: of plans on domains that tuning lacks, None
     where the trace cannot tell. served: the requests under every scheme, where there are any.
-    points: where balancing begins to pay, if asked. defaults: what was left out, by name."""
+    points: where balancing begins to pay, if asked. from_counts: no tokens, so no messages. stalls:
+    what times of rearrangements rest on. defaults: what was left out, by name."""
 
     model: str
     cluster: str
     num_gpus: int
-    phase: str
+    phase: Phase
     batch_tokens: int
     num_steps: int
     num_judged: int
@@ -126,6 +140,8 @@ class BalanceResult(Result):
     charged_for_kv: bool
     redundant_experts: int
     defaults: dict[str, str]
+    from_counts: bool = False
+    stalls: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
 
     @property
@@ -187,8 +203,7 @@ class BalanceResult(Result):
             f"{plain(self.model)} on {count(self.num_gpus, 'GPU')} of {self.cluster}:"
             f" {self.num_steps:,} {self.phase} steps of {self.batch_tokens:,} tokens through"
             f" {count(len(self.stretches), 'stretch').replace('stretchs', 'stretches')} of the log",
-            f"held-out: {count(self.num_requests, 'request')} that no scheme saw,"
-            f" {self.num_judged:,} steps judged; 95% bootstrap intervals over requests",
+            self._held_out(),
             self._table(),
             f"{R}: with {self.redundant_experts} redundant experts per layer",
             *self._service(),
@@ -196,8 +211,8 @@ class BalanceResult(Result):
             *self._break_even(),
             *(self.points.lines() if self.points is not None else ()),
             *(self.worth.lines() if self.worth is not None else ()),
-            f"predicted times rest on {self.step.basis} figures: {'; '.join(self.step.notes)};"
-            " stalls: measured link rates, plan and host times from vLLM's pull request 28369",
+            f"predicted times rest on {self.step.basis} figures: {'; '.join(self.step.notes)}",
+            *(f"a rearrangement: {line}" for line in self.stalls),
         ]
         if self.charged_for_kv:
             lines.append(
@@ -205,6 +220,17 @@ class BalanceResult(Result):
                 " bounded the batch"
             )
         return "\n".join(lines)
+
+    def _held_out(self) -> str:
+        if self.from_counts:
+            return (
+                f"held-out: the later half, {count(self.num_judged, 'recorded step')}; schemes that"
+                " re-plan see the steps before; 95% intervals over steps"
+            )
+        return (
+            f"held-out: {count(self.num_requests, 'request')} that no scheme saw,"
+            f" {self.num_judged:,} steps judged; 95% bootstrap intervals over requests"
+        )
 
     def _table(self) -> str:
         shown = [figure(n) for n in BALANCE_FIGURES if n != "charged" or self.charged_for_kv]
@@ -263,7 +289,8 @@ class BalanceResult(Result):
             "stretches": list(self.stretches),
             "held_out": True,
             "basis": self.step.basis,
-            "predictions": list(self.step.notes),
+            "predictions": [*self.step.notes, *self.stalls],
+            "from_counts": self.from_counts,
             "charged_for_kv": self.charged_for_kv,
             "redundant_experts": self.redundant_experts,
             "unseen": None if self.worth is None else self.worth.to_json(),

@@ -17,7 +17,7 @@ from moesim.figures import LATENCIES, SERVICE_FIGURES, figure, text_table
 from moesim.jobs import inputs
 from moesim.jobs.arrivals import arriving_requests
 from moesim.jobs.result import Result
-from moesim.serving.config import Level, ServingConfig, Stall
+from moesim.serving.config import Level, ServingConfig
 from moesim.serving.deployment import Deployment
 from moesim.serving.fit import (
     Split,
@@ -32,6 +32,7 @@ from moesim.serving.routing import DomainRouting
 from moesim.serving.run import simulate_serving
 from moesim.serving.slo import parse_slo
 from moesim.serving.speculative import Speculation
+from moesim.serving.stall import stalls_of
 from moesim.types import Progress
 
 if TYPE_CHECKING:
@@ -193,9 +194,10 @@ def serve(
     engine. reroute: a rule of routing for the trace, as "drop:factor=1.25" for a capacity factor;
     expert loads are of what it leaves, messages of the model's top-k. rebalance_every,
     rebalance_stall: steps between two placements and ms that each stops an engine; two of each for
-    engines that take prompts and engines that decode, one for both. speculate: the probability that
-    a drafted token is accepted, or those of the first, the second and so on; without `draft_share`
-    the model's multi-token-prediction layer drafts, where it has one. The other names and defaults
+    engines that take prompts and engines that decode, one for both; without ms as long as moving
+    all layers takes. speculate: the probability that a drafted token is accepted, or those of the
+    first, the second and so on; without `draft_share` the model's multi-token-prediction layer
+    drafts, where it has one. The other names and defaults
     are those of `moesim serve`; progress(done, total) counts requests.
 
     Raises InputError where the GPUs do not divide or nothing names the model, InfeasibleError where
@@ -268,7 +270,9 @@ def serve(
         ),
         levels=_level_rules(level),
         routing=_routing(deployment, domain_mix, drift_hours, seed),
-        stalls=_stalls(rebalance_every, rebalance_stall, back is not None),
+        stalls=stalls_of(
+            rebalance_every, rebalance_stall, [p.engine for p in (front, back) if p is not None]
+        ),
         until_s=float("inf") if until is None else until,
         seed=seed,
     )
@@ -397,17 +401,6 @@ def numbers(text: str, name: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"`{name}` {text!r:.60} holds no number", "give numbers") from None
-
-
-def _stalls(every: Sequence[int], ms: Sequence[float], apart: bool) -> tuple[Stall, ...]:
-    """Of the engines that take requests, then of those that decode."""
-    if len(every) != len(ms) or len(every) > 1 + apart:
-        raise InputError(
-            f"{len(every)} numbers in `rebalance_every` and {len(ms)} in `rebalance_stall`",
-            "give one of each, or with `decode_gpus` two: of prompt and of decoding engines",
-        )
-    found = tuple(Stall(n, us * 1e3) for n, us in zip(every, ms, strict=True))
-    return found * (1 + apart) if len(found) == 1 else found
 
 
 def _latencies(metrics: Mapping[str, float | None]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from moesim.jobs.simulate_steps import simulate_steps
 from moesim.planning.request import HBM_USABLE
 from moesim.sim.capacity import DropPolicy
 from moesim.sim.faults import Recovery, parse_fault
-from moesim.sim.migrate import measured_move
+from moesim.sim.rearrange import said, weight_move
 from moesim.sim.rebalance import Rebalance
 from moesim.sim.stragglers import SlowWindow, parse_slow
 from moesim.types import Progress
@@ -72,6 +72,7 @@ def simulate(
     rebalance_window: int = 100,
     rebalance_async: bool = False,
     rebalance_plan: float = 10.0,
+    rebalance_layer: float | None = None,
     rebalance_above: float | None = None,
     rebalance_solver: str = "eplb",
     rebalance_through: MoveThrough | None = None,
@@ -119,6 +120,7 @@ def simulate(
             rebalance_window,
             rebalance_async,
             rebalance_plan,
+            rebalance_layer,
             rebalance_above,
             rebalance_through,
             found.cluster,
@@ -306,22 +308,26 @@ def _rebalance(
     window: int,
     asynchronous: bool,
     plan_ms: float,
+    layer_ms: float | None,
     above: float | None,
     through: MoveThrough | None,
     cluster: Cluster,
 ) -> Rebalance | None:
     if every is None:
-        if asynchronous or above is not None or through is not None:
+        given = (above, through, layer_ms)
+        if asynchronous or any(value is not None for value in given):
             raise InputError("how to rebalance was given, but not when", "add `rebalance_every`")
         return None
-    policy = Rebalance(
+    layer_us = None if layer_ms is None else layer_ms * 1e3
+    move = weight_move(cluster, asynchronous, through, layer_us)
+    return Rebalance(
         every,
         window,
         asynchronous,
         plan_us=plan_ms * 1e3,
+        layer_us=move.layer_us,
         threshold=math.inf if above is None else above,
+        gb_per_s=move.gb_per_s,
+        through=through,
+        source=said(move, plan_ms * 1e3),
     )
-    if through is None:
-        return policy
-    move = measured_move(through, asynchronous, cluster)
-    return replace(policy, layer_us=move.layer_us, gb_per_s=move.gb_per_s, through=through)

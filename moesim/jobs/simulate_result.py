@@ -249,6 +249,6 @@ def _rebalance(results: dict[str, SimResult]) -> list[str]:
     return [
         f"{name}: {made['num_plans']} new placements ({made['mode']}),"
         f" {made['bytes_from_gpus'] / 1e6:,.0f} MB moved, serving stopped"
-        f" {made['stall_share']:.1%} of the time"
+        f" {made['stall_share']:.1%} of the time; each: {made['source']}"
         for name, made in found.items()
     ]

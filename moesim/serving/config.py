@@ -63,10 +63,11 @@ class Level:
 @dataclass(frozen=True, slots=True)
 class Stall:
     """Every `every_steps` steps of an engine it stands still for `us` microseconds: placements made
-    anew, synchronously (`moesim balance` says how long that takes)."""
+    anew, synchronously. source: what `us` rests on (`serving.stall` says how long it takes)."""
 
     every_steps: int
     us: float
+    source: str = "given"
 
     def __post_init__(self) -> None:
         if not 1 <= self.every_steps <= 1 << 30:

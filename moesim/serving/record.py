@@ -146,7 +146,7 @@ def predictions(
     for which, stall in zip(("engines", "decoding engines"), config.stalls, strict=False):
         out.append(
             f"rebalancing: {which} stand still {stall.us / 1e3:g} ms every {stall.every_steps:,}"
-            " steps (given)"
+            f" steps ({stall.source})"
         )
     if config.decode is not None:
         out.append("transfer of KV caches: assumed rate and latency")

@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cost.calibration import calibration_names, load_calibration
 from moesim.cost.step import calibration_of_gpu
-from moesim.errors import InputError
 from moesim.placement import EMPTY
 from moesim.sim.links import LinkTable, asymptotic_gb_per_s, transfer_flow
 from moesim.sim.network import Flow
 from moesim.types import FloatArray
 
 if TYPE_CHECKING:
-    from moesim.choices import MoveThrough
     from moesim.cluster import Cluster
-    from moesim.cost.copies import WeightMove
 
 Table = npt.NDArray[np.int32]
 HOST = -1
@@ -94,23 +90,6 @@ def build_mover(cluster: Cluster, links: LinkTable, expert_bytes: float) -> Move
     host_only = np.array([c == "pcie" for c in links.classes]) & (links.group < 0)
     us[host_only] = 1.0 / (links.line_gb_per_s[host_only] * copy * 1e3)
     return Mover(cluster, expert_bytes, us)
-
-
-def measured_move(through: MoveThrough, asynchronous: bool, cluster: Cluster) -> WeightMove:
-    """How vLLM moves weights through a library on the cluster's GPUs, as measured in the engine.
-    Raises InputError where that was not measured."""
-    gpu = " and ".join(dict.fromkeys(gpu.name for gpu in cluster.gpus))
-    name = f"{gpu.split('-')[0]}-vllm-engine"
-    known = name in calibration_names() and " and " not in gpu
-    moves = load_calibration(name).rearrangements if known else ()
-    for move in moves:
-        if (move.through, move.asynchronous) == (through, asynchronous):
-            return move
-    when = "beside the steps" if asynchronous else "in the step"
-    raise InputError(
-        f"moving weights through {through} {when} was not measured on {gpu}",
-        "leave the library out: weights then go over the links, 1.5 ms per layer, assumed",
-    )
 
 
 def plan_moves(

@@ -25,6 +25,7 @@ from moesim.sim.engine import Engine, SpeedModel
 from moesim.sim.event import Tally, run_step
 from moesim.sim.migrate import Move, Mover, holdings, plan_moves
 from moesim.sim.prepare import Models, one_batch
+from moesim.sim.rearrange import LAYER_US, PLAN_US
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.base import Schedule
 from moesim.sim.steps import step_work
@@ -45,23 +46,23 @@ class Rebalance:
     """When and how to place again; times in microseconds.
 
     every_steps: steps between two plans; window_steps: steps whose loads count. plan_us: computing
-    a plan (vLLM pull request 28369 measured 80 ms before and 10 ms after its rewrite on DeepSeek-
-    V2-Lite with 8 GPUs). layer_us: host work for each layer moved. record_us: what counting costs
-    every step. threshold: no new plan where the window's mean balancedness is at least this.
+    a plan; layer_us: host work for each layer moved (see `rearrange`). record_us: what counting
+    costs every step. threshold: no new plan where the window's mean balancedness is at least this.
     gb_per_s: rate at which a GPU receives weights that do not go over the network's links (through
-    the hosts' memory, as gloo carries them); None: over the links, at their rates. through: the
-    library whose measured `layer_us` and rate these are, for the output.
+    the hosts' memory, as gloo carries them); None: over the links, at their rates. through, source:
+    the library whose measured `layer_us` and rate these are, and what they rest on, for the output.
     """
 
     every_steps: int
     window_steps: int = 100
     asynchronous: bool = False
-    plan_us: float = 10_000.0
-    layer_us: float = 1_500.0
+    plan_us: float = PLAN_US
+    layer_us: float = LAYER_US
     record_us: float = 0.0
     threshold: float = math.inf
     gb_per_s: float | None = None
     through: str | None = None
+    source: str = ""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "window_steps"):
@@ -181,6 +182,7 @@ class Rebalancer:
         return {
             "mode": "async" if self.policy.asynchronous else "sync",
             "through": self.policy.through,
+            "source": self.policy.source,
             "every_steps": self.policy.every_steps,
             "num_plans": self.num_plans,
             "num_skipped": self.num_skipped,

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.cost.copies import WeightMove
 from moesim.cost.routing import route
 from moesim.cost.step import build_step_model
 from moesim.errors import InputError, MismatchError
@@ -212,6 +213,11 @@ def test_course_refuses_what_it_cannot_go_through(build: ModuleType) -> None:
         make_course(trace, tune, held_out, "prefill", 8, 80, 0, drift=True)
 
 
+def move_costs(plan_us: float = 10_000.0, layer_us: float = 9_000.0) -> Costs:
+    stopped, beside = (WeightMove("links", mode, layer_us) for mode in (False, True))
+    return Costs(stopped, beside, plan_us)
+
+
 def bench_of(build: ModuleType, **costs: float) -> Bench:
     trace, cluster = drifting(build), build.small_cluster(1, 4)
     model = build.toy_model(3, 8, 2)
@@ -223,7 +229,8 @@ def bench_of(build: ModuleType, **costs: float) -> Bench:
     assert data is not None
     course = make_course(trace, data.tune, data.held_out, "prefill", 16, 80, 0, drift=True)
     step = build_step_model(cluster, model, calibration=build.toy_calibration(num_nodes=1))
-    return Bench(course, step, cluster, model, case.problem.capacity, case.problem, Costs(**costs))
+    problem, took = case.problem, move_costs(**costs)
+    return Bench(course, step, cluster, model, problem.capacity, problem, took)
 
 
 def test_moving_takes_as_long_as_plans_say(build: ModuleType) -> None:
@@ -232,17 +239,20 @@ def test_moving_takes_as_long_as_plans_say(build: ModuleType) -> None:
     away = movers(old, bench.cluster, bench.model, bench.step).plan(new)
     moves = bench.moving(slot_table(old), slot_table(new))
     assert moves.experts.sum() == away.num_moves
-    assert moves.us() == pytest.approx(away.us)
+    layer = moves.link_us.max(axis=1)
+    one_by_one = (layer + moves.latency_us)[layer > 0].sum()
+    assert moves.us(bench.costs.stopped) == pytest.approx(one_by_one)
+    assert moves.link_us.sum(axis=0).max() + moves.latency_us == pytest.approx(away.us)
 
 
 def test_synchronous_moves_stop_serving_chunk_by_chunk(build: ModuleType) -> None:
     """Three layers, two of which move, each 100 us on the links and 5 us of latency. All at once:
-    plan 1000, host 2 x 50, links 200 + 5. In chunks of one: links 2 x 105, in steps 7, 8 and 9."""
+    plan 1000, host 2 x 50, links 2 x 105. In chunks of one the same, in steps 7, 8 and 9."""
     bench = bench_of(build, plan_us=1000.0, layer_us=50.0)
-    moves = Moves(np.array([[100.0], [0.0], [100.0]]), np.array([1, 0, 1]), 5.0)
+    moves = Moves(np.array([[100.0], [0.0], [100.0]]), np.array([1, 0, 1]), np.ones(3), 5.0)
     whole = _Clock(bench, Rhythm(10, 10), 1.0, 0.5)
     assert whole.changes(7, moves) == [(7, slice(0, 3))]
-    assert whole.stall_us == pytest.approx(1000 + 100 + 205)
+    assert whole.stall_us == pytest.approx(1000 + 100 + 210)
     chunks = _Clock(bench, Rhythm(10, 10, chunk=1), 1.0, 0.5)
     assert [step for step, _ in chunks.changes(7, moves)] == [7, 8, 9]
     assert chunks.stall_us == pytest.approx(1000 + 100 + 210)
@@ -253,7 +263,7 @@ def test_asynchronous_moves_slow_the_steps_beside_them(build: ModuleType) -> Non
     weights at two thirds of the speed: 1207.5 us, so 13 steps; layer 2 207.5 us later: 15 steps.
     Steps are delayed by half of 2 x 105 us."""
     bench = bench_of(build, plan_us=1000.0, layer_us=50.0)
-    moves = Moves(np.array([[100.0], [0.0], [100.0]]), np.array([1, 0, 1]), 5.0)
+    moves = Moves(np.array([[100.0], [0.0], [100.0]]), np.array([1, 0, 1]), np.ones(3), 5.0)
     clock = _Clock(bench, Rhythm(10, 10, asynchronous=True), 100.0, 0.5)
     assert clock.changes(7, moves) == [(20, slice(0, 1)), (22, slice(2, 3))]
     assert clock.stall_us == 0

@@ -13,7 +13,8 @@ from moesim.errors import InputError, MismatchError
 from moesim.placement import Placement
 from moesim.planning.baselines import place_by_counts
 from moesim.sim.event import run_event
-from moesim.sim.migrate import build_mover, measured_move
+from moesim.sim.migrate import build_mover
+from moesim.sim.rearrange import weight_move
 from moesim.sim.rebalance import Rebalance, RebalanceRun
 from moesim.sim.schedules.sequential import Sequential
 
@@ -190,17 +191,23 @@ def test_weights_through_the_host_take_their_bytes(setting) -> None:
 
 def test_measured_moves_are_of_their_gpu() -> None:
     """H200s have vLLM's figures, through gloo half a GB/s and less host time than NCCL's; H100s
-    have none, nor has NCCL beside the steps."""
+    have none, nor has NCCL beside the steps. Without a library H200s take NCCL's host time over the
+    links, H100s the fit."""
     h200 = load_cluster("h200-sxm-ib", num_gpus=8)
-    gloo, nccl = (measured_move(name, False, h200) for name in ("gloo", "nccl"))
+    gloo, nccl = (weight_move(h200, False, name) for name in ("gloo", "nccl"))
     assert gloo.gb_per_s is not None
     assert 0.4 < gloo.gb_per_s < 0.7
     assert nccl.gb_per_s is None
     assert 3000 < nccl.layer_us < 6000
     with pytest.raises(InputError, match="beside the steps was not measured on h200-sxm"):
-        measured_move("nccl", True, h200)
+        weight_move(h200, True, "nccl")
     with pytest.raises(InputError, match="not measured on h100-sxm"):
-        measured_move("gloo", False, load_cluster("h100-sxm-ib", num_gpus=8))
+        weight_move(load_cluster("h100-sxm-ib", num_gpus=8), False, "gloo")
+    with pytest.raises(InputError, match="both `rebalance_layer` and `rebalance_through`"):
+        weight_move(h200, False, "gloo", 1000.0)
+    assert weight_move(h200, True).layer_us == nccl.layer_us
+    fit = weight_move(load_cluster("h100-sxm-ib", num_gpus=8), True)
+    assert (fit.layer_us, fit.basis) == (9000.0, "assumed")
 
 
 def test_a_rate_is_a_rate() -> None:

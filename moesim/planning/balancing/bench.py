@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moesim.choices import Objective, ReplicaPolicy
+from moesim.cost.copies import WeightMove
 from moesim.cost.routing import home_ranks, route
 from moesim.cost.step import StepModel
 from moesim.errors import InputError
 from moesim.metrics import imbalance
-from moesim.placement import Placement
+from moesim.placement import EMPTY, Placement
 from moesim.planning.balancing.course import Course
 from moesim.sim.links import link_table
 from moesim.sim.migrate import build_mover, holdings, plan_moves
+from moesim.sim.rearrange import PLAN_US
 from moesim.solvers.base import Problem, run_solver
 from moesim.solvers.registry import find_solver
 from moesim.types import FloatArray, IntArray
@@ -54,8 +56,8 @@ class Outcome:
     """What a scheme did. stall_us: serving stopped, in all; slowed_us: steps took longer because
     weights moved beside them, in all. num_plans, num_skipped: plans, and due ones that were
     skipped; moved_experts, moved_bytes: in all. slots: extra ones per GPU and layer; pool:
-    experts that a GPU has room for besides, for one layer at a time. enable: how to switch it on.
-    """
+    experts that a GPU has room for besides, for one layer at a time. switch_us: serving stopped
+    once, to get there from a placement in use that was given. enable: how to switch it on."""
 
     priced: Priced
     stall_us: float = 0.0
@@ -66,6 +68,7 @@ class Outcome:
     moved_bytes: float = 0.0
     slots: float = 0.0
     pool: float = 0.0
+    switch_us: float = 0.0
     enable: str = ""
     note: str = ""
 
@@ -90,43 +93,45 @@ class Scheme(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Times that no link explains; microseconds.
+    """Times that no link explains; microseconds. plan_us: computing a placement. stopped, beside:
+    moving weights while serving stands still, and beside the steps. batch_us: planning one layer of
+    one batch, for schemes that do (assumed)."""
 
-    plan_us: computing a placement. layer_us: host work of each layer that moves: vLLM pull request
-    28369 measured 10 ms and, in all, 260 ms for 26 layers of DeepSeek-V2-Lite on 8 H100s, of which
-    the weights explain 12 (reports/balance); 32 GB200s took 15 ms per layer. batch_us: planning one
-    layer of one batch, for schemes that do (assumed).
-    """
-
-    plan_us: float = 10_000.0
-    layer_us: float = 9_000.0
+    stopped: WeightMove
+    beside: WeightMove
+    plan_us: float = PLAN_US
     batch_us: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("plan_us", "layer_us", "batch_us"):
+        for name in ("plan_us", "batch_us"):
             if not 0 <= getattr(self, name) < 1e12:
                 raise InputError(f"{name} is {getattr(self, name)}", "give 0 or more")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moves:
-    """Weights on their way. link_us: [L, links] time of every link; experts: [L] fetched."""
+    """Weights on their way. link_us: [L, links] time of every link; experts: [L] fetched;
+    received: [L] bytes that the busiest GPU gets."""
 
     link_us: FloatArray
     experts: IntArray
+    received: FloatArray
     latency_us: float
 
-    def us(self, layers: slice = slice(None)) -> float:
-        """Time of the busiest link, never idle, and one latency, for some layers at once."""
-        if not self.experts[layers].any():
-            return 0.0
-        return float(self.link_us[layers].sum(axis=0).max()) + self.latency_us
+    def us(self, move: WeightMove, layers: slice = slice(None)) -> float:
+        """Time of the weights of some layers, one after the other: of the busiest link and one
+        latency, or at the rate at which a GPU receives them."""
+        if move.gb_per_s is not None:
+            return float(self.received[layers].sum()) / (move.gb_per_s * 1e3)
+        busiest = self.link_us[layers].max(axis=1)
+        return float(np.where(busiest > 0, busiest + self.latency_us, 0.0).sum())
 
 
 @dataclass(eq=False)
 class Bench:
     """One course on one cluster. capacity: [G] slots of each GPU without redundant ones. problem:
-    of the tuning requests with objective time, which plans are solved from."""
+    of the tuning requests with objective time, which plans are solved from. start: the placement in
+    use, linear where None."""
 
     course: Course
     step: StepModel
@@ -134,16 +139,21 @@ class Bench:
     model: ModelSpec
     capacity: IntArray
     problem: Problem
-    costs: Costs = field(default_factory=Costs)
+    costs: Costs
     policy: ReplicaPolicy = "split"
+    start: Placement | None = None
 
     def __post_init__(self) -> None:
         mover = build_mover(self.cluster, link_table(self.cluster, self.step), self.expert_bytes)
         self._us_per_expert = mover.us_per_byte * self.expert_bytes
         self._latency_us = float(self.cluster.routes().latency_us.max(initial=0.0))
-        self.homes = home_ranks(self.course.trace, self.course.batches, self.num_gpus)
         self._placed: dict[tuple[Any, ...], Placement] = {}
         self.notices: list[str] = []
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Home ranks of the judged tokens, once."""
+        self.homes = home_ranks(self.course.trace, self.course.batches, self.num_gpus)
 
     @property
     def num_gpus(self) -> int:
@@ -185,6 +195,20 @@ class Bench:
                 )
             self._placed[key] = found.placement
         return self._placed[key]
+
+    @property
+    def in_use(self) -> Placement:
+        """What a service runs with that does nothing."""
+        return self.start if self.start is not None else self.placed("linear", "balance", 0)
+
+    def begin(self, redundant: int) -> Placement:
+        """What a scheme with so many redundant slots starts from: the placement in use where it has
+        as many, all filled, else the linear one."""
+        start = self.start
+        same = start is not None and start.slots_per_gpu == self.room(redundant)[0]
+        if start is not None and same and (start.physical_to_logical != EMPTY).all():
+            return start
+        return self.placed("linear", "balance", redundant)
 
     def price(
         self, track: Sequence[tuple[int, Placement]], policy: ReplicaPolicy | None = None
@@ -252,7 +276,8 @@ class Bench:
         pairs = np.zeros((layers, gpus, gpus), np.int32)
         for move in plan_moves(holdings(old), new, node):
             pairs[move.layer, move.source, move.target] += move.num_experts
-        return Moves(self.link_us(pairs), pairs.sum(axis=(1, 2)), self._latency_us)
+        received = pairs.sum(axis=1).max(axis=1) * self.expert_bytes
+        return Moves(self.link_us(pairs), pairs.sum(axis=(1, 2)), received, self._latency_us)
 
     def link_us(self, pairs: npt.NDArray[np.int32]) -> FloatArray:
         """[L, links] time on every link of experts sent between GPUs, `pairs` [L, G, G]."""

@@ -1,4 +1,5 @@
-"""ECHO, elastic cloning for hot experts (NVIDIA/Megatron-LM pull request 2368, a prototype).
+"""ECHO, elastic cloning for hot experts (NVIDIA/Megatron-LM pull request 2368, a prototype, of
+which the description was read, not the code).
 
 Theirs: for every batch, experts with much traffic are cloned to ranks that get fewer tokens than
 the mean, and the tokens beyond it go there; spare slots on every rank hold the clones.

@@ -26,22 +26,25 @@ from moesim.planning.balancing.bench import Bench, Moves, Outcome, Table
 from moesim.sim.rebalance import slot_table
 from moesim.solvers.methods.eplb import rebalance_experts
 from moesim.solvers.repair import separate_replicas
-from moesim.types import Array, FloatArray
+from moesim.types import Array
 
-Target = Callable[[Bench, FloatArray, Table, int], Table]
-"""From mean loads [L, E] of the window, slots held [L, G, S] and the step to the slots wanted."""
+Target = Callable[[Bench, Array, Table, int], Table]
+"""From loads [W, L, E] of the window, slots held [L, G, S] and the step to the slots wanted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rhythm:
     """every, window: steps. threshold: no new plan where the window's mean balancedness is at least
-    this. chunk: layers that move in one step, 0 for all; synchronous only."""
+    this. chunk: layers that move in one step, 0 for all; synchronous only. delay: beside the steps,
+    the first layer changes so many steps after the plan's last load, then one in every step, which
+    waits for its weights (vllm-ascend); None: each as soon as its weights are there."""
 
     every: int
     window: int
     asynchronous: bool = False
     threshold: float = inf
     chunk: int = 0
+    delay: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,8 @@ class Eplb:
     def run(self, bench: Bench) -> Outcome:
         return periodic(bench, self.rhythm, self.redundant, self._target, self.enable)
 
-    def _target(self, bench: Bench, load: FloatArray, held: Table, step: int) -> Table:
+    def _target(self, bench: Bench, seen: Array, held: Table, step: int) -> Table:
+        load = seen.mean(axis=0, dtype=np.float64)
         groups, nodes = bench.model.n_group, bench.cluster.num_nodes
         if not self.grouped:
             groups = nodes = 1
@@ -79,10 +83,10 @@ def periodic(
     """Serve the course with a new placement by `target` in the rhythm, in the steady state: the log
     comes round again and again, so that the course begins with what was planned at its end, and
     costs are those of as many plans as intervals fit. start: what was there before the first plan
-    (linear)."""
+    (what is in use)."""
     course = bench.course
     if start is None:
-        start = bench.placed("linear", "balance", redundant)
+        start = bench.begin(redundant)
     first = bench.price([(0, start)])
     step_us = float(first.step_us.mean())
     links = float((first.parts_us["dispatch"] + first.parts_us["combine"]).mean()) / step_us
@@ -95,7 +99,7 @@ def periodic(
         if step < busy_until or even:
             clock.skipped += 1
             continue
-        wanted = target(bench, seen.mean(axis=0, dtype=np.float64), held, step or course.num_steps)
+        wanted = target(bench, seen, held, step or course.num_steps)
         changes = clock.changes(step, bench.moving(held, wanted))
         for when, layers in changes:
             held = held.copy()
@@ -125,7 +129,10 @@ class _Clock:
     """When layers change over, and what that costs. links: share of a step that uses them."""
 
     def __init__(self, bench: Bench, rhythm: Rhythm, step_us: float, links: float) -> None:
-        self.costs, self.rhythm, self.step_us, self.links = bench.costs, rhythm, step_us, links
+        costs = bench.costs
+        self.plan_us = costs.plan_us
+        self.move = costs.beside if rhythm.asynchronous else costs.stopped
+        self.rhythm, self.step_us, self.links = rhythm, step_us, links
         self.stall_us = self.slowed_us = 0.0
         self.plans = self.skipped = self.moved = 0
 
@@ -139,22 +146,27 @@ class _Clock:
         layers = len(moves.experts)
         size = self.rhythm.chunk or layers
         out = []
-        self.stall_us += self.costs.plan_us
+        self.stall_us += self.plan_us
         for i, first in enumerate(range(0, layers, size)):
             some = slice(first, min(first + size, layers))
             changed = int((moves.experts[some] > 0).sum())
-            self.stall_us += changed * self.costs.layer_us + moves.us(some)
+            self.stall_us += changed * self.move.layer_us + moves.us(self.move, some)
             out.append((step + i, some))
         return out
 
     def _beside(self, step: int, moves: Moves) -> list[tuple[int, slice]]:
-        at, out = self.costs.plan_us, []
+        at, out, delay = self.plan_us, [], self.rhythm.delay
         for layer in np.flatnonzero(moves.experts).tolist():
             some = slice(layer, layer + 1)
-            weights = moves.us(some)
-            at += self.costs.layer_us + weights * (1.0 + self.links)
-            self.slowed_us += weights * self.links
-            out.append((step + ceil(at / self.step_us), some))
+            weights = moves.us(self.move, some)
+            slowed, alone = weights * self.links, weights * (1.0 + self.links)
+            at += self.move.layer_us + alone
+            when = step + ceil(at / self.step_us)
+            if delay is not None:
+                when = step + delay + layer
+                slowed += max(0.0, alone - self.step_us - slowed)
+            self.slowed_us += slowed
+            out.append((when, some))
         return out
 
 

@@ -10,10 +10,13 @@ from moesim.planning.balancing.bench import Scheme
 from moesim.planning.balancing.echo import Echo
 from moesim.planning.balancing.epic import Epic
 from moesim.planning.balancing.eplb import Eplb, Rhythm
+from moesim.planning.balancing.flashlb import FlashLb
 from moesim.planning.balancing.llep import Llep
 from moesim.planning.balancing.moonep import MoonEp
 from moesim.planning.balancing.online import Online
-from moesim.planning.balancing.static import Static
+from moesim.planning.balancing.static import InUse, Static
+from moesim.planning.balancing.swift import Swift
+from moesim.planning.balancing.waterfill import Waterfill
 
 NONE = "none"
 R = "+r"
@@ -21,6 +24,8 @@ R = "+r"
 VLLM = Rhythm(3000, 1000, asynchronous=True)
 VLLM_SYNC = Rhythm(3000, 1000)
 SGLANG = Rhythm(1000, 1000)
+ASCEND = 600, 50
+"""Steps of vllm-ascend's window and of its plan; layers then change over one in a step."""
 OURS = Rhythm(1000, 100, asynchronous=True)
 EXPORT = "moesim plan{} --out plan.json, then moesim export plan.json --to ENGINE"
 
@@ -68,52 +73,72 @@ class Asked:
 
 
 def lineup(
-    extra: int, least: int, hierarchical: bool, asked: Asked, only: tuple[str, ...] = ()
+    extra: int,
+    least: int,
+    layers: int,
+    hierarchical: bool,
+    asked: Asked,
+    only: tuple[str, ...] = (),
+    *,
+    shared: bool = False,
+    counts: bool = False,
 ) -> list[Scheme]:
     """The schemes: `none` first. extra: redundant slots beyond `least`, what the GPUs need to have
     equal slots; hierarchical: the model's expert groups and the nodes allow that EPLB policy.
+    shared: the model has shared experts; counts: the trace has no tokens.
 
-    only: some of them by name. Raises UnknownNameError for another name.
+    only: some of them by name. Raises UnknownNameError for another name, InputError for one that
+    needs tokens where there are none.
     """
-    schemes = [*_static(extra, least), *_eplb(extra, least, hierarchical, asked)]
+    schemes = [
+        *_static(extra, least),
+        *_eplb(extra, least, hierarchical, asked),
+        *_ascend(extra, least, layers),
+        *_online(extra),
+        *(MoonEp(), Llep(), Echo(), Epic()),
+        *([Waterfill()] if shared else []),
+    ]
+    known = {scheme.name: scheme for scheme in schemes}
+    for name in only:
+        if name not in known:
+            raise UnknownNameError("scheme", name, known)
+        if counts and not _from_counts(known[name]):
+            raise InputError(
+                f"scheme {name} needs token-level routing, and the trace has expert counts only",
+                "leave it out, or give a trace with expert_ids (moesim trace capture)",
+            )
+    picked = [known[name] for name in dict.fromkeys((NONE, *only))] if only else schemes
+    return [scheme for scheme in picked if not counts or _from_counts(scheme)]
+
+
+def _online(extra: int) -> list[Scheme]:
     slots_too = R if extra else ""
     by_hand = "moesim plan --from, and the engine's own transfer of weights"
-    schemes += [
-        Online(
-            f"online{slots_too}",
-            "linear placement, improved where moves pay, beside the steps",
-            OURS,
-            extra,
-            enable=by_hand,
-        ),
+    about = "{}, improved where moves pay, beside the steps"
+    return [
+        Online(f"online{slots_too}", about.format("what is in use"), OURS, extra, enable=by_hand),
         Online(
             f"plan-online{slots_too}",
-            "our plan for time, improved where moves pay, beside the steps",
+            about.format("our plan for time"),
             OURS,
             extra,
             planned=True,
             enable=by_hand,
         ),
-        MoonEp(),
-        Llep(),
-        Echo(),
-        Epic(),
     ]
-    if not only:
-        return schemes
-    known = {scheme.name: scheme for scheme in schemes}
-    for name in only:
-        if name not in known:
-            raise UnknownNameError("scheme", name, known)
-    return [known[name] for name in dict.fromkeys((NONE, *only))]
+
+
+def _from_counts(scheme: Scheme) -> bool:
+    return isinstance(scheme, InUse | Eplb | Swift | FlashLb) or (
+        isinstance(scheme, Static) and scheme.objective == "balance" and scheme.policy is None
+    )
 
 
 def _static(extra: int, least: int) -> list[Scheme]:
-    none = Static(NONE, "experts in order, never moved", "linear")
     slots = f" --redundant-experts {least}" if least else ""
     more = f" --redundant-experts {least + extra}"
     out: list[Scheme] = [
-        none,
+        InUse(NONE, "experts in order, or the placement in use, never moved"),
         Static("plan", "our plan for time", "local_search", "time", enable=EXPORT.format(slots)),
         Static(
             "plan-balance",
@@ -224,6 +249,27 @@ def _eplb(extra: int, least: int, hierarchical: bool, asked: Asked) -> list[Sche
                 )
             )
     return out
+
+
+def _ascend(extra: int, least: int, layers: int) -> list[Scheme]:
+    window, delay = ASCEND
+    rhythm = Rhythm(window + delay + layers, window, asynchronous=True, delay=delay)
+    slots_too = R if extra else ""
+    every = f"vllm-ascend's defaults, every {rhythm.every:,} steps beside them"
+
+    def enable(policy: int) -> str:
+        config = {
+            "dynamic_eplb": True,
+            "eplb_policy_type": policy,
+            "num_redundant_experts": least + extra,
+        }
+        text = json.dumps({"eplb_config": config}, separators=(",", ":"))
+        return f"vllm-ascend: DYNAMIC_EPLB=true, --additional-config '{text}'"
+
+    return [
+        Swift(f"eplb-swift{slots_too}", f"SwiftBalance, {every}", rhythm, extra, enable(2)),
+        FlashLb(f"eplb-flashlb{slots_too}", f"FlashLB, {every}", rhythm, extra, enable(3)),
+    ]
 
 
 def _vllm(rhythm: Rhythm, redundant: int) -> str:

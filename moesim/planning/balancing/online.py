@@ -21,7 +21,7 @@ from moesim.planning.traffic import sample_traffic
 from moesim.sim.rebalance import slot_table
 from moesim.solvers.base import Problem, run_solver
 from moesim.solvers.registry import find_solver
-from moesim.types import FloatArray
+from moesim.types import Array
 
 SEARCH_S = 1e4
 """Moves are searched to their end: how many there are bounds the time, not a clock."""
@@ -31,7 +31,7 @@ SEARCH_S = 1e4
 class Online:
     """Re-planned by greedy placement and local search of moves, with `redundant` slots.
 
-    planned: begin with our plan for time from the tuning requests, instead of linear placement.
+    planned: begin with our plan for time from the tuning requests, instead of what is in use.
     """
 
     name: str
@@ -42,14 +42,15 @@ class Online:
     enable: str = ""
 
     def run(self, bench: Bench) -> Outcome:
-        first = "local_search" if self.planned else "linear"
-        start = bench.placed(first, "time" if self.planned else "balance", self.redundant)
+        start = bench.begin(self.redundant)
+        if self.planned:
+            start = bench.placed("local_search", "time", self.redundant)
         return periodic(bench, self.rhythm, self.redundant, self._target, self.enable, start)
 
-    def _target(self, bench: Bench, load: FloatArray, held: Table, step: int) -> Table:
+    def _target(self, bench: Bench, seen: Array, held: Table, step: int) -> Table:
         course = bench.course
         problem = Problem(
-            counts=course.seen(step, self.rhythm.window),
+            counts=seen,
             capacity=bench.room(self.redundant),
             num_nodes=bench.cluster.num_nodes,
             objective="time",
@@ -75,7 +76,7 @@ class Online:
         )
 
         def moving_us(placement: Placement) -> float:
-            return bench.moving(held, slot_table(placement)).us()
+            return bench.moving(held, slot_table(placement)).us(bench.costs.beside)
 
         found = migrate(
             problem,
