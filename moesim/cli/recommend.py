@@ -67,6 +67,35 @@ def recommend(
     expert_dtype: ExpertDtypeOption = None,
     kv_dtype: KvDtypeOption = "bf16",
     memory_fraction: MemoryFractionOption = None,
+    decode_gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="Another type of GPU for decoding: prompts are then computed apart, on --gpu, and"
+            " least $/h is looked for.",
+            show_default="--gpu",
+        ),
+    ] = None,
+    speculate: Annotated[
+        float | None,
+        typer.Option(
+            help="Speculation by the model's own MTP layers, with this acceptance of a drafted"
+            " token.",
+            show_default="none; tried beside",
+        ),
+    ] = None,
+    drafts: Annotated[int, typer.Option(help="Tokens drafted in every step.", min=1)] = 1,
+    redundant_experts: Annotated[
+        bool,
+        typer.Option(
+            "--redundant-experts", help="Also engines with a redundant expert per GPU, by EPLB."
+        ),
+    ] = False,
+    experts_apart: Annotated[
+        bool,
+        typer.Option(
+            "--experts-apart", help="Also say whether experts on GPUs of their own need fewer."
+        ),
+    ] = False,
     trace: Annotated[
         str | None,
         typer.Option(

@@ -66,11 +66,13 @@ def _settings(service: Service, role: Role) -> dict[str, Any]:
 def _engine(service: Service, role: Role) -> str:
     command = [
         "trtllm-serve", service.model,
-        "--tp_size", str(role.num_gpus), "--ep_size", str(role.ep),
+        "--tp_size", str(role.tp * role.dp), "--ep_size", str(role.ep),
         "--max_batch_size", str(role.max_sequences), "--max_num_tokens", str(role.max_batch_tokens),
         "--extra_llm_api_options", f"{role.role}.yaml",
         "--host", "0.0.0.0", "--port", str(role.port),
     ]  # fmt: skip
+    if role.pp > 1:
+        command += ["--pp_size", str(role.pp)]
     if role.num_nodes > 1:
         command = ["trtllm-llmapi-launch", *command]
     return script(where(role), [command])

@@ -38,6 +38,8 @@ def files(service: Service) -> Files:
 def _engine(service: Service, role: Role) -> Files:
     out = {}
     command = ["vllm", "serve", service.model, "--tensor-parallel-size", str(role.tp)]
+    if role.pp > 1:
+        command += ["--pipeline-parallel-size", str(role.pp)]
     if role.dp > 1:
         command += ["--data-parallel-size", str(role.dp)]
     if role.ep > 1:
@@ -56,6 +58,9 @@ def _engine(service: Service, role: Role) -> Files:
     ]  # fmt: skip
     if role.kv_dtype != "bf16":
         command += ["--kv-cache-dtype", role.kv_dtype]
+    if service.drafts:
+        drafting = {"method": "mtp", "num_speculative_tokens": service.drafts}
+        command += ["--speculative-config", json.dumps(drafting)]
     if service.split:
         transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
         command += ["--kv-transfer-config", json.dumps(transfer)]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 WRITERS = {"vllm": vllm.files, "sglang": sglang.files, "trtllm": trtllm.files}
 SHARED = ("tp", "dp", "ep", "moe_tp", "moe_comm", "kv_dtype", "max_batch_tokens")
-MORE = ("max_sequences", "memory_fraction", "two_batch_overlap", "redundant_experts")
+MORE = ("max_sequences", "memory_fraction", "two_batch_overlap", "redundant_experts", "pp", "gpu")
 
 
 def launch_files(
@@ -26,10 +26,16 @@ def launch_files(
         Role(
             name,
             role["engines"],
-            gpus_per_node=node_gpus(answer["cluster"]),
+            gpus_per_node=node_gpus(_cluster(answer, name)),
             **{key: role[key] for key in (*SHARED, *MORE)},
         )
         for name, role in best["roles"].items()
     ]
-    service = Service(model, roles, best["requests_per_s"], need.prompt, need.output, num_experts)
-    return WRITERS[answer["engine"]](service)
+    drafts = 0 if answer["speculation"] is None else answer["speculation"]["drafts"]
+    load = best["requests_per_s"], need.prompt, need.output
+    return WRITERS[answer["engine"]](Service(model, roles, *load, num_experts, drafts))
+
+
+def _cluster(answer: Mapping[str, Any], role: str) -> str:
+    name: str = answer["cluster"]
+    return answer["decode_cluster"] or name if role == "decode" else name
