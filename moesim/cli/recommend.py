@@ -14,6 +14,7 @@ from moesim.cli.options import (
     KvDtypeOption,
     MemoryFractionOption,
     PlotOption,
+    PriceOption,
     SeedOption,
 )
 from moesim.cli.output import echo
@@ -90,6 +91,13 @@ def recommend(
             "--redundant-experts", help="Also engines with a redundant expert per GPU, by EPLB."
         ),
     ] = False,
+    alternatives: Annotated[
+        bool,
+        typer.Option(
+            "--alternatives/--no-alternatives",
+            help="Say what another precision, speculation or redundant experts would save.",
+        ),
+    ] = True,
     experts_apart: Annotated[
         bool,
         typer.Option(
@@ -105,13 +113,7 @@ def recommend(
             show_default="assumed skew",
         ),
     ] = None,
-    price: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Dollars per GPU-hour: h200-sxm=3.5, or 3.5. May repeat.",
-            show_default="of the cluster files, assumed",
-        ),
-    ] = None,
+    price: PriceOption = None,
     measured: Annotated[
         Path | None,
         typer.Option(

@@ -17,6 +17,7 @@ from moesim.cli.options import (
     MemoryFractionOption,
     ModelOption,
     PlotOption,
+    PriceOption,
     RerouteOption,
     SeedOption,
 )
@@ -235,6 +236,7 @@ def serve(
         str | None,
         typer.Option(help="Ms that each placement stops an engine, as many numbers."),
     ] = None,
+    price: PriceOption = None,
     rate_scale: Annotated[float, typer.Option(help="Let requests arrive so much faster.")] = 1.0,
     first: Annotated[
         int | None, typer.Option(help="The first so many requests.", show_default="all", min=1)
@@ -279,6 +281,7 @@ def serve(
                 locals(),
                 priorities=None if priorities is None else numbers(priorities, "priorities"),
                 level=level or (),
+                price=price or (),
                 rebalance_every=_whole(rebalance_every),
                 rebalance_stall=numbers(rebalance_stall, "rebalance_stall")
                 if rebalance_stall

@@ -39,7 +39,15 @@ def bench(rate: float, slo: str = SLO, engine: str = "vllm") -> Bench:
 
 @pytest.fixture(scope="module")
 def asked() -> dict[str, object]:
-    return {"gpu": "h200-sxm", "rate": 60.0, "prompt": 1000, "output": 200, "slo": SLO, "gpus": 4}
+    return {
+        "gpu": "h200-sxm",
+        "rate": 60.0,
+        "prompt": 1000,
+        "output": 200,
+        "slo": SLO,
+        "gpus": 4,
+        "alternatives": False,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +229,8 @@ def test_unknown_gpus_and_impossible_promises(asked) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys) -> None:
-    args = ["recommend", "--model", MODEL, "--rate", "5", "--slo", SLO, "--gpus", "2"]
+    args = ["recommend", "--model", MODEL, "--rate", "5", "--no-alternatives"]
+    args += ["--slo", SLO, "--gpus", "2"]
     out = tmp_path / "answer"
     assert run([*args, "--out", str(out), "--plot", str(tmp_path / "p.png")]) == 0
     said = capsys.readouterr()
@@ -297,12 +306,12 @@ def test_overlap_and_redundant_experts_are_told_to_the_engines() -> None:
     assert "--enable-dbo" not in vllm.files(more)["prefill.sh"]
 
 
-def test_redundant_experts_are_tried_where_a_trace_says_what_they_are_worth() -> None:
+def test_redundant_experts_are_tried_where_that_is_asked_for() -> None:
     own = bench(5.0)
     plain = list(shapes(own.place, "prefill", 8))
     assert not any(shape.redundant for shape in plain)
-    traced = replace(own.place, options={"trace": object()})
-    more = [shape for shape in shapes(traced, "prefill", 8) if shape.redundant]
+    asked = replace(own.place, redundancy=True)
+    more = [shape for shape in shapes(asked, "prefill", 8) if shape.redundant]
     assert {(shape.ep, shape.redundant) for shape in more} == {(2, 2), (4, 4), (8, 8)}
 
 

@@ -64,7 +64,12 @@ def _engine(service: Service, role: Role) -> Files:
     if service.split:
         transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
         command += ["--kv-transfer-config", json.dumps(transfer)]
-    if role.num_nodes > 1:
+    if role.num_nodes > 1 and role.pp > 1:
+        nodes = ["--nnodes", str(role.num_nodes), "--master-addr", "$HEAD"]
+        other = [*command, *nodes, "--headless", "--node-rank", "$NODE_RANK"]
+        out[f"{role.role}-other-nodes.sh"] = script(where(role), [other])
+        command += [*nodes, "--node-rank", "0"]
+    elif role.num_nodes > 1:
         local = role.dp // role.num_nodes
         command += ["--data-parallel-size-local", str(local)]
         command += ["--data-parallel-address", "$HEAD", "--data-parallel-rpc-port", RPC_PORT]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesim.cluster import cluster_names, gpu_names, load_cluster
+from moesim.cluster.prices import Prices, check_names, parse_prices
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.jobs import inputs
 from moesim.model.dtypes import KV_BYTES, WEIGHT_BYTES
 from moesim.serving.engines import engine_profile
 from moesim.serving.requests import Requests
-from moesim.studies.prices import Prices, check_names, parse_prices
 from moesim.studies.recommend.answer import answer
 from moesim.studies.recommend.files import launch_files
 from moesim.studies.recommend.layouts import Bench
@@ -53,6 +53,7 @@ def recommend(
     speculate: float | None = None,
     drafts: int = 1,
     redundant_experts: bool = False,
+    alternatives: bool = True,
     experts_apart: bool = False,
     trace: TraceLike | None = None,
     price: Sequence[str] = (),
@@ -71,10 +72,10 @@ def recommend(
     reach their experts, two-batch overlap, and tokens per step; with a trace or `redundant_experts`
     also a redundant expert per GPU. decode_gpu: decoding engines are on this type of GPU, and least
     dollars an hour are looked for. speculate: probability that a token drafted by the model's own
-    layers is accepted, of `drafts` in every step. What would need fewer GPUs in another precision,
-    with speculation, redundant experts or, on request, `experts_apart` is said beside the answer
-    and not chosen. docs/recommend.md says what is not searched. progress(done, total) counts kinds
-    of layout.
+    layers is accepted, of `drafts` in every step. alternatives: search too, and say beside the
+    answer, what would need fewer GPUs in another precision, with speculation, with redundant
+    experts or, on request, with `experts_apart`; none is chosen. docs/recommend.md says what is not
+    searched. progress(done, total) counts kinds of layout.
 
     Raises InputError and UnknownNameError for what is not clear, InfeasibleError where no
     combination has an answer.
@@ -135,7 +136,7 @@ def recommend(
                     "engine_source": name,
                 },
                 maximize=maximize is not None,
-                also=tuple(others(place, experts_apart)),
+                also=tuple(others(place, experts_apart)) if alternatives else (),
                 progress=_part(progress, i, len(places)),
             )
         except InfeasibleError as error:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moesim.cluster.prices import Prices
 from moesim.cost.curves import Basis, weakest
 from moesim.serving.config import ServingConfig
 from moesim.serving.run import run_tables
 from moesim.serving.step_cost import EngineStepCost
 from moesim.serving.step_table import StepTables, tables_of
-from moesim.studies.prices import Prices
 from moesim.studies.recommend.need import Need
 from moesim.studies.recommend.shapes import Place, Shape, sized
 
