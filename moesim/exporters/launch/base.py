@@ -22,6 +22,8 @@ class Role:
 
     tp, dp, ep, moe_tp, moe_comm, dtypes and limits as `moesim.serving.deployment.Deployment`; the
     limits are of one data-parallel rank. gpu, gpus_per_node: of the cluster. pp: pipeline stages.
+    placement: file of the experts' placement, in the engine's format, "" without one; unplaced: say
+    that the engine loads none.
     """
 
     role: Literal["serving", "prefill", "decode"]
@@ -40,6 +42,8 @@ class Role:
     redundant_experts: int = 0
     pp: int = 1
     gpu: str = "GPU"
+    placement: str = ""
+    unplaced: bool = False
 
     @property
     def num_gpus(self) -> int:
@@ -105,6 +109,8 @@ def _grouped(words: Sequence[str]) -> list[str]:
 def where(role: Role) -> list[str]:
     """Comment lines: on which machines a script runs."""
     lines = [f"{role.role}: {count(role.engines, 'engine')} of {role.num_gpus} x {role.gpu}"]
+    if role.unplaced:
+        lines.append("the engine loads no placement of experts from a file")
     if role.engines > 1:
         lines.append("run this for each of them")
     if role.num_nodes > 1:

@@ -45,7 +45,11 @@ def _engine(service: Service, role: Role) -> str:
     if role.two_batch_overlap != "off":
         command.append("--enable-two-batch-overlap")
     if role.redundant_experts:
-        command += ["--enable-eplb", "--ep-num-redundant-experts", str(role.redundant_experts)]
+        command += ["--ep-num-redundant-experts", str(role.redundant_experts)]
+    if role.placement:
+        command += ["--init-expert-location", role.placement]
+    elif role.redundant_experts:
+        command.append("--enable-eplb")
     command += [
         "--chunked-prefill-size", str(role.max_batch_tokens * role.dp),
         "--max-running-requests", str(role.max_sequences * role.dp),

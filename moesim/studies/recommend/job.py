@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -27,10 +28,12 @@ from moesim.types import Progress
 
 if TYPE_CHECKING:
     from moesim.jobs.inputs import ModelLike, TraceLike
+    from moesim.model.spec import ModelSpec
 
 FORMAT, VERSION = "moesim-recommendation", 1
 MAX_GPUS = 256
 DEFAULT_GPU = "h200-sxm"
+_SOURCE = re.compile(r"Hugging Face (\S+/\S+) config\.json")
 
 
 def recommend(
@@ -125,6 +128,7 @@ def recommend(
     answers: list[dict[str, Any]] = []
     refused: list[dict[str, str]] = []
     files: dict[str, str] = {}
+    notices = dict.fromkeys(need.log.notices if need.log is not None else ())
     for i, (given, name, place) in enumerate(places):
         bench = Bench(place, need, Prices(prices))
         try:
@@ -146,9 +150,9 @@ def recommend(
             continue
         answers.append(found)
         if found["kept"]:
-            written = launch_files(
-                found, need, inputs.model_id(given) or place.model.name, place.model.num_experts
-            )
+            named = inputs.model_id(given) or _repository(place.model)
+            written, said = launch_files(found, need, named, place)
+            notices |= dict.fromkeys(said)
             folder = f"{_folder(place)}/" if len(places) > 1 else ""
             files |= {folder + name: text for name, text in written.items()}
     if not answers:
@@ -161,11 +165,17 @@ def recommend(
         "model": ", ".join(dict.fromkeys(place.model.name for _, _, place in places)),
         "asked": _asked(need, gpus, maximize),
         "defaults": defaults,
-        "notices": [*(need.log.notices if need.log is not None else ())],
+        "notices": list(notices),
         "answers": answers,
         "refused": refused,
     }
     return RecommendResult(record, files)
+
+
+def _repository(model: ModelSpec) -> str:
+    """What engines call a preset: the repository that its sizes are from; else its name."""
+    found = _SOURCE.match(model.source)
+    return model.name if found is None else found[1]
 
 
 def _folder(place: Place) -> str:
