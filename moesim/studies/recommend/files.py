@@ -31,7 +31,8 @@ def launch_files(
 ) -> tuple[Mapping[str, str], tuple[str, ...]]:
     """Text by file name, and what the user should know of it. model: what the engine calls it."""
     best, traced = answer["options"][0], place.options["trace"] is not None
-    roles, out = [], {}
+    roles: list[Role] = []
+    out: dict[str, str] = {}
     notices: dict[str, None] = {}
     for name, role in best["roles"].items():
         placement = _placement(answer, name, role, place, notices) if traced else {}

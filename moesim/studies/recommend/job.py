@@ -94,6 +94,8 @@ def recommend(
         )
     need = need_of(slo, rate, prompt, output, requests, seed)
     defaults = _defaults(slo, prompt, output, requests, gpus, gpu, cluster)
+    if decode_gpu is not None:
+        defaults["cluster of decoding"] = _cluster_with(decode_gpu)
     if speculate is not None and drafts == 1:
         defaults["drafts"] = "1 per step"
     prices = parse_prices(list(price))

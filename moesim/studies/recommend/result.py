@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,11 @@ class RecommendResult(Result):
 def headline(asked: Mapping[str, Any], one: Mapping[str, Any]) -> str:
     """One answer in one line: "32 h200-sxm: 2 x 8 prefill ..., $122/h"."""
     best = one["options"][0]
-    said = f"{one['model']}: {best['num_gpus']} {one['gpu']}: {best['layout']}"
+    held: Counter[str] = Counter()
+    for role in best["roles"].values():
+        held[role["gpu"]] += role["engines"] * role["gpus"]
+    gpus = " and ".join(f"{n} {gpu}" for gpu, n in held.items())
+    said = f"{one['model']}: {gpus}: {best['layout']}"
     if not one["kept"]:
         missed = "is overloaded" if best["overloaded"] else f"misses {one['binds']['promise']}"
         return f"{said} comes nearest, but {missed}"
@@ -221,7 +226,7 @@ def _also(asked: Mapping[str, Any], one: Mapping[str, Any]) -> list[str]:
     elif asked["maximize"]:
         nothing = "no more requests/s"
     elif "/" in one["gpu"]:
-        nothing = "no fewer dollars"
+        nothing = "costs no less"
     lines = ["searched beside it, for you to choose:"]
     for other in one["also"]:
         option, ask = other["option"], f" ({other['ask']})" if other["ask"] else ""
