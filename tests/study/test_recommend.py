@@ -299,7 +299,7 @@ def test_another_is_said_only_where_it_is_better() -> None:
     own = bench(60.0, slo="ttft_p99<300ms,tpot_p99<6ms")
     answer = cheapest(own, 4, Searched(), keep=1)[0]
     for other in others(own.place, True):
-        found = best_of(Bench(other.place, own.need, own.prices), answer, 4, False)
+        found = best_of(Bench(other.place, own.need, own.prices), own, answer, 4, False)
         assert found is None or (found.kept and found.layout.num_gpus < answer.layout.num_gpus)
 
 

@@ -97,7 +97,7 @@ def _other(
 ) -> dict[str, Any]:
     """What is said of another: its best layout where that is better than the answer."""
     own = Bench(other.place, bench.need, bench.prices)
-    found = best_of(own, best, max_gpus, maximize, progress)
+    found = best_of(own, bench, best, max_gpus, maximize, progress)
     return {
         "name": other.name,
         "ask": other.ask,

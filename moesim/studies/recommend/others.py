@@ -20,6 +20,8 @@ from moesim.studies.recommend.search import Searched, cheapest, fastest
 from moesim.studies.recommend.shapes import Place, sized
 from moesim.types import Progress
 
+RESOLUTION = 0.01
+"""Shares of a rate that the search tells apart."""
 ACCEPTANCE = 0.85
 ACCEPTED = (
     "acceptance 0.85 is assumed, the low end of what DeepSeek-V3's report gives for its second"
@@ -104,13 +106,24 @@ def _with(place: Place, **options: Any) -> Place:
 
 
 def best_of(
-    own: Bench, best: Tried, max_gpus: int, maximize: bool, progress: Progress | None = None
+    own: Bench,
+    base: Bench,
+    best: Tried,
+    max_gpus: int,
+    maximize: bool,
+    progress: Progress | None = None,
 ) -> Tried | None:
-    """The best layout of another, where it is of fewer GPUs (or dollars an hour, of two types), or
-    serves more requests/s, than `best`, the answer without it; None where none is."""
+    """The best layout of another, `own`, where it is of fewer GPUs (or dollars an hour, of two
+    types), or serves more requests/s, than `best`, the answer of `base`; None where none is."""
     if maximize:
-        found = fastest(own, max_gpus, Searched(), progress, keep=1, above=best.rate)
+        floor = best.rate * (1 + RESOLUTION)
+        found = fastest(own, max_gpus, Searched(), progress, keep=1, above=floor)
     else:
         limit = own.size(best.layout) if best.kept else inf
         found = cheapest(own, max_gpus, Searched(), progress, keep=1, below=limit)
-    return found[0] if found and found[0].kept else None
+    if not found or not found[0].kept:
+        return None
+    layout = found[0].layout
+    parts = [layout.front] if layout.back is None else [layout.front, layout.back]
+    asked_anyway = base.place.redundancy or not own.place.redundancy
+    return found[0] if asked_anyway or any(part.redundant for part in parts) else None
