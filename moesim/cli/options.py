@@ -58,6 +58,14 @@ MemoryFractionOption = Annotated[
         "--memory-fraction", help="Share of GPU memory in use.", show_default="the engine's"
     ),
 ]
+PriceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--price",
+        help="Dollars per GPU-hour: 2.5, or GPU=2.5. May repeat.",
+        show_default="the assumed figures of the cluster files",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same bytes.", min=0)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 PlotOption = Annotated[

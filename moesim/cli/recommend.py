@@ -14,6 +14,7 @@ from moesim.cli.options import (
     KvDtypeOption,
     MemoryFractionOption,
     PlotOption,
+    PriceOption,
     SeedOption,
 )
 from moesim.cli.output import echo
@@ -67,6 +68,42 @@ def recommend(
     expert_dtype: ExpertDtypeOption = None,
     kv_dtype: KvDtypeOption = "bf16",
     memory_fraction: MemoryFractionOption = None,
+    decode_gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="Another type of GPU for decoding: prompts are then computed apart, on --gpu, and"
+            " least $/h is looked for.",
+            show_default="--gpu",
+        ),
+    ] = None,
+    speculate: Annotated[
+        float | None,
+        typer.Option(
+            help="Speculation by the model's own MTP layers, with this acceptance of a drafted"
+            " token.",
+            show_default="none; tried beside",
+        ),
+    ] = None,
+    drafts: Annotated[int, typer.Option(help="Tokens drafted in every step.", min=1)] = 1,
+    redundant_experts: Annotated[
+        bool,
+        typer.Option(
+            "--redundant-experts", help="Also engines with a redundant expert per GPU, by EPLB."
+        ),
+    ] = False,
+    alternatives: Annotated[
+        bool,
+        typer.Option(
+            "--alternatives/--no-alternatives",
+            help="Say what another precision, speculation or redundant experts would save.",
+        ),
+    ] = True,
+    experts_apart: Annotated[
+        bool,
+        typer.Option(
+            "--experts-apart", help="Also say whether experts on GPUs of their own need fewer."
+        ),
+    ] = False,
     trace: Annotated[
         str | None,
         typer.Option(
@@ -76,13 +113,7 @@ def recommend(
             show_default="assumed skew",
         ),
     ] = None,
-    price: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Dollars per GPU-hour: h200-sxm=3.5, or 3.5. May repeat.",
-            show_default="of the cluster files, assumed",
-        ),
-    ] = None,
+    price: PriceOption = None,
     measured: Annotated[
         Path | None,
         typer.Option(

@@ -17,6 +17,7 @@ from moesim.cli.options import (
     MemoryFractionOption,
     ModelOption,
     PlotOption,
+    PriceOption,
     RerouteOption,
     SeedOption,
 )
@@ -254,6 +255,7 @@ def serve(
             show_default="as long as moving all layers takes",
         ),
     ] = None,
+    price: PriceOption = None,
     rate_scale: Annotated[float, typer.Option(help="Let requests arrive so much faster.")] = 1.0,
     first: Annotated[
         int | None, typer.Option(help="The first so many requests.", show_default="all", min=1)
@@ -299,6 +301,7 @@ def serve(
                 priorities=None if priorities is None else numbers(priorities, "priorities"),
                 speculate=None if speculate is None else numbers(speculate, "speculate"),
                 level=level or (),
+                price=price or (),
                 rebalance_every=_whole(rebalance_every),
                 rebalance_stall=numbers(rebalance_stall, "rebalance_stall")
                 if rebalance_stall

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moesim.cli.options import JsonOption, PlotOption
+from moesim.cli.options import JsonOption, PlotOption, PriceOption
 from moesim.cli.output import echo
 from moesim.errors import InputError
 
@@ -60,13 +60,7 @@ def whatif(
             help="An answer for each value of this parameter: model, cluster.", metavar="NAME"
         ),
     ] = None,
-    price: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Dollars per GPU-hour: 2.5, or GPU=2.5. May repeat.",
-            show_default="the assumed figures of the cluster files",
-        ),
-    ] = None,
+    price: PriceOption = None,
     sensitivity: Annotated[
         float | None,
         typer.Option(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moesim.choices import MoeComm, Overlap, Router
 from moesim.cluster import Cluster
+from moesim.cluster.prices import Prices, check_names, parse_prices
 from moesim.errors import InputError
 from moesim.figures import LATENCIES, SERVICE_FIGURES, figure, text_table
 from moesim.jobs import inputs
@@ -91,8 +92,8 @@ class ServeResult(Result):
         lines += [line for line in record["predictions"] if line.startswith("rebalancing: ")]
         others = [f"{n:,} {name}" for name, n in counts.items() if n and name != "finished"]
         lines.append(", ".join([f"{counts['finished']:,} finished", *others]))
-        lines += [_latencies(metrics), *_levels(record["by_level"])]
         lines += _window(record["window"])
+        lines += [_latencies(metrics), *_levels(record["by_level"])]
         rows = []
         for name in SERVICE_FIGURES:
             value, known = metrics.get(name), figure(name)
@@ -177,6 +178,7 @@ def serve(
     rebalance_every: Sequence[int] = (),
     rebalance_stall: Sequence[float] = (),
     slo: str | None = None,
+    price: Sequence[str] = (),
     rate_scale: float = 1.0,
     first: int | None = None,
     skip_empty: bool = False,
@@ -206,6 +208,7 @@ def serve(
     if prefill not in (None, "mixed", "first"):
         raise InputError(f"`prefill` {prefill}", "give mixed or first")
     promises = parse_slo(slo) if slo is not None else None
+    prices = Prices(parse_prices(list(price)))
     defaults: dict[str, str] = {}
     arriving = arriving_requests(
         requests,
@@ -253,6 +256,8 @@ def serve(
         routed, changed = inputs.rerouted(whole, reroute, seed=seed)
     front, back = _pools(model, cluster, plan, routed, asked, options, defaults)
     deployment = front.engine
+    pools = [front.engine, *([] if back is None else [back.engine])]
+    check_names(prices.given, {gpu.name for one in pools for gpu in one.cluster.gpus})
     config = ServingConfig(
         replicas=front.replicas,
         router=router,
@@ -290,6 +295,7 @@ def serve(
             defaults=defaults,
             notices=(*arriving.notices, *([] if changed is None else [changed])),
             seconds=time.perf_counter() - begin,
+            prices=prices,
         )
     )
 
@@ -413,10 +419,10 @@ def _latencies(metrics: Mapping[str, float | None]) -> str:
 
 def _window(window: Mapping[str, Any]) -> list[str]:
     if window["state"] == "short":
-        return ["no steady state: no rates; means over time are of the whole run"]
+        return ["no steady state: no rates; latencies and means over time are of the whole run"]
     span = f"from {window['start_s']:,.0f} s to the last arrival at {window['end_s']:,.0f} s"
     state = "" if window["state"] == "steady" else ", not a steady state"
-    return [f"rates and means over time {span}{state}:"]
+    return [f"latencies of requests that arrive, rates and means over time {span}{state}:"]
 
 
 def _levels(levels: Sequence[Mapping[str, Any]]) -> list[str]:

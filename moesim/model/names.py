@@ -4,6 +4,7 @@ GGUF file."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from moesim.errors import FormatError, InputError, UnknownNameError, plain
 from moesim.model.attention import AttentionSpec
+from moesim.model.checkpoints import Checkpoint, checkpoint
 from moesim.model.dtypes import KV_BYTES, TOKEN_BYTES, WEIGHT_BYTES, bytes_per
 from moesim.model.hf.reader import Reading, read_config
 from moesim.model.hf_config import read_hf_config
@@ -32,8 +34,8 @@ __all__ = [
 
 
 def load_model(name_or_path: str) -> ModelSpec:
-    """The spec of a preset (name or alias, any case), of a `config.json` or a folder with one, or
-    of a `.gguf` file.
+    """The spec of a preset (name or alias, any case), of one of its published checkpoints
+    (`moesim.model.checkpoints`), of a `config.json` or a folder with one, or of a `.gguf` file.
 
     A preset wins over a file of the same name: write `./name` for the file. Raises
     UnknownNameError with the nearest known name, InputError for a path that cannot be read, and
@@ -47,6 +49,9 @@ def load_reading(name_or_path: str) -> Reading:
     preset = _names().get(name_or_path.casefold())
     if preset is not None:
         return _preset(preset)
+    narrower = checkpoint(name_or_path)
+    if narrower is not None:
+        return _checkpoint(narrower)
     path = Path(name_or_path)
     try:
         if path.is_dir():
@@ -131,6 +136,19 @@ def _names() -> Mapping[str, str]:
 
 def _aliases() -> list[str]:
     return [alias for name in preset_names() for alias in preset_aliases(name)]
+
+
+def _checkpoint(narrower: Checkpoint) -> Reading:
+    found = _preset(narrower.base)
+    spec = replace(
+        found.spec,
+        name=narrower.short,
+        source=f"Hugging Face {narrower.name} config.json",
+        expert_dtype=narrower.expert_dtype,
+        dense_dtype=narrower.dense_dtype,
+        stored=narrower.stored,
+    )
+    return replace(found, spec=spec)
 
 
 @cache

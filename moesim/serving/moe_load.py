@@ -40,8 +40,7 @@ class MoeLoad:
         Drawn with common random numbers: the same uniform numbers for every `num_tokens`, so that
         counts grow with it.
         """
-        uniform = stream(seed).random(self.inclusion.shape)
-        return _binomial_quantile(num_tokens, self.inclusion, uniform)
+        return _drawn(self, num_tokens, seed)
 
     def spread(self, factor: float) -> MoeLoad:
         """The load whose experts differ from the mean by `factor` times as much (0 to 1 each)."""
@@ -53,6 +52,14 @@ class MoeLoad:
         return MoeLoad(np.minimum(wider, 1.0), f"{self.source}, spread {factor:g} times")
 
 
+@lru_cache(maxsize=512)
+def _drawn(load: MoeLoad, num_tokens: float, seed: int) -> FloatArray:
+    """Of many deployments of one load, the same counts are asked for again and again."""
+    uniform = stream(seed).random(load.inclusion.shape)
+    return _binomial_quantile(num_tokens, load.inclusion, uniform)
+
+
+@lru_cache(maxsize=16)
 def assumed_load(num_experts: int, top_k: int, skew: float = ASSUMED_SKEW) -> MoeLoad:
     """Popularity by a power law of the rank, the ranks shuffled over the experts of each layer."""
     return MoeLoad(
@@ -61,6 +68,7 @@ def assumed_load(num_experts: int, top_k: int, skew: float = ASSUMED_SKEW) -> Mo
     )
 
 
+@lru_cache(maxsize=4)
 def load_of_trace(trace: Trace, max_tokens: int = 65536) -> MoeLoad:
     """Popularity of the experts of a routing trace, layer by layer."""
     stride = max(1, trace.num_tokens // max_tokens)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moesim.cluster.prices import Prices
 from moesim.serving.memory import gpu_memory
 from moesim.serving.slo import LATENCIES
 from moesim.serving.state import FINISHED
 
 if TYPE_CHECKING:
-    from moesim.cluster import GpuSpec
     from moesim.serving.config import ServingConfig
     from moesim.serving.deployment import Deployment
     from moesim.serving.requests import Requests
@@ -40,9 +40,12 @@ def run_record(
     defaults: dict[str, str] | None = None,
     notices: tuple[str, ...] = (),
     seconds: float | None = None,
+    prices: Prices | None = None,
 ) -> dict[str, Any]:
     """The run as `moesim simulate --requests --json` prints it. Times in seconds; `cdf` holds
-    QUANTILES quantiles of each latency; `provenance.run` alone differs between equal runs."""
+    QUANTILES quantiles of each latency; `provenance.run` alone differs between equal runs.
+    prices: of GPUs, those of the cluster files where left out."""
+    prices = Prices({}) if prices is None else prices
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -58,14 +61,14 @@ def run_record(
         "counts": result.counts(),
         "pools": _pools(deployment, requests, config, result),
         "window": {**asdict(result.window), "rule": RULE},
-        "metrics": {**result.metrics, **dollars(deployment, config, result)},
+        "metrics": {**result.metrics, **dollars(deployment, config, result, prices)},
         "by_level": _by_level(requests, result),
         "slo": None if slo is None else _slo(slo, result),
         "cdf": _cdf(result),
         "bin_s": result.bin_s,
         "series": _series(result),
         "basis": result.basis,
-        "predictions": predictions(deployment, requests, config, result),
+        "predictions": [*predictions(deployment, requests, config, result), *_priced(prices)],
         "defaults": defaults or {},
         "notices": [*notices, *filter(None, [result.window.warning])],
         "provenance": _provenance(deployment, requests, config, seconds),
@@ -141,8 +144,6 @@ def predictions(
         )
         if routing.drift_s < math.inf:
             out.append("drift of the domains: assumed form")
-    parts = [deployment, *([config.decode] if config.decode is not None else [])]
-    out += list(dict.fromkeys(_price(gpu) for part in parts for gpu in part.cluster.gpus))
     for which, stall in zip(("engines", "decoding engines"), config.stalls, strict=False):
         out.append(
             f"rebalancing: {which} stand still {stall.us / 1e3:g} ms every {stall.every_steps:,}"
@@ -162,19 +163,18 @@ def predictions(
 
 
 def dollars(
-    deployment: Deployment, config: ServingConfig, result: ServingResult
+    deployment: Deployment, config: ServingConfig, result: ServingResult, prices: Prices
 ) -> dict[str, float | None]:
-    """Dollars per hour at the prices of the cluster files, and per million tokens of the window:
-    decoding engines bear the output tokens and the others the input tokens, or all the output
-    tokens. None where a price or a rate is not known."""
+    """Dollars per hour, and per million tokens of the window: decoding engines bear the output
+    tokens and the others the input tokens, or all the output tokens. None where a price or a rate
+    is not known."""
     parts = [(deployment, config.replicas)]
     if config.decode is not None:
         parts.append((config.decode, config.decode_replicas))
     hourly = []
     for part, replicas in parts:
-        each = [gpu.price_usd_per_hour for gpu in part.cluster.gpus]
-        known = [price for price in each if price is not None]
-        hourly.append(replicas * sum(known) if len(known) == len(each) else math.nan)
+        each = prices.per_hour(part.cluster)
+        hourly.append(math.nan if each is None else replicas * each)
     output, prompt = (result.metrics[f"{n}_tokens_per_s"] for n in ("output", "prompt"))
     per_output = hourly[-1] / (output * 3600) * 1e6 if output else math.nan
     found = {"cost_usd_per_hour": sum(hourly), "cost_usd_per_million_output_tokens": per_output}
@@ -184,12 +184,15 @@ def dollars(
     return {name: _finite(value) for name, value in found.items()}
 
 
-def _price(gpu: GpuSpec) -> str:
-    price = next((b for b in gpu.blocks if b.role == "price"), None)
-    if price is None or gpu.price_usd_per_hour is None:
-        return f"dollars: no price of {gpu.name} is known"
-    said = f"${gpu.price_usd_per_hour:g} per hour of {gpu.name}"
-    return f"dollars: {said}, {price.kind} ({price.source})"
+def _priced(prices: Prices) -> list[str]:
+    """Where each price is from."""
+    out = []
+    for gpu, found in prices.used.items():
+        dollars = found["usd_per_gpu_hour"]
+        source = f" ({found['source']})" if found["source"] else ""
+        said = f"${dollars:g} per hour of {gpu}, {found['kind']}{source}" if dollars else ""
+        out.append(f"dollars: {said or f'no price of {gpu} is known'}")
+    return out
 
 
 def _service(config: ServingConfig) -> dict[str, Any]:
@@ -271,7 +274,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _cdf(result: ServingResult) -> dict[str, list[float]]:
-    ended = result.status == FINISHED
+    ended = (result.status == FINISHED) & result.timed
     levels = np.linspace(0, 100, QUANTILES)
     out = {}
     for name in LATENCIES:

@@ -51,7 +51,8 @@ class ServingResult:
     rank (-1: none).
     ttft_s, tpot_s, e2e_s: [R], NaN where there is none; tpot only of two tokens or more.
     series: by role, each [bins] of `bin_s` seconds: time and what SERIES holds, as rates and means.
-    window: the time over which rates and means over time are taken (`moesim.serving.steady`).
+    window: the time over which rates, means over time and latencies are taken
+    (`moesim.serving.steady`).
     metrics: by name, in seconds, tokens and shares; None where there is nothing to measure. Means
     over time are of the whole run where the window has no rates.
     """
@@ -145,9 +146,19 @@ class ServingResult:
     def __len__(self) -> int:
         return len(self.status)
 
+    @property
+    def timed(self) -> npt.NDArray[np.bool_]:
+        """[R]: requests whose latencies are taken: those that arrive in the window; all where it
+        has no rates."""
+        if not self.window.has_rates:
+            return np.ones(len(self), np.bool_)
+        after = self.arrival_s > self.window.start_s
+        return np.asarray(after & (self.arrival_s <= self.window.end_s))
+
     def latencies(self, among: npt.NDArray[np.bool_] | None = None) -> dict[str, float | None]:
-        """Every figure of `slo.METRICS`, over finished requests, or some of them by mask [R]."""
-        own = self.status == FINISHED
+        """Every figure of `slo.METRICS`, over finished requests that are `timed`, or some of them
+        by mask [R]."""
+        own = (self.status == FINISHED) & self.timed
         if among is not None:
             own = own & among
         return _latencies({name: getattr(self, f"{name}_s")[own] for name in LATENCIES})
@@ -155,11 +166,11 @@ class ServingResult:
     def promised(self, slo: Slo) -> dict[str, float | None]:
         """The figures that the promises over requests of `slo` are about, by name: as `latencies`,
         but with every request that was not served as infinitely late."""
-        served = self.status == FINISHED
+        served, timed = self.status == FINISHED, self.timed
         out: dict[str, float | None] = {}
         for bound in slo.over_requests:
             values = getattr(self, f"{bound.latency}_s")
-            values = np.where(served, values, np.inf)
+            values = np.where(served, values, np.inf)[timed]
             out[bound.name] = _figure(values[~np.isnan(values)], STATS[bound.stat])
         return out
 
@@ -172,8 +183,7 @@ class ServingResult:
             values = getattr(self, f"{bound.latency}_s")
             kept &= ~(values >= bound.limit_s)
         window = self.window
-        inside = (self.arrival_s > window.start_s) & (self.arrival_s <= window.end_s)
-        rate = float((kept & inside).sum()) / window.seconds if window.has_rates else None
+        rate = float((kept & self.timed).sum()) / window.seconds if window.has_rates else None
         return {
             "share": int(kept.sum()) / len(self),
             "requests_per_s": rate,
@@ -290,7 +300,7 @@ def _metrics(
     busy = sum(t["busy_us"] / n * g for t, n, g in zip(totals, instances, gpus, strict=False))
     steps = sum(t["steps"] for t in totals)
     slow = sum(t["rank_max_us"] for t in totals)
-    waits = (out.start_s - out.arrival_s)[np.isfinite(out.start_s)]
+    waits = (out.start_s - out.arrival_s)[np.isfinite(out.start_s) & out.timed]
     metrics: dict[str, float | None] = dict(out.latencies())
     metrics |= {
         "duration_s": duration,

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.backend import open_backend
+from moesim.cluster.prices import parse_prices
 from moesim.errors import InputError
 from moesim.jobs.result import Result
 from moesim.studies.file import read_study
-from moesim.studies.prices import parse_prices
 from moesim.studies.result import to_json
 from moesim.studies.run import Results, make_study, run_study
 from moesim.studies.text import summary

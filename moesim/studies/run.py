@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from moesim.backend import Backend
+from moesim.cluster.prices import check_names
 from moesim.errors import InputError
 from moesim.studies.evaluator import Outcome
 from moesim.studies.file import Search
 from moesim.studies.inputs import code_hash
 from moesim.studies.journal import StudyJournal
-from moesim.studies.prices import check_names
 from moesim.studies.question import COST, best
 from moesim.studies.runner import Results as Results
 from moesim.studies.runner import Runner, groups, levels

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moesim.backend import Backend
+from moesim.cluster.prices import Prices
 from moesim.errors import InputError, MoesimError, UnknownNameError
 from moesim.studies.evaluator import Evaluator, Outcome, Scalar
 from moesim.studies.file import StudyFile, check_study
 from moesim.studies.journal import StudyJournal
-from moesim.studies.prices import Prices
 from moesim.studies.question import COST, Question, best, make_question
 from moesim.studies.registry import get_evaluator
 from moesim.studies.space import DEFAULT_MAX_POINTS, Point, Space, distinct, make_point

@@ -326,8 +326,9 @@ def test_lines_that_start_services_use_options_that_exist(wheel):
         text = "".join(file.read_text() for file in files if file.is_file())
         front = "".join(file.read_text() for file in router.rglob("router_args.py"))
         front += "".join(file.read_text() for file in router.rglob("launch_router.py"))
-        for roles in (apart, [Role("serving", 3, moe_comm="all_gather", **one)]):
-            written = module.files(Service("org/model", roles, 10.0, 1000.0, 100.0, 256))
+        staged = [Role("serving", 3, moe_comm="all_gather", pp=2, **one)]
+        for roles in (apart, [Role("serving", 3, moe_comm="all_gather", **one)], staged):
+            written = module.files(Service("org/model", roles, 10.0, 1000.0, 100.0, 256, drafts=1))
             for file, lines in written.items():
                 for option in words(lines.replace("\\\n", " ").splitlines()):
                     bare = option.removeprefix("--")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.cluster.prices import Prices
 from moesim.serving.config import ServingConfig
 from moesim.serving.record import dollars
 from moesim.serving.requests import Requests
@@ -63,9 +64,25 @@ def test_warm_up_and_drain_are_left_out(small: ModuleType) -> None:
     assert metrics["output_tokens_per_s"] == pytest.approx(5000.0, rel=0.01)
     assert metrics["running_mean"] == pytest.approx(50.0, rel=0.01)
     assert metrics["duration_s"] == pytest.approx(64.9, rel=0.01)
-    paid = dollars(small.small_deployment(), ServingConfig(), result)
+    paid = dollars(small.small_deployment(), ServingConfig(), result, Prices({}))
     assert paid["cost_usd_per_hour"] == 3.0
     assert paid["cost_usd_per_million_output_tokens"] == pytest.approx(1 / 6, rel=0.01)
+    mine = dollars(small.small_deployment(), ServingConfig(), result, Prices({"h100-sxm": 6.0}))
+    assert mine["cost_usd_per_million_output_tokens"] == pytest.approx(2 / 6, rel=0.01)
+
+
+def test_latencies_are_of_the_window_that_rates_are_of(small: ModuleType) -> None:
+    """Steps of 1 ms and 0.1 ms per sequence, 100 tokens, ten requests per 100 ms: the first meet an
+    empty service and are quicker than any of the steady one, whose latencies alone are taken."""
+    requests = Requests.of(np.arange(6000) / 100.0, np.full(6000, 8), np.full(6000, 100))
+    result = small.serve(requests, small.tables(1000.0, row_us=100.0))
+    start, end = result.window.start_s, result.window.end_s
+    own = (result.arrival_s > start) & (result.arrival_s <= end)
+    assert start > 0
+    assert result.e2e_s[~own].min() < result.e2e_s[own].min()
+    assert result.metrics["e2e_p50"] == pytest.approx(float(np.median(result.e2e_s[own])))
+    promised = result.promised(parse_slo("e2e_mean<1h".replace("1h", "60min")))
+    assert promised["e2e_mean"] == pytest.approx(float(result.e2e_s[own].mean()))
 
 
 def test_a_service_that_falls_behind_says_so(small: ModuleType) -> None:
@@ -93,7 +110,7 @@ def test_a_run_shorter_than_its_requests_has_no_rates(small: ModuleType) -> None
         "requests_per_s": None,
         "requests_per_s_per_gpu": None,
     }
-    paid = dollars(small.small_deployment(), ServingConfig(), result)
+    paid = dollars(small.small_deployment(), ServingConfig(), result, Prices({}))
     assert paid == {"cost_usd_per_hour": 3.0, "cost_usd_per_million_output_tokens": None}
 
 

@@ -12,19 +12,19 @@ import pytest
 import moesim
 from moesim.cli.main import run
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
-from moesim.exporters.launch import sglang, trtllm, vllm
-from moesim.exporters.launch.base import Role, Service
 from moesim.model.names import load_model
 from moesim.serving.config import ServingConfig
 from moesim.serving.deployment import deploy
 from moesim.serving.engines import engine_profile
 from moesim.serving.run import simulate_serving
+from moesim.serving.speculative import Speculation
 from moesim.serving.step_cost import EngineStepCost
 from moesim.serving.synthetic import synthetic_requests
 from moesim.studies.recommend.bounds import most
 from moesim.studies.recommend.firm import HELD_OUT_TPOT
 from moesim.studies.recommend.layouts import Bench, Layout
 from moesim.studies.recommend.need import need_of
+from moesim.studies.recommend.others import best_of, others
 from moesim.studies.recommend.search import Searched, cheapest, families
 from moesim.studies.recommend.shapes import Place, Shape, shapes
 
@@ -32,14 +32,26 @@ MODEL, CLUSTER = "gpt-oss-20b", "h200-sxm-ib"
 SLO = "ttft_p99<300ms,tpot_p99<12ms"
 
 
-def bench(rate: float, slo: str = SLO, engine: str = "vllm") -> Bench:
+DRAFTS = Speculation(0.85, 1, fixed=True)
+
+
+def bench(rate: float, slo: str = SLO, engine: str = "vllm", **more: object) -> Bench:
     need = need_of(slo, rate, 1000, 200, None, 0)
-    return Bench(Place(load_model(MODEL), CLUSTER, engine_profile(engine), {}), need)
+    options = {"expert_dtype": None, "kv_dtype": "bf16"}
+    return Bench(Place(load_model(MODEL), CLUSTER, engine_profile(engine), options, **more), need)
 
 
 @pytest.fixture(scope="module")
 def asked() -> dict[str, object]:
-    return {"gpu": "h200-sxm", "rate": 60.0, "prompt": 1000, "output": 200, "slo": SLO, "gpus": 4}
+    return {
+        "gpu": "h200-sxm",
+        "rate": 60.0,
+        "prompt": 1000,
+        "output": 200,
+        "slo": SLO,
+        "gpus": 4,
+        "alternatives": False,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +59,22 @@ def result(asked):
     return moesim.recommend(MODEL, **asked)
 
 
-def test_no_smaller_layout_keeps_the_promises() -> None:
-    """The slow reference: every layout of up to 2 GPUs of every shape, all simulated."""
-    own = bench(30.0)
+@pytest.mark.parametrize(
+    ("rate", "more"),
+    [
+        (30.0, {}),
+        (45.0, {"speculation": DRAFTS}),
+        (10.0, {"decode_cluster": "a100-sxm-ib"}),
+    ],
+)
+def test_no_smaller_layout_keeps_the_promises(rate, more) -> None:
+    """The slow reference: every layout of up to 2 GPUs of every shape, pipeline stages among them,
+    all simulated; with speculation; with decoding on another type of GPU, by dollars."""
+    own = bench(rate, **more)
     found = cheapest(own, 2, Searched())
-    fewest = min(
-        (layout.num_gpus for layout in every_layout(own, 2) if own.run(layout, own.need.rate).kept),
-        default=None,
-    )
-    assert fewest is not None
+    kept = [layout for layout in every_layout(own, 2) if own.run(layout, own.need.rate).kept]
     assert found[0].kept
-    assert found[0].layout.num_gpus == fewest
+    assert own.size(found[0].layout) == min(own.size(layout) for layout in kept)
 
 
 def every_layout(own: Bench, gpus: int) -> list[Layout]:
@@ -71,14 +88,15 @@ def every_layout(own: Bench, gpus: int) -> list[Layout]:
     return out
 
 
-@pytest.mark.parametrize(("role", "budget"), [("mixed", 8192), ("prefill", 8192), ("decode", 8192)])
-def test_a_bound_is_not_below_what_the_simulation_serves(role, budget) -> None:
+@pytest.mark.parametrize("role", ["mixed", "prefill", "decode"])
+@pytest.mark.parametrize(("pp", "drafts"), [(1, None), (2, None), (1, DRAFTS)])
+def test_a_bound_is_not_below_what_the_simulation_serves(role, pp, drafts) -> None:
     """At 1.15 times the bound the simulated engine misses a promise; what a closed form leaves out
     (queues, uneven steps) only makes the engine slower."""
-    own = bench(1.0)
-    shape = Shape(1, 1, 1, "all_reduce", 0)
+    own = bench(1.0, speculation=drafts)
+    shape = Shape(1, 1, 1, "all_reduce", 0, pp=pp)
     cost = own.engine(shape)[1]
-    bound = most(role, cost, own.need, budget)
+    bound = most(role, cost, own.need, 8192, drafts)
     assert bound.rate > 0
     layout = {
         "mixed": Layout(shape, 1),
@@ -221,7 +239,8 @@ def test_unknown_gpus_and_impossible_promises(asked) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys) -> None:
-    args = ["recommend", "--model", MODEL, "--rate", "5", "--slo", SLO, "--gpus", "2"]
+    args = ["recommend", "--model", MODEL, "--rate", "5", "--no-alternatives"]
+    args += ["--slo", SLO, "--gpus", "2"]
     out = tmp_path / "answer"
     assert run([*args, "--out", str(out), "--plot", str(tmp_path / "p.png")]) == 0
     said = capsys.readouterr()
@@ -238,85 +257,55 @@ def test_the_command(tmp_path: Path, capsys) -> None:
     assert run([*args[:-4], "--slo", "tpot_p99<1us"]) == 1
 
 
-def service(**changes: object) -> Service:
-    one = {
-        "tp": 1, "dp": 16, "ep": 16, "moe_tp": 1, "kv_dtype": "fp8", "max_batch_tokens": 8192,
-        "max_sequences": 256, "memory_fraction": 0.9, "gpus_per_node": 8,
-    }  # fmt: skip
-    roles = [
-        Role("prefill", 2, **(one | {"dp": 8, "ep": 8, "moe_comm": "deepep"})),
-        Role("decode", 1, **(one | {"moe_comm": "deepep_ll"} | changes)),
-    ]
-    return Service("org/model", roles, 50.0, 1000.0, 300.0, 256)
-
-
-def test_launch_lines_of_vllm() -> None:
-    files = vllm.files(service())
-    decode = files["decode.sh"].splitlines()
-    for line in (
-        "vllm serve org/model \\",
-        "  --data-parallel-size 16 \\",
-        "  --enable-expert-parallel \\",
-        "  --all2all-backend deepep_low_latency \\",
-        "  --kv-cache-dtype fp8 \\",
-        "  --data-parallel-size-local 8 \\",
-        '  --data-parallel-address "$HEAD" \\',
-    ):
-        assert line in decode
-    assert '  --data-parallel-start-rank "$((NODE_RANK * 8))"' in files["decode-other-nodes.sh"]
-    assert "prefill-other-nodes.sh" not in files
-    assert files["router.sh"].count("--prefill http") == 2
-    assert "  --request-rate 50 \\" in files["bench.sh"].splitlines()
-
-
-def test_launch_lines_of_sglang_count_all_ranks_together() -> None:
-    """8,192 tokens and 256 sequences of each of 16 ranks: 131,072 and 4,096."""
-    decode = sglang.files(service())["decode.sh"].splitlines()
-    for line in (
-        "  --tp-size 16 \\",
-        "  --attn-dp-size 16 \\",
-        "  --chunked-prefill-size 131072 \\",
-        "  --max-running-requests 4096 \\",
-        "  --deepep-mode low_latency \\",
-        "  --disaggregation-mode decode \\",
-        "  --nnodes 2 \\",
-    ):
-        assert line in decode
-
-
-def test_overlap_and_redundant_experts_are_told_to_the_engines() -> None:
-    """32 experts beyond 256: 288 slots for TensorRT-LLM, which counts slots."""
-    more = service(two_batch_overlap="decode", redundant_experts=32)
-    lines = vllm.files(more)["decode.sh"].splitlines()
-    assert "  --enable-dbo \\" in lines
-    assert """  --eplb-config '{"num_redundant_experts": 32}' \\""" in lines
-    lines = sglang.files(more)["decode.sh"].splitlines()
-    assert "  --enable-two-batch-overlap \\" in lines
-    assert "  --ep-num-redundant-experts 32 \\" in lines
-    assert "num_slots: 288" in trtllm.files(more)["decode.yaml"]
-    assert "--enable-dbo" not in vllm.files(more)["prefill.sh"]
-
-
-def test_redundant_experts_are_tried_where_a_trace_says_what_they_are_worth() -> None:
+def test_redundant_experts_are_tried_where_that_is_asked_for() -> None:
     own = bench(5.0)
     plain = list(shapes(own.place, "prefill", 8))
     assert not any(shape.redundant for shape in plain)
-    traced = replace(own.place, options={"trace": object()})
-    more = [shape for shape in shapes(traced, "prefill", 8) if shape.redundant]
+    asked = replace(own.place, redundancy=True)
+    more = [shape for shape in shapes(asked, "prefill", 8) if shape.redundant]
     assert {(shape.ep, shape.redundant) for shape in more} == {(2, 2), (4, 4), (8, 8)}
 
 
-def test_settings_of_tensorrt_llm() -> None:
-    import yaml
+def test_stages_are_tried_in_engines_that_do_both() -> None:
+    """Of up to 4 GPUs: tp 1 with 2 or 4 stages, tp 2 with 2; each with experts whole or cut."""
+    found = {(s.tp, s.ep, s.pp) for s in shapes(bench(5.0).place, "mixed", 4) if s.pp > 1}
+    assert found == {(1, 1, 2), (1, 1, 4), (2, 2, 2), (2, 1, 2)}
+    assert all(s.pp == 1 for s in shapes(bench(5.0).place, "decode", 4))
+    drafting = bench(5.0, speculation=DRAFTS).place
+    assert all(s.pp == 1 for s in shapes(drafting, "mixed", 4))
 
-    files = trtllm.files(service())
-    decode = yaml.safe_load(files["decode.yaml"])
-    assert decode["enable_attention_dp"] is True
-    assert decode["kv_cache_config"] == {"dtype": "fp8", "free_gpu_memory_fraction": 0.9}
-    front = yaml.safe_load(files["disagg.yaml"])
-    assert front["context_servers"]["num_instances"] == 2
-    assert "disable_overlap_scheduler" in yaml.safe_load(files["prefill.yaml"])
-    assert "--tp_size 16" in files["decode.sh"]
+
+def test_what_is_searched_beside_it() -> None:
+    """A precision only where the GPU computes in it, a checkpoint only where one is published,
+    speculation only where the model drafts, experts apart only where asked for."""
+
+    def names(model: str, cluster: str, **more: bool) -> list[str]:
+        options = {"expert_dtype": None, "kv_dtype": "bf16"}
+        place = Place(load_model(model), cluster, engine_profile("vllm"), options)
+        return [one.ask for one in others(place, more.get("experts_apart", False))]
+
+    redundant = "--redundant-experts"
+    assert names("gpt-oss-20b", "a100-sxm-ib") == [redundant]
+    assert names("gpt-oss-20b", "h100-sxm-ib") == ["--kv-dtype fp8", redundant]
+    assert names("Qwen3-30B-A3B", "h100-sxm-ib")[1] == "--model Qwen/Qwen3-30B-A3B-FP8"
+    nvfp4 = "--model nvidia/DeepSeek-V3.1-NVFP4 --kv-dtype fp8"
+    assert names("DeepSeek-V3", "b200-ib")[1:] == [nvfp4, "--speculate 0.85", redundant]
+    assert nvfp4 not in names("DeepSeek-V3", "h200-sxm-ib")
+    assert names("gpt-oss-20b", "a100-sxm-ib", experts_apart=True) == [redundant, ""]
+
+
+def test_another_is_said_only_where_it_is_better() -> None:
+    """What is returned needs fewer GPUs than the answer, or serves more than it."""
+    own = bench(60.0, slo="ttft_p99<300ms,tpot_p99<6ms")
+    answer = cheapest(own, 4, Searched(), keep=1)[0]
+    for other in others(own.place, True):
+        found = best_of(Bench(other.place, own.need, own.prices), own, answer, 4, False)
+        assert found is None or (found.kept and found.layout.num_gpus < answer.layout.num_gpus)
+
+
+def test_speculation_needs_a_model_that_drafts() -> None:
+    with pytest.raises(InputError, match="GPT-OSS-20B has no layers that predict further tokens"):
+        moesim.recommend(MODEL, rate=5.0, slo=SLO, gpus=2, speculate=0.8)
 
 
 def test_families_are_of_shapes_that_hold_the_longest_request() -> None:

@@ -18,7 +18,12 @@ from moesim.studies.recommend.measured import compare_measured, read_benchmark
 def answer(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recommend") / "answer"
     found = moesim.recommend(
-        "gpt-oss-20b", gpu="h200-sxm", rate=5.0, slo="ttft_p99<1s,tpot_p99<20ms", gpus=1
+        "gpt-oss-20b",
+        gpu="h200-sxm",
+        rate=5.0,
+        slo="ttft_p99<1s,tpot_p99<20ms",
+        gpus=1,
+        alternatives=False,
     )
     return found.save(folder)
 
@@ -74,6 +79,17 @@ def test_the_last_line_of_sglangs_file_counts(tmp_path) -> None:
         ({"completed": 0}, FormatError, "no request was completed"),
         ({"median_tpot_ms": "fast"}, FormatError, "median_tpot_ms is 'fast'"),
         ({"total_input_tokens": None}, FormatError, "total_input_tokens is None"),
+        ({"request_rate": "trace"}, InputError, "as a trace says"),
+        ({"burstiness": 0.5}, InputError, "arrivals of burstiness 0.5"),
+        ({"ramp_up_strategy": "linear"}, InputError, "the rate rose"),
+        ({"failed": 200}, InputError, "1,000 of 1,200 requests were completed"),
+        ({"num_prompts": 1100}, InputError, "1,000 of 1,100"),
+        ({"request_throughput": 2.0}, InputError, "5 requests/s were to be sent and 2 served"),
+        (
+            {"request_throughput": 2.0, "max_concurrency": 8},
+            InputError,
+            "held to 8 requests at a time",
+        ),
     ],
 )
 def test_what_is_no_such_result(tmp_path, changes, error, said) -> None:
@@ -87,6 +103,9 @@ def test_other_files_are_refused(answer, tmp_path, capsys) -> None:
     bench = written(tmp_path / "b.json", result())
     with pytest.raises(FormatError, match="no recommendation"):
         compare_measured(tmp_path, bench)
+    theirs = written(tmp_path / "s.jsonl", result(backend="sglang-oai"))
+    with pytest.raises(InputError, match="is of sglang, the answer is of vllm"):
+        compare_measured(answer, theirs)
     assert run(["recommend", "--measured", str(bench)]) == 2
     assert "--measured and --answer go together" in capsys.readouterr().err
     bad = tmp_path / "bad.yaml"

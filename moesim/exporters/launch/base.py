@@ -21,7 +21,9 @@ class Role:
     """`engines` engines of one role: "serving" does both, "prefill" and "decode" one each.
 
     tp, dp, ep, moe_tp, moe_comm, dtypes and limits as `moesim.serving.deployment.Deployment`; the
-    limits are of one data-parallel rank. gpus_per_node: of the cluster.
+    limits are of one data-parallel rank. gpu, gpus_per_node: of the cluster. pp: pipeline stages.
+    placement: file of the experts' placement, in the engine's format, "" without one; unplaced: say
+    that the engine loads none.
     """
 
     role: Literal["serving", "prefill", "decode"]
@@ -38,11 +40,15 @@ class Role:
     gpus_per_node: int
     two_batch_overlap: str = "off"
     redundant_experts: int = 0
+    pp: int = 1
+    gpu: str = "GPU"
+    placement: str = ""
+    unplaced: bool = False
 
     @property
     def num_gpus(self) -> int:
         """GPUs of one engine."""
-        return self.tp * self.dp
+        return self.tp * self.dp * self.pp
 
     @property
     def num_nodes(self) -> int:
@@ -58,7 +64,8 @@ class Role:
 @dataclass(frozen=True, slots=True)
 class Service:
     """model: what engines call it. rate, prompt, output: requests/s and mean tokens promised for;
-    seconds: how long a test of the promise runs."""
+    seconds: how long a test of the promise runs. drafts: tokens that the model's own layers draft
+    in every step, 0 without speculation."""
 
     model: str
     roles: Sequence[Role]
@@ -66,6 +73,7 @@ class Service:
     prompt: float
     output: float
     num_experts: int
+    drafts: int = 0
     seconds: float = 300.0
 
     @property
@@ -100,7 +108,9 @@ def _grouped(words: Sequence[str]) -> list[str]:
 
 def where(role: Role) -> list[str]:
     """Comment lines: on which machines a script runs."""
-    lines = [f"{role.role}: {count(role.engines, 'engine')} of {count(role.num_gpus, 'GPU')}"]
+    lines = [f"{role.role}: {count(role.engines, 'engine')} of {role.num_gpus} x {role.gpu}"]
+    if role.unplaced:
+        lines.append("the engine loads no placement of experts from a file")
     if role.engines > 1:
         lines.append("run this for each of them")
     if role.num_nodes > 1:

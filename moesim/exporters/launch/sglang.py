@@ -30,8 +30,10 @@ def _engine(service: Service, role: Role) -> str:
     running requests are of all data-parallel ranks together."""
     command = [
         "python", "-m", "sglang.launch_server", "--model-path", service.model,
-        "--tp-size", str(role.num_gpus),
+        "--tp-size", str(role.tp * role.dp),
     ]  # fmt: skip
+    if role.pp > 1:
+        command += ["--pp-size", str(role.pp)]
     if role.dp > 1:
         command += ["--attn-dp-size", str(role.dp)]
     if role.ep > 1:
@@ -43,7 +45,11 @@ def _engine(service: Service, role: Role) -> str:
     if role.two_batch_overlap != "off":
         command.append("--enable-two-batch-overlap")
     if role.redundant_experts:
-        command += ["--enable-eplb", "--ep-num-redundant-experts", str(role.redundant_experts)]
+        command += ["--ep-num-redundant-experts", str(role.redundant_experts)]
+    if role.placement:
+        command += ["--init-expert-location", role.placement]
+    elif role.redundant_experts:
+        command.append("--enable-eplb")
     command += [
         "--chunked-prefill-size", str(role.max_batch_tokens * role.dp),
         "--max-running-requests", str(role.max_sequences * role.dp),
@@ -51,6 +57,11 @@ def _engine(service: Service, role: Role) -> str:
     ]  # fmt: skip
     if role.kv_dtype != "bf16":
         command += ["--kv-cache-dtype", "fp8_e4m3" if role.kv_dtype == "fp8" else role.kv_dtype]
+    if service.drafts:
+        drafts = service.drafts
+        command += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(drafts)]
+        command += ["--speculative-eagle-topk", "1"]
+        command += ["--speculative-num-draft-tokens", str(drafts + 1)]
     if service.split:
         command += ["--disaggregation-mode", role.role]
         command += ["--disaggregation-transfer-backend", "nixl"]

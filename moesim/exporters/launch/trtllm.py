@@ -1,5 +1,6 @@
-"""TensorRT-LLM: `trtllm-serve`, its disaggregated server, its benchmark. From its documentation of
-disaggregated serving (features/disagg-serving) and examples; it is too large to check here."""
+"""TensorRT-LLM: `trtllm-serve`, its disaggregated server, its benchmark. Options and settings as in
+github.com/NVIDIA/TensorRT-LLM: tensorrt_llm/commands/serve.py, llmapi/llm_args.py (in part) and
+serve/scripts/benchmark_serving.py, and its documentation (features/disagg-serving)."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def files(service: Service) -> Files:
         "--random-input-len", f"{service.prompt:.0f}",
         "--random-output-len", f"{service.output:.0f}",
         "--request-rate", f"{service.rate:g}", "--num-prompts", f"{service.num_prompts}",
-        "--ignore-eos", "--save-result", "--result-filename", "bench.json",
+        "--random-ids", "--tokenize-on-client", "--ignore-eos",
+        "--metric-percentiles", "50,90,99", "--save-result", "--result-filename", "bench.json",
     ]  # fmt: skip
     out["bench.sh"] = script(["tests the promise"], [bench])
     return out
@@ -50,9 +52,14 @@ def _settings(service: Service, role: Role) -> dict[str, Any]:
         "kv_cache_config": cache,
         "enable_chunked_prefill": True,
     }
-    if role.redundant_experts:
-        slots = service.num_experts + role.redundant_experts
-        out["moe_config"] = {"load_balancer": {"num_slots": slots, "layer_updates_per_iter": 1}}
+    slots = service.num_experts + role.redundant_experts
+    if role.placement:
+        out["moe_config"] = {"backend": "WIDEEP", "load_balancer": role.placement}
+    elif role.redundant_experts:
+        balanced = {"num_slots": slots, "layer_updates_per_iter": 1}
+        out["moe_config"] = {"backend": "WIDEEP", "load_balancer": balanced}
+    if service.drafts and role.role != "prefill":
+        out["speculative_config"] = {"decoding_type": "MTP", "max_draft_len": service.drafts}
     if service.split:
         out["cache_transceiver_config"] = {
             "backend": "DEFAULT",
@@ -66,11 +73,13 @@ def _settings(service: Service, role: Role) -> dict[str, Any]:
 def _engine(service: Service, role: Role) -> str:
     command = [
         "trtllm-serve", service.model,
-        "--tp_size", str(role.num_gpus), "--ep_size", str(role.ep),
+        "--tp_size", str(role.tp * role.dp), "--ep_size", str(role.ep),
         "--max_batch_size", str(role.max_sequences), "--max_num_tokens", str(role.max_batch_tokens),
         "--extra_llm_api_options", f"{role.role}.yaml",
         "--host", "0.0.0.0", "--port", str(role.port),
     ]  # fmt: skip
+    if role.pp > 1:
+        command += ["--pp_size", str(role.pp)]
     if role.num_nodes > 1:
         command = ["trtllm-llmapi-launch", *command]
     return script(where(role), [command])

@@ -38,6 +38,8 @@ def files(service: Service) -> Files:
 def _engine(service: Service, role: Role) -> Files:
     out = {}
     command = ["vllm", "serve", service.model, "--tensor-parallel-size", str(role.tp)]
+    if role.pp > 1:
+        command += ["--pipeline-parallel-size", str(role.pp)]
     if role.dp > 1:
         command += ["--data-parallel-size", str(role.dp)]
     if role.ep > 1:
@@ -56,10 +58,18 @@ def _engine(service: Service, role: Role) -> Files:
     ]  # fmt: skip
     if role.kv_dtype != "bf16":
         command += ["--kv-cache-dtype", role.kv_dtype]
+    if service.drafts:
+        drafting = {"method": "mtp", "num_speculative_tokens": service.drafts}
+        command += ["--speculative-config", json.dumps(drafting)]
     if service.split:
         transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
         command += ["--kv-transfer-config", json.dumps(transfer)]
-    if role.num_nodes > 1:
+    if role.num_nodes > 1 and role.pp > 1:
+        nodes = ["--nnodes", str(role.num_nodes), "--master-addr", "$HEAD"]
+        other = [*command, *nodes, "--headless", "--node-rank", "$NODE_RANK"]
+        out[f"{role.role}-other-nodes.sh"] = script(where(role), [other])
+        command += [*nodes, "--node-rank", "0"]
+    elif role.num_nodes > 1:
         local = role.dp // role.num_nodes
         command += ["--data-parallel-size-local", str(local)]
         command += ["--data-parallel-address", "$HEAD", "--data-parallel-rpc-port", RPC_PORT]

@@ -36,6 +36,7 @@ def recommend_section(run: Run) -> Section:
         section.blocks.append(Cards(cards))
         section.blocks.append(Figures(_figures(asked, answer)))
         section.blocks.append(_options(answer))
+        section.blocks += _also(answer)
     section.blocks += [
         Note(f"{one.text('model')} on {one.text('gpu')}: {one.text('cause')}", left_out=True)
         for one in data.children("refused")
@@ -162,3 +163,25 @@ def _options(answer: Fields) -> TableBlock:
     columns = ["layout", "GPUs", "$/h", "requests/s", "output tokens/s per GPU"]
     columns += [f"{a.upper()} {b}, ms" for a, _, b in (n.partition("_") for n in SHOWN)]
     return TableBlock("Options, best first", Table(columns, rows), predicted(answer.text("basis")))
+
+
+def _also(answer: Fields) -> list[TableBlock]:
+    """What was searched beside it and not chosen; nothing of files of before."""
+    rows = []
+    for other in answer.children("also") if answer.has("also") else []:
+        option = other.maybe("option")
+        found = ["no better", "–", "–", "–"]
+        if option is not None:
+            dollars = option.number("usd_per_hour") if option.has("usd_per_hour") else None
+            found = [
+                option.text("layout"),
+                f"{option.whole('num_gpus')}",
+                "–" if dollars is None else f"{dollars:,.0f}",
+                f"{option.number('requests_per_s'):.3g}",
+            ]
+        rows.append([other.text("name"), *found, other.text("ask"), other.text("rests_on")])
+    if not rows:
+        return []
+    columns = ["with", "layout", "GPUs", "$/h", "requests/s", "asked for by", "rests on"]
+    basis = predicted("assumed")
+    return [TableBlock("Searched beside it, for you to choose", Table(columns, rows), basis)]

@@ -50,8 +50,8 @@ class Firmness:
 
 def firmness(bench: Bench, answer: Tried, max_gpus: int) -> Firmness:
     """Of an answer to the question for fewest GPUs, within its family of layouts."""
-    gpu = bench.engine(answer.layout.front)[0].gpu.name
-    if gpu not in MEASURED_ON:
+    parts = [part for part in (answer.layout.front, answer.layout.back) if part is not None]
+    if any(bench.engine(part)[0].gpu.name not in MEASURED_ON for part in parts):
         return Firmness(None)
     errors = HELD_OUT_TPOT[bench.place.engine]
     slower = tuple(_enough(bench, answer.layout, 1 + e, max_gpus) for e in errors)

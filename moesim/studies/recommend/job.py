@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesim.cluster import cluster_names, gpu_names, load_cluster
+from moesim.cluster.prices import Prices, check_names, parse_prices
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.jobs import inputs
 from moesim.model.dtypes import KV_BYTES, WEIGHT_BYTES
 from moesim.serving.engines import engine_profile
 from moesim.serving.requests import Requests
-from moesim.studies.prices import Prices, parse_prices
 from moesim.studies.recommend.answer import answer
 from moesim.studies.recommend.files import launch_files
 from moesim.studies.recommend.layouts import Bench
 from moesim.studies.recommend.need import UNSAID, Need, need_of
+from moesim.studies.recommend.others import mtp, others
 from moesim.studies.recommend.result import RecommendResult
-from moesim.studies.recommend.shapes import Place
+from moesim.studies.recommend.shapes import Place, sized
 from moesim.types import Progress
 
 if TYPE_CHECKING:
     from moesim.jobs.inputs import ModelLike, TraceLike
+    from moesim.model.spec import ModelSpec
 
 FORMAT, VERSION = "moesim-recommendation", 1
 MAX_GPUS = 256
 DEFAULT_GPU = "h200-sxm"
+_SOURCE = re.compile(r"Hugging Face (\S+/\S+) config\.json")
 
 
 def recommend(
@@ -47,6 +52,12 @@ def recommend(
     expert_dtype: str | None = None,
     kv_dtype: str = "bf16",
     memory_fraction: float | None = None,
+    decode_gpu: str | None = None,
+    speculate: float | None = None,
+    drafts: int = 1,
+    redundant_experts: bool = False,
+    alternatives: bool = True,
+    experts_apart: bool = False,
     trace: TraceLike | None = None,
     price: Sequence[str] = (),
     seed: int = 0,
@@ -59,10 +70,15 @@ def recommend(
     cluster is taken; cluster: one by name or file instead. requests: a log, or `rate` with the
     lengths `prompt` and `output` (a number, or lognormal(1000;0.8) and the like). slo: promises,
     "ttft_p99<2s,tpot_p99<50ms"; one without a percentile holds for 99% of the requests. gpus: the
-    most to use. trace: how uneven experts are, else assumed. Searched are tensor, data and expert
-    parallelism, numbers of engines, prompts and decoding together or apart, how tokens reach their
-    experts, two-batch overlap, and tokens per step; with a trace also redundant experts.
-    docs/recommend.md says what is not. progress(done, total) counts kinds of layout.
+    most to use. trace: how uneven experts are, else assumed. Searched are tensor, data, expert and
+    pipeline parallelism, numbers of engines, prompts and decoding together or apart, how tokens
+    reach their experts, two-batch overlap, and tokens per step; with a trace or `redundant_experts`
+    also a redundant expert per GPU. decode_gpu: decoding engines are on this type of GPU, and least
+    dollars an hour are looked for. speculate: probability that a token drafted by the model's own
+    layers is accepted, of `drafts` in every step. alternatives: search too, and say beside the
+    answer, what would need fewer GPUs in another precision, with speculation, with redundant
+    experts or, on request, with `experts_apart`; none is chosen. docs/recommend.md says what is not
+    searched. progress(done, total) counts kinds of layout.
 
     Raises InputError and UnknownNameError for what is not clear, InfeasibleError where no
     combination has an answer.
@@ -78,6 +94,10 @@ def recommend(
         )
     need = need_of(slo, rate, prompt, output, requests, seed)
     defaults = _defaults(slo, prompt, output, requests, gpus, gpu, cluster)
+    if decode_gpu is not None:
+        defaults["cluster of decoding"] = _cluster_with(decode_gpu)
+    if speculate is not None and drafts == 1:
+        defaults["drafts"] = "1 per step"
     prices = parse_prices(list(price))
     for field, value, known in (
         ("expert_dtype", expert_dtype, WEIGHT_BYTES),
@@ -91,25 +111,38 @@ def recommend(
         "memory_fraction": memory_fraction,
         "trace": None if trace is None else inputs.token_trace_of(trace, "recommend"),
     }
-    places = [
-        (one, str(name), Place(inputs.model_of(one), where, engine_profile(str(name)), options))
-        for one, where, name in product(_list(model), _clusters(gpu, cluster), _list(engine))
-    ]
+    decode = "" if decode_gpu is None else _cluster_with(decode_gpu)
+    places = []
+    for one, where, name in product(_list(model), _clusters(gpu, cluster), _list(engine)):
+        place = Place(
+            inputs.model_of(one),
+            where,
+            engine_profile(str(name)),
+            options,
+            decode_cluster="" if decode == where else decode,
+            redundancy=redundant_experts or trace is not None,
+        )
+        if speculate is not None:
+            place = replace(place, speculation=mtp(place, speculate, drafts))
+        places.append((one, str(name), place))
+    used = {name for _, _, place in places for name in place.clusters}
+    check_names(prices, {gpu.name for name in used for gpu in sized(name, 1).gpus})
     answers: list[dict[str, Any]] = []
     refused: list[dict[str, str]] = []
     files: dict[str, str] = {}
+    notices = dict.fromkeys(need.log.notices if need.log is not None else ())
     for i, (given, name, place) in enumerate(places):
-        bench = Bench(place, need)
+        bench = Bench(place, need, Prices(prices))
         try:
             found = answer(
                 bench,
                 MAX_GPUS if gpus is None else gpus,
-                Prices(prices),
                 named={
                     "model_source": given if isinstance(given, str) else place.model.name,
                     "engine_source": name,
                 },
                 maximize=maximize is not None,
+                also=tuple(others(place, experts_apart)) if alternatives else (),
                 progress=_part(progress, i, len(places)),
             )
         except InfeasibleError as error:
@@ -119,9 +152,9 @@ def recommend(
             continue
         answers.append(found)
         if found["kept"]:
-            written = launch_files(
-                found, need, inputs.model_id(given) or place.model.name, place.model.num_experts
-            )
+            named = inputs.model_id(given) or _repository(place.model)
+            written, said = launch_files(found, need, named, place)
+            notices |= dict.fromkeys(said)
             folder = f"{_folder(place)}/" if len(places) > 1 else ""
             files |= {folder + name: text for name, text in written.items()}
     if not answers:
@@ -134,11 +167,17 @@ def recommend(
         "model": ", ".join(dict.fromkeys(place.model.name for _, _, place in places)),
         "asked": _asked(need, gpus, maximize),
         "defaults": defaults,
-        "notices": [*(need.log.notices if need.log is not None else ())],
+        "notices": list(notices),
         "answers": answers,
         "refused": refused,
     }
     return RecommendResult(record, files)
+
+
+def _repository(model: ModelSpec) -> str:
+    """What engines call a preset: the repository that its sizes are from; else its name."""
+    found = _SOURCE.match(model.source)
+    return model.name if found is None else found[1]
 
 
 def _folder(place: Place) -> str:
@@ -165,7 +204,7 @@ def _of_one_type(cluster: str) -> str:
     if len(types) > 1:
         raise InputError(
             f"{cluster} mixes {' and '.join(sorted(types))}: which are the engines on?",
-            "ask of one type at a time with `gpu`; `moesim serve` takes pools of two",
+            "name the types with `gpu` and `decode_gpu`",
         )
     return cluster
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moesim.cluster.prices import Prices
 from moesim.cost.curves import Basis, weakest
 from moesim.serving.config import ServingConfig
 from moesim.serving.run import run_tables
 from moesim.serving.step_cost import EngineStepCost
 from moesim.serving.step_table import StepTables, tables_of
 from moesim.studies.recommend.need import Need
-from moesim.studies.recommend.shapes import Place, Shape
+from moesim.studies.recommend.shapes import Place, Shape, sized
 
 if TYPE_CHECKING:
     from moesim.serving.deployment import Deployment
@@ -42,12 +43,12 @@ class Layout:
         return self.front.num_gpus * self.replicas + back
 
     @property
-    def family(self) -> tuple[int, int, int]:
-        """What makes two layouts look different: the engines' sizes, and the tensor parallelism of
-        engines that do both."""
+    def family(self) -> tuple[int, ...]:
+        """What makes two layouts look different: the engines' sizes, and the tensor parallelism and
+        stages of engines that do both."""
         if self.back is None:
-            return self.front.num_gpus, 0, self.front.tp
-        return self.front.num_gpus, self.back.num_gpus, 0
+            return self.front.num_gpus, 0, self.front.tp, self.front.pp
+        return self.front.num_gpus, self.back.num_gpus
 
     @property
     def name(self) -> str:
@@ -61,10 +62,7 @@ class Layout:
 
 
 def _named(count: int, shape: Shape, role: str) -> str:
-    parts = [f"tp{shape.tp}"]
-    parts += [f"dp{shape.dp}"] if shape.dp > 1 else []
-    parts += [f"ep{shape.ep}"] if shape.ep > 1 else []
-    return f"{count} x {shape.num_gpus}{role} ({' '.join(parts)})"
+    return f"{count} x {shape.num_gpus}{role} ({shape.parallelism})"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,11 +97,13 @@ class Tried:
 class Bench:
     """Simulates layouts of one place for one need; engines' step costs are built once.
 
-    tried: all that was simulated, in order.
+    prices: of GPUs, by which layouts of two types are compared. tried: all that was simulated, in
+    order.
     """
 
     place: Place
     need: Need
+    prices: Prices = field(default_factory=lambda: Prices({}))
     tried: list[Tried] = field(default_factory=list)
     _engines: dict[Shape, tuple[Deployment, EngineStepCost]] = field(default_factory=dict)
     _loads: dict[float, Requests] = field(default_factory=dict)
@@ -121,12 +121,27 @@ class Bench:
             self._loads[rate] = self.need.requests(rate)
         return self._loads[rate]
 
+    def per_hour(self, shape: Shape) -> float | None:
+        """Dollars an hour of one engine, None where a price is not known."""
+        return self.prices.per_hour(sized(self.place.cluster_of(shape), shape.num_gpus))
+
+    def size(self, layout: Layout) -> float:
+        """What the fewest is meant of: GPUs; dollars an hour where they are of two types."""
+        if layout.back is not None and layout.front.cluster != layout.back.cluster:
+            front, back = self.per_hour(layout.front), self.per_hour(layout.back)
+            if front is not None and back is not None:
+                return front * layout.replicas + back * layout.back_replicas
+        return float(layout.num_gpus)
+
     def config(self, layout: Layout) -> ServingConfig:
         """The service that a layout is."""
         if layout.back is None:
-            return ServingConfig(replicas=layout.replicas, seed=self.need.seed)
+            return ServingConfig(
+                replicas=layout.replicas, speculation=self.place.speculation, seed=self.need.seed
+            )
         return ServingConfig(
             replicas=layout.replicas,
+            speculation=self.place.speculation,
             decode=self.engine(layout.back)[0],
             decode_replicas=layout.back_replicas,
             seed=self.need.seed,

@@ -1,7 +1,8 @@
 """A benchmark of the deployment beside its prediction, and the engine's constants refitted to it.
 
 `vllm bench serve --save-result` writes one JSON object, SGLang's benchmark one per line; both have
-the same names for what is read here.
+the same names for what is read here (vLLM 0.33.0, benchmarks/serve.py; SGLang 0.5.23,
+benchmark/serving.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from moesim.files import atomic_write
 from moesim.jobs.result import Result
 from moesim.model.names import load_model
 from moesim.serving.engines import EngineProfile, engine_profile
+from moesim.serving.speculative import Speculation
 from moesim.studies.recommend.layouts import Bench, Layout, Tried
 from moesim.studies.recommend.need import need_of
 from moesim.studies.recommend.shapes import Place, Shape
@@ -32,41 +34,43 @@ if TYPE_CHECKING:
 MAX_BYTES = 64 << 20
 STATS = {"mean": "mean", "median": "p50", "p90": "p90", "p99": "p99"}
 """A statistic as the tools call it, and as moesim does."""
+LOST = 0.01
+"""Share of the requests that may have failed."""
+SERVED = 0.8
+"""Least share of the sent rate that a steady service serves; the rest is the run's end."""
+BACKENDS = (("sglang", "sglang"), ("trt", "trtllm"), ("tensorrt", "trtllm"))
+"""How the tools' `backend` begins, and the engine; others, vLLM's own among them, speak OpenAI's
+protocol, which all have."""
 FITS = 3
-KEPT = ("tp", "dp", "ep", "moe_comm")
+KEPT = ("tp", "dp", "pp", "ep", "moe_comm")
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """rate: requests/s that were sent; prompt, output: mean tokens of the requests completed.
-    figures: seconds by moesim's names."""
+    figures: seconds by moesim's names. server: the engine, where the file says it, else ""."""
 
     rate: float
     completed: int
     prompt: float
     output: float
     figures: Mapping[str, float]
+    server: str = ""
 
 
 def read_benchmark(path: str | os.PathLike[str]) -> Benchmark:
     """The last result in a file of vLLM's or SGLang's benchmark. Raises FormatError where it is
-    none, InputError for a run without a rate, since a promise is about a rate."""
+    none, InputError for a run that is not of Poisson arrivals at one rate, or whose requests were
+    not served, since a promise is about those."""
     where = Path(path).name
     raw = _last_object(Path(path), where)
-    rate = _number(raw, "request_rate", where) if raw.get("request_rate") != "inf" else math.inf
-    if not math.isfinite(rate):
-        raise InputError(
-            f"{where}: all requests were sent at once, not at a rate",
-            "measure with a rate: the bench.sh that recommend writes does",
-        )
-    completed = _number(raw, "completed", where)
-    if completed < 1:
-        raise FormatError(f"{where}: no request was completed", "see the server's log")
+    rate = _rate(raw, where)
+    completed = _completed(raw, rate, where)
     figures = {
         f"{latency}_{ours}": _number(raw, f"{theirs}_{latency}_ms", where) / 1e3
         for latency in ("ttft", "tpot")
         for theirs, ours in STATS.items()
-        if f"{theirs}_{latency}_ms" in raw
+        if raw.get(f"{theirs}_{latency}_ms") is not None
     }
     if "ttft_p50" not in figures or "tpot_p50" not in figures:
         raise FormatError(f"{where}: no median of TTFT and TPOT", "keep the tool's own file")
@@ -76,7 +80,47 @@ def read_benchmark(path: str | os.PathLike[str]) -> Benchmark:
         _number(raw, "total_input_tokens", where) / completed,
         _number(raw, "total_output_tokens", where) / completed,
         figures,
+        next((name for key, name in BACKENDS if str(raw.get("backend")).startswith(key)), ""),
     )
+
+
+def _rate(raw: Mapping[str, Any], where: str) -> float:
+    remedy = "measure at a rate of Poisson arrivals: the bench.sh that recommend writes does"
+    sent = raw["request_rate"]
+    if sent == "trace":
+        raise InputError(f"{where}: requests were sent as a trace says", remedy)
+    rate = math.inf if sent == "inf" else _number(raw, "request_rate", where)
+    if not math.isfinite(rate):
+        raise InputError(f"{where}: all requests were sent at once, not at a rate", remedy)
+    if raw.get("burstiness", 1.0) != 1.0:
+        raise InputError(f"{where}: arrivals of burstiness {raw['burstiness']!r:.20}", remedy)
+    if raw.get("ramp_up_strategy") is not None:
+        raise InputError(f"{where}: the rate rose during the run", remedy)
+    return rate
+
+
+def _completed(raw: Mapping[str, Any], rate: float, where: str) -> float:
+    """Requests that were completed, nearly all and about as quickly as they were sent."""
+    completed = _number(raw, "completed", where)
+    if completed < 1:
+        raise FormatError(f"{where}: no request was completed", "see the server's log")
+    failed = _number(raw, "failed", where) if "failed" in raw else 0.0
+    sent = max(completed + failed, float(raw["num_prompts"]) if "num_prompts" in raw else 0.0)
+    if completed < (1 - LOST) * sent:
+        raise InputError(
+            f"{where}: {completed:,.0f} of {sent:,.0f} requests were completed",
+            "see the server's log, and measure again",
+        )
+    served = _number(raw, "request_throughput", where) if "request_throughput" in raw else rate
+    if served < SERVED * rate:
+        capped = raw.get("max_concurrency")
+        why = "overloaded" if capped is None else f"held to {capped!r:.20} requests at a time"
+        raise InputError(
+            f"{where}: {rate:g} requests/s were to be sent and {served:.3g} served: {why}, or too"
+            " short a run",
+            "measure at a rate that the service keeps up with, for minutes, without a cap",
+        )
+    return completed
 
 
 def _last_object(path: Path, where: str) -> dict[str, Any]:
@@ -202,6 +246,12 @@ def compare_measured(
     """
     benchmark = read_benchmark(measured)
     bench, layout = _deployed(Path(answer), benchmark)
+    if benchmark.server and benchmark.server != bench.place.engine:
+        raise InputError(
+            f"{Path(measured).name} is of {benchmark.server}, the answer is of"
+            f" {bench.place.engine}",
+            "give the folder whose scripts were started",
+        )
     first = bench.run(layout, benchmark.rate)
     profile = bench.place.profile
     last = first
@@ -248,15 +298,28 @@ def _deployed(folder: Path, benchmark: Benchmark) -> tuple[Bench, Layout]:
         first = roles[0]
         options = {name: first[name] for name in ("expert_dtype", "kv_dtype", "memory_fraction")}
         profile = engine_profile(one["engine_source"])
-        place = Place(load_model(one["model_source"]), one["cluster"], profile, options)
+        drafts = one["speculation"]
+        place = Place(
+            load_model(one["model_source"]),
+            one["cluster"],
+            profile,
+            options,
+            decode_cluster=one["decode_cluster"],
+            speculation=(
+                None
+                if drafts is None
+                else Speculation(drafts["acceptance"], drafts["drafts"], fixed=True)
+            ),
+        )
         shapes = [
             Shape(
                 **{name: role[name] for name in KEPT},
                 budget=role["max_batch_tokens"],
                 overlap=role["two_batch_overlap"],
                 redundant=role["redundant_experts"],
+                cluster=one["decode_cluster"] if i else "",
             )
-            for role in roles
+            for i, role in enumerate(roles)
         ]
         counts = [int(role["engines"]) for role in roles]
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,11 @@ class RecommendResult(Result):
 def headline(asked: Mapping[str, Any], one: Mapping[str, Any]) -> str:
     """One answer in one line: "32 h200-sxm: 2 x 8 prefill ..., $122/h"."""
     best = one["options"][0]
-    said = f"{one['model']}: {best['num_gpus']} {one['gpu']}: {best['layout']}"
+    held: Counter[str] = Counter()
+    for role in best["roles"].values():
+        held[role["gpu"]] += role["engines"] * role["gpus"]
+    gpus = " and ".join(f"{n} {gpu}" for gpu, n in held.items())
+    said = f"{one['model']}: {gpus}: {best['layout']}"
     if not one["kept"]:
         missed = "is overloaded" if best["overloaded"] else f"misses {one['binds']['promise']}"
         return f"{said} comes nearest, but {missed}"
@@ -124,15 +129,22 @@ def _answer(asked: Mapping[str, Any], one: Mapping[str, Any]) -> list[str]:
     best = one["options"][0]
     for name, role in best["roles"].items():
         lines.append(
-            f"  {name}: {role['engines']} x {count(role['gpus'], 'GPU')}, tp {role['tp']}, dp"
-            f" {role['dp']}, ep {role['ep']}, experts by {role['moe_comm']},"
+            f"  {name}: {role['engines']} x {role['gpus']} {role['gpu']}, tp {role['tp']}, dp"
+            f" {role['dp']}, ep {role['ep']}"
+            + (f", {role['pp']} pipeline stages" if role["pp"] > 1 else "")
+            + f", experts by {role['moe_comm']},"
             f" {role['max_batch_tokens']:,} tokens and {role['max_sequences']:,} sequences per step"
             f" of a rank, experts {role['expert_dtype']}, KV {role['kv_dtype']}"
             + (", two-batch overlap" if role["two_batch_overlap"] != "off" else "")
             + (f", {role['redundant_experts']} redundant experts" * bool(role["redundant_experts"]))
         )
+    if one["speculation"] is not None:
+        lines.append(
+            f"  speculation: {count(one['speculation']['drafts'], 'draft')} of the model's own"
+            f" layers per step, each accepted with {one['speculation']['acceptance']:g} (given)"
+        )
     lines.append(_table(one["options"]))
-    lines += [*_binding(one), *_firm(one)]
+    lines += [*_binding(one), *_firm(one), *_also(asked, one)]
     lines.append(
         f"searched: {one['searched']['shapes']} shapes of engines, {one['searched']['families']}"
         f" kinds of layout, {one['searched']['simulated']} simulated; basis: {one['basis']} at the"
@@ -201,6 +213,31 @@ def _binding(one: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"one engine fewer ({fewer['layout']}, {count(fewer['num_gpus'], 'GPU')}) {what}"
         )
+    return lines
+
+
+def _also(asked: Mapping[str, Any], one: Mapping[str, Any]) -> list[str]:
+    """What else was searched: what it would be with it, how to ask for it, what it rests on."""
+    if not one["also"]:
+        return []
+    nothing = "no fewer GPUs"
+    if not one["kept"]:
+        nothing = "misses the promises too"
+    elif asked["maximize"]:
+        nothing = "no more requests/s"
+    elif "/" in one["gpu"]:
+        nothing = "costs no less"
+    lines = ["searched beside it, for you to choose:"]
+    for other in one["also"]:
+        option, ask = other["option"], f" ({other['ask']})" if other["ask"] else ""
+        said = nothing
+        if option is not None:
+            rate = f", {option['requests_per_s']:.3g} requests/s" * bool(asked["maximize"])
+            dollars = option["usd_per_hour"]
+            money = "" if dollars is None else f", ${dollars:,.0f}/h"
+            said = f"{count(option['num_gpus'], 'GPU')}{rate}{money}: {option['layout']};"
+            said = f"{said} {other['rests_on']}"
+        lines.append(f"  {other['name']}{ask}: {said}")
     return lines
 
 

@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 
 from moesim.errors import MoesimError
 from moesim.serving.step_cost import EngineStepCost
@@ -143,7 +143,8 @@ def _engine(
         plain = replace(shape, budget=0)
         if plain not in costs:
             costs[plain] = EngineStepCost(bench.place.deployment(plain))
-        found = most(role, costs[plain], bench.need, made.max_batch_tokens)
+        drafts = bench.place.speculation
+        found = most(role, costs[plain], bench.need, made.max_batch_tokens, drafts)
     except MoesimError as error:
         searched.skipped[error.cause] += 1
         return None
@@ -154,39 +155,47 @@ def _engine(
 
 
 def cheapest(
-    bench: Bench, max_gpus: int, searched: Searched, progress: Progress | None = None
+    bench: Bench,
+    max_gpus: int,
+    searched: Searched,
+    progress: Progress | None = None,
+    *,
+    keep: int = KEEP,
+    below: float = inf,
 ) -> list[Tried]:
-    """The layouts of fewest GPUs that keep the promises, KEEP at most, best first: by GPUs, then by
-    how far the promises are from being missed. Where none does: the one that misses least."""
+    """The layouts of least size (`Bench.size`) that keep the promises, `keep` at most and all of
+    less than `below`, best first: by size, then by how far the promises are from being missed.
+    Where none does: the one that misses least."""
     rate = bench.need.rate
-    found = families(bench, max_gpus, searched, rate)
-    found.sort(key=lambda f: (f.least(rate).num_gpus, f.front.gpus_per_rate))
+    found = [(bench.size(f.least(rate)), f) for f in families(bench, max_gpus, searched, rate)]
+    found.sort(key=lambda pair: (pair[0], pair[1].front.gpus_per_rate))
     searched.families = len(found)
     if found:
-        searched.least_gpus = found[0].least(rate).num_gpus
-    best = _Best()
+        searched.least_gpus = min(f.least(rate).num_gpus for _, f in found)
+    best = _Best(keep)
     nearest: Tried | None = None
-    for done, family in enumerate(found):
+    for done, (size, family) in enumerate(found):
         if progress is not None:
             progress(done, len(found))
-        ceiling = min(max_gpus, best.ceiling)
-        if family.least(rate).num_gpus > ceiling:
+        if size > best.ceiling or size >= below:
             break
-        for tried in _grow(bench, family, ceiling, searched):
-            if tried.kept:
-                best.add(tried, (tried.layout.num_gpus, tried.worst))
-            elif nearest is None or tried.worst < nearest.worst:
+        for tried in _grow(bench, family, max_gpus, min(best.ceiling, below), searched):
+            if tried.kept and bench.size(tried.layout) < below:
+                best.add(tried, (bench.size(tried.layout), tried.worst))
+            elif not tried.kept and (nearest is None or tried.worst < nearest.worst):
                 nearest = tried
     if progress is not None:
         progress(len(found), len(found))
     return best.sorted() or ([nearest] if nearest is not None else [])
 
 
-def _grow(bench: Bench, family: Family, ceiling: int, searched: Searched) -> Iterator[Tried]:
+def _grow(
+    bench: Bench, family: Family, max_gpus: int, ceiling: float, searched: Searched
+) -> Iterator[Tried]:
     """Layouts of a family from its least, each simulated, until one keeps the promises."""
     layout = family.least(bench.need.rate)
     for _ in range(GROWTH):
-        if layout.num_gpus > ceiling:
+        if layout.num_gpus > max_gpus or bench.size(layout) > ceiling:
             return
         tried = _run(bench, layout, bench.need.rate, searched)
         if tried is None:
@@ -215,50 +224,54 @@ def _run(bench: Bench, layout: Layout, rate: float, searched: Searched) -> Tried
 
 
 def fastest(
-    bench: Bench, gpus: int, searched: Searched, progress: Progress | None = None
-) -> list[tuple[float, Tried]]:
-    """The layouts of at most `gpus` GPUs that keep the promises at the highest rate, KEEP at most:
-    (requests/s, the layout at that rate), best first."""
+    bench: Bench,
+    gpus: int,
+    searched: Searched,
+    progress: Progress | None = None,
+    *,
+    keep: int = KEEP,
+    above: float = 0.0,
+) -> list[Tried]:
+    """The layouts of at most `gpus` GPUs that keep the promises at the highest rate, `keep` at most
+    and all at more than `above` requests/s, each at its rate, best first."""
     found = [(f, layout) for f in families(bench, gpus, searched) for layout in f.within(gpus)]
     found.sort(key=lambda pair: -pair[0].most_rate(pair[1]))
     searched.families = len({id(f) for f, _ in found})
-    best = _Best()
-    rates: dict[Layout, float] = {}
+    best = _Best(keep)
     for done, (family, layout) in enumerate(found):
         if progress is not None:
             progress(done, len(found))
         bound = family.most_rate(layout)
-        if bound <= -best.ceiling_key:
+        floor = max(above, best.floor)
+        if bound <= floor:
             break
-        rate, tried = _highest(bench, layout, bound, -best.ceiling_key, searched)
-        if tried is not None:
-            rates[layout] = rate
-            best.add(tried, (-rate, tried.worst))
+        tried = _highest(bench, layout, bound, floor, searched)
+        if tried is not None and tried.rate > above:
+            best.add(tried, (-tried.rate, tried.worst))
     if progress is not None:
         progress(len(found), len(found))
-    return [(rates[tried.layout], tried) for tried in best.sorted()]
+    return best.sorted()
 
 
 def _highest(
     bench: Bench, layout: Layout, bound: float, floor: float, searched: Searched
-) -> tuple[float, Tried | None]:
-    """The highest rate between `floor` and `bound` at which the promises are kept, to 1% of the
-    bound, and the layout there; None where it is not above the floor."""
+) -> Tried | None:
+    """The layout at the highest rate between `floor` and `bound` at which the promises are kept, to
+    1% of the bound; None where it is not above the floor."""
     low, high, kept = max(0.0, floor), bound, None
     if low > 0:
         kept = _run(bench, layout, low, searched)
         if kept is None or not kept.kept:
-            return 0.0, None
+            return None
     for _ in range(BISECTIONS):
-        rate = _rounded((low + high) / 2)
-        tried = _run(bench, layout, rate, searched)
+        tried = _run(bench, layout, _rounded((low + high) / 2), searched)
         if tried is None:
-            return 0.0, None
+            return None
         if tried.kept:
-            low, kept = rate, tried
+            low, kept = tried.rate, tried
         else:
-            high = rate
-    return low, kept
+            high = tried.rate
+    return kept
 
 
 def _rounded(rate: float) -> float:
@@ -268,32 +281,32 @@ def _rounded(rate: float) -> float:
 
 @dataclass(slots=True)
 class _Best:
-    """The best layout of each look, by a key of which less is better."""
+    """The best layout of each look, `keep` of them, by a key of which less is better."""
 
-    found: dict[tuple[int, int, int], tuple[tuple[float, float], Tried]] = field(
-        default_factory=dict
-    )
+    keep: int
+    found: dict[tuple[int, ...], tuple[tuple[float, float], Tried]] = field(default_factory=dict)
 
     def add(self, tried: Tried, key: tuple[float, float]) -> None:
         own = tried.layout.family
         if own not in self.found or key < self.found[own][0]:
             self.found[own] = key, tried
 
-    def _keys(self) -> Sequence[tuple[float, float]]:
-        return sorted(key for key, _ in self.found.values())
+    def _last(self) -> float:
+        """First part of the key of the last that is kept; infinite while there is room."""
+        keys = sorted(key for key, _ in self.found.values())
+        return keys[self.keep - 1][0] if len(keys) >= self.keep else inf
 
     @property
-    def ceiling(self) -> int:
-        """GPUs beyond which a layout cannot be among the best."""
-        keys = self._keys()
-        return int(keys[KEEP - 1][0]) if len(keys) >= KEEP else 1 << 30
+    def ceiling(self) -> float:
+        """Size beyond which a layout cannot be among the best."""
+        return self._last()
 
     @property
-    def ceiling_key(self) -> float:
-        """First part of the key that a layout has to beat; 0 while there is room."""
-        keys = self._keys()
-        return keys[KEEP - 1][0] if len(keys) >= KEEP else 0.0
+    def floor(self) -> float:
+        """Rate that a layout has to beat, of keys that are rates below 0."""
+        return max(0.0, -self._last())
 
     def sorted(self) -> list[Tried]:
         """Best first."""
-        return [tried for _, tried in sorted(self.found.values(), key=lambda x: x[0])][:KEEP]
+        ordered = sorted(self.found.values(), key=lambda pair: pair[0])
+        return [tried for _, tried in ordered][: self.keep]

@@ -2,7 +2,9 @@
 
 vLLM takes any tensor times data parallelism and cuts or places experts over all of it
 (`--enable-expert-parallel`); SGLang the same (`--dp-size` within `--tp-size`, `--ep-size`);
-TensorRT-LLM either tensor or data parallelism in attention (`enable_attention_dp`).
+TensorRT-LLM either tensor or data parallelism in attention (`enable_attention_dp`). All three have
+pipeline stages; they are tried in engines that do both, without data-parallel attention and without
+speculation.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from moesim.serving.memory import gpu_memory
 if TYPE_CHECKING:
     from moesim.model.spec import ModelSpec
     from moesim.serving.engines import EngineProfile
+    from moesim.serving.speculative import Speculation
 
 Role = Literal["mixed", "prefill", "decode"]
 MAX_ENGINE_GPUS = 64
@@ -42,12 +45,19 @@ OVERLAPS: Mapping[Role, Overlap] = {"mixed": "both", "prefill": "prefill", "deco
 """Two-batch overlap of each role: vLLM's --enable-dbo, SGLang's --enable-two-batch-overlap."""
 NVLINK_DOMAIN = 8
 """GPUs of a node beyond which its own all-to-all over NVLink is tried."""
+STAGES = (2, 4, 8)
+"""Pipeline stages to try."""
+APART = 4
+"""With experts on GPUs of their own, at most so many times as many GPUs in one pool as in the
+other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Parallelism of one engine; `budget` tokens of a step of one rank, 0 for the default;
-    redundant: experts beyond one each, placed by the engine's EPLB, 0 without it."""
+    redundant: experts beyond one each, placed by the engine's EPLB, 0 without it; expert_gpus:
+    GPUs that hold routed experts alone, 0 where attention's do; cluster: where it is, "" for the
+    first of its `Place`."""
 
     tp: int
     dp: int
@@ -56,26 +66,56 @@ class Shape:
     budget: int
     overlap: Overlap = "off"
     redundant: int = 0
+    pp: int = 1
+    expert_gpus: int = 0
+    cluster: str = ""
 
     @property
     def num_gpus(self) -> int:
-        return self.tp * self.dp
+        return self.tp * self.dp * self.pp + self.expert_gpus
+
+    @property
+    def parallelism(self) -> str:
+        """As "tp1 dp8 ep8"; what is 1 is left out but for tp."""
+        parts = [f"tp{self.tp}"]
+        parts += [f"dp{self.dp}"] if self.dp > 1 else []
+        parts += ["+"] if self.expert_gpus else []
+        parts += [f"ep{self.ep}"] if self.ep > 1 or self.expert_gpus else []
+        return " ".join([*parts, *([f"pp{self.pp}"] if self.pp > 1 else [])])
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """What engines are made of: the model, a cluster by name or file, the serving engine, and what
-    is the same for all of them (arguments of `deploy`)."""
+    is the same for all of them (arguments of `deploy`).
+
+    decode_cluster: where decoding engines are, "" where the others are; with it prompts and
+    decoding are always apart. speculation: how engines that decode draft. redundancy: whether
+    redundant experts are tried. apart: decoding engines have their experts on GPUs of their own.
+    """
 
     model: ModelSpec
     cluster: str
     profile: EngineProfile
     options: Mapping[str, Any]
+    decode_cluster: str = ""
+    speculation: Speculation | None = None
+    redundancy: bool = False
+    apart: bool = False
 
     @property
     def engine(self) -> str:
         """Name of the serving engine."""
         return self.profile.name
+
+    @property
+    def clusters(self) -> tuple[str, ...]:
+        """All clusters that engines are on."""
+        return (self.cluster, self.decode_cluster) if self.decode_cluster else (self.cluster,)
+
+    def cluster_of(self, shape: Shape) -> str:
+        """Name or file of the cluster that an engine is on."""
+        return shape.cluster or self.cluster
 
     def deployment(self, shape: Shape) -> Deployment:
         """Raises what `deploy` raises where the shape is none."""
@@ -84,11 +124,13 @@ class Place:
             given["max_batch_tokens"] = shape.budget
         return deploy(
             self.model,
-            sized(self.cluster, shape.num_gpus),
+            sized(self.cluster_of(shape), shape.num_gpus),
             engine=self.profile,
             tp=shape.tp,
             dp=shape.dp,
+            pp=shape.pp,
             ep=shape.ep,
+            expert_gpus=shape.expert_gpus or None,
             moe_comm=shape.moe_comm,
             two_batch_overlap=shape.overlap,
             redundant_experts=shape.redundant or None,
@@ -111,24 +153,61 @@ def node_gpus(cluster: str) -> int:
 def shapes(place: Place, role: Role, max_gpus: int) -> Iterator[Shape]:
     """Every shape to try, sizes in powers of two; tensor parallelism and cut experts stay within a
     node."""
-    model, node = place.model, node_gpus(place.cluster)
-    size = 1
-    while size <= min(max_gpus, MAX_ENGINE_GPUS):
+    cluster = place.decode_cluster if role == "decode" else ""
+    if place.decode_cluster and role == "mixed":
+        return
+    if place.apart and role != "prefill":
+        plain = _apart(place, max_gpus) if role == "decode" else iter(())
+    else:
+        plain = _together(place, role, max_gpus)
+    for shape in plain:
+        yield from (replace(shape, budget=n, cluster=cluster) for n in BUDGETS[role])
+
+
+def _together(place: Place, role: Role, max_gpus: int) -> Iterator[Shape]:
+    """Experts on attention's GPUs."""
+    node, most = _node_of(place, role), min(max_gpus, MAX_ENGINE_GPUS)
+    for tp, dp in _attention(place, role, most):
+        size = tp * dp
+        for ep in dict.fromkeys((size, 1)):
+            cut = size // ep
+            if ep > place.model.num_experts or cut > node:
+                continue
+            if place.model.moe_intermediate_size % cut:
+                continue
+            for comm in _exchanges(place, role, dp, cut):
+                shape = Shape(tp, dp, ep, comm, 0)
+                yield from _variants(place, role, shape)
+                if role == "mixed" and dp == 1 and place.speculation is None:
+                    fit = [n for n in STAGES if n * size <= most]
+                    fit = [n for n in fit if n <= place.model.num_hidden_layers]
+                    yield from (replace(shape, pp=stages) for stages in fit)
+
+
+def _apart(place: Place, max_gpus: int) -> Iterator[Shape]:
+    """Attention and experts each on GPUs of their own, in decoding engines."""
+    comm: MoeComm = "nvlink" if _node_of(place, "decode") > NVLINK_DOMAIN else "deepep_ll"
+    most = min(max_gpus, MAX_ENGINE_GPUS)
+    for tp, dp in _attention(place, "decode", most - 1):
+        for experts in (2**i for i in range(most.bit_length())):
+            few, many = sorted((tp * dp, experts))
+            if few + many > most or many > APART * few or experts > place.model.num_experts:
+                continue
+            yield Shape(tp, dp, experts, comm, 0, expert_gpus=experts)
+
+
+def _attention(place: Place, role: Role, most: int) -> Iterator[tuple[int, int]]:
+    """Tensor and data parallelism of attention on up to `most` GPUs, fewest first."""
+    for size in (2**i for i in range(most.bit_length())):
         for tp in (2**i for i in range(size.bit_length())):
-            if size % tp or tp > node or model.attention.num_heads % tp:
+            if tp > _node_of(place, role) or place.model.attention.num_heads % tp:
                 continue
-            if place.engine == "trtllm" and tp not in (1, size):
-                continue
-            dp = size // tp
-            for ep in dict.fromkeys((size, 1)):
-                cut = size // ep
-                if ep > model.num_experts or cut > node or model.moe_intermediate_size % cut:
-                    continue
-                plain = [Shape(tp, dp, ep, c, 0) for c in _exchanges(place, role, dp, cut)]
-                for shape in plain:
-                    for other in _variants(place, role, shape):
-                        yield from (replace(other, budget=budget) for budget in BUDGETS[role])
-        size *= 2
+            if place.engine != "trtllm" or tp in (1, size):
+                yield tp, size // tp
+
+
+def _node_of(place: Place, role: Role) -> int:
+    return node_gpus((place.decode_cluster if role == "decode" else "") or place.cluster)
 
 
 def _exchanges(place: Place, role: Role, dp: int, cut: int) -> tuple[MoeComm, ...]:
@@ -139,7 +218,7 @@ def _exchanges(place: Place, role: Role, dp: int, cut: int) -> tuple[MoeComm, ..
     found = EXCHANGES[role]
     if place.engine == "sglang" and role == "mixed":
         found = tuple(AUTO.get(comm, comm) for comm in found)
-    if node_gpus(place.cluster) > NVLINK_DOMAIN and place.engine != "sglang":
+    if _node_of(place, role) > NVLINK_DOMAIN and place.engine != "sglang":
         found = (*found, "nvlink")
         if place.engine == "vllm":
             found = (*found, "nvlink_one_sided")
@@ -148,11 +227,11 @@ def _exchanges(place: Place, role: Role, dp: int, cut: int) -> tuple[MoeComm, ..
 
 def _variants(place: Place, role: Role, shape: Shape) -> Iterator[Shape]:
     """The shape as it is; with two-batch overlap where the engine has it for its exchange; with a
-    redundant expert per GPU where a trace says how experts are loaded."""
+    redundant expert per GPU where those are tried."""
     yield shape
     if shape.moe_comm.startswith("deepep") and place.engine != "trtllm":
         yield replace(shape, overlap=OVERLAPS[role])
-    if shape.ep > 1 and place.options.get("trace") is not None:
+    if shape.ep > 1 and place.redundancy:
         yield replace(shape, redundant=shape.ep)
 
 
