@@ -200,7 +200,7 @@ class Rule(ABC):
         return self.NEEDS
 
     def resolved(self, trace: Trace) -> Rule:
-        """This rule with what `trace` decides of its parameters, as it is then applied and named."""
+        """This rule with what `trace` decides of its parameters: so it is applied and named."""
         return self
 
     @abstractmethod

@@ -148,6 +148,8 @@ def predictions(
         out.append("transfer of KV caches: assumed rate and latency")
     if config.speculation is not None:
         out.append("accepted drafts and cost of drafting: assumed")
+        if deployment.trace is not None:
+            out.append("experts of drafted tokens: chunks of consecutive tokens of the trace")
     return out
 
 

@@ -377,8 +377,8 @@ class EngineStepCost:
     def _moe_parts(self, tokens: FloatArray) -> dict[str, FloatArray]:
         """All MoE layers by the tokens of all ranks together."""
         layers = self.deployment.model.num_moe_layers
-        load = self._load()
-        experts = np.array([self._expert_layer_us(n, load) for n in tokens])
+        load = self.expert_load
+        experts = np.array([self.expert_layer_us(n, load) for n in tokens])
         return {
             "experts": layers * np.maximum.accumulate(experts),
             "communication": layers * self._moe_comm_us(tokens, self._comm("prefill")),
@@ -397,14 +397,21 @@ class EngineStepCost:
             return comm
         return "deepep" if phase == "prefill" else "deepep_ll"
 
-    def _load(self) -> MoeLoad:
+    @property
+    def moe_counts(self) -> FloatArray:
+        """Token counts of all ranks that the MoE tables are made for."""
+        return self._moe_total.counts
+
+    @cached_property
+    def expert_load(self) -> MoeLoad:
         """Popularity of the experts: the trace's, or assumed."""
         d, model = self.deployment, self.deployment.model
         if d.trace is None:
             return assumed_load(model.num_experts, model.real_top_k).spread(d.imbalance_scale)
         return load_of_trace(d.trace).spread(d.imbalance_scale)
 
-    def _expert_layer_us(self, num_tokens: float, load: MoeLoad) -> float:
+    def expert_layer_us(self, num_tokens: float, load: MoeLoad) -> float:
+        """One MoE layer's experts for `num_tokens` of all ranks, on the slowest GPU."""
         d, model, kernel = self.deployment, self.deployment.model, self._expert_model
         gpu_of_slot, expert_of_slot, share = self._slots
         width = max(1, model.moe_intermediate_size // d.moe_tp)
@@ -432,7 +439,7 @@ class EngineStepCost:
     def _slots(self) -> tuple[np.ndarray, np.ndarray, FloatArray]:
         """Of every slot: GPU [P], expert [layers, P] and its share of that one's tokens."""
         d, model = self.deployment, self.deployment.model
-        load = self._load()
+        load = self.expert_load
         num_layers = len(load.inclusion)
         if d.redundant_experts is not None:
             num_slots = model.num_experts + d.redundant_experts
