@@ -11,8 +11,9 @@ GPUs step together, P of them in P rounds, each round a block of queries against
 
     round = max(attention of a block, sending), all but the last of P
 
-Sending is a point-to-point transfer, both directions of a link at once. Ignored: the time to merge partial outputs, contention of a GPU's links, states of linear attention;
-windowed layers pass all blocks.
+Sending is a point-to-point transfer, both directions of a link at once. Ignored: the time to merge
+partial outputs, contention of a GPU's links, states of linear attention. Windowed layers pass all
+blocks.
 """
 
 from __future__ import annotations
