@@ -30,6 +30,7 @@ WHOLE = ("gpus", "replicas", "tp", "dp", "ep", "decode_gpus", "max_sequences")
 TEXT = ("model", "cluster", "engine", "kv_dtype", "expert_dtype")
 ARRIVING = ("skip_empty", "time_unit", "block_tokens", "first", "rate_scale")
 SHOWN = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "cost_usd_per_hour")
+HEADS = ("TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "$ per hour")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class PoolsResult(Result):
         return f"{count:,} requests over {len(self.pools)} pools, {self.divided}"
 
     def summary(self) -> str:
-        head = ["pool", "requests", "finished", *(figure(n).heading for n in SHOWN)]
+        head = ["ms", "requests", "finished", *HEADS]
         rows = []
         for name, one in self.pools.items():
             record, metrics = one.record, one.record["metrics"]
