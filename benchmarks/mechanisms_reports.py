@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import moesim
 from benchmarks.mechanisms_row import Row
 from moesim.routing.api import reroute
 
 if TYPE_CHECKING:
     from benchmarks.mechanisms import Traces
 
+SCORED = "sample:debian-olmoe-scores"
 REPORTS = Path(__file__).parents[1] / "reports"
 NOT_JUDGED = (
     (
@@ -165,9 +167,88 @@ def pruning(traces: Traces) -> Iterator[Row]:
         )
 
 
+def scored(traces: Traces) -> Iterator[Row]:
+    """Rules that choose anew from candidates, on the sample that has them."""
+    plan = moesim.plan(SCORED, gpus=8, solver="greedy")
+    asked = (
+        (
+            "LocMoE, locality",
+            "arXiv:2401.13920, abstract and a review; claim from memory",
+            "training time per epoch 12.68% to 22.24% lower",
+            "local:weight=0.1",
+            "its experts are also chosen in training; here a token's GPU is its request's number in"
+            " turn, and holds 8 of 64 experts",
+        ),
+        (
+            "SMILE, bi-level choice",
+            "arXiv:2212.05191, abstract",
+            "2.5x pretraining throughput",
+            "group-limit:groups=8,keep=2",
+            "the router was not trained for groups, so that it loses what it preferred",
+        ),
+        (
+            "BASE layers",
+            "arXiv:2103.16716, title; claim from memory",
+            "balanced without an auxiliary loss",
+            "base",
+            "even in groups of 256 tokens, by giving up scores; batches that are served differ",
+        ),
+        (
+            "Expert choice",
+            "arXiv:2202.09368, title; claim from memory",
+            "over 2x faster convergence (training)",
+            "expert-choice",
+            "even by construction; some tokens get no expert",
+        ),
+        (
+            "Auxiliary-loss-free balancing",
+            "arXiv:2408.15664, abstract",
+            "better balance and lower loss than with an auxiliary loss",
+            "bias:rate=0.001,passes=4",
+            "the bias is learned on a router that was balanced by a loss already",
+        ),
+        (
+            "Rectify-Router",
+            "arXiv:2402.12399, abstract and a review; claim from memory",
+            "+4.7% accuracy over top-1 by rectifying drops and padding",
+            "fill-in:factor=1",
+            "what drops cost an answer no trace says; here they stay on the own GPU",
+        ),
+        (
+            "Capacity-aware inference, expanded drop",
+            "arXiv:2503.05066, abstract",
+            "1.94x (Mixtral, with reroute)",
+            "expanded-drop:factor=1",
+            "balance is by GPU here, by expert there",
+        ),
+        (
+            "Multilingual routing, steering",
+            "arXiv:2510.04694, abstract; claim from memory",
+            "+1% to 2% on tasks in other languages",
+            "steer:toward=help,layers=2-5",
+            "what it is worth no trace says; so much moves",
+        ),
+    )
+    for system, source, claim, rule, why in asked:
+        done = moesim.reroute(SCORED, rule, plan=plan.plan)
+        c, before, after = done.changes, done.before, done.after
+        yield Row(
+            system,
+            source,
+            claim,
+            f"{c.moved / c.choices:.1%} of choices moved, {c.dropped / c.choices:.1%} dropped;"
+            f" gate mass kept {c.gate_mass_kept:.1%}; imbalance {before['imbalance'].value:.3f} to"
+            f" {after['imbalance'].value:.3f}, GPUs per token {before['fan_out'].value:.2f} to"
+            f" {after['fan_out'].value:.2f}, MoE time"
+            f" {after['step_us'].value / before['step_us'].value - 1:+.1%}",
+            f"debian-olmoe-scores, `{rule}`, greedy plan for 8 H100s, prefill",
+            why,
+        )
+
+
 def not_judged(traces: Traces) -> Iterator[Row]:
     for system, source, claim, why in NOT_JUDGED:
         yield Row(system, source, claim, "not judged", "-", why)
 
 
-SECTIONS = (offloading, memory, consistency, home_ranks, pruning, not_judged)
+SECTIONS = (scored, offloading, memory, consistency, home_ranks, pruning, not_judged)
