@@ -346,26 +346,7 @@ measured figures, of several nodes partly from assumed ones (docs/calibration.md
 |---|---|---|---|---|
 """
 
-TAIL = """
-## What the table shows
-
-- What comes out as claimed: drops fall on the ends of sequences where experts fill in order of
-  position; co-scheduling (FSMoE), and a capacity on many small experts as OLMoE's, gain about what
-  is claimed of a layer; MoETuner gains more on two nodes than on one.
-- What comes out under the claim's own conditions alone: ExFlow gains with one expert per token, as
-  its models have, and not with four; the two-level exchange wins where peers are many and messages
-  small; fewer bytes (BigMac) pay in prefill, where bytes decide, and not in decode.
-- What does not: the largest factors (Tutel's 20.7x, BigMac's 3.09x, the 1.94x of Mixtral). The last
-  column says what we take for the reason; none of these was measured against the systems.
-
-## Not here
-
-`freeze` needs prompts and answers of the same requests. Papers without a row: their mechanism is in
-docs/routing-rules.md, or in the map below.
-"""
-
-
-MAP = (Path(__file__).parent / "mechanisms_map.md").read_text(encoding="utf-8")
+TAIL = (Path(__file__).parent / "mechanisms_tail.md").read_text(encoding="utf-8")
 
 
 def main() -> None:
@@ -398,7 +379,7 @@ def main() -> None:
         for rows in found.values()
         for r in rows
     ]
-    atomic_write(given.out / "README.md", HEAD + "\n".join(lines) + "\n" + TAIL + MAP)
+    atomic_write(given.out / "README.md", HEAD + "\n".join(lines) + "\n" + TAIL)
     atomic_write(given.out / "results.json", json.dumps(found, indent=1) + "\n")
 
 
