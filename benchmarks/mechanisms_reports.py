@@ -184,7 +184,8 @@ def scored(traces: Traces) -> Iterator[Row]:
             "arXiv:2212.05191, abstract",
             "2.5x pretraining throughput",
             "group-limit:groups=8,keep=2",
-            "the router was not trained for groups, so that it loses what it preferred",
+            "the router was not trained for groups; what is dropped has no candidate there, 16 of"
+            " 64 being listed",
         ),
         (
             "BASE layers",

@@ -52,7 +52,7 @@ class Flows:
     def load(self, chosen: IntArray) -> FloatArray:
         """[links] GB/s of the flows on their paths; `chosen` [F] as in `Admission`."""
         out = np.zeros(len(self.capacity_gb_per_s))
-        for flow in np.flatnonzero(chosen >= 0):
+        for flow in np.flatnonzero(chosen >= 0).tolist():
             out[self.paths[flow][chosen[flow]]] += self.gb_per_s[flow]
         return out
 

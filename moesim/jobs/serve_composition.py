@@ -50,7 +50,7 @@ class CompositionResult(Result):
 
     def _figures(self) -> dict[str, float]:
         served, came = self.served, self.requests.arrival_s * 1e6
-        out = {}
+        out: dict[str, float] = {}
         for name, us in (("ttft", served.first_us - came), ("e2e", served.finish_us - came)):
             values = (us.mean(), *np.percentile(us, [50, 99]))
             out |= {f"{name}_{s}_ms": float(v) / 1e3 for s, v in zip(STATS, values, strict=True)}

@@ -98,9 +98,9 @@ def prompt_us(cost: EngineStepCost, tokens: int) -> dict[str, PromptTime]:
             every = replace(terms, window=0)
             pairs = float(causal_pairs(tokens, terms.window)) / ranks
             if name == "all-gather":
-                one, hidden = _one(every.prefill_us(share, pairs)), gather_us
+                one, hidden = every.one_us(0, 0, share, pairs), gather_us
             else:
-                block = _one(every.prefill_us(share, pairs / ranks))
+                block = every.one_us(0, 0, share, pairs / ranks)
                 one = ranks * block
                 both = send(max(queries, outputs))
                 hidden = rounds_us(ranks, block, send(keys))
@@ -110,10 +110,6 @@ def prompt_us(cost: EngineStepCost, tokens: int) -> dict[str, PromptTime]:
             exposed += terms.num_layers * hidden
         out[name] = PromptTime(work, exposed, other)
     return out
-
-
-def _one(value: object) -> float:
-    return float(np.asarray(value, np.float64))
 
 
 def _split(cost: EngineStepCost, batch: BatchShape) -> PromptTime:
