@@ -2,9 +2,10 @@
 
 Every row is computed here: `claim` is what the paper's abstract says, `ours` the figure of our
 traces and machines, `why` what makes the two differ. Writes `reports/mechanisms/`: results.json and
-README.md. Usage, about five minutes on two cores:
+README.md. `--only` runs some of the sections anew and keeps the others' rows. Usage, about fifteen
+minutes on two cores:
 
-    python benchmarks/mechanisms.py --data ../shared/data --out reports/mechanisms
+    python -m benchmarks.mechanisms --data ../shared/data --out reports/mechanisms
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import moesim
+from benchmarks import mechanisms_reports, mechanisms_serving
+from benchmarks.mechanisms_row import Row
 from moesim.cluster import load_cluster
 from moesim.cost.routing import home_ranks, route
 from moesim.files import atomic_write
@@ -31,16 +34,6 @@ from moesim.trace.batches import draw_batches, index_requests
 from moesim.trace.format import Trace, load_token_trace
 
 OLMOE = "sample:debian-olmoe"
-
-
-@dataclass(frozen=True)
-class Row:
-    system: str
-    source: str
-    claim: str
-    ours: str
-    setting: str
-    why: str
 
 
 @dataclass(frozen=True)
@@ -335,64 +328,59 @@ SECTIONS: tuple[Callable[[Traces], Iterator[Row]], ...] = (
     merging,
     bits,
     schedules,
+    *mechanisms_serving.SECTIONS,
+    *mechanisms_reports.SECTIONS,
 )
 
 HEAD = """# Headlines beside ours
 
 What papers say of their systems, and what this project's model gives for the same mechanism on real
-routing traces and calibrated machines. Only mechanisms that were run stand here. Claims are from
+routing traces and calibrated machines. Those that cannot be judged say why. Claims are from
 abstracts and project pages, as named; the papers' own experiments are of other models and machines,
 and many are of training. Gate mass kept is no accuracy. Times are predictions: of 8 GPUs from
 measured figures, of several nodes partly from assumed ones (docs/calibration.md). Regenerate with:
 
-    python benchmarks/mechanisms.py --data ../shared/data --out reports/mechanisms
+    python -m benchmarks.mechanisms --data ../shared/data --out reports/mechanisms
 
 | system | claim | ours | setting | why they differ |
 |---|---|---|---|---|
 """
 
-TAIL = """
-## What the table shows
-
-- What comes out as claimed: drops fall on the ends of sequences where experts fill in order of
-  position; co-scheduling (FSMoE), and a capacity on many small experts as OLMoE's, gain about what
-  is claimed of a layer; MoETuner gains more on two nodes than on one.
-- What comes out under the claim's own conditions alone: ExFlow gains with one expert per token, as
-  its models have, and not with four; the two-level exchange wins where peers are many and messages
-  small; fewer bytes (BigMac) pay in prefill, where bytes decide, and not in decode.
-- What does not: the largest factors (Tutel's 20.7x, BigMac's 3.09x, the 1.94x of Mixtral). The last
-  column says what we take for the reason; none of these was measured against the systems.
-
-## Not here
-
-Rules that choose anew from candidates (`base`, `expert-choice`, `bias`, `local`, `group-limit`,
-`steer`, `fill-in`): none of the traces at hand has candidate scores. `freeze` needs prompts and
-answers of the same requests. Expert caching and prefetching: `reports/offloading`.
-"""
+TAIL = (Path(__file__).parent / "mechanisms_tail.md").read_text(encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", help="sections by the names of their functions, with commas")
     given = parser.parse_args()
+    kept: dict[str, list[dict[str, str]]] = {}
+    if given.only:
+        kept = json.loads((given.out / "results.json").read_text(encoding="utf-8"))
     traces = Traces(
         load_token_trace(given.data / "gpt-oss-20b.npz", "this study"),
         load_token_trace(given.data / "deepseek-v2-lite.npz", "this study"),
         load_token_trace(OLMOE, "this study"),
     )
-    rows = []
+    found: dict[str, list[dict[str, str]]] = {}
     for section in SECTIONS:
-        for row in section(traces):
-            print(f"{row.system}: {row.ours} [{row.setting}]", flush=True)
-            rows.append(row)
+        name = section.__name__
+        if given.only and name not in given.only.split(","):
+            found[name] = kept.get(name, [])
+            continue
+        found[name] = [asdict(row) for row in section(traces)]
+        for row in found[name]:
+            print(f"{row['system']}: {row['ours']} [{row['setting']}]", flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
     lines = [
-        f"| {r.system} | {r.claim} ({r.source}) | {r.ours} | {r.setting} | {r.why} |" for r in rows
+        f"| {r['system']} | {r['claim']} ({r['source']}) | {r['ours']} | {r['setting']} |"
+        f" {r['why']} |"
+        for rows in found.values()
+        for r in rows
     ]
     atomic_write(given.out / "README.md", HEAD + "\n".join(lines) + "\n" + TAIL)
-    data = json.dumps([asdict(row) for row in rows], indent=1)
-    atomic_write(given.out / "results.json", data + "\n")
+    atomic_write(given.out / "results.json", json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "plan": ("plan", "plan", "Place experts on GPUs, with held-out figures beside EPLB's."),
     "simulate": ("simulate", "simulate", "Replay a trace through a plan on a cluster."),
     "serve": ("serve", "serve", "Serve requests: TTFT, TPOT, throughput, goodput."),
+    "prefill": ("prefill", "prefill", "Time one long prompt over many GPUs: ring attention."),
     "recommend": (
         "recommend",
         "recommend",

@@ -314,6 +314,35 @@ def _print_cluster(info: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+@app.command("admit")
+def admit(
+    flows: Annotated[
+        str,
+        typer.Argument(
+            metavar="FLOWS",
+            help="CSV with source, target, gb_per_s and priority, or"
+            " random:count=200,gb_per_s=10,priorities=3.",
+        ),
+    ],
+    cluster: Annotated[
+        str, typer.Option("--cluster", help="Cluster name or YAML file; resized to --gpus.")
+    ] = "h100-sxm-roce-leafspine",
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", help="GPUs.", show_default="the cluster's", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same bytes.", min=0)] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Admit flows on the paths of a leaf-spine network: exact, genetic, and one path each.
+
+    Example: moesim topology admit random:count=200,gb_per_s=10
+    """
+    from moesim.jobs.admit import admit as run
+
+    result = run(flows, cluster=cluster, gpus=gpus, seed=seed)
+    echo(json.dumps(result.to_json(), indent=2) if as_json else result.summary())
+
+
 def _values(values: list[float]) -> str:
     return " or ".join(f"{value:g}" for value in values)
 

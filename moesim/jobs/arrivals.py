@@ -19,8 +19,10 @@ def arriving_requests(
     block_tokens: int | None = None,
     first: int | None = None,
     rate_scale: float = 1.0,
+    label: str | None = None,
 ) -> Requests:
-    """The requests, the `first` of them, arriving `rate_scale` times as fast. Raises InputError for
+    """The requests, the `first` of them, arriving `rate_scale` times as fast, with a log's column
+    `label` if one is named. Raises InputError for
     `time_unit` and `block_tokens` of requests that are no log, and what the readers raise."""
     log = not isinstance(requests, Requests) and not is_synthetic(str(requests))
     if not log and (time_unit is not None or block_tokens is not None):
@@ -28,11 +30,19 @@ def arriving_requests(
             "`time_unit` and `block_tokens` are for request logs, not for drawn requests",
             "leave them out",
         )
+    if label is not None and not log and not isinstance(requests, Requests):
+        raise InputError(
+            f"the column {label!r:.60} of drawn requests, which have none", "give a log that has it"
+        )
     if isinstance(requests, Requests):
         found = requests
     elif log:
         found = load_requests(
-            str(requests), skip_empty=skip_empty, time_unit=time_unit, block_tokens=block_tokens
+            str(requests),
+            skip_empty=skip_empty,
+            time_unit=time_unit,
+            block_tokens=block_tokens,
+            label=label,
         )
     else:
         found = synthetic_requests(str(requests), seed)

@@ -44,6 +44,7 @@ def rerouted(
         return trace, None
     from moesim.routing.api import reroute
     from moesim.routing.partition import DECODE_TOKENS, PREFILL_TOKENS
+    from moesim.routing.spec import rule_text
 
     whole = require_tokens(trace, "`reroute`")
     try:
@@ -60,7 +61,7 @@ def rerouted(
         raise MismatchError(
             error.cause, "write the trace with moesim trace reroute --plan first"
         ) from None
-    return done.trace, f"rerouted: {done.changes.line(rule)}"
+    return done.trace, f"rerouted: {done.changes.line(rule_text(done.rule))}"
 
 
 def model_of(model: ModelLike) -> ModelSpec:

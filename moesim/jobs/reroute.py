@@ -19,7 +19,7 @@ from moesim.planning.evaluate import Interval, draw_sample, figures, measure
 from moesim.routing.api import Changes
 from moesim.routing.api import reroute as apply_rule
 from moesim.routing.base import Rule
-from moesim.routing.spec import describe
+from moesim.routing.spec import describe, rule_text
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import DECODE, Trace, save_trace
 
@@ -51,7 +51,7 @@ class RerouteResult(Result):
     notices: tuple[str, ...] = ()
 
     def line(self) -> str:
-        return self.changes.line(self.rule.NAME)
+        return self.changes.line(rule_text(self.rule))
 
     def summary(self) -> str:
         c = self.changes

@@ -85,7 +85,7 @@ def reroute(
     Raises MismatchError for what the rule needs and lacks, UnknownNameError and InputError for
     rules that cannot be.
     """
-    found = parse_rule(rule) if isinstance(rule, str) else rule
+    found = (parse_rule(rule) if isinstance(rule, str) else rule).resolved(trace)
     work = Work(
         trace, places, prefill_tokens=prefill_tokens, decode_tokens=decode_tokens, seed=seed
     )

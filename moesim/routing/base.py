@@ -199,6 +199,10 @@ class Rule(ABC):
         """What this rule with its parameters needs of `trace`, or beside it."""
         return self.NEEDS
 
+    def resolved(self, trace: Trace) -> Rule:
+        """This rule with what `trace` decides of its parameters: so it is applied and named."""
+        return self
+
     @abstractmethod
     def apply(self, work: Work) -> Choices:
         """Other choices for all tokens and layers."""

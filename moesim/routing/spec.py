@@ -65,6 +65,16 @@ def describe(rule: Rule) -> dict[str, Any]:
     return {"rule": rule.NAME, **values}
 
 
+def rule_text(rule: Rule) -> str:
+    """The rule with all its parameters, as `parse_rule` reads it."""
+    values = describe(rule)
+    del values["rule"]
+    shown = (
+        f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items() if v != ""
+    )
+    return f"{rule.NAME}:{','.join(shown)}".rstrip(":")
+
+
 def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " | ".join(map(str, get_args(hint)))

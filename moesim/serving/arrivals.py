@@ -16,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,15 @@ def load_requests(
     skip_empty: bool = False,
     time_unit: str | None = None,
     block_tokens: int | None = None,
+    label: str | None = None,
 ) -> Requests:
     """Requests of a file in one of the formats of this module, told by its first line.
 
     skip_empty: leave out rows whose prompt or output is 0, as failed requests in BurstGPT are,
     instead of refusing them. time_unit (s, ms, us, ns) and block_tokens: what the log does not
     say, instead of what log_units.py makes of it. A further column or key `priority` is read if
-    there; columns and keys that are not read are named in `notices`.
+    there, and as text the one named `label`; columns and keys that are not read are named in
+    `notices`.
     Raises InputError for a file that cannot be read and FormatError, which names the line, for one
     that is in none of the formats, cut off, or holds what is no number; else as `Requests.of`.
     """
@@ -76,21 +79,26 @@ def load_requests(
     if not any(line.strip() for line in lines):
         raise FormatError(f"{path} is empty", _REMEDY)
     if lines[0].lstrip().startswith("{"):
-        return _from_jsonl(path, lines, skip_empty, time_unit, block_tokens)
+        return _from_jsonl(path, lines, skip_empty, time_unit, block_tokens, label)
     if block_tokens is not None:
         raise InputError(
             f"{path}: a CSV has no blocks, but block_tokens is {block_tokens}", "leave it out"
         )
-    return _from_csv(path, lines, skip_empty, time_unit)
+    return _from_csv(path, lines, skip_empty, time_unit, label)
 
 
-def _from_csv(path: Path, lines: list[str], skip_empty: bool, time_unit: str | None) -> Requests:
+def _from_csv(
+    path: Path, lines: list[str], skip_empty: bool, time_unit: str | None, label: str | None
+) -> Requests:
     header = [name.strip() for name in next(csv.reader(lines[:1]))]
     columns = next((c for c in CSV_FORMATS if all(name in header for name in c)), None)
     if columns is None:
         raise FormatError(f"{path} has the columns {','.join(header)!r:.200}", _REMEDY)
     where = [header.index(name) for name in columns]
     optional = [header.index(name) for name in OPTIONAL if name in header]
+    if label is not None and label not in header:
+        raise _no_label(path, label, header)
+    labels: list[str] = []
     times: list[str] = []
     rows: list[list[float]] = []
     numbers: list[int] = []
@@ -105,12 +113,14 @@ def _from_csv(path: Path, lines: list[str], skip_empty: bool, time_unit: str | N
         times.append(row[where[0]].strip())
         rows.append([_number(path, number, row[i]) for i in (*where[1:], *optional)])
         numbers.append(number)
+        if label is not None:
+            labels.append(row[header.index(label)].strip())
     if not rows:
         raise FormatError(f"{path} has a header but no requests", "give at least one row")
     table = np.array(rows, np.float64)
     if columns is SPLITWISE and "batch_size" in header:
         _refuse_batches(path, lines, header.index("batch_size"))
-    unread = [name for name in header if name not in (*columns, *OPTIONAL)]
+    unread = [name for name in header if name not in (*columns, *OPTIONAL, label)]
     unit = "dates" if columns is AZURE else time_unit or "s"
     if columns is AZURE:
         if time_unit is not None:
@@ -124,7 +134,7 @@ def _from_csv(path: Path, lines: list[str], skip_empty: bool, time_unit: str | N
         arrival = ticks * unit_seconds(unit)
     return _requests(
         path, arrival, table[:, 0], table[:, 1], table[:, 2] if optional else None, None,
-        numbers, skip_empty, unread=unread, unit=unit,
+        numbers, skip_empty, unread=unread, unit=unit, labels=labels,
     )  # fmt: skip
 
 
@@ -151,7 +161,9 @@ def _from_jsonl(
     skip_empty: bool,
     time_unit: str | None,
     block_tokens: int | None,
+    label: str | None,
 ) -> Requests:
+    labels: list[str] = []
     rows: list[list[float]] = []
     blocks: list[list[int]] = []
     numbers: list[int] = []
@@ -173,6 +185,10 @@ def _from_jsonl(
         rows.append([_number(path, number, entry.get(key, 0)) for key in keys])
         blocks.append(_block_ids(path, number, entry.get("hash_ids", [])))
         numbers.append(number)
+        if label is not None:
+            if label not in entry:
+                raise _no_label(path, label, list(entry), f" line {number}")
+            labels.append(str(entry[label]))
     table = np.array(rows, np.float64)
     bailian = found.keys() >= BAILIAN_KEYS
     tick = seconds_per_tick(path, table[:, 0], numbers, bailian=bailian, unit=time_unit)
@@ -189,9 +205,16 @@ def _from_jsonl(
         blocks if any(blocks) else None,
         numbers,
         skip_empty,
-        unread=[key for key in found if key not in (*keys, "hash_ids")],
+        unread=[key for key in found if key not in (*keys, "hash_ids", label)],
         unit=time_unit or ("s" if bailian else "ms"),
         block_tokens=size,
+        labels=labels,
+    )
+
+
+def _no_label(path: Path, label: str, known: list[str], where: str = "") -> InputError:
+    return InputError(
+        f"{path}{where} has no column {label!r:.60}", f"it has {', '.join(known):.200}"
     )
 
 
@@ -215,6 +238,7 @@ def _requests(
     *,
     unread: list[str],
     unit: str,
+    labels: list[str],
     block_tokens: int = MOONCAKE_BLOCK_TOKENS,
 ) -> Requests:
     notices: list[str] = []
@@ -230,6 +254,7 @@ def _requests(
         kept = np.flatnonzero(keep).tolist()
         blocks = [blocks[i] for i in kept] if blocks is not None else None
         numbers = [numbers[i] for i in kept]
+        labels = [labels[i] for i in kept] if labels else labels
     contiguous = not numbers or numbers[-1] - numbers[0] == len(numbers) - 1
     made = Requests.of(
         arrival,
@@ -245,8 +270,7 @@ def _requests(
     )
     notices.insert(0, _read_as(made, unit))
     notices += absurd_rate(made.arrival_s, made.prompt_tokens, unit)
-    object.__setattr__(made, "notices", tuple(notices))
-    return made
+    return replace(made, notices=tuple(notices), labels=tuple(labels))
 
 
 def _read_as(made: Requests, unit: str) -> str:

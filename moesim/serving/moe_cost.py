@@ -43,7 +43,7 @@ class MoeCost(Parts):
     def parts(self, tokens: FloatArray) -> dict[str, FloatArray]:
         """By part, for steps with prompt tokens."""
         layers = self.deployment.model.num_moe_layers
-        experts = np.array([self._expert_layer_us(n) for n in tokens])
+        experts = np.array([self.experts_us(n, self.load) for n in tokens])
         return {
             "experts": layers * np.maximum.accumulate(experts),
             "communication": layers * self._exchange_us(tokens, self.comm("prefill")),
@@ -96,12 +96,13 @@ class MoeCost(Parts):
         kernel = own if (dtype, own) in calibration.experts else None
         return calibration.expert_ffn(dtype, kernel, shape=shape)
 
-    def _expert_layer_us(self, num_tokens: float) -> float:
+    def experts_us(self, num_tokens: float, load: MoeLoad) -> float:
+        """One MoE layer's experts for `num_tokens` of all ranks, on the slowest rank."""
         d, model = self.deployment, self.deployment.model
         everyone = d.moe_comm in ("all_reduce", "all_gather")
         groups = d.ep if d.expert_gpus is not None else d.dp
         return layer_us(
-            self._load,
+            load,
             self.ranks.models,
             self.ranks.kind,
             self._slots,
@@ -116,7 +117,7 @@ class MoeCost(Parts):
         )
 
     @cached_property
-    def _load(self) -> MoeLoad:
+    def load(self) -> MoeLoad:
         """Popularity of the experts: the trace's, or assumed."""
         d, model = self.deployment, self.deployment.model
         if d.trace is None:
@@ -126,12 +127,12 @@ class MoeCost(Parts):
     @cached_property
     def _slots(self) -> ExpertSlots:
         d, model = self.deployment, self.deployment.model
-        num_layers = len(self._load.inclusion)
+        num_layers = len(self.load.inclusion)
         if d.redundant_experts is not None:
             num_slots = model.num_experts + d.redundant_experts
             nodes = ceil(d.ep / d.cluster.gpus_per_node)
             nodes = nodes if d.ep % nodes == 0 else 1
-            table = rebalance_experts(self._load.inclusion, num_slots, 1, nodes, d.ep)
+            table = rebalance_experts(self.load.inclusion, num_slots, 1, nodes, d.ep)
             copies = np.stack([np.bincount(row, minlength=model.num_experts) for row in table])
             share = 1.0 / np.take_along_axis(copies, table, axis=1)
             return ExpertSlots(np.arange(num_slots) * d.ep // num_slots, table, share)
@@ -207,14 +208,14 @@ class MoeCost(Parts):
     def chosen_share(self) -> FloatArray:
         """[X, ep]: the probability that a rank holds an expert that a token chooses, in each of the
         sampled layers."""
-        own = self._slots.tokens_by_rank(self._load.inclusion)
+        own = self._slots.tokens_by_rank(self.load.inclusion)
         return np.asarray(1.0 - np.prod(1.0 - own, axis=2), np.float64)
 
     def _receives_more(self, num_nodes: int, *, once: bool) -> tuple[float, float]:
         """Rows that the busiest rank, and node, receives over the mean one's, averaged over layers;
         a row once where several of its experts are there, or once for each."""
         slots = self._slots
-        own = slots.tokens_by_rank(self._load.inclusion)
+        own = slots.tokens_by_rank(self.load.inclusion)
         ranks = 1.0 - np.prod(1.0 - own, axis=2) if once else own.sum(axis=2)
         cut = [part for part in np.array_split(own, num_nodes, axis=1) if part.shape[1]]
         nodes = np.stack([1.0 - np.prod(1.0 - part, axis=(1, 2)) for part in cut], axis=1)

@@ -159,6 +159,8 @@ def predictions(
             else "a share of the step as given, and no memory of its own: assumed"
         )
         out.append(f"drafting: {drafting}")
+        if deployment.trace is not None:
+            out.append("experts of drafted tokens: chunks of consecutive tokens of the trace")
     return out
 
 

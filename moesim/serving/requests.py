@@ -25,6 +25,7 @@ class Requests:
     none. block_ids, block_indptr: the prompt's blocks of `block_tokens` tokens by content, as
     `block_ids[block_indptr[r]:block_indptr[r + 1]]`; equal ids are equal text after an equal
     beginning. Empty where nothing is known of the content. Ids are 0, 1, ... without gaps.
+    labels: [R] what a column of the log says of each, as text; empty where none was asked for.
     source, basis: where the requests are from ("measured": a log of a real service).
 
     Construct with `Requests.of`, which checks.
@@ -42,6 +43,7 @@ class Requests:
     source: str = ""
     basis: Basis = "assumed"
     notices: tuple[str, ...] = field(default=())
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -121,18 +123,24 @@ class Requests:
             raise InputError(f"{count} requests were asked for", "give at least 1")
         if count >= len(self):
             return self
-        end = int(self.block_indptr[count])
-        ids = self.block_ids[:end]
-        dense = np.unique(ids, return_inverse=True)[1].astype(np.int64)
+        return self.picked(np.arange(count))
+
+    def picked(self, index: IntArray) -> Requests:
+        """Some of the requests, by ascending index, at the times that they have."""
+        lengths = np.diff(self.block_indptr)[index]
+        starts = np.repeat(self.block_indptr[index], lengths)
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        dense = np.unique(self.block_ids[starts + within], return_inverse=True)[1]
         return replace(
             self,
-            arrival_s=self.arrival_s[:count],
-            prompt_tokens=self.prompt_tokens[:count],
-            output_tokens=self.output_tokens[:count],
-            priority=self.priority[:count],
-            domain=self.domain[:count],
-            block_ids=dense,
-            block_indptr=self.block_indptr[: count + 1],
+            arrival_s=self.arrival_s[index],
+            prompt_tokens=self.prompt_tokens[index],
+            output_tokens=self.output_tokens[index],
+            priority=self.priority[index],
+            domain=self.domain[index],
+            block_ids=dense.astype(np.int64),
+            block_indptr=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+            labels=tuple(self.labels[i] for i in index) if self.labels else (),
         )
 
     def content_hash(self) -> str:

@@ -74,7 +74,11 @@ def simulate_serving(
     routing = config.routing
     if routing is not None:
         requests = routing.label(requests)
-    tables = tables_of(costs, None if routing is None else [routing.moe_tables(c) for c in costs])
+    tables = tables_of(
+        costs,
+        None if routing is None else [routing.moe_tables(c) for c in costs],
+        config.speculation.max_drafts if config.speculation else 0,
+    )
     bases = [*(c.basis for c in costs), requests.basis]
     notes = list(dict.fromkeys(note for c in costs for note in (*c.rests_on, *c.notes)))
     return run_tables(

@@ -103,6 +103,16 @@ class EngineStepCost:
         return self._sources.rests_on
 
     @property
+    def moe_counts(self) -> FloatArray:
+        """Token counts of all ranks that the MoE tables are made for."""
+        return self._moe_total.counts
+
+    @property
+    def experts(self) -> MoeCost:
+        """What the MoE part of a step costs."""
+        return self._of_moe
+
+    @property
     def num_small_kernels(self) -> int:
         """Small kernels of all layers of the model."""
         return self._of_rows.num_small_kernels(LayerCounts.of(self.deployment.model))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from moesim.kernels import kernel
+from moesim.serving.chunks import chunk_saves
 from moesim.serving.state import INTERNAL
 from moesim.types import FloatArray
 
@@ -44,6 +45,8 @@ class StepTables(NamedTuple):
     overlap: [M, 5], see `EngineStepCost.overlap`. parts: [M], of a step between two pools of GPUs,
     0 where there is one. drafting_us: [M, points], what one rank computes by its rows in the
     multi-token-prediction layer that drafts; drafting: [M, 3], `EngineStepCost.drafting`.
+    chunk_saves_us: [M, drafts + 1, points] by verified rows of all ranks, what experts take less
+    than `moe_us` says where a sequence's rows come in chunks (`moesim.serving.chunks`).
     eager_us: added to steps with prompt tokens, which take least_us at least; host_us,
     sequence_us: added to every step, and for every sampled row of the rank that has most.
     """
@@ -66,15 +69,19 @@ class StepTables(NamedTuple):
     parts: FloatArray
     drafting_us: FloatArray
     drafting: FloatArray
+    chunk_saves_us: FloatArray
 
 
 def tables_of(
-    costs: Sequence[EngineStepCost], domains: Sequence[FloatArray] | None = None
+    costs: Sequence[EngineStepCost],
+    domains: Sequence[FloatArray] | None = None,
+    max_drafts: int = 0,
 ) -> StepTables:
     """Tables of one deployment or two (front and decode instances of a disaggregated service).
 
     domains: for each deployment [W + 1, points] times of all MoE layers on its `moe_x`, W domains
-    and then equal shares of all; None for the routing that the deployment itself has.
+    and then equal shares of all; None for the routing that the deployment itself has. max_drafts:
+    of speculative decoding, whose chunks activate experts as the deployment's trace does.
     """
     rows, moes, heads, evens, by_domain = [], [], [], [], []
     for i, cost in enumerate(costs):
@@ -123,7 +130,13 @@ def tables_of(
         np.array([d.micro_batches if d.expert_gpus else 0.0 for d in deployments], np.float64),
         _padded([(cost._drafting.counts, cost._drafting.times_us) for cost in costs])[1],
         np.array([cost.drafting for cost in costs], np.float64),
+        np.stack([_chunk_saves(cost, max_drafts, moe_x.shape[1]) for cost in costs]),
     )
+
+
+def _chunk_saves(cost: EngineStepCost, max_drafts: int, size: int) -> FloatArray:
+    saves = chunk_saves(cost, max_drafts)
+    return np.stack([_padded_to(cost.moe_counts, us, size)[1] for us in saves])
 
 
 def _padded_to(counts: FloatArray, times: FloatArray, size: int) -> tuple[FloatArray, FloatArray]:
@@ -230,6 +243,14 @@ def _moe_us(tables: Any, m: int, total: float, shares: Any) -> float:
 
 
 @kernel(**INTERNAL)
+def _chunk_saved(tables: Any, m: int, drafts: int, verified: float) -> float:
+    saves = tables.chunk_saves_us[m]
+    if drafts == 0 or drafts >= len(saves):
+        return 0.0
+    return _table(tables.moe_x[m], saves[drafts], verified)
+
+
+@kernel(**INTERNAL)
 def _ranks_us(
     tables: Any,
     m: int,
@@ -258,12 +279,14 @@ def _ranks_us(
 
 
 @kernel(**INTERNAL)
-def _apart_us(tables: Any, m: int, own: float, total: float, prefill: bool, shares: Any) -> float:
+def _apart_us(
+    tables: Any, m: int, own: float, total: float, prefill: bool, shares: Any, saved: float
+) -> float:
     """`moesim.serving.apart.ping_pong_us` of parts whose slowest rank computes `own`, `total` rows
-    of all ranks in each."""
+    of all ranks in each, whose experts take `saved` less than for independent tokens."""
     parts, layers = tables.parts[m], tables.overlap[m, 4]
     comm = _table(tables.moe_x[m], tables.comm_us[m], total)
-    experts = _moe_us(tables, m, total, shares) - comm
+    experts = _moe_us(tables, m, total, shares) - comm - saved
     if not prefill:
         comm -= _table(tables.moe_x[m], tables.decode_saves_us[m], total)
     through = (own + experts + comm) / layers
@@ -289,12 +312,13 @@ def step_us(
     drafts: further tokens that each decoding sequence verifies. They are rows like others; cached
     tokens are read once more for each with `extra_context` 1, not again with 0.
     """
-    sampled, total, prefill = 0.0, 0.0, False
+    sampled, total, verified, prefill = 0.0, 0.0, 0.0, False
     for rank in range(first, last):
         rows = ranks[rank].decode_rows * (1.0 + drafts)
         prompt = float(ranks[rank].prefill_rows)
         sampled = max(sampled, rows + ranks[rank].prefill_sequences)
         total += rows + prompt
+        verified += rows
         prefill = prefill or prompt > 0
     if total == 0:
         return 0.0, 0.0, 0.0
@@ -305,18 +329,21 @@ def step_us(
         mean, slowest = 2.0 * mean, 2.0 * slowest
         comm = 2.0 * _table(tables.moe_x[m], tables.comm_us[m], total / 2.0)
         time = slowest + 2.0 * _moe_us(tables, m, total / 2.0, shares) - comm
+        time -= 2.0 * _chunk_saved(tables, m, drafts, verified / 2.0)
         if not prefill:
             comm -= 2.0 * _table(tables.moe_x[m], tables.decode_saves_us[m], total / 2.0)
         time = max(time + tables.overlap[m, 2 + kind] * min(time, comm), comm)
         time += comm / (2.0 * tables.overlap[m, 4])
     else:
         time = slowest + _moe_us(tables, m, total, shares)
+        time -= _chunk_saved(tables, m, drafts, verified)
         if not prefill:
             time -= _table(tables.moe_x[m], tables.decode_saves_us[m], total)
     parts = tables.parts[m]
     if parts > 1:
         _, own = _ranks_us(tables, m, ranks, first, last, drafts, extra_context, 1.0 / parts)
-        time = min(time, _apart_us(tables, m, own, total / parts, prefill, shares))
+        saved = _chunk_saved(tables, m, drafts, verified / parts)
+        time = min(time, _apart_us(tables, m, own, total / parts, prefill, shares, saved))
     time += _table(tables.head_x[m], tables.head_us[m], sampled)
     if prefill:
         time = max(time + tables.eager_us[m], tables.least_us[m])

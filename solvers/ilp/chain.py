@@ -9,6 +9,7 @@ the positions of two items in adjacent layers, sum_h f = x[l, i, g] and sum_g f 
 Zero-One Quadratic Programming Problems, Management Science 32, 1986). In larger ones each layer is
 solved with its neighbours held, forth and back until nothing changes: that is a transportation
 problem, whose optimum an assignment algorithm finds, but the chain as a whole has then no bound.
+Nodes and sweeps are counted, so that a time limit that is not reached changes nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from moesim.solvers.base import Problem, Stop, Traffic, never
 from moesim.solvers.ilp.engine import IlpModel, Outcome
 from moesim.types import FloatArray, IntArray
 
-MAX_FLOWS = 20_000
+MAX_FLOWS = 1_000
 MAX_SWEEPS = 20
+NODES = 2_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +90,13 @@ def solve_chain(
         outcome = Outcome.TIME_LIMIT if late else Outcome.FEASIBLE
         return ChainResult(gpu, cost, -np.inf, outcome)
     model, place = _model(together, distance, capacity, gpu)
-    found = model.solve(time_limit_s=ends - time.monotonic(), engine=engine, seed=seed, stop=stop)
+    found = model.solve(
+        time_limit_s=ends - time.monotonic(),
+        engine=engine,
+        node_limit=NODES,
+        seed=seed,
+        stop=stop,
+    )
     if found.values is not None:
         values = found.values
         picked = np.array(

@@ -153,3 +153,26 @@ def test_the_other_simulate_is_still_there(capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr()
     assert "--fidelity" not in shown.out
     assert shown.err == "note: simulate --requests is moesim serve now, and goes away in 0.2\n"
+
+
+def test_a_rule_of_routing_first_is_the_trace_that_it_writes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """`--reroute` gives what the rerouted file gives; the note counts what changed; without a trace
+    it is refused. Expert 0 alone (rule prune) takes longer than the experts as routed."""
+    sample, few, one = "sample:debian-olmoe", str(tmp_path / "few.npz"), str(tmp_path / "one.npz")
+    assert run(["trace", "slice", sample, "--requests", "8", "--out", few]) == 0
+    assert run(["trace", "reroute", few, "--as", "prune:keep=8", "--out", one]) == 0
+    capsys.readouterr()
+    common = [PROCESS, "--gpus", "2", "--replicas", "1"]
+    asked = ["--requests", *common, "--json", "--trace"]
+    assert run(["serve", *asked, few, "--reroute", "prune:keep=8"]) == 0
+    ruled = json.loads(capsys.readouterr().out)
+    assert any(n.startswith("rerouted: prune:keep=8,by=load: ") for n in ruled["notices"])
+    found = {}
+    for name in (few, one):
+        assert run(["serve", *asked, name]) == 0
+        found[name] = json.loads(capsys.readouterr().out)["metrics"]
+    assert ruled["metrics"] == found[one] != found[few]
+    assert run(["serve", "--requests", *common, *OLMOE[:2], "--reroute", "random"]) == 2
+    assert "`reroute` without `trace`" in capsys.readouterr().err

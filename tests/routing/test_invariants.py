@@ -18,7 +18,8 @@ from moesim.errors import MismatchError
 from moesim.routing.api import reroute
 from moesim.routing.base import REMEDIES
 from moesim.routing.spec import OWN, parse_rule
-from moesim.trace.format import Trace, load_trace, save_trace
+from moesim.trace.format import Trace, load_token_trace, load_trace, save_trace
+from moesim.trace.ops import SliceSpec, slice_trace
 
 SPECS = (
     "drop:factor=0.7", "drop:factor=1,keep=first", "drop:factor=1,keep=last",
@@ -115,3 +116,16 @@ def test_what_is_missing_is_named(spec: str) -> None:
         what, remedy = REMEDIES[need]
         assert caught.value.cause == f"rule {rule.NAME} needs {what}"
         assert caught.value.remedy == remedy
+
+
+def test_every_rule_runs_on_the_sample_with_candidates() -> None:
+    """What ships is enough for every rule: two domains of it, 48 tokens of each request."""
+    whole = load_token_trace("sample:debian-olmoe-scores", "a test")
+    trace = slice_trace(whole, SliceSpec(domains=("c", "man"), per_request=48))
+    firsts = {spec.partition(":")[0]: spec for spec in reversed(SPECS)}
+    firsts |= {"steer": "steer:toward=c", "prune": "prune:keep=48", "merge": "merge:keep=48"}
+    firsts |= {"group-limit": "group-limit:groups=8,keep=2", "k": "k:k=4"}
+    for rule in OWN:
+        done = reroute(trace, firsts[rule], in_order(trace, 8))
+        assert done.trace.num_tokens == trace.num_tokens
+        assert done.changes.gate_mass_kept is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from moesim.routing.api import reroute
 from moesim.routing.rules.base import balanced
 from moesim.routing.rules.bias import Bias, lagrangian
 from moesim.routing.rules.merge import groups
+from moesim.routing.spec import rule_text
 from moesim.trace.format import Trace
 
 FOUR = [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]]
@@ -346,3 +348,15 @@ def test_skip_layer_lets_the_largest_pass() -> None:
     assert chosen(done.trace, 1) == [{0}, {0}, set(), set()]
     assert done.changes.emptied == 2
     assert chosen(done.trace, 0) == chosen(trace, 0)
+
+
+def test_drop_keeps_by_score_where_there_are_gates_and_says_what_it_took() -> None:
+    """A trace without gate weights is not refused: the first in the batch stay, as `simulate`
+    does, and the rule that was applied names it."""
+    rng = np.random.default_rng(0)
+    scored = scored_trace(random_scores(rng, 32, 2, 8), 2)
+    for trace, keep in ((scored, "score"), (replace(scored, gate_weights=None), "first")):
+        plain = reroute(trace, "drop:factor=1")
+        asked = reroute(trace, f"drop:factor=1,keep={keep}")
+        assert rule_text(plain.rule) == f"drop:factor=1,keep={keep}"
+        assert plain.trace.content_hash() == asked.trace.content_hash()

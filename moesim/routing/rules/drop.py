@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -17,12 +18,13 @@ from moesim.types import Array, IntArray
 @dataclass(frozen=True, slots=True)
 class Drop(Rule):
     """An expert takes C = ceil(factor K T / E) of a batch's choices; of more, those stay that
-    `keep` prefers: the highest gate weights, the `first` or `last` in the batch, `random` ones, or
-    those at the earliest `position` in their request. Gate weights of the others stay as they are.
+    `keep` prefers: the highest gate weights (`score`), the `first` or `last` in the batch, `random`
+    ones, or those at the earliest `position` in their request. `auto` is score where the trace has
+    gate weights, else first. Gate weights of the others stay as they are.
     """
 
     factor: float
-    keep: Keep = "score"
+    keep: Literal[Keep, "auto"] = "auto"
 
     NAME = "drop"
     TITLE = "drop the choices beyond an expert's capacity"
@@ -38,7 +40,13 @@ class Drop(Rule):
     def needs(self, trace: Trace) -> tuple[Need, ...]:
         return ("gates",) if self.keep == "score" else ()
 
+    def resolved(self, trace: Trace) -> Drop:
+        if self.keep != "auto":
+            return self
+        return replace(self, keep="first" if trace.gate_weights is None else "score")
+
     def apply(self, work: Work) -> Choices:
+        assert self.keep != "auto"
         keep = work.ids >= 0
         for number, rows in enumerate(work.batches):
             limit = capacity(self.factor, len(rows), work.trace.top_k, work.trace.num_experts)
