@@ -84,15 +84,17 @@ def fuzz(
     first: int = 0,
     keep: Path | None = None,
     say: Callable[[Finding], None] = lambda _: None,
+    kinds: str = "",
 ) -> Report:
     """Try inputs `first` to `first + count`. keep: a folder for the files of findings. say: gets
-    each finding as it is made. Linux alone tells the memory that an input took."""
+    each finding as it is made. kinds: a pattern of their names. Linux alone tells the memory that
+    an input took."""
     report = Report()
     before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="moesim-fuzz-") as name, _quiet(), _no_launch():
         os.chdir(name)
         try:
-            seeds = make_corpus(Path(name))
+            seeds = [seed for seed in make_corpus(Path(name)) if re.search(kinds, seed.kind)]
             whole = {p.name for p in Path(name).iterdir()}
             for number in range(first, first + count):
                 known = len(report.findings)
