@@ -276,8 +276,13 @@ def test_a_full_output_says_so() -> None:
     ],
 )  # fmt: skip
 def test_options_take_the_numbers_that_files_take(
-    args: list[str], text: str, capsys: Capture
+    args: list[str],
+    text: str,
+    capsys: Capture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Python's own readers take `1_0`, digits of other scripts, NaN and what overflows."""
+    monkeypatch.chdir(tmp_path)
     assert run([part.replace("{}", text) for part in args]) == 2
     assert "internal" not in capsys.readouterr().err
