@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -85,11 +86,12 @@ def fuzz(
     keep: Path | None = None,
     say: Callable[[Finding], None] = lambda _: None,
     kinds: str = "",
+    minutes: float = math.inf,
 ) -> Report:
     """Try inputs `first` to `first + count`. keep: a folder for the files of findings. say: gets
-    each finding as it is made. kinds: a pattern of their names. Linux alone tells the memory that
-    an input took."""
-    report = Report()
+    each finding as it is made. kinds: a pattern of their names. minutes: begins no input after
+    so long. Linux alone tells the memory that an input took."""
+    report, end = Report(), time.monotonic() + 60 * minutes
     before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="moesim-fuzz-") as name, _quiet(), _no_launch():
         os.chdir(name)
@@ -97,6 +99,8 @@ def fuzz(
             seeds = [seed for seed in make_corpus(Path(name)) if re.search(kinds, seed.kind)]
             whole = {p.name for p in Path(name).iterdir()}
             for number in range(first, first + count):
+                if time.monotonic() > end:
+                    break
                 known = len(report.findings)
                 _try(number, Random(f"{seed}/{number}"), seeds, report, keep)
                 for found in report.findings[known:]:
