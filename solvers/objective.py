@@ -246,10 +246,12 @@ def make_flow(tokens: Any, net: Any) -> Any:
     from moesim.solvers.kernels.traffic import Flow, Held
 
     words, batches = len(tokens.run_of), int(tokens.run_batch[-1]) + 1
+    most = int(np.bincount(tokens.token).max(initial=0))
+    number = np.int8 if most < 128 else np.int16
 
     def held(places: int) -> Held:
         bits = (np.zeros((places, words), np.uint64) for _ in range(2))
-        return Held(np.zeros((places, 64 * words), np.int16), *bits)
+        return Held(np.zeros((places, 64 * words), number), *bits)
 
     load = np.zeros((batches, 2 * len(net.group)), np.int32)
     return Flow(held(len(net.node_of)), held(net.relay.shape[1]), load, np.zeros(1))
