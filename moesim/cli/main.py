@@ -7,8 +7,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from moesim.errors import MoesimError, UnknownNameError, plain
+from moesim.numerals import number
 from moesim.processes import Terminated
 
 DEBUG_FLAG = "--debug"
@@ -107,8 +109,9 @@ def run(args: Sequence[str], *, debug: bool = False) -> int:
     args = _serve_by_its_old_name(list(args))
     called = [a for a in args if a in COMMANDS][:1]
     try:
-        app = build_app(called)
-        code = app(args, standalone_mode=False, prog_name="moesim")
+        command: Any = typer.main.get_command(build_app(called))
+        _refuse_odd_numbers(command)
+        code = command(args, standalone_mode=False, prog_name="moesim")
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
@@ -138,6 +141,27 @@ def run(args: Sequence[str], *, debug: bool = False) -> int:
             traceback.print_exc()
         cause = f"internal: {type(error).__name__}: {plain(error, 300)}"
         return _say(cause, "run again with --debug and report what it shows", 2, {})
+
+
+def _refuse_odd_numbers(command: Any) -> None:
+    """Options take the numbers that files do; typer alone takes `1_0`, Arabic digits and `nan`."""
+    for child in getattr(command, "commands", {}).values():
+        _refuse_odd_numbers(child)
+    for param in command.params:
+        param.process_value = partial(_plain_numbers, param, param.process_value)
+
+
+def _plain_numbers(param: Any, process: Callable[..., Any], ctx: Any, value: Any) -> Any:
+    found = process(ctx, value)
+    texts, made = ([*v] if isinstance(v, (list, tuple)) else [v] for v in (value, found))
+    for text in texts:
+        if isinstance(text, str) and type(made[0]) in (int, float):
+            try:
+                number(text)
+            except ValueError:
+                cause = f"{plain(text, 60)!r} is no number"
+                raise typer.BadParameter(cause, ctx=ctx, param=param) from None
+    return found
 
 
 def _drop_output() -> None:

@@ -24,6 +24,7 @@ from moesim.cli.options import (
 )
 from moesim.cli.output import echo
 from moesim.errors import InputError
+from moesim.numerals import whole
 
 
 def plan(
@@ -129,7 +130,7 @@ def _slots(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        values = tuple(int(x) for x in text.split(","))
+        values = tuple(whole(x) for x in text.split(","))
     except ValueError:
         values = ()
     if not values or min(values) < 0 or max(values) > 1 << 20:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moesim.cli.output import echo, notice
+from moesim.numerals import is_index
 
 if TYPE_CHECKING:
     from moesim.trace.format import LoadTrace, Trace
@@ -126,7 +127,7 @@ def parse_layer_ids(text: str, option: str = "--layer-ids") -> tuple[int, ...]:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (not dash or last.isdecimal())) or len(part) > 12:
+        if not (is_index(first) and (not dash or is_index(last))) or len(part) > 12:
             raise InputError(f"{option} {text!r:.60}", "write it as 1-26 or 1,3,5")
         if int(last or first) >= 1 << 16:
             raise InputError(f"{option} {text!r:.60}: no model is that deep", "give layer numbers")

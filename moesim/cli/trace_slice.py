@@ -9,6 +9,7 @@ import typer
 
 from moesim.cli.output import echo, notice
 from moesim.errors import InputError
+from moesim.numerals import is_index
 
 MAX_LISTED_REQUESTS = 1_000_000
 
@@ -87,7 +88,7 @@ def merge(
 
 def _rows(text: str) -> tuple[int, int]:
     first, colon, stop = text.partition(":")
-    if not colon or not (first or "0").isdecimal() or not stop.isdecimal() or len(text) > 40:
+    if not colon or not is_index(first or "0") or not is_index(stop) or len(text) > 40:
         raise InputError(f"--tokens {text!r:.60}", "write it as FIRST:STOP, such as 0:10000")
     return int(first or "0"), int(stop)
 
@@ -96,7 +97,7 @@ def _request_ids(text: str) -> tuple[int, ...]:
     ids: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (not dash or last.isdecimal())) or len(part) > 24:
+        if not (is_index(first) and (not dash or is_index(last))) or len(part) > 24:
             raise InputError(f"--request-ids {text!r:.60}", "write it as 1-5 or 2,7")
         stop = int(last or first) + 1
         if len(ids) + stop - int(first) > MAX_LISTED_REQUESTS or stop > 1 << 31:

@@ -11,6 +11,7 @@ import typer
 from moesim.cli.options import JsonOption, PlotOption, PriceOption
 from moesim.cli.output import echo
 from moesim.errors import InputError
+from moesim.numerals import number, whole
 
 
 def whatif(
@@ -187,7 +188,7 @@ def _value(text: str) -> Any:
     known: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
     if word.lower() in known:
         return known[word.lower()]
-    for kind in (int, float):
+    for kind in (whole, number):
         try:
             return kind(word)
         except ValueError:

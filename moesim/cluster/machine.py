@@ -16,7 +16,7 @@ from moesim.errors import InputError, MismatchError, UnknownNameError
 USUAL_HOST = "xeon-16vcpu"
 """The host of a GPU that names none."""
 MAX_GPUS_OF_A_MACHINE = 64
-_COUNT = re.compile(r"(\d{1,3})x-?(.+)", re.DOTALL)
+_COUNT = re.compile(r"([0-9]{1,3})x-?(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moesim.errors import InputError, UnknownNameError
+from moesim.numerals import number
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
@@ -69,10 +70,10 @@ def parse_prices(texts: list[str]) -> dict[str, float]:
     """
     out: dict[str, float] = {}
     for text in texts:
-        name, sign, number = text.rpartition("=")
+        name, sign, dollars = text.rpartition("=")
         name = name.strip() if sign else ANY
         try:
-            price = float(number)
+            price = number(dollars)
         except ValueError:
             price = math.nan
         if not name or not 0 < price < 1e6:

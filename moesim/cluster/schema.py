@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from moesim import numerals
 from moesim.cluster.types import BasisBlock, GpuSpec, Kind
 from moesim.cluster.yaml_file import line_of, read_yaml
 from moesim.errors import FormatError
@@ -35,7 +36,7 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("must be a number")
     try:
-        number = float(value)
+        number = numerals.number(value) if isinstance(value, str) else float(value)
     except (ValueError, OverflowError):
         raise ValueError(_BARE) from None
     if not math.isfinite(number):

@@ -36,6 +36,7 @@ from moesim.exporters.base import (
     require_single_copies,
     rows_to_json,
 )
+from moesim.numerals import is_index
 from moesim.placement import Plan
 
 NAME = "megatron"
@@ -99,7 +100,7 @@ def decode(data: bytes, options: ReadOptions) -> Plan:
         raise FormatError(f"{where}: layers must be an object of layers", DAMAGED)
     table = {}
     for layer, row in layers.items():
-        if not layer.isdecimal() or len(layer) > 5:
+        if not is_index(layer) or len(layer) > 5:
             raise FormatError(f"{where}: layers: {layer!r:.40} is no layer", DAMAGED)
         check_row(row, where, f"layers[{layer}]")
         if sorted(row) != list(range(sizes["num_experts"])):

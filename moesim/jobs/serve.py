@@ -18,6 +18,7 @@ from moesim.figures import LATENCIES, SERVICE_FIGURES, figure, text_table
 from moesim.jobs import inputs
 from moesim.jobs.arrivals import arriving_requests
 from moesim.jobs.result import Result
+from moesim.numerals import number
 from moesim.serving.config import Level, ServingConfig
 from moesim.serving.deployment import Deployment
 from moesim.serving.fit import (
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 STATS = ("mean", "p50", "p90", "p99")
 DRAFT_SHARE = 0.05
 HIDDEN_AT_ZERO = ("preemptions", "shortened", "demoted")
-_LEVEL = re.compile(r"^(queue|refuse|shorten|demote)(?:@(\d{1,9}))?(?:=([0-9.]+))?$")
+_LEVEL = re.compile(r"^(queue|refuse|shorten|demote)(?:@([0-9]{1,9}))?(?:=([0-9.]+))?$")
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -404,7 +405,7 @@ def _routing(
 def numbers(text: str, name: str) -> list[float]:
     """Numbers with commas between. Raises InputError that names the field."""
     try:
-        return [float(part) for part in text.split(",")]
+        return [number(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"`{name}` {text!r:.60} holds no number", "give numbers") from None
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import InputError, MismatchError
+from moesim.numerals import is_index
 from moesim.routing.partition import DECODE_TOKENS, PREFILL_TOKENS, serving_batches
 from moesim.trace.batches import index_requests, split_requests
 from moesim.trace.format import Trace
@@ -289,7 +290,7 @@ def layer_positions(trace: Trace, text: str) -> list[int]:
     out: list[int] = []
     for part in text.split("+"):
         first, dash, last = part.partition("-")
-        if not (first.isdecimal() and (not dash or last.isdecimal())) or len(part) > 20:
+        if not (is_index(first) and (not dash or is_index(last))) or len(part) > 20:
             raise InputError(f"layers {text!r:.40}", "write them as 1-4+7")
         stop = min(int(last or first), max(known)) + 1
         out += [known[number] for number in range(int(first), stop) if number in known]

@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moesim.errors import InputError, UnknownNameError
+from moesim.numerals import number, whole
 from moesim.plugins import Registry
 from moesim.routing.base import Rule
 
@@ -89,6 +90,6 @@ def _value(where: str, text: str, hint: Any) -> Any:
     if hint is str:
         return text
     try:
-        return hint(text)
+        return {int: whole, float: number}[hint](text)
     except ValueError:
         raise InputError(f"{where}={text!r:.40}", f"give a {_type_name(hint)}") from None

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import FormatError, InputError
+from moesim.numerals import number as plain_number
 from moesim.serving.log_units import (
     BAILIAN_KEYS,
     absurd_rate,
@@ -33,9 +34,6 @@ from moesim.serving.log_units import (
 from moesim.serving.requests import Requests
 
 _PLAIN_NUMBER = re.compile(r"^\s*[-+]?[0-9.]+(e[-+]?[0-9]+)?\s*$", re.IGNORECASE)
-_NUMBER = re.compile(
-    r"\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+|nan|inf|infinity)(?:e[-+]?[0-9]+)?\s*", re.IGNORECASE
-)
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURST = ("Timestamp", "Request tokens", "Response tokens")
 VIDUR = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
@@ -286,9 +284,7 @@ def _number(path: Path, line: int, cell: Any) -> float:
     try:
         if isinstance(cell, bool) or not isinstance(cell, (int, float, str)):
             raise ValueError
-        if isinstance(cell, str) and not _NUMBER.fullmatch(cell):
-            raise ValueError
-        value = float(cell)
+        value = plain_number(cell) if isinstance(cell, str) else float(cell)
     except (ValueError, OverflowError):
         raise FormatError(
             f"{path} line {line}: {cell!r:.60} is no number", "repair or remove the line"

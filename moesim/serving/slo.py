@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moesim import numerals
 from moesim.errors import InputError, UnknownNameError
 
 LATENCIES = ("ttft", "tpot", "e2e")
@@ -105,7 +106,7 @@ def parse_slo(text: str) -> Slo:
         if unit not in UNITS_S:
             raise InputError(f"{part.strip()!r} has no unit of time that is known", _REMEDY)
         try:
-            limit_s = float(number) * UNITS_S[unit]
+            limit_s = numerals.number(number) * UNITS_S[unit]
         except ValueError:
             raise InputError(f"{number!r} in {part.strip()!r} is no number", _REMEDY) from None
         if not (math.isfinite(limit_s) and limit_s > 0):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import InputError, UnknownNameError
+from moesim.numerals import number
 from moesim.serving.arrivals import load_requests
 from moesim.serving.requests import MAX_TOKENS, Requests
 from moesim.types import stream
@@ -116,7 +117,7 @@ def _draw(what: str, text: str, count: int, rng: np.random.Generator) -> npt.NDA
 
 def _positive(key: str, text: str) -> float:
     try:
-        value = float(text)
+        value = number(text)
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from moesim.choices import OnLoss as OnLoss
 from moesim.errors import InputError, UnknownNameError
+from moesim.numerals import is_index, number
 from moesim.placement import EMPTY
 from moesim.types import stream
 
@@ -136,9 +137,9 @@ def parse_fault(text: str, cluster: Cluster) -> Fault:
     if match is None or (match["room"] is not None and match["kind"] != "link"):
         raise InputError(f"fault {text!r:.60}", remedy)
     try:
-        at = float(match["at"]) * 1e3
-        until = float(match["until"]) * 1e3 if match["until"] else math.inf
-        room = float(match["room"]) if match["room"] else 0.0
+        at = number(match["at"]) * 1e3
+        until = number(match["until"]) * 1e3 if match["until"] else math.inf
+        room = number(match["room"]) if match["room"] else 0.0
     except ValueError:
         raise InputError(f"fault {text!r:.60}: not a number", remedy) from None
     if not (math.isfinite(at) and 0 <= at < until and 0 <= room <= 1):
@@ -150,7 +151,7 @@ def parse_fault(text: str, cluster: Cluster) -> Fault:
             raise UnknownNameError("link", match["what"], names)
         return Fault(name, at, until, links=(names.index(match["what"]),), room=room)
     count = cluster.num_gpus if match["kind"] == "gpu" else cluster.num_nodes
-    if not match["what"].isdecimal() or int(match["what"]) >= count:
+    if not is_index(match["what"]) or int(match["what"]) >= count:
         raise InputError(
             f"fault {text!r:.60}: no such {match['kind']}", f"they are 0 to {count - 1}"
         )

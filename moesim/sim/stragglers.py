@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moesim.errors import InputError
+from moesim.numerals import number, whole
 from moesim.types import FloatArray, stream
 
 
@@ -128,12 +129,12 @@ def parse_slow(text: str, num_gpus: int) -> SlowWindow:
     factor, at, span = rest.partition("@")
     first, dash, last = span.partition("-")
     try:
-        gpu = int(name)
+        gpu = whole(name)
         window = SlowWindow(
             gpu,
-            float(factor),
-            float(first) * 1e3 if at else 0.0,
-            float(last) * 1e3 if at and last else math.inf,
+            number(factor),
+            number(first) * 1e3 if at else 0.0,
+            number(last) * 1e3 if at and last else math.inf,
         )
     except ValueError:
         window = None

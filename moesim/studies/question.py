@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from moesim import numerals
 from moesim.errors import InputError, UnknownNameError
 from moesim.serving.slo import UNITS_S
 from moesim.studies.evaluator import Evaluator, Outcome
@@ -103,7 +104,7 @@ def parse_bounds(text: str, evaluator: Evaluator) -> tuple[Promise, ...]:
                 f"figure of evaluator {evaluator.name}", name, known,
             )  # fmt: skip
         try:
-            limit = float(number)
+            limit = numerals.number(number)
         except ValueError:
             raise InputError(f"slo: {number!r} in {part.strip()!r} is no number", _REMEDY) from None
         if figure.unit in _OF_FIGURE:

@@ -32,6 +32,7 @@ from moesim.solvers.base import Traffic
 from moesim.solvers.objective import PlacementCost
 from moesim.types import Array, FloatArray
 
+PAIRS_AT_ONCE = 1 << 16
 SHIFT_ROUNDS = 8
 """Steps towards the best diagonal shift; the bound holds after any number of them."""
 
@@ -193,15 +194,22 @@ def link_shares(net: Any, *, far: bool) -> FloatArray:
             counted &= net.relay[src, net.node_of[dst]] == dst
     else:
         counted &= net.node_of[src] == net.node_of[dst]
-    pair = np.repeat(np.arange(num_gpus**2), np.diff(net.indptr))
-    way, link = np.divmod(net.link, num_links)
+    load = np.zeros((2, groups, num_gpus**2))
+    used = np.zeros((2, groups, num_links), bool)
+    for first in range(0, num_gpus**2, PAIRS_AT_ONCE):
+        last = min(first + PAIRS_AT_ONCE, num_gpus**2)
+        pair = np.repeat(np.arange(first, last), np.diff(net.indptr[first : last + 1]))
+        way, link = np.divmod(net.link[net.indptr[first] : net.indptr[last]], num_links)
+        here = counted[pair]
+        pair, way, link = pair[here], way[here], link[here]
+        place = (way.astype(np.int64) * groups + net.group[link]) * (last - first) + pair - first
+        sums = np.bincount(place, net.scale[link], 2 * groups * (last - first))
+        load[:, :, first:last] = sums.reshape(2, groups, -1)
+        used[way, net.group[link], link] = True
     out = np.zeros((2, groups))
-    for w in range(2):
-        for g in range(groups):
-            here = counted[pair] & (way == w) & (net.group[link] == g)
-            load = np.bincount(pair[here], net.scale[link[here]], num_gpus**2)[counted]
-            used = len(np.unique(link[here]))
-            out[w, g] = load.min() / used if used else 0.0
+    for w, g in np.ndindex(out.shape):
+        if used[w, g].any():
+            out[w, g] = load[w, g][counted].min() / used[w, g].sum()
     return out
 
 

@@ -254,3 +254,35 @@ def test_a_full_output_says_so() -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == "error: cannot write the output: No space left on device"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ["1_0", "\u0661", "nan", "inf", "1e999", "0x10", ""])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["plan", "--trace", "sample:debian-moe", "--gpus", "{}"],
+        ["plan", "--trace", "sample:debian-moe", "--gpus", "8", "--time-limit", "{}"],
+        ["plan", "--trace", "sample:debian-moe", "--gpus", "8", "--slots", "{}"],
+        ["validate", "--trace", "sample:debian-moe", "--plan", "x", "--tokens", "{}"],
+        ["serve", "--model", "gpt-oss-20b", "--gpus", "1", "--requests", "poisson:rate={}"],
+        ["serve", "--model", "gpt-oss-20b", "--gpus", "1", "--requests", "poisson:rate=1",
+         "--slo", "ttft<{}s"],
+        ["serve", "--model", "gpt-oss-20b", "--gpus", "1", "--requests", "poisson:rate=1",
+         "--priorities", "0.5,{}"],
+        ["trace", "reroute", "sample:debian-moe", "--as", "drop:factor={}"],
+        ["whatif", "--model", "gpt-oss-20b", "--gpus", "{}"],
+        ["recommend", "--model", "gpt-oss-20b", "--rate", "1", "--slo", "ttft_p99<1s",
+         "--price", "{}"],
+    ],
+)  # fmt: skip
+def test_options_take_the_numbers_that_files_take(
+    args: list[str],
+    text: str,
+    capsys: Capture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python's own readers take `1_0`, digits of other scripts, NaN and what overflows."""
+    monkeypatch.chdir(tmp_path)
+    assert run([part.replace("{}", text) for part in args]) == 2
+    assert "internal" not in capsys.readouterr().err

@@ -311,3 +311,27 @@ def test_the_second_file_of_modelopt_is_read_for_nested_configs_too(tmp_path: Pa
     inner = {**SHAPE, "quantization_config": GPTQ}
     (tmp_path / "config.json").write_text(json.dumps({"text_config": inner}))
     assert load_model(str(tmp_path)).expert_dtype == "int4"
+
+
+def test_what_a_quantisation_says_of_modules_is_read_or_named() -> None:
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    found = read({**awq, "layers_to_keep": ["mlp"]})
+    assert "not understood, and not counted: layers_to_keep" in found.note
+    assert read({**awq, "modules_to_fuse": {"mlp": ["up"]}}).note == ""
+
+
+def test_a_cache_of_fewer_bits_is_named() -> None:
+    quant = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+    assert "KV cache of fewer bits" in read(quant).note
+
+
+def test_modelopt_nested_in_the_config() -> None:
+    """As vLLM's reader takes it: hf_quant_config.json's content under quant_method."""
+    inner = {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    assert read({"quant_method": "modelopt", "quantization": inner}).expert_dtype == "fp8"
+
+
+def test_two_widths_of_bitsandbytes_are_refused() -> None:
+    quant = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": True}
+    with pytest.raises(FormatError, match="load_in_8bit and load_in_4bit"):
+        read(quant)

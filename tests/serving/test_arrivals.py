@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -342,3 +343,29 @@ def test_ids_beyond_64_bits_and_numbers_of_other_scripts(tmp_path: Path) -> None
         path = written(tmp_path / "a.csv", AZURE + f"2023-11-16 18:16:00,{cell},5\n")
         with pytest.raises(FormatError, match=r"line 5: .* is no number"):
             load_requests(path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"timestamp": "2026-05-10T10:00:01", "prompt_tokens": 100, "completion_tokens": 20},
+        {"id": "chatcmpl-1", "created": 1700000000, "usage": {"prompt_tokens": 100}},
+        {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {}},
+        {"session_id": "a", "input_length": 100, "output_length": 20, "delay": 500},
+        {"timestamp": 1000, "text_input": "hello", "output_length": 20},
+    ],
+)
+def test_logs_of_other_tools_are_refused_by_what_they_lack(
+    tmp_path: Path, row: dict[str, object]
+) -> None:
+    """SGLang's request metrics, OpenAI answers and batches, AIPerf's turns and texts."""
+    with pytest.raises(FormatError, match="lacks one of timestamp, input_length, output_length"):
+        load_requests(written(tmp_path / "a.jsonl", json.dumps(row) + "\n"))
+
+
+def test_times_with_a_zone(tmp_path: Path) -> None:
+    """Azure 2024: the zone is the same in all rows, and only differences count."""
+    text = re.sub(r"(\.[0-9]{7}),", r"\1+00:00,", AZURE)
+    assert text.count("+00:00") == 3
+    requests = load_requests(written(tmp_path / "a.csv", text))
+    assert requests.arrival_s[1] == pytest.approx(4.314579)

@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -28,6 +29,7 @@ from verification.fuzz.mutate import mutate, mutate_options
 from verification.fuzz.seeds import Seed, make_corpus
 
 LIMIT_S = 30.0
+"""Seconds of CPU time of one input; with ten times as much on the clock it hangs too."""
 MEMORY_BYTES = 1 << 30
 CODES = (0, 1, 2)
 LONG = frozenset(
@@ -83,17 +85,22 @@ def fuzz(
     first: int = 0,
     keep: Path | None = None,
     say: Callable[[Finding], None] = lambda _: None,
+    kinds: str = "",
+    minutes: float = math.inf,
 ) -> Report:
     """Try inputs `first` to `first + count`. keep: a folder for the files of findings. say: gets
-    each finding as it is made. Linux alone tells the memory that an input took."""
-    report = Report()
+    each finding as it is made. kinds: a pattern of their names. minutes: begins no input after
+    so long. Linux alone tells the memory that an input took."""
+    report, end = Report(), time.monotonic() + 60 * minutes
     before = Path.cwd()
-    with tempfile.TemporaryDirectory(prefix="moesim-fuzz-") as name, _quiet():
+    with tempfile.TemporaryDirectory(prefix="moesim-fuzz-") as name, _quiet(), _no_launch():
         os.chdir(name)
         try:
-            seeds = make_corpus(Path(name))
+            seeds = [seed for seed in make_corpus(Path(name)) if re.search(kinds, seed.kind)]
             whole = {p.name for p in Path(name).iterdir()}
             for number in range(first, first + count):
+                if time.monotonic() > end:
+                    break
                 known = len(report.findings)
                 _try(number, Random(f"{seed}/{number}"), seeds, report, keep)
                 for found in report.findings[known:]:
@@ -242,13 +249,19 @@ def _alarm() -> Iterator[None]:
     def ring(_number: int, _frame: Any) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    timers = (
+        (signal.SIGPROF, signal.ITIMER_PROF, LIMIT_S),
+        (signal.SIGALRM, signal.ITIMER_REAL, 10 * LIMIT_S),
+    )
+    before = [signal.signal(number, ring) for number, _, _ in timers]
+    for _, timer, seconds in timers:
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -260,6 +273,22 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _no_launch() -> Iterator[None]:
+    """`moesim validate` ends, with exit code 1, where it would start the ranks."""
+    from moesim.replay import launch
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise launch.ReplayError("not started", "", 1)
+
+    before = launch.launch
+    launch.launch = stop
+    try:
+        yield
+    finally:
+        launch.launch = before
 
 
 def _remove(path: Path) -> None:

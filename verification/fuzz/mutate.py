@@ -24,8 +24,8 @@ ODD: tuple[Any, ...] = (
     "1e999", "\x1b[31mred\x07", "a\nerror: forged", "\ud800", "\u0661\u0662", "1_0", "/etc/passwd",
     "../../x", "x" * 5000, [], {}, [[]], [None], [1, "a"], {"a": 1}, {"": {}},
 )  # fmt: skip
-KEPT = frozenset(("--out", "--from-raw", "--measured"))
-"""Options without which a command would write elsewhere, or measure this machine."""
+KEPT = frozenset(("--out", "--from-raw", "--measured", "--device", "--time-limit", "--steps"))
+"""Options without which a command would write elsewhere, take long, or measure this machine."""
 OPTION_VALUES = (
     "", "0", "-1", "1", "2", "3", "0.5", "nan", "inf", "-inf", "1e999", "x", "1_0", "\u0661",
     "auto", "none", "1,2", "a=b", "0-1", "\x1b[31m", "99999999999999999999",
@@ -62,10 +62,9 @@ def mutate_options(args: list[str], names: list[str], rng: Random) -> list[str]:
 def _damaged(name: str, data: bytes, rng: Random) -> bytes:
     if rng.random() < 0.12 or not data:
         return _bytes(data, rng)
-    if data[:2] == b"PK":
-        return _npz(data, rng)
-    if data[:6] == b"\x93NUMPY":
-        return _npy(data, rng)
+    for known, damage in _BINARY:
+        if known(name, data):
+            return damage(data, rng)
     text = data.decode("utf-8", "replace")
     for read, write in _TREES:
         try:
@@ -225,3 +224,83 @@ def _saved(array: Any) -> bytes:
     out = io.BytesIO()
     np.save(out, array, allow_pickle=False)
     return out.getvalue()
+
+
+def _safetensors(data: bytes, rng: Random) -> bytes:
+    size = int.from_bytes(data[:8], "little")
+    if rng.random() < 0.3:
+        return data[: 8 + size] + _bytes(data[8 + size :], rng)
+    header = json.dumps(_tree(json.loads(data[8 : 8 + size]), rng)).encode("utf-8", "surrogatepass")
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
+def _torch(data: bytes, rng: Random) -> bytes:
+    """Tensors are leaves: replaced, dropped, or changed as arrays are."""
+    import torch
+
+    content: Any = torch.load(io.BytesIO(data), weights_only=True)
+    if rng.random() < 0.4:
+        content = _changed_tensor(content, rng)
+    else:
+        content = _tree(content, rng)
+    out = io.BytesIO()
+    torch.save(content, out)
+    return out.getvalue()
+
+
+def _changed_tensor(node: Any, rng: Random) -> Any:
+    """A copy of the tree with one tensor, found at random, changed as an array is."""
+    import torch
+
+    if isinstance(node, torch.Tensor):
+        try:
+            array = np.load(io.BytesIO(_npy(_saved(node.numpy()), rng)), allow_pickle=False)
+            return torch.from_numpy(np.ascontiguousarray(array))
+        except (ValueError, TypeError, EOFError, OSError):
+            return torch.zeros(0)
+    if isinstance(node, (dict, list)) and node:
+        found = dict(node) if isinstance(node, dict) else list(node)
+        key: Any = rng.choice(list(found) if isinstance(found, dict) else range(len(found)))
+        found[key] = _changed_tensor(found[key], rng)
+        return found
+    return rng.choice(ODD)
+
+
+def _parquet(data: bytes, rng: Random) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = pq.read_table(io.BytesIO(data)).to_pydict()
+    name = rng.choice(sorted(columns))
+    rows = columns[name]
+    kind = rng.randrange(4)
+    if kind == 0:
+        columns[f"{name}_x"] = columns.pop(name)
+    elif kind == 1:
+        columns = {key: values[: len(rows) // 2] for key, values in columns.items()}
+    else:
+        rows[rng.randrange(len(rows))] = rng.choice((None, [], [1], [-1, 9], [None, 1], [70000, 1]))
+    out = io.BytesIO()
+    pq.write_table(pa.table(columns), out)
+    return out.getvalue()
+
+
+def _words(data: bytes, rng: Random) -> bytes:
+    """GGUF: a number or a name in the header, which is the first 2 kB, changed in place."""
+    raw = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(4, min(2048, len(raw)))
+        size = rng.choice((1, 4, 8))
+        odd = rng.choice((0, 1, 2, 9, 255, 1 << 16, 1 << 31, (1 << 32) - 1, 1 << 62, (1 << 64) - 1))
+        raw[at : at + size] = (odd % (1 << 8 * size)).to_bytes(size, "little")
+    return bytes(raw)
+
+
+_BINARY: tuple[tuple[Callable[[str, bytes], bool], Callable[[bytes, Random], bytes]], ...] = (
+    (lambda name, data: name.endswith(".pt"), _torch),
+    (lambda name, data: data[:2] == b"PK", _npz),
+    (lambda name, data: data[:6] == b"\x93NUMPY", _npy),
+    (lambda name, data: name.endswith(".safetensors"), _safetensors),
+    (lambda name, data: data[:4] == b"PAR1", _parquet),
+    (lambda name, data: data[:4] == b"GGUF", _words),
+)

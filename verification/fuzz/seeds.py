@@ -70,8 +70,10 @@ class Seed:
 
 def make_corpus(folder: Path) -> list[Seed]:
     """Write the files into `folder`, which must be the current one; returns what to try."""
+    from verification.fuzz.seeds_more import more
+
     made = [*_routing(folder), *_descriptions(folder), *_dumps(folder), *_records(folder)]
-    return [*made, *_placements(folder)]
+    return [*made, *_placements(folder), *more(folder)]
 
 
 def _routing(folder: Path) -> list[Seed]:
@@ -124,7 +126,7 @@ def _plan(trace: str, **more: str) -> tuple[str, ...]:
 
 
 def _descriptions(folder: Path) -> list[Seed]:
-    _kept(folder / "c.yaml", "topology", "show", "h200-sxm-ib", "--gpus", "2", "--yaml")
+    kept(folder / "c.yaml", "topology", "show", "h200-sxm-ib", "--gpus", "2", "--yaml")
     (folder / "cal.yaml").write_text(_CALIBRATION)
     (folder / "study.yaml").write_text(STUDY)
     log = [
@@ -137,7 +139,7 @@ def _descriptions(folder: Path) -> list[Seed]:
         "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(azure) + "\n"
     )
     serve = ("serve", "--requests", "{file}", "--model", "config.json", "--gpus", "1")
-    _kept(None, "trace", "synth", "--like", "trace.npz", "--tokens", "32",
+    kept(None, "trace", "synth", "--like", "trace.npz", "--tokens", "32",
           "--save-spec", "spec.json", "--out", "s.npz")  # fmt: skip
     return [
         Seed(
@@ -357,11 +359,11 @@ def _raw(environment: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placements(folder: Path) -> list[Seed]:
-    _kept(None, *(part.replace("{out}", "plan") for part in _plan("trace.npz")))
+    kept(None, *(part.replace("{out}", "plan") for part in _plan("trace.npz")))
     more = {"solver": "greedy", "redundant-experts": "2"}
-    _kept(None, *(part.replace("{out}", "two") for part in _plan("trace.npz", **more)))
+    kept(None, *(part.replace("{out}", "two") for part in _plan("trace.npz", **more)))
     cache = ("cache", "--trace", "trace.npz", *_CACHE)
-    _kept(None, *cache, "--out", "cache.json")
+    kept(None, *cache, "--out", "cache.json")
     both = (*_SIMULATE, "--trace", "trace.npz")
     plan = (
         (*both, "--plan", "{file}", "--json"),
@@ -381,13 +383,13 @@ def _placements(folder: Path) -> list[Seed]:
     for engine, suffix in ENGINES.items():
         source = "plan.json" if engine in ("vllm", "vllm-ascend") else "two.json"
         name = f"placed-{engine}{suffix}"
-        _kept(None, "export", source, "--to", engine, "-m", "config.json", "-o", name)
+        kept(None, "export", source, "--to", engine, "-m", "config.json", "-o", name)
         back = ("import-plan", "{file}", "--from", engine, *SIZES, "--out", "{out}.json")
         out.append(Seed(f"engine file ({engine})", name, (back,)))
     return out
 
 
-def _kept(file: Path | None, *args: str, call: Callable[..., int] = run) -> None:
+def kept(file: Path | None, *args: str, call: Callable[..., int] = run) -> None:
     """Run a command that must succeed, and keep what it prints in `file`."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -43,10 +43,10 @@ def fp8(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """fp8 with one scale a block, channel or tensor. With ModelOpt's quantized_layers the listed
     layers are stored in another way, the others as the model's makers did (DeepSeek-V4-NVFP4: its
     `ignore` speaks of the second step only)."""
-    scheme = _fp8_scheme(quant, where)
+    scheme, left_out = _fp8_scheme(quant, where), skipped(quant, where)
     if quant.get("quantized_layers"):
         return StoragePlan(scheme, own=_listed(quant["quantized_layers"], where))
-    return StoragePlan(scheme, skipped(quant, where))
+    return StoragePlan(scheme, left_out)
 
 
 def mxfp4(quant: Mapping[str, Any], where: str) -> StoragePlan:
@@ -139,7 +139,10 @@ def auto_round(quant: Mapping[str, Any], where: str) -> StoragePlan:
 def bitsandbytes(quant: Mapping[str, Any], where: str) -> StoragePlan:
     """8-bit integers a row, or 4 bits with a 32-bit scale for 64 weights; with
     bnb_4bit_use_double_quant 8 bits for 64 and 32 for 256 of those (QLoRA, arXiv:2305.14314)."""
-    if quant.get("load_in_8bit") is True:
+    eight = quant.get("load_in_8bit") is True
+    if eight and quant.get("load_in_4bit") is True:
+        raise refusal(where, "bitsandbytes with load_in_8bit and load_in_4bit")
+    if eight:
         return StoragePlan(INT8, skipped(quant, where))
     kind = quant.get("bnb_4bit_quant_type", "fp4")
     if quant.get("load_in_4bit") is not True or kind not in ("nf4", "fp4"):

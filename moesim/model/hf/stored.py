@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from moesim.errors import FormatError
 from moesim.model.dtypes import WEIGHT_BYTES
-from moesim.model.hf.keys import Keys, shown
+from moesim.model.hf.keys import Keys, printable, shown
 from moesim.model.hf.methods import METHODS
 from moesim.model.hf.schemes import Scheme, StoragePlan, refusal
 from moesim.model.hf.tensors import Named
 from moesim.model.spec import ModelSpec
 
 _FLOATS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "half": "fp16"}
+_KV_CACHE = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_config", "kv_cache_dtype")
+_TELLING = re.compile(
+    r"layer|(?<!nontext_)module(?!s_to_fuse|_name)|expert|ignore|exclude|skip|keep|convert"
+)
 _WIDE = ("router", "tables", "other")
 
 
@@ -78,7 +83,28 @@ def _plan(quant: Mapping[str, Any], where: str) -> StoragePlan:
     name = method.replace("_", "-").lower() if isinstance(method, str) else ""
     if name not in METHODS:
         raise refusal(where, f"quant_method {shown(method)}")
-    return METHODS[name](quant, where)
+    inner = quant.get("quantization")
+    read = _Read({**quant, **inner} if isinstance(inner, dict) else quant)
+    plan = METHODS[name](read, where)
+    left = [key for key in read if key not in read.asked and _TELLING.search(key) and read[key]]
+    if left:
+        what = ", ".join(f"{printable(key, 60)} {shown(read[key])}" for key in left[:4])
+        plan.notes.append(f"quantization_config: not understood, and not counted: {what}")
+    if any(read.get(key) for key in _KV_CACHE):
+        plan.notes.append("made for a KV cache of fewer bits than 16: `kv_dtype` chooses it")
+    return plan
+
+
+class _Read(dict[str, Any]):
+    """A mapping that remembers the keys that were asked for."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
 
 
 def _own_experts(plan: StoragePlan, value: object, keys: Keys) -> StoragePlan:
