@@ -157,7 +157,7 @@ def _first_token_s(cost: EngineStepCost, need: Need, max_batch_tokens: int) -> f
     rows[:, 0] = need.prompt / len(rows)
     done = np.arange(len(rows))[:, None] * rows
     batch = BatchShape.of(prefill_tokens=rows, prefill_pairs=rows * done + rows * (rows + 1) / 2)
-    outside = d.engine.outside_us(d.model.num_hidden_layers, float(need.prompt))
+    outside = d.engine.outside_us(d.num_gpus, float(need.prompt))
     return float((cost.step_us(batch).sum() + outside) / 1e6)
 
 
