@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import log2
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -34,9 +35,9 @@ class EngineProfile:
     first kernel and for its answers' way back. enqueue_layer_us: the least that a layer of such a
     step takes, since the host enqueues it that fast. Both are a machine's, measured on it; 0 where
     nobody did.
-    request_ms, request_layer_us, prompt_token_us: time of a request outside the engine's steps: of
-    itself (HTTP, scheduler queues, first answer back), per layer of the model (enqueuing its prompt
-    while the GPU is busy with other steps), and of tokenising, per prompt token.
+    request_ms, request_rank_ms, prompt_token_us: time of a request outside the engine's steps: of
+    itself (HTTP, scheduler queues, first answer back), of handing it to the engine's ranks (as
+    often as their number doubles, and once more), and of tokenising, per prompt token.
     steps_ahead: steps already decided on when a request arrives (1 where scheduling overlaps the
     GPU's work).
     prefill_policy: "mixed" puts prompt chunks and decodes into one step (chunked prefill),
@@ -77,7 +78,7 @@ class EngineProfile:
     sampler_bytes: float = 4.0
     balancer_gb: float = 0.0
     balancer_layers: int = 0
-    request_layer_us: float = 0.0
+    request_rank_ms: float = 0.0
     prompt_step_us: float = 0.0
     enqueue_layer_us: float = 0.0
     rotary_gb_per_s: float | None = None
@@ -101,14 +102,16 @@ class EngineProfile:
         """What such a step takes at least: enqueueing its layers."""
         return self.enqueue_layer_us * num_layers
 
-    def outside_us(self, num_layers: int, prompt_tokens: _Tokens) -> _Tokens:
-        """Microseconds of requests of so many prompt tokens outside the engine's steps."""
-        fixed = self.request_ms * 1e3 + self.request_layer_us * num_layers
+    def outside_us(self, num_gpus: int, prompt_tokens: _Tokens) -> _Tokens:
+        """Microseconds of requests of so many prompt tokens outside the steps of an engine of
+        `num_gpus`."""
+        fixed = 1e3 * (self.request_ms + self.request_rank_ms * (1.0 + log2(num_gpus)))
         return fixed + self.prompt_token_us * prompt_tokens  # type: ignore[return-value]
 
 
 FITTED = (
-    "kernel_us (2 is assumed), eager_layer_us and request_ms, where not 0, fitted to measured rows "
+    "kernel_us (2 is assumed) and, where not 0, eager_layer_us, request_ms, request_rank_ms fitted "
+    "to measured rows "
     "of github.com/ai-dynamo/aiconfigurator @095f58a (reports/serving-accuracy); the rest assumed"
 )
 
@@ -216,5 +219,5 @@ def _of_file(path: str) -> EngineProfile:
             raise FormatError(f"{path}: {key} is {value!r:.40}", remedy)
     if raw["basis"] not in get_args(Basis):
         raise FormatError(f"{path}: basis is {raw['basis']!r:.40}", remedy)
-    known = {key: value for key, value in raw.items() if key != "name"}
+    known = {"request_rank_ms": 0.0} | {key: raw[key] for key in raw if key != "name"}
     return replace(ENGINES[raw["name"]], **known | {"source": str(raw["source"])[:400]})

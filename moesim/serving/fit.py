@@ -252,7 +252,7 @@ def check_possible(
     chunk = min(shortest, deployment.max_batch_tokens)
     first_s = float(front.step_us(BatchShape.of(prefill_tokens=float(chunk)))) / 1e6
     engine = deployment.engine
-    first_s += engine.outside_us(deployment.model.num_hidden_layers, float(shortest)) / 1e6
+    first_s += engine.outside_us(deployment.num_gpus, float(shortest)) / 1e6
     least = {
         "tpot": (step_s / tokens, f"a step of one sequence takes {step_s * 1e3:.3g} ms"),
         "ttft": (first_s, f"the shortest prompt alone takes {first_s * 1e3:.3g} ms"),

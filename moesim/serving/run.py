@@ -295,8 +295,8 @@ def _requests(
         )
     out = np.zeros(len(requests), REQUEST)
     out["status"] = np.where(too_large, TOO_LARGE, 0)
-    layers = deployment.model.num_hidden_layers
-    outside = deployment.engine.outside_us(layers, requests.prompt_tokens.astype(np.float64))
+    tokens = requests.prompt_tokens.astype(np.float64)
+    outside = deployment.engine.outside_us(deployment.num_gpus, tokens)
     out["arrival_us"] = requests.arrival_s * 1e6 + outside
     for name in (
         "queued_us",

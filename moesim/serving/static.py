@@ -194,7 +194,10 @@ class _Rank:
 
 
 def run_load_test(
-    cost: EngineStepCost, test: LoadTest, speculation: Speculation | None = None
+    cost: EngineStepCost,
+    test: LoadTest,
+    speculation: Speculation | None = None,
+    balance_steps: int = 0,
 ) -> StaticResult:
     """Run the test on one deployment.
 
@@ -210,6 +213,8 @@ def run_load_test(
 
     speculation: every step drafts `max_drafts` tokens and gives each sequence the mean number that
     is accepted; the length is not chosen step by step as `simulate_serving` does.
+    balance_steps: prompts wait as many steps for one on every DP rank while all ranks decode
+    (TensorRT-LLM's attention_dp_config with enable_balance: its timeout_iters).
 
     Raises InfeasibleError where one request does not fit into the KV cache.
     """
@@ -225,7 +230,7 @@ def run_load_test(
     room = memory.kv_token_capacity // batches
     ranks = [_Rank(room, whole=whole) for _ in range(deployment.dp)]
     ttft, tpot = np.zeros(total), np.full(total, np.nan)
-    engine = _Engine(cost, ranks, speculation)
+    engine = _Engine(cost, ranks, speculation, balance_steps)
     sent = min(test.concurrency, total)
     for i in range(sent):
         engine.send(_Request(i, int(prompts[i]), int(answers[i]), 0.0))
@@ -254,9 +259,14 @@ def run_load_test(
 
 class _Engine:
     def __init__(
-        self, cost: EngineStepCost, ranks: list[_Rank], speculation: Speculation | None
+        self,
+        cost: EngineStepCost,
+        ranks: list[_Rank],
+        speculation: Speculation | None,
+        balance_steps: int,
     ) -> None:
         self.cost, self.ranks, self.now_us = cost, ranks, 0.0
+        self.balance_steps, self.waited = balance_steps, 0
         self.drafts, self.gain, self.drafting = 0, 1.0, 0.0
         if speculation is not None:
             self.drafts = speculation.max_drafts
@@ -271,8 +281,8 @@ class _Engine:
         self.starts_us = deque([0.0], maxlen=1 + self.profile.steps_ahead)
 
     def send(self, request: _Request) -> None:
-        layers = self.cost.deployment.model.num_hidden_layers
-        delay = self.profile.outside_us(layers, float(request.prompt))
+        num_gpus = self.cost.deployment.num_gpus
+        delay = self.profile.outside_us(num_gpus, float(request.prompt))
         request.ready_us = request.sent_us + delay
         rank = min(self.ranks, key=lambda r: len(r.waiting) + len(r.prompts) + len(r.running))
         rank.waiting.append(request)
@@ -289,9 +299,11 @@ class _Engine:
             rank.make_room()
             if len(rank.waiting) == before:
                 self._admit(rank)
-        prefill = any(rank.prompts for rank in self.ranks)
-        if not prefill:
+        if not any(rank.prompts for rank in self.ranks):
             return self._decode()
+        if self._holds():
+            return self._decode(self.balance_steps - self.waited)
+        self.waited = 0
         chunks = [self._chunks(rank) for rank in self.ranks]
         decode = [len(r.running) if self.mixed else 0 for r in self.ranks]
         context = [rank.context if self.mixed else 0.0 for rank in self.ranks]
@@ -320,9 +332,9 @@ class _Engine:
         chunks: list[float],
     ) -> float:
         """One step, with the rows and the drafting of speculation where there is decoding."""
-        if not self.drafts:
-            return self.cost.one_us(decode, context, rows, pairs, chunks)
         base = self.cost.one_us(decode, context, rows, pairs, chunks)
+        if not self.drafts:
+            return base
         latent = self.cost.deployment.model.attention.kind == "mla"
         again = 1 + self.drafts if latent else 1
         verified = self.cost.one_us(
@@ -338,7 +350,14 @@ class _Engine:
             time += float(self.cost.drafting_us(batch, self.drafts * any(decode), float(latent)))
         return time
 
-    def _decode(self) -> list[_Request]:
+    def _holds(self) -> bool:
+        """Whether prompts are to wait for ranks that have none."""
+        some_lack = not all(rank.prompts for rank in self.ranks)
+        all_decode = all(rank.running for rank in self.ranks)
+        return some_lack and all_decode and self.waited < self.balance_steps
+
+    def _decode(self, most: int | None = None) -> list[_Request]:
+        """`most` steps while prompts are held."""
         busy = [rank for rank in self.ranks if rank.running]
         left = ceil(min(rank.running[0][0] - rank.clock for rank in busy) / self.gain)
         for rank in busy:
@@ -357,6 +376,9 @@ class _Engine:
         if coming:
             until = max(0.0, min(coming) - self.now_us)
             left = min(left, ceil(until / step_us(0.0)) + 1)
+        if most is not None:
+            left = min(left, most)
+            self.waited += left
         time = step_us((left - 1) / 2.0)
         for k in range(max(1, left - self.profile.steps_ahead), left):
             self.starts_us.append(self.now_us + k * time)

@@ -76,3 +76,28 @@ def test_speculation_gives_its_mean_of_tokens_per_step() -> None:
     result = run_load_test(cost, LoadTest(4, 11, 1, num_requests=1), speculation)
     np.testing.assert_allclose(result.ttft_ms, [1.0])
     np.testing.assert_allclose(result.tpot_ms, [0.72])
+
+
+@pytest.mark.parametrize(("balance_steps", "ttft"), [(0, 1.0), (3, 4.0)])
+def test_prompts_wait_for_one_on_every_rank(
+    monkeypatch: pytest.MonkeyPatch, balance_steps: int, ttft: float
+) -> None:
+    """Two ranks of two requests, steps of 1 ms. Step 1 computes all prompts; the first request ends
+    with step 2 and a fifth comes to its rank, beside one that decodes. The other rank has no
+    prompt: the fifth runs in step 3 (1 ms), or waits for three steps and runs in step 6 (4 ms)."""
+    plain = {"request_ms": 0.0, "prompt_token_us": 0.0, "steps_ahead": 0}
+    engine = replace(engine_profile("vllm"), **plain)
+    deployment = deploy("OLMoE-1B-7B", "h100-sxm-ib", tp=1, dp=2, engine=engine)
+    lengths = {4: np.full(5, 4), 9: np.array([2, 9, 9, 9, 3])}
+    monkeypatch.setattr(static, "_lengths", lambda _rng, longest, *_: lengths[longest])
+    cost: Any = SimpleNamespace(deployment=deployment, one_us=lambda *_: 1000.0)
+    test = LoadTest(4, 9, 4, num_requests=5)
+    result = run_load_test(cost, test, balance_steps=balance_steps)
+    np.testing.assert_allclose(result.ttft_ms, [1.0, 1.0, 1.0, 1.0, ttft])
+
+
+@pytest.mark.parametrize(("num_gpus", "outside_ms"), [(1, 5.0), (2, 7.0), (8, 11.0)])
+def test_more_ranks_take_longer_to_reach(num_gpus: int, outside_ms: float) -> None:
+    """3 ms, and 2 ms once and for every doubling of the ranks: 3 + 2 x (1 + log2 n)."""
+    engine = replace(engine_profile("vllm"), request_ms=3.0, request_rank_ms=2.0)
+    assert engine.outside_us(num_gpus, 0.0) == pytest.approx(1e3 * outside_ms)

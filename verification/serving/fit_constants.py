@@ -25,19 +25,19 @@ START: Constants = {
     "kernel_us": 2.0,
     "eager_layer_us": 900.0,
     "request_ms": 60.0,
-    "request_layer_us": 500.0,
+    "request_rank_ms": 20.0,
 }
 STEP = {
     "kernel_us": 1.0,
     "eager_layer_us": 500.0,
     "request_ms": 20.0,
-    "request_layer_us": 500.0,
+    "request_rank_ms": 10.0,
 }
 MOST = {
     "kernel_us": 6.0,
     "eager_layer_us": 2000.0,
     "request_ms": 300.0,
-    "request_layer_us": 2000.0,
+    "request_rank_ms": 100.0,
 }
 """2 ms per layer is what decode steps without CUDA graphs took (reports/engine-vllm)."""
 LOSS_SCALE = 0.1

@@ -11,20 +11,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from rows import Row, deployment_of, load_test_of, speculation_of
+from rows import Row, deployment_of, launch_of, load_test_of, speculation_of
 
 from moesim.serving.engines import ENGINES, EngineProfile
 from moesim.serving.static import run_load_test
 from moesim.serving.step_cost import EngineStepCost
 
-CONSTANTS = ("kernel_us", "eager_layer_us", "request_ms", "request_layer_us")
+CONSTANTS = ("kernel_us", "eager_layer_us", "request_ms", "request_rank_ms")
 FIXED = {"step_host_us": 0.0, "sequence_host_us": 0.0, "prompt_token_us": 0.0}
 Constants = Mapping[str, float]
 NONE: Constants = {
     "kernel_us": 2.0,
     "eager_layer_us": 0.0,
     "request_ms": 0.0,
-    "request_layer_us": 0.0,
+    "request_rank_ms": 0.0,
 }
 """Nothing fitted: no host time; small kernels of 2 us, which is assumed."""
 
@@ -50,12 +50,15 @@ class Predictor:
 
     def predict(self, row: Row, constants: Constants) -> Prediction:
         """One row; two rows of the same deployment share its tables."""
+        deployment = deployment_of(row, ENGINES[row.engine])
         key = (row.engine, row.model, row.system, row.tp, row.dp, row.ep, row.moe_tp)
+        key += (deployment.max_batch_tokens,)
         if key not in self._costs:
-            self._costs[key] = EngineStepCost(deployment_of(row, ENGINES[row.engine]))
+            self._costs[key] = EngineStepCost(deployment)
         cost = self._costs[key].with_engine(profile(row.engine, constants))
         test = load_test_of(row)
-        result = run_load_test(cost, test, speculation_of(row))
+        steps = launch_of(row).balance_steps if row.dp > 1 else 0
+        result = run_load_test(cost, test, speculation_of(row), steps)
         return Prediction(result.mean_ttft_ms, result.mean_tpot_ms)
 
     def predict_all(

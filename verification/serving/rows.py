@@ -67,7 +67,9 @@ class Launch:
 
     expert_parallel: the script turns expert parallelism on whatever the recorded size. weights:
     dtype of the checkpoint that was served, where it is not the preset's. kernels: gives a
-    deployment expert kernels other than its engine's table has.
+    deployment expert kernels other than its engine's table has. tight_budget: the token budget is
+    the prompt's length and a token for every sequence, see `tight_budget`. balance_steps: of
+    `run_load_test`, with attention DP.
     """
 
     kv_dtype: str = "bf16"
@@ -76,15 +78,20 @@ class Launch:
     expert_parallel: bool = False
     weights: str | None = None
     kernels: Callable[[Deployment], Deployment] | None = None
+    tight_budget: bool = False
+    balance_steps: int = 0
 
 
+TRTLLM_DEEPSEEK = Launch(
+    "fp8", None, 0.75, expert_parallel=True, tight_budget=True, balance_steps=60
+)
 LAUNCHES: dict[tuple[str, str], Launch] = {
     ("sglang", "DeepSeek-V3"): Launch(max_batch_tokens=32768, memory_fraction=0.82),
     ("sglang", "DeepSeek-R1"): Launch(max_batch_tokens=32768, memory_fraction=0.82),
     ("sglang", "GLM-5"): Launch(memory_fraction=0.85, weights="fp8"),
     ("sglang", "Qwen3.5-397B-A17B"): Launch("fp8", 16384, 0.8),
-    ("trtllm", "DeepSeek-V3"): Launch("fp8", 9280, 0.75, expert_parallel=True),
-    ("trtllm", "DeepSeek-R1"): Launch("fp8", 9280, 0.75, expert_parallel=True),
+    ("trtllm", "DeepSeek-V3"): TRTLLM_DEEPSEEK,
+    ("trtllm", "DeepSeek-R1"): TRTLLM_DEEPSEEK,
     ("trtllm", "gpt-oss-120b"): Launch(max_batch_tokens=20000, memory_fraction=0.85),
     ("vllm", "gpt-oss-120b"): Launch(
         max_batch_tokens=8192, memory_fraction=0.9, kernels=with_marlin
@@ -206,12 +213,25 @@ def model_of(name: str) -> ModelSpec:
     return load_model(names.get(name, name))
 
 
+def tight_budget(row: Row) -> int:
+    """Tokens of a step in TensorRT-LLM's scripts for DeepSeek-R1 on H200s, `MAX_NUM_TOKENS` of
+    `dsr1_fp8_h200_trt_slurm.sh` and `..._mtp_slurm.sh` (SemiAnalysisAI/InferenceX, from 2025-11-01
+    to 2026-01-14): one prompt and a step of decoding, rounded up to 64."""
+    decoding = row.concurrency
+    if row.drafts:
+        decoding = (1 + row.drafts) * (row.concurrency // row.dp)
+    return (decoding + row.isl + 64 + 63) // 64 * 64
+
+
+def launch_of(row: Row) -> Launch:
+    """The row's launch script, or the engine's defaults."""
+    named = LAUNCHES.get((row.engine, f"{row.model} {row.system}"), Launch())
+    return LAUNCHES.get((row.engine, row.model), named)
+
+
 def deployment_of(row: Row, engine: EngineProfile) -> Deployment:
     """The deployment of a row under an engine profile. Raises what `deploy` raises."""
-    launch = LAUNCHES.get(
-        (row.engine, row.model),
-        LAUNCHES.get((row.engine, f"{row.model} {row.system}"), Launch()),
-    )
+    launch = launch_of(row)
     ep, moe_tp = row.ep, row.moe_tp
     if launch.expert_parallel:
         ep, moe_tp = row.tp * row.dp, 1
@@ -226,7 +246,7 @@ def deployment_of(row: Row, engine: EngineProfile) -> Deployment:
         expert_dtype=launch.weights,
         dense_dtype=launch.weights,
         kv_dtype=launch.kv_dtype,
-        max_batch_tokens=launch.max_batch_tokens,
+        max_batch_tokens=tight_budget(row) if launch.tight_budget else launch.max_batch_tokens,
         memory_fraction=launch.memory_fraction,
     )
     return deployment if launch.kernels is None else launch.kernels(deployment)

@@ -178,7 +178,7 @@ class _Steady:
         done = np.arange(len(rows))[:, None] * rows
         pairs = rows * done + rows * (rows + 1) / 2
         batch = BatchShape.of(prefill_tokens=rows, prefill_pairs=pairs)
-        outside = d.engine.outside_us(d.model.num_hidden_layers, float(need.prompt))
+        outside = d.engine.outside_us(d.num_gpus, float(need.prompt))
         return float((self.cost.step_us(batch).sum() + outside) / 1e6)
 
 

@@ -277,10 +277,12 @@ def _refitted(
     kernels = bench.engine(back)[1].num_small_kernels
     step = benchmark.figures["tpot_p50"] - (now.figures["tpot_p50"] or 0.0)
     first = benchmark.figures["ttft_p50"] - (now.figures["ttft_p50"] or 0.0)
+    outside_ms = profile.outside_us(bench.engine(layout.front)[0].num_gpus, 0.0) / 1e3
     return replace(
         profile,
         kernel_us=max(0.0, profile.kernel_us + step * 1e6 / kernels),
-        request_ms=max(0.0, profile.request_ms + first * 1e3),
+        request_ms=max(0.0, outside_ms + first * 1e3),
+        request_rank_ms=0.0,
         basis="measured",
         source=f"kernel_us, request_ms refitted to {source}; others as {bench.place.engine}",
     )
