@@ -139,26 +139,29 @@ class _Steady:
         """Seconds of a step with `sequences` decoding and `prompts` tokens of prompts, evenly
         spread over the ranks, prompts half computed on average."""
         spec = self.speculation
-        plain = self._step_s(sequences, prompts, 0)
         if spec is None:
-            return plain
-        drafted = self._step_s(sequences, prompts, spec.max_drafts)
-        return drafted + spec.max_drafts * spec.draft_share * plain
+            return np.asarray(self.cost.step_us(self._batch(sequences, prompts)) / 1e6)
+        again = float(self.cost.deployment.model.attention.kind == "mla")
+        verified = self._batch(sequences, prompts, spec.max_drafts, again)
+        drafting = self.cost.drafting_us(self._batch(sequences, prompts), spec.max_drafts, again)
+        return np.asarray((self.cost.step_us(verified) + drafting) / 1e6)
 
-    def _step_s(
-        self, sequences: FloatArray, prompts: FloatArray | float, drafts: int
-    ) -> FloatArray:
+    def _batch(
+        self,
+        sequences: FloatArray,
+        prompts: FloatArray | float,
+        drafts: int = 0,
+        again: float = 0.0,
+    ) -> BatchShape:
         need, dp = self.need, self.dp
-        again = drafts if self.cost.deployment.model.attention.kind == "mla" else 0
         rows = np.broadcast_to(np.asarray(prompts, np.float64) / dp, sequences.shape)
-        batch = BatchShape.of(
+        return BatchShape.of(
             _spread(sequences / dp * (1 + drafts), dp),
-            _spread(sequences / dp * (need.prompt + need.output / 2) * (1 + again), dp),
+            _spread(sequences / dp * (need.prompt + need.output / 2) * (1 + again * drafts), dp),
             _spread(rows, dp),
             _spread(rows * need.prompt / 2, dp),
             _spread(rows / need.prompt, dp),
         )
-        return np.asarray(self.cost.step_us(batch) / 1e6)
 
     def _prompts_s(self, rows: FloatArray) -> FloatArray:
         """Seconds of a step with `rows` prompt tokens on every rank."""

@@ -21,9 +21,9 @@ from moesim.files import atomic_write
 from moesim.jobs.result import Result
 from moesim.model.names import load_model
 from moesim.serving.engines import EngineProfile, engine_profile
-from moesim.serving.speculative import Speculation
 from moesim.studies.recommend.layouts import Bench, Layout, Tried
 from moesim.studies.recommend.need import need_of
+from moesim.studies.recommend.others import mtp
 from moesim.studies.recommend.shapes import Place, Shape
 
 if TYPE_CHECKING:
@@ -307,12 +307,10 @@ def _deployed(folder: Path, benchmark: Benchmark) -> tuple[Bench, Layout]:
             profile,
             options,
             decode_cluster=one["decode_cluster"],
-            speculation=(
-                None
-                if drafts is None
-                else Speculation(drafts["acceptance"], drafts["drafts"], fixed=True)
-            ),
         )
+        if drafts is not None:
+            drafting = mtp(place, drafts["acceptance"], drafts["drafts"])
+            place = replace(place, speculation=drafting)
         shapes = [
             Shape(
                 **{name: role[name] for name in KEPT},

@@ -49,7 +49,7 @@ def mtp(place: Place, acceptance: float, drafts: int) -> Speculation:
             f"`speculate`: {place.model.name} has no layers that predict further tokens",
             "leave it out; `moesim serve --speculate` simulates a draft model",
         )
-    return Speculation(acceptance, drafts, fixed=True)
+    return Speculation(acceptance, drafts, draft_share=0.0, fixed=True)
 
 
 def others(place: Place, experts_apart: bool) -> Iterator[Other]:

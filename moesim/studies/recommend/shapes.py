@@ -134,6 +134,7 @@ class Place:
             moe_comm=shape.moe_comm,
             two_batch_overlap=shape.overlap,
             redundant_experts=shape.redundant or None,
+            mtp=self.speculation is not None,
             **given,
         )
 
