@@ -4,7 +4,8 @@
 Three passes. Kernels only: no engine constant at all, nothing fitted to serving rows. Held out:
 each engine's constants fitted to its rows of all other models; every model is predicted by
 constants that never saw it. All rows: constants fitted to all, which the shipped profiles have.
-Which constants an engine has is chosen by held-out loss (`fit_constants.choose`).
+Which constants an engine has is chosen by held-out loss (`fit_constants.choose`); those that its
+profile has stay where their predictions have less.
 Writes `results.json` (aggregates only), `tables.md` and a plot.
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fit_constants import START, Linear, choose, fit, linearise
+from fit_constants import START, Linear, choose, fit, linearise, loss_of
 from plots import scatter
 from predict import CONSTANTS, NONE, Constants, Prediction, Predictor, errors
 from rows import Row, read_rows, refusal
@@ -82,12 +83,39 @@ def fit_all(
         parts = _by_engine(predictor, rows, at)
         found = {engine: choose(linear) for engine, linear in parts.items()}
         at = {engine: fit(parts[engine], found[engine][0]) for engine in engines}
-    groups = sorted({row.group for row in rows})
-    without = {
-        group: {engine: fit(parts[engine], found[engine][0], leave_out=group) for engine in engines}
-        for group in groups
-    }
+    without: dict[str, dict[str, Constants]] = {row.group: {} for row in rows}
+    for engine in engines:
+        own = [row for row in rows if row.engine == engine]
+        tried = {found[engine][0], shipped_subset(engine)}
+        settled = [settle(predictor, own, parts[engine], subset, list(without)) for subset in tried]
+        _, at[engine], by_group = min(settled, key=lambda one: one[0])
+        for group, constants in by_group.items():
+            without[group][engine] = constants
     return at, without, {engine: losses for engine, (_, losses) in found.items()}
+
+
+def shipped_subset(engine: str) -> tuple[str, ...]:
+    """Constants that the engine's profile has now."""
+    return tuple(n for n in CONSTANTS if getattr(ENGINES[engine], n) != NONE[n])
+
+
+def settle(
+    predictor: Predictor,
+    rows: list[Row],
+    linear: Linear,
+    subset: tuple[str, ...],
+    groups: list[str],
+) -> tuple[float, Constants, dict[str, Constants]]:
+    """One engine with the constants `subset`, linearised where they are: held-out loss of its
+    predictions, the constants, and those without each model."""
+    engine = rows[0].engine
+    there = linearise(predictor, rows, {engine: fit(linear, subset)}).of(engine)
+    without = {group: fit(there, subset, leave_out=group) for group in groups}
+    held_out: dict[int, Prediction] = {}
+    for group in groups:
+        own = [row for row in rows if row.group == group]
+        held_out |= predictor.predict_all(own, without[group])
+    return loss_of(rows, errors(rows, held_out)), fit(there, subset), without
 
 
 def _by_engine(
