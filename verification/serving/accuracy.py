@@ -4,8 +4,8 @@
 Three passes. Kernels only: no engine constant at all, nothing fitted to serving rows. Held out:
 each engine's constants fitted to its rows of all other models; every model is predicted by
 constants that never saw it. All rows: constants fitted to all, which the shipped profiles have.
-Which constants an engine has is chosen by held-out loss (`fit_constants.choose`); those that its
-profile has stay where their predictions have less.
+Which constants an engine has is chosen by held-out loss (`fit_constants.choose`); it keeps those
+of the results in `--out` where their predictions have less.
 Writes `results.json` (aggregates only), `tables.md` and a plot.
 """
 
@@ -44,6 +44,9 @@ def main() -> None:
     predictor = Predictor()
     kernels_only = predictor.predict_all(usable, NONE)
     shipped, without, losses = fit_all(predictor, usable)
+    if (args.out / "results.json").exists():
+        before = json.loads((args.out / "results.json").read_text())
+        keep_better(predictor, usable, (shipped, without), before)
     held_out: dict[int, Prediction] = {}
     for group, constants in without.items():
         held_out |= predictor.predict_all([r for r in usable if r.group == group], constants)
@@ -83,39 +86,37 @@ def fit_all(
         parts = _by_engine(predictor, rows, at)
         found = {engine: choose(linear) for engine, linear in parts.items()}
         at = {engine: fit(parts[engine], found[engine][0]) for engine in engines}
-    without: dict[str, dict[str, Constants]] = {row.group: {} for row in rows}
-    for engine in engines:
-        own = [row for row in rows if row.engine == engine]
-        tried = {found[engine][0], shipped_subset(engine)}
-        settled = [settle(predictor, own, parts[engine], subset, list(without)) for subset in tried]
-        _, at[engine], by_group = min(settled, key=lambda one: one[0])
-        for group, constants in by_group.items():
-            without[group][engine] = constants
+    groups = sorted({row.group for row in rows})
+    without = {
+        group: {engine: fit(parts[engine], found[engine][0], leave_out=group) for engine in engines}
+        for group in groups
+    }
     return at, without, {engine: losses for engine, (_, losses) in found.items()}
 
 
-def shipped_subset(engine: str) -> tuple[str, ...]:
-    """Constants that the engine's profile has now."""
-    return tuple(n for n in CONSTANTS if getattr(ENGINES[engine], n) != NONE[n])
-
-
-def settle(
+def keep_better(
     predictor: Predictor,
     rows: list[Row],
-    linear: Linear,
-    subset: tuple[str, ...],
-    groups: list[str],
-) -> tuple[float, Constants, dict[str, Constants]]:
-    """One engine with the constants `subset`, linearised where they are: held-out loss of its
-    predictions, the constants, and those without each model."""
-    engine = rows[0].engine
-    there = linearise(predictor, rows, {engine: fit(linear, subset)}).of(engine)
-    without = {group: fit(there, subset, leave_out=group) for group in groups}
-    held_out: dict[int, Prediction] = {}
-    for group in groups:
-        own = [row for row in rows if row.group == group]
-        held_out |= predictor.predict_all(own, without[group])
-    return loss_of(rows, errors(rows, held_out)), fit(there, subset), without
+    found: tuple[dict[str, Constants], dict[str, dict[str, Constants]]],
+    before: dict[str, Any],
+) -> None:
+    """An engine keeps the constants of the results `before` where the predictions by those without
+    each model have less held-out loss; `found` is changed."""
+    shipped, without = found
+    for engine in shipped:
+        own = [row for row in rows if row.engine == engine]
+        losses = []
+        for constants in (without, before["constants_without"]):
+            held_out: dict[int, Prediction] = {}
+            for group in {row.group for row in own}:
+                these = {**NONE, **constants[group][engine]}
+                held_out |= predictor.predict_all([r for r in own if r.group == group], these)
+            losses.append(loss_of(own, errors(own, held_out)))
+        print(f"{engine}: held-out loss {losses[0]:.3f}, before {losses[1]:.3f}")
+        if losses[1] < losses[0]:
+            shipped[engine] = before["constants"][engine]
+            for group in without:
+                without[group][engine] = before["constants_without"][group][engine]
 
 
 def _by_engine(
