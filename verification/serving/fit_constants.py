@@ -124,6 +124,14 @@ def held_out_loss(linear: Linear, fitted: tuple[str, ...]) -> float:
     return total / len(models)
 
 
+def loss_of(rows: list[Row], relative: tuple[np.ndarray, np.ndarray]) -> float:
+    """`held_out_loss` of predictions, by their relative errors of TPOT and TTFT."""
+    counts = Counter(row.group for row in rows)
+    weight = np.array([1.0 / counts[row.group] for row in rows]) / len(counts)
+    log = np.log1p(np.array(relative)) / LOSS_SCALE
+    return float((np.log1p(log**2) * weight).sum())
+
+
 def choose(linear: Linear) -> tuple[tuple[str, ...], dict[str, float]]:
     """The constants that one engine should have, and the held-out loss of every subset."""
     losses = {subset: held_out_loss(linear, subset) for subset in SUBSETS}
