@@ -82,11 +82,11 @@ def measured(report: Path) -> dict[Key, tuple[np.ndarray, bool]]:
     return found
 
 
-def predicted(report: Path, name: str) -> dict[Key, float]:
-    """Milliseconds by the same keys."""
+def predicted(report: Path, name: str, value: str = "ms") -> dict[Key, float]:
+    """Milliseconds by the same keys; value "host_ms": with the host named."""
     models = json.loads((report / name).read_text())["models"]
     return {
-        (model, mode, plan, case): row["ms"]
+        (model, mode, plan, case): row[value]
         for model, given in models.items()
         for mode, plans in given["modes"].items()
         for plan, cases in plans.items()
@@ -97,14 +97,16 @@ def predicted(report: Path, name: str) -> dict[Key, float]:
 def errors_table(report: Path) -> str:
     """Errors by kind of step and mode, before and after."""
     found = measured(report)
-    before, after = predicted(report, "predictions.json"), predicted(report, "after.json")
+    every = [predicted(report, n) for n in ("predictions.json", "after.json")]
+    every.append(predicted(report, "after.json", "host_ms"))
     lines = ["| steps | mode | cases | median, 90th percentile | bias | with the changes | bias |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines[0] += " and the host named | bias |"
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for kind, keep in KINDS.items():
         for mode in ("dp", "tp"):
             keys = [k for k, (_, host) in found.items() if k[1] == mode and keep(k[3], host)]
             cells = []
-            for given in (before, after):
+            for given in every:
                 e = np.array([given[k] / np.median(found[k][0]) - 1 for k in keys])
                 size = np.abs(e)
                 cells += [f"{np.median(size):.1%}, {np.percentile(size, 90):.1%}"]
