@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from moesim.choices import MoeComm as MoeComm
 from moesim.choices import Overlap as Overlap
 from moesim.cluster import DEFAULT_CLUSTER, load_cluster
 from moesim.cost.calibration import calibration_names, load_calibration
-from moesim.cost.step import calibration_of_gpu, check_one_domain, default_library, family_of
-from moesim.errors import InputError, MismatchError, UnknownNameError
-from moesim.model.names import KV_BYTES, WEIGHT_BYTES, load_model
+from moesim.cost.step import calibration_of_gpu, default_library, family_of
+from moesim.errors import InputError
+from moesim.model.names import load_model
+from moesim.serving.deployment_checks import check_deployment
 from moesim.serving.engines import EngineProfile, engine_profile
 
 if TYPE_CHECKING:
@@ -91,170 +92,7 @@ class Deployment:
     dispatch_tokens: int = 256
 
     def __post_init__(self) -> None:
-        for name in (
-            "tp",
-            "dp",
-            "pp",
-            "ep",
-            "moe_tp",
-            "max_batch_tokens",
-            "max_sequences",
-            "dispatch_tokens",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(
-                    f"{name} is {value!r:.40}", f"give {name} as a number of 1 or more"
-                )
-        if self.expert_gpus is not None:
-            self._check_apart(self.expert_gpus)
-        elif self.ep * self.moe_tp != self.tp * self.dp:
-            raise InputError(
-                f"ep {self.ep} x moe_tp {self.moe_tp} is not tp {self.tp} x dp {self.dp}",
-                "experts and attention of a stage use the same GPUs: make the products equal, or"
-                " give `expert_gpus`",
-            )
-        if self.num_gpus != self.cluster.num_gpus:
-            raise MismatchError(
-                f"the engine is of {self.num_gpus} GPUs, the cluster has {self.cluster.num_gpus}",
-                f"size the cluster to {self.num_gpus} GPUs",
-            )
-        for table, name in (
-            (WEIGHT_BYTES, "expert_dtype"),
-            (WEIGHT_BYTES, "dense_dtype"),
-            (KV_BYTES, "kv_dtype"),
-        ):
-            if getattr(self, name) not in table:
-                raise UnknownNameError(name, str(getattr(self, name)), table)
-        if not 0 < self.memory_fraction <= 1:
-            raise InputError(
-                f"memory_fraction is {self.memory_fraction}", "give a share above 0, at most 1"
-            )
-        if not 0 < self.kv_scale <= 1:
-            raise InputError(f"`kv_scale` is {self.kv_scale}", "give a share above 0, at most 1")
-        if self.kv_window is not None and self.kv_window < 1:
-            raise InputError(f"`kv_window` is {self.kv_window}", "give 1 token or more")
-        if self.mtp and not self.model.mtp_layers:
-            raise InputError(
-                f"{self.model.name} has no multi-token-prediction layer to draft with",
-                "give `draft_share`, the time of another drafter",
-            )
-        self._check_shapes()
-        if self.moe_comm not in get_args(MoeComm):
-            raise UnknownNameError("moe_comm", str(self.moe_comm), get_args(MoeComm))
-        if self.expert_gpus is not None and self.moe_comm in ("all_reduce", "all_gather"):
-            raise InputError(
-                f"moe_comm {self.moe_comm} with experts on GPUs of their own",
-                "choose an all-to-all: nccl, deepep, deepep_ll, nvlink",
-            )
-        if self.moe_comm == "all_reduce" and self.dp > 1:
-            raise InputError(
-                "moe_comm all_reduce with attention DP: ranks hold different tokens",
-                "choose all_gather or an all-to-all",
-            )
-        if self.moe_comm not in ("all_reduce", "all_gather") and self.moe_tp > 1:
-            raise InputError(
-                f"moe_comm {self.moe_comm} sends tokens to whole experts, moe_tp is {self.moe_tp}",
-                "set moe_tp to 1, or choose all_reduce or all_gather",
-            )
-        group = self.tp * self.dp + (self.expert_gpus or 0)
-        check_one_domain(self.moe_comm, ceil(group / self.cluster.gpus_per_node))
-        self._check_plan()
-        self._check_redundancy()
-        if self.two_batch_overlap not in get_args(Overlap):
-            raise UnknownNameError("two_batch_overlap", self.two_batch_overlap, get_args(Overlap))
-        if self.two_batch_overlap != "off" and self.expert_gpus is not None:
-            raise InputError(
-                "two-batch overlap with experts on GPUs of their own, whose parts overlap anyway",
-                "leave `two_batch_overlap` out",
-            )
-        if self.two_batch_overlap != "off" and self.dp == 1:
-            raise InputError(
-                "two-batch overlap without attention DP: there is no dispatch to hide",
-                "give `dp`, or leave `two_batch_overlap` out",
-            )
-
-    def _check_apart(self, expert_gpus: int) -> None:
-        for name in ("expert_gpus", "micro_batches"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"`{name}` is {value!r:.40}", "give 1 or more")
-        if self.ep * self.moe_tp != expert_gpus:
-            raise InputError(
-                f"ep {self.ep} x moe_tp {self.moe_tp} is not the {expert_gpus} GPUs of the experts",
-                "make the product `expert_gpus`",
-            )
-        if self.pp > 1:
-            raise InputError(
-                f"{self.pp} pipeline stages with experts on GPUs of their own",
-                "leave `pp` or `expert_gpus` out",
-            )
-
-    def _check_redundancy(self) -> None:
-        more = self.redundant_experts
-        if more is None:
-            return
-        slots = self.model.num_experts + more
-        if more < 0 or slots % self.ep or self.ep == 1:
-            least = -self.model.num_experts % self.ep
-            raise InputError(
-                f"{self.model.num_experts} experts and {more} redundant ones are no equal number of"
-                f" slots on {self.ep} expert-parallel ranks",
-                f"give `redundant_experts` as {least} and a multiple of {self.ep} more"
-                if self.ep > 1
-                else "use expert parallelism, or leave `redundant_experts` out",
-            )
-        if self.plan is not None:
-            raise InputError(
-                "redundant experts beside a plan, which says itself where experts are",
-                "leave `redundant_experts` or the plan out",
-            )
-
-    def _check_shapes(self) -> None:
-        model = self.model
-        if model.attention.num_heads % self.tp:
-            raise InputError(
-                f"{model.attention.num_heads} attention heads do not divide over tp {self.tp}",
-                "choose a tp that divides the number of heads",
-            )
-        if self.pp > model.num_hidden_layers:
-            raise InputError(
-                f"pp {self.pp} is more than the {model.num_hidden_layers} layers",
-                "choose at most one stage a layer",
-            )
-        if self.ep > model.num_experts:
-            raise InputError(
-                f"ep {self.ep} is more than the {model.num_experts} experts",
-                "choose a smaller ep, or cut experts with moe_tp",
-            )
-        if model.moe_intermediate_size % self.moe_tp:
-            raise InputError(
-                f"experts of width {model.moe_intermediate_size} are not cut in moe_tp "
-                f"{self.moe_tp}",
-                "choose a moe_tp that divides the width",
-            )
-
-    def _check_plan(self) -> None:
-        if self.trace is not None and self.trace.num_experts != self.model.num_experts:
-            raise MismatchError(
-                f"the trace chooses among {self.trace.num_experts} experts, {self.model.name} has "
-                f"{self.model.num_experts}",
-                "use a trace of this model, or the model of the trace",
-            )
-        plan = self.plan
-        if plan is None:
-            return
-        if plan.placement.num_gpus != self.ep:
-            raise MismatchError(
-                f"the plan is for {plan.placement.num_gpus} GPUs, ep is {self.ep}",
-                "make a plan for as many GPUs as the engine has expert-parallel groups",
-            )
-        if plan.placement.num_experts != self.model.num_experts:
-            raise MismatchError(
-                f"the plan places {plan.placement.num_experts} experts, the model has "
-                f"{self.model.num_experts}",
-                "use the plan of this model",
-            )
+        check_deployment(self)
 
     @property
     def num_gpus(self) -> int:

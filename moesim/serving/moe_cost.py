@@ -135,7 +135,8 @@ class MoeCost(Parts):
             table = rebalance_experts(self.load.inclusion, num_slots, 1, nodes, d.ep)
             copies = np.stack([np.bincount(row, minlength=model.num_experts) for row in table])
             share = 1.0 / np.take_along_axis(copies, table, axis=1)
-            return ExpertSlots(np.arange(num_slots) * d.ep // num_slots, table, share)
+            rank = np.arange(num_slots) * d.ep // num_slots
+            return ExpertSlots(rank, table.astype(np.int64), share)
         if d.plan is None:
             expert = np.tile(np.arange(model.num_experts), (num_layers, 1))
             gpu = np.arange(model.num_experts) * d.ep // model.num_experts
@@ -147,7 +148,8 @@ class MoeCost(Parts):
             placement.replica_count[picked], np.maximum(table, 0), axis=1
         )
         gpu = np.arange(placement.num_slots) // placement.slots_per_gpu
-        return ExpertSlots(gpu, np.maximum(table, 0), np.where(table >= 0, share, 0.0))
+        held = np.maximum(table, 0).astype(np.int64)
+        return ExpertSlots(gpu, held, np.where(table >= 0, share, 0.0))
 
     @cached_property
     def links(self) -> Calibration:
