@@ -20,7 +20,7 @@ REPORTS = Path(__file__).parents[1] / "reports"
 NOT_JUDGED = (
     (
         "Tutel, whole layer",
-        "claim as given to this project; abstract of an earlier version read",
+        "claim from memory; abstract of an earlier version read",
         "4.96x and 5.75x of a layer on 16 and 2,048 GPUs",
         "its factor is mostly of faster kernels for encoding and decoding than those of its"
         " baseline; our tables hold the kernels of today. Its two-level exchange and its pipelining"
@@ -69,7 +69,7 @@ def offloading(traces: Traces) -> Iterator[Row]:
             "ExpertFlow, batches by predicted experts",
             "predicted",
             "arXiv:2410.17954, abstract (version 2)",
-            "GPU memory up to 93.72% lower, 2x to 10x as fast (given to this project)",
+            "GPU memory up to 93.72% lower, 2x to 10x as fast (a summary)",
         ),
     ):
         gains = []
