@@ -178,7 +178,7 @@ def _of_file(path: str) -> EngineProfile:
         raise InputError(f"cannot read {path}: {error}", remedy) from None
     except (yaml.YAMLError, RecursionError, ValueError):
         raise FormatError(f"{path}: no YAML", remedy) from None
-    if not isinstance(raw, dict) or set(raw) != set(FILE_KEYS) or raw["name"] not in ENGINES:
+    if not isinstance(raw, dict) or set(raw) != set(FILE_KEYS) or str(raw["name"]) not in ENGINES:
         raise FormatError(f"{path}: no engine's constants, {', '.join(FILE_KEYS)}", remedy)
     for key in ("request_ms", "kernel_us"):
         value = raw[key]
@@ -187,4 +187,4 @@ def _of_file(path: str) -> EngineProfile:
     if raw["basis"] not in get_args(Basis):
         raise FormatError(f"{path}: basis is {raw['basis']!r:.40}", remedy)
     known = {key: raw[key] for key in FILE_KEYS if key != "name"}
-    return replace(ENGINES[raw["name"]], **known | {"source": str(raw["source"])[:400]})
+    return replace(ENGINES[str(raw["name"])], **known | {"source": str(raw["source"])[:400]})
