@@ -17,7 +17,7 @@ from verification.fuzz.seeds import make_corpus
 COUNT = 300
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_damaged_files_give_an_answer_or_an_error() -> None:
     report = harness.fuzz(COUNT, seed=7)
     assert report.count == COUNT
@@ -25,6 +25,7 @@ def test_damaged_files_give_an_answer_or_an_error() -> None:
     assert not report.findings, "\n".join(report.lines())
 
 
+@pytest.mark.timeout(900)
 def test_every_whole_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise damage to it would show nothing. vLLM as released takes no replicas."""
     monkeypatch.chdir(tmp_path)
@@ -32,7 +33,8 @@ def test_every_whole_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         for command in seed.commands:
             args = [p.format(file=seed.path, out="made") if "{" in p else p for p in command]
             if not ("two.json" in args and "vllm" in args):
-                code, _, err, crashed = harness._run(args)
+                with harness._no_launch():
+                    code, _, err, crashed = harness._run(args)
                 assert code in (0, 1), (args, err, crashed)
 
 

@@ -212,7 +212,7 @@ def _of_file(path: str) -> EngineProfile:
     except (yaml.YAMLError, RecursionError, ValueError):
         raise FormatError(f"{path}: no YAML", remedy) from None
     fitting = isinstance(raw, dict) and set(FILE_KEYS) <= set(raw) <= {*FILE_KEYS, *HOST_KEYS}
-    if not fitting or raw["name"] not in ENGINES:
+    if not fitting or str(raw["name"]) not in ENGINES:
         raise FormatError(f"{path}: no engine's constants, {', '.join(FILE_KEYS)}", remedy)
     for key in ("request_ms", "kernel_us", *(k for k in HOST_KEYS if k in raw)):
         value = raw[key]
@@ -221,4 +221,4 @@ def _of_file(path: str) -> EngineProfile:
     if raw["basis"] not in get_args(Basis):
         raise FormatError(f"{path}: basis is {raw['basis']!r:.40}", remedy)
     known = {"request_rank_ms": 0.0} | {key: raw[key] for key in raw if key != "name"}
-    return replace(ENGINES[raw["name"]], **known | {"source": str(raw["source"])[:400]})
+    return replace(ENGINES[str(raw["name"])], **known | {"source": str(raw["source"])[:400]})

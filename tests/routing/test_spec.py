@@ -44,7 +44,7 @@ def test_every_rule_says_what_it_is(name: str) -> None:
         ("drop:factor=1,factr=2", UnknownNameError, "parameter of rule drop 'factr'"),
         ("drop:factor=1,keep=best", UnknownNameError, "'best'"),
         ("drop:factor=one", InputError, "factor='one'"),
-        ("drop:factor=nan", InputError, "capacity factor nan"),
+        ("drop:factor=nan", InputError, "factor='nan'"),
         ("drop:factor=0", InputError, "capacity factor 0"),
         ("drop:factor", InputError, "factor"),
         ("drop:factor=1,factor=2", InputError, "factor"),

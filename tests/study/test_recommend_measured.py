@@ -112,3 +112,10 @@ def test_other_files_are_refused(answer, tmp_path, capsys) -> None:
     bad.write_text("name: vllm\nkernel_us: -1\nrequest_ms: 1\nbasis: measured\nsource: x\n")
     with pytest.raises(FormatError, match="kernel_us is -1"):
         engine_profile(str(bad))
+
+
+def test_an_engine_whose_name_is_no_text_is_refused(tmp_path) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text("{name: [vllm], request_ms: 1, kernel_us: 1, basis: measured, source: s}")
+    with pytest.raises(FormatError, match="no engine's constants"):
+        engine_profile(str(path))

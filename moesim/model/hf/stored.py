@@ -102,7 +102,7 @@ class _Read(dict[str, Any]):
         super().__init__(content)
         self.asked: set[str] = set()
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
         self.asked.add(key)
         return super().get(key, default)
 
