@@ -1,7 +1,7 @@
 """Compiled local search from a placement that is in use: every expert that moves has a price.
 
 The objective of one layer is what `moesim.solvers.kernels.load` minimises, the mean over batches of
-the costliest GPU, plus `price` for every expert that a GPU holds and did not hold before, in grains.
+the costliest GPU, plus `price` in grains for every expert that a GPU holds and did not before.
 """
 
 from __future__ import annotations
