@@ -26,7 +26,8 @@ import numpy as np
 
 from moesim.cost.dense import KV_ELEMENT_BYTES, causal_pairs
 from moesim.serving.batch import BatchShape, chunk_pairs
-from moesim.serving.step_cost import ELEMENT_BYTES, EngineStepCost
+from moesim.serving.step_cost import EngineStepCost
+from moesim.serving.step_parts import ELEMENT_BYTES
 
 if TYPE_CHECKING:
     from moesim.serving.deployment import Deployment
