@@ -22,7 +22,7 @@ import numpy as np
 
 from moesim.cost.step import build_step_model
 from moesim.errors import InputError, plain
-from moesim.figures import text_table
+from moesim.figures import count, text_table
 from moesim.jobs import inputs
 from moesim.jobs.arrivals import arriving_requests
 from moesim.jobs.result import Result
@@ -321,7 +321,7 @@ def _policies(
 ) -> dict[str, list[int]]:
     needed = [next((w for w in widths if kept[w, r] >= good), widths[-1]) for r in rates]
     return {
-        **{f"always {w} GPUs": [w] * HOURS for w in widths},
+        **{f"always {count(w, 'GPU')}": [w] * HOURS for w in widths},
         "as the hour before needed": [needed[-1], *needed[:-1]],
         "the same, a width wider": [
             widths[min(widths.index(w) + 1, len(widths) - 1)] for w in (needed[-1], *needed[:-1])

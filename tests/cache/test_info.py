@@ -120,7 +120,7 @@ def test_integer_programs_of_tiers_and_bits(
         (["--hbm", "1.3", "--prefetch", "psychic"], 2, "psychic"),
         (["--hbm", "1.3", "--cpu", "perhaps"], 2, "perhaps"),
         (["--machine", "abacus"], 2, "abacus"),
-        (["--hbm", "nan"], 2, "memory above 0"),
+        (["--hbm", "nan"], 2, "'nan' is no number"),
         (["--hbm", "1.3", "--dram", "0.1", "--nvme-gb-per-s", "-1"], 2, "nvme_gb_per_s"),
         (["--hbm", "1.3", "--bits", "1"], 1, "need"),
         (["--hbm", "1.3", "--bit-errors", "none.npy", "--bits", "2"], 2, "none.npy"),

@@ -175,4 +175,4 @@ def test_a_rule_of_routing_first_is_the_trace_that_it_writes(
         found[name] = json.loads(capsys.readouterr().out)["metrics"]
     assert ruled["metrics"] == found[one] != found[few]
     assert run(["serve", "--requests", *common, *OLMOE[:2], "--reroute", "random"]) == 2
-    assert "`reroute` without `trace`" in capsys.readouterr().err
+    assert "--reroute without --trace" in capsys.readouterr().err

@@ -210,7 +210,12 @@ def test_a_recommendation_says_what_you_get_and_how_firm_it_is(
     assert shown["what it costs"].value == f"${best['usd_per_hour']:,.0f}/h"
     assert shown["what binds"].detail.startswith("tpot_p99<50ms")
     assert "how firm" in shown
-    assert titles(found) == ["Layouts tried", "The tightest promise", "Options, best first"]
+    assert titles(found) == [
+        "Layouts tried",
+        "The tightest promise",
+        "Options, best first",
+        "Searched beside it, for you to choose",
+    ]
 
 
 def test_a_recommendation_that_misses_says_so(recommendation: Any, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def moe(deployment: Deployment, inclusion: np.ndarray | None = None) -> MoeCost:
     cost = EngineStepCost(deployment)._of_moe
     if inclusion is not None:
         cost = MoeCost(deployment, cost.calibration, Sources([]))
-        cost.__dict__["_load"] = MoeLoad(inclusion, "by hand")
+        cost.__dict__["load"] = MoeLoad(inclusion, "by hand")
     return cost
 
 

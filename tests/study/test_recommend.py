@@ -12,6 +12,7 @@ import pytest
 import moesim
 from moesim.cli.main import run
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
+from moesim.model.attention import Cache
 from moesim.model.names import load_model
 from moesim.serving.config import ServingConfig
 from moesim.serving.deployment import deploy
@@ -32,13 +33,18 @@ MODEL, CLUSTER = "gpt-oss-20b", "h200-sxm-ib"
 SLO = "ttft_p99<300ms,tpot_p99<12ms"
 
 
-DRAFTS = Speculation(0.85, 1, fixed=True)
+DRAFTS = Speculation(0.85, 1, draft_share=0.0, fixed=True)
 
 
 def bench(rate: float, slo: str = SLO, engine: str = "vllm", **more: object) -> Bench:
     need = need_of(slo, rate, 1000, 200, None, 0)
     options = {"expert_dtype": None, "kv_dtype": "bf16"}
-    return Bench(Place(load_model(MODEL), CLUSTER, engine_profile(engine), options, **more), need)
+    model = load_model(MODEL)
+    if more.get("speculation") is not None:  # a layer like the others, which drafts
+        caches = (Cache(elements=2 * 8 * 64, heads=8),)
+        one = model.total_params // model.num_hidden_layers
+        model = replace(model, mtp_layers=1, mtp_moe_layers=1, mtp_params=one, mtp_caches=caches)
+    return Bench(Place(model, CLUSTER, engine_profile(engine), options, **more), need)
 
 
 @pytest.fixture(scope="module")

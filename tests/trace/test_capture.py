@@ -466,7 +466,7 @@ def test_bad_prompts_name_the_line(
         (["--batch-size", "0"], "--batch-size 0"),
         (["--max-new-tokens", "-1"], "--max-new-tokens -1"),
         (["--max-new-tokens", "500"], "leaves no room for a prompt"),
-        (["--temperature", "nan"], "--temperature nan"),
+        (["--temperature", "nan"], "'nan' is no number"),
         (["--dtype", "int3"], "--dtype 'int3'"),
         (["--device", "nowhere"], "cannot load"),
         (["--out", "EXISTING"], "exists already"),

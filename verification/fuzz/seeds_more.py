@@ -52,13 +52,16 @@ def _services(folder: Path) -> list[Seed]:
     kept(None, *recommend, "--rate", "5", "--gpus", "1", "--prompt", "20", "--output", "4",
          "--out", "answer")  # fmt: skip
     (folder / "answer.json").write_bytes((folder / "answer" / "recommendation.json").read_bytes())
-    judge = ("recommend", "--answer", "answer", "--measured", "{file}")
+    kept(None, *recommend, "--rate", "5", "--gpus", "1", "--prompt", "20", "--output", "4",
+         "--engine", "sglang", "--out", "sglang-answer")  # fmt: skip
+    judged = {"bench.json": "answer", "bench.jsonl": "sglang-answer"}
     of_log = ("--requests", "log.csv", "--gpus", "1")
     return [
         Seed("engine constants", "engine.yaml", ((*_SERVE, "--engine", "{file}", "--json"),)),
         *(
             Seed("benchmark", name, ((*judge, "--json"), (*judge, "--out", "{out}.yaml")))
-            for name in ("bench.json", "bench.jsonl")
+            for name, answer in judged.items()
+            for judge in (("recommend", "--answer", answer, "--measured", "{file}"),)
         ),
         Seed(
             "recommendation",
