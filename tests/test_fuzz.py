@@ -14,14 +14,14 @@ import pytest
 from verification.fuzz import harness
 from verification.fuzz.seeds import make_corpus
 
-COUNT = 300
+COUNT = 100
 
 
 @pytest.mark.timeout(900)
 def test_damaged_files_give_an_answer_or_an_error() -> None:
     report = harness.fuzz(COUNT, seed=7)
     assert report.count == COUNT
-    assert len(report.codes) > 25
+    assert len(report.codes) > 20
     assert not report.findings, "\n".join(report.lines())
 
 
