@@ -31,6 +31,12 @@ TERM_FIELDS = (
     "us_per_pair",
     "sharpness",
     "us_per_repeat",
+    "chosen",
+    "index_decode_us",
+    "us_per_indexed",
+    "index_prefill_us",
+    "us_per_choosing_row",
+    "us_per_index_pair",
 )
 
 
@@ -189,13 +195,17 @@ def _layer_us(
     term: Any, rows: float, context: float, repeated: float, prompt: float, pairs: float
 ) -> float:
     """Attention of one layer."""
-    window, time = term[1], 0.0
+    window, chosen, time = term[1], term[10], 0.0
     if rows > 0:
-        seen = min(context, rows * window) if window > 0 else context
+        most = max(window, chosen)
+        seen = min(context, rows * most) if most > 0 else context
         time += term[2] + term[3] * (seen + term[4] * rows)
-        if window == 0:
+        time += term[11] + term[12] * context
+        if most == 0:
             time -= (term[3] - term[9]) * repeated
-    if prompt > 0:
+    if prompt > 0 and chosen > 0 and pairs > prompt * (chosen + 1.0) / 2.0:
+        time += term[5] + term[13] + term[14] * prompt + term[15] * pairs
+    elif prompt > 0:
         inside = pairs
         if window > 0:
             length = max(2.0 * pairs / prompt - 1.0, 1.0)

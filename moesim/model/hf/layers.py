@@ -124,9 +124,9 @@ def latent_layers(keys: Keys, shape: Shape) -> list[Mixer | None]:
         keys.flags("layer_types", shape.layers, known)
     if not keys.has("index_topk"):
         return [plain] * shape.layers
-    keys.number("index_topk")
     query = keys.optional("q_lora_rank", 0) or shape.hidden
-    indexer = Indexer(keys.number("index_n_heads"), keys.number("index_head_dim"), query)
+    sizes = keys.number("index_n_heads"), keys.number("index_head_dim")
+    indexer = Indexer(*sizes, query, chosen=keys.number("index_topk"))
     sparse = latent_mixer(keys, shape, indexer, name="latent attention with indexer")
     freq = keys.optional("index_topk_freq", 1, low=1)
     keys.get("index_skip_topk_offset"), keys.get("index_topk_pattern")
