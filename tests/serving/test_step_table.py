@@ -37,6 +37,7 @@ def loop_moe_us(tables: Any, tokens: float, shares: Any) -> float:
         ("deepseek-v3", {"dp": 32, "two_batch_overlap": "both", "redundant_experts": 32}),
         ("deepseek-v3", {"dp": 16, "expert_gpus": 16}),
         ("gpt-oss-120b", {"tp": 4}),
+        ("GLM-5.2", {"tp": 8, "dp": 2}),
         ("Qwen3-235B-A22B", {"tp": 4, "dp": 2}),
         ("Mixtral-8x7B", {"tp": 2, "engine": "sglang"}),
     ],

@@ -11,6 +11,7 @@ from moesim.model.hf.mixers import Indexer, Mixer
 from moesim.model.hf.shape import Shape, head_dim, is_latent, kv_heads, missing
 
 SPARSE = "sparse attention: sizes are exact, step times count the whole context"
+INDEXED = f"{SPARSE}, but for serving on H100 and H200"
 
 LAYER_TYPES = {
     "full_attention": "full",
@@ -42,7 +43,7 @@ Builder = Callable[[Keys, Shape, str], Layers]
 def common(keys: Keys, shape: Shape, window_rule: str) -> Layers:
     """Softmax attention in all layers, grouped or latent, some of them with a window."""
     if is_latent(keys):
-        return Layers(latent_layers(keys, shape), notes=[SPARSE] * keys.has("index_topk"))
+        return Layers(latent_layers(keys, shape), notes=[INDEXED] * keys.has("index_topk"))
     window, kinds, notes = layer_kinds(keys, shape, window_rule)
     made = {
         kind: mixers.grouped(
