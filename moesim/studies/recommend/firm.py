@@ -13,8 +13,8 @@ from moesim.studies.recommend.search import GROWTH, larger
 
 HELD_OUT_TPOT: Mapping[str, tuple[float, float]] = {
     "vllm": (0.048, 0.18),
-    "sglang": (0.176, 0.28),
-    "trtllm": (0.141, 0.33),
+    "sglang": (0.096, 0.27),
+    "trtllm": (0.142, 0.33),
 }
 """Error of TPOT by engine, median and 90th percentile, on measured H100 and H200 rows of models
 that no constant was fitted to (reports/serving-accuracy)."""
