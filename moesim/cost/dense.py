@@ -220,7 +220,8 @@ class DenseModel:
     """All dense models of one GPU type, and whole attention layers from them.
 
     Keys: `gemms` by dtype; `attention` by (phase, head_dim, kv_dtype); `mla` by (phase, dense
-    dtype, kv dtype); `indexed` by (phase, kv dtype). A dtype without an entry is answered by "bf16", a head_dim by the nearest.
+    dtype, kv dtype); `indexed` by (phase, kv dtype). A dtype without an entry is
+    answered by "bf16", a head_dim by the nearest.
     """
 
     gemms: Mapping[str, GemmModel] = field(default_factory=dict)

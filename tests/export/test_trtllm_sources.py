@@ -26,7 +26,7 @@ def source(name: str) -> str:
 
 
 def written() -> list[tuple[str, str]]:
-    """Files of a service of two roles with all that moesim says, and of one with pipeline stages."""
+    """Files of a service of two roles with all that moesim says, and of one with stages."""
     one = {
         "tp": 1, "dp": 16, "ep": 16, "moe_tp": 1, "kv_dtype": "fp8", "max_batch_tokens": 8192,
         "max_sequences": 256, "memory_fraction": 0.9, "gpus_per_node": 8, "redundant_experts": 16,

@@ -16,7 +16,8 @@ from moesim.serving.requests import Requests
 from moesim.serving.routing import DomainRouting
 from moesim.serving.state import RANK
 from moesim.serving.step_cost import EngineStepCost
-from moesim.serving.step_table import _moe_us, step_us, tables_of
+from moesim.serving.step_kernel import _moe_us, step_us
+from moesim.serving.step_table import tables_of
 from moesim.trace.format import load_token_trace
 
 

@@ -2,12 +2,12 @@
 verification/serving/fit_indexed.py --systems SYSTEMS --gpu h200 --base h200-sglang` writes the
 section `indexed` of topologies/calibration/h200.yaml.
 
-SYSTEMS is the folder `aiconfigurator_core/systems/data` of aiconfigurator 0.12.0 (Apache-2.0), whose
-`sparse_attention/sglang/0.5.14` times whole modules of DeepSeek-V3.2 and GLM-5 on H100 and H200, by
-heads, sequences, tokens and context. What is fitted is what they take beside the projections and,
-in decode, the attention of `base`'s latent modules. Prefill is fitted to steps of 3,000 tokens and
-more of up to 16 prompts: below, the host sets the pace (1.3 ms per module). Every other row is held
-out.
+SYSTEMS is the folder `aiconfigurator_core/systems/data` of aiconfigurator 0.12.0 (Apache-2.0),
+whose `sparse_attention/sglang/0.5.14` times whole modules of DeepSeek-V3.2 and GLM-5 on H100 and
+H200, by heads, sequences, tokens and context. What is fitted is what they take beside the
+projections and, in decode, the attention of `base`'s latent modules. Prefill is fitted to steps of
+3,000 tokens and more of up to 16 prompts: below, the host sets the pace (1.3 ms per module). Every
+other row is held out.
 """
 
 from __future__ import annotations
@@ -115,17 +115,13 @@ def fit(systems: Path, gpu: str, base: str, phase: str, kv_dtype: str) -> dict[s
     )
     train = np.arange(len(f)) % 2 == 0
     start = np.log([20.0, 100.0, 550.0, 0.05][: len(names)])
-    found = least_squares(
-        lambda p: np.arcsinh(5 * np.log(predict(p) / measured)[train]), start
-    ).x
+    found = least_squares(lambda p: np.arcsinh(5 * np.log(predict(p) / measured)[train]), start).x
     error = np.abs(predict(found) / measured - 1)[~train]
     return {
         **fixed,
         "basis": "measured",
         "source": f"sglang_indexed_{gpu}",
-        **{
-            n: round(float(f"{v:.4g}"), 6) for n, v in zip(names, np.exp(found), strict=True)
-        },
+        **{n: round(float(f"{v:.4g}"), 6) for n, v in zip(names, np.exp(found), strict=True)},
         "fit": [
             {
                 "regime": "all",

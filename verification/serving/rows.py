@@ -140,8 +140,9 @@ class Row:
 
     @property
     def cold(self) -> bool:
-        """Whether the mean TTFT has kernels' compilation in it: TensorRT-LLM compiles DeepGEMM's for
-        fp8 blocks as their shapes come, and until 2026-01-13 the client sent nothing to warm up."""
+        """Whether the mean TTFT has kernels' compilation in it: TensorRT-LLM compiles DeepGEMM's
+        for fp8 blocks as their shapes come, and until 2026-01-13 the client sent nothing to warm
+        up."""
         return self.engine == "trtllm" and self.group == "DeepSeek-V3/R1"
 
     @property
