@@ -36,6 +36,10 @@ TERM_FIELDS = (
     "us_per_choosing_row",
     "us_per_index_pair",
 )
+TERM_TIMES = tuple(
+    i for i, name in enumerate(TERM_FIELDS) if name.startswith("us_per_") or name.endswith("_us")
+)
+"""Columns of `StepTables.terms` that are times."""
 
 
 class StepTables(NamedTuple):
