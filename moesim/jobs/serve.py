@@ -39,6 +39,16 @@ if TYPE_CHECKING:
     from moesim.jobs.inputs import ClusterLike, ModelLike, PlanLike, TraceLike
 
 DRAFT_SHARE = 0.05
+SPLIT = ("gpus", "replicas", "tp", "dp", "pp", "ep", "decode_gpus", "decode_replicas")
+ENGINE = (
+    "engine", "moe_comm", "redundant_experts", "two_batch_overlap", "expert_gpus", "micro_batches",
+    "dispatch_tokens", "kv_scale", "kv_window", "expert_dtype", "kv_dtype", "max_batch_tokens",
+    "max_sequences", "memory_fraction",
+)  # fmt: skip
+SERVICE = (
+    "router", "length_error", "block_size", "prefix_cache", "shared_reads", "chunk_tokens", "seed",
+)  # fmt: skip
+"""Arguments of `serve` that go as they are: how GPUs are divided, of an engine, of the service."""
 _LEVEL = re.compile(r"^(queue|refuse|shorten|demote)(?:@([0-9]{1,9}))?(?:=([0-9.]+))?$")
 
 
@@ -118,8 +128,11 @@ def serve(
     Raises InputError where the GPUs do not divide or nothing names the model, InfeasibleError where
     the model does not fit or a promise cannot be kept even by an idle service.
     """
+    given = dict(locals())
     if prefill not in (None, "mixed", "first"):
         raise InputError(f"`prefill` {prefill}", "give mixed or first")
+    if reroute is not None and trace is None:
+        raise InputError("`reroute` without `trace`", "give the trace that the rule changes")
     promises = parse_slo(slo) if slo is not None else None
     prices = Prices(parse_prices(list(price)))
     defaults: dict[str, str] = {}
@@ -134,73 +147,24 @@ def serve(
     )
     if priorities is not None:
         arriving = arriving.with_priorities(list(priorities), seed)
-    options = {
-        "engine": engine,
-        "moe_comm": moe_comm,
-        "redundant_experts": redundant_experts,
-        "two_batch_overlap": two_batch_overlap,
-        "expert_gpus": expert_gpus,
-        "micro_batches": micro_batches,
-        "dispatch_tokens": dispatch_tokens,
-        "mtp": speculate is not None and draft_share is None,
-        "kv_scale": kv_scale,
-        "kv_window": kv_window,
-        "expert_dtype": expert_dtype,
-        "kv_dtype": kv_dtype,
-        "max_batch_tokens": max_batch_tokens,
-        "max_sequences": max_sequences,
-        "memory_fraction": memory_fraction,
-    }
-    asked = {
-        "gpus": gpus,
-        "replicas": replicas,
-        "tp": tp,
-        "dp": dp,
-        "pp": pp,
-        "ep": ep,
-        "decode_gpus": decode_gpus,
-        "decode_replicas": decode_replicas,
-    }
-    if reroute is not None and trace is None:
-        raise InputError("`reroute` without `trace`", "give the trace that the rule changes")
+    options = {name: given[name] for name in ENGINE}
+    options["mtp"] = speculate is not None and draft_share is None
     routed, changed = None, None
     if trace is not None:
         whole = inputs.token_trace_of(trace, "moesim serve")
         routed, changed = inputs.rerouted(whole, reroute, seed=seed)
+    asked = {name: given[name] for name in SPLIT}
     front, back = _pools(model, cluster, plan, routed, asked, options, defaults)
-    deployment = front.engine
     pools = [front.engine, *([] if back is None else [back.engine])]
     check_names(prices.given, {gpu.name for one in pools for gpu in one.cluster.gpus})
-    config = ServingConfig(
-        replicas=front.replicas,
-        router=router,
-        length_error=length_error,
-        decode=None if back is None else back.engine,
-        decode_replicas=1 if back is None else back.replicas,
-        transfer_gb_per_s=transfer,
-        block_size=block_size,
-        prefix_cache=prefix_cache,
-        shared_reads=shared_reads,
-        chunk_tokens=chunk_tokens,
-        prefill_first=None if prefill is None else prefill == "first",
-        speculation=_speculation(
-            deployment, speculate, drafts, fixed_drafts, draft_share, defaults
-        ),
-        levels=_level_rules(level),
-        routing=_routing(deployment, domain_mix, drift_hours, seed),
-        stalls=stalls_of(
-            rebalance_every, rebalance_stall, [p.engine for p in (front, back) if p is not None]
-        ),
-        until_s=float("inf") if until is None else until,
-        seed=seed,
-    )
+    config = _config(front, back, given, defaults)
     if promises is not None:
-        check_possible(promises, deployment, arriving, config)
+        check_possible(promises, front.engine, arriving, config)
     begin = time.perf_counter()
-    result = simulate_serving(deployment, arriving, config, progress=progress)
+    result = simulate_serving(front.engine, arriving, config, progress=progress)
     return ServeResult(
         run_record(
-            deployment,
+            front.engine,
             arriving,
             config,
             result,
@@ -210,6 +174,34 @@ def serve(
             seconds=time.perf_counter() - begin,
             prices=prices,
         )
+    )
+
+
+def _config(
+    front: Split, back: Split | None, given: Mapping[str, Any], defaults: dict[str, str]
+) -> ServingConfig:
+    """The service around its engines. given: `serve`'s arguments."""
+    engines = [split.engine for split in (front, back) if split is not None]
+    until, prefill = given["until"], given["prefill"]
+    return ServingConfig(
+        replicas=front.replicas,
+        decode=None if back is None else back.engine,
+        decode_replicas=1 if back is None else back.replicas,
+        transfer_gb_per_s=given["transfer"],
+        prefill_first=None if prefill is None else prefill == "first",
+        speculation=_speculation(
+            front.engine,
+            given["speculate"],
+            given["drafts"],
+            given["fixed_drafts"],
+            given["draft_share"],
+            defaults,
+        ),
+        levels=_level_rules(given["level"]),
+        routing=_routing(front.engine, given["domain_mix"], given["drift_hours"], given["seed"]),
+        stalls=stalls_of(given["rebalance_every"], given["rebalance_stall"], engines),
+        until_s=float("inf") if until is None else until,
+        **{name: given[name] for name in SERVICE},
     )
 
 

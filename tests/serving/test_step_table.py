@@ -98,7 +98,6 @@ def test_slower_steps_are_so_many_times_as_long(model: str, options: dict[str, A
             assert steps(slow, ranks, shares) == pytest.approx(1.25 * plain)
 
 
-
 def test_two_roles_keep_their_own_times() -> None:
     """Tables of unlike length are padded without changing a time."""
     costs = [
