@@ -340,3 +340,10 @@ def test_an_engine_without_a_cache_serves_next_to_nothing() -> None:
     cost = EngineStepCost(deploy("DeepSeek-V3", "h100-sxm-ib", dp=8))
     need = need_of(SLO, 60.0, 1000, 200, None, 0)
     assert most("decode", cost, need, 8192).rate < 1e-6
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, -1.0, float("nan")])
+def test_a_share_of_memory_that_is_none_is_bad_input(share: float) -> None:
+    """Not a service that no layout can serve."""
+    with pytest.raises(InputError, match="memory_fraction"):
+        moesim.recommend(model="GPT-OSS-20B", rate=1.0, slo="ttft_p99<2s", memory_fraction=share)

@@ -83,7 +83,8 @@ def recommend(
     Raises InputError and UnknownNameError for what is not clear, InfeasibleError where no
     combination has an answer.
     """
-    _check(rate, requests, gpus, maximize, expert_dtype, kv_dtype)
+    _check(rate, requests, gpus, maximize)
+    _check_engine(expert_dtype, kv_dtype, memory_fraction)
     need = need_of(slo, rate, prompt, output, requests, seed)
     defaults = _defaults(slo, prompt, output, requests, gpus, gpu, cluster)
     if decode_gpu is not None:
@@ -162,8 +163,6 @@ def _check(
     requests: Any,
     gpus: int | None,
     maximize: str | None,
-    expert_dtype: str | None,
-    kv_dtype: str,
 ) -> None:
     if maximize not in (None, "goodput"):
         raise InputError(f"`maximize` {maximize}", "give goodput, or leave it out")
@@ -174,6 +173,11 @@ def _check(
             "neither a rate nor a log of requests is given",
             "give `rate`, `requests`, or `gpus` with `maximize`",
         )
+
+
+def _check_engine(expert_dtype: str | None, kv_dtype: str, memory_fraction: float | None) -> None:
+    if memory_fraction is not None and not 0 < memory_fraction <= 1:
+        raise InputError(f"`memory_fraction` {memory_fraction}", "give a share above 0, at most 1")
     for name, value, known in (
         ("expert_dtype", expert_dtype, WEIGHT_BYTES),
         ("kv_dtype", kv_dtype, KV_BYTES),
