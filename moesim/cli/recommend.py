@@ -120,8 +120,8 @@ def recommend(
     measured: Annotated[
         Path | None,
         typer.Option(
-            help="Result of an engine's own benchmark (bench.sh), beside the prediction of --answer; --out"
-            " then is a file of the engine's constants refitted to it."
+            help="Result of an engine's own benchmark (bench.sh), beside the prediction of"
+            " --answer; --out then is a file of the engine's constants refitted to it."
         ),
     ] = None,
     answer: Annotated[
