@@ -70,6 +70,7 @@ def test_layers_that_share_a_choice_have_no_indexer() -> None:
     assert own.one_us([4], [40_000.0], [0.0], [0.0], [0]) > shared.one_us(
         [4], [40_000.0], [0.0], [0.0], [0]
     )
+    assert any("attention to chosen keys: measured" in part for part in own.rests_on)
     elsewhere = EngineStepCost(deploy("GLM-5", "b200-ib", tp=8))
     assert [term.chosen for term in elsewhere.attention] == [0]
 
