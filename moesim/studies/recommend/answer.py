@@ -46,7 +46,7 @@ def answer(
     if not options:
         reasons = "; ".join(f"{cause} ({n})" for cause, n in searched.skipped.most_common(3))
         if searched.least_gpus is not None:
-            reasons = f"closed forms need {searched.least_gpus} or more"
+            reasons = f"closed forms need {searched.least_gpus:,} GPUs or more"
         raise InfeasibleError(
             f"{bench.place.model.name} on up to {count(max_gpus, 'GPU')} of {bench.place.cluster}:"
             f" no layout can serve this ({reasons})",
