@@ -213,12 +213,17 @@ class MoeCost(Parts):
         own = self._slots.tokens_by_rank(self.load.inclusion)
         return np.asarray(1.0 - np.prod(1.0 - own, axis=2), np.float64)
 
+    @property
+    def chosen_by_rank(self) -> FloatArray:
+        """[X, ep]: experts of a token that a rank holds, the mean, in the sampled layers."""
+        own = self._slots.tokens_by_rank(self.load.inclusion)
+        return np.asarray(own.sum(axis=2), np.float64)
+
     def _receives_more(self, num_nodes: int, *, once: bool) -> tuple[float, float]:
         """Rows that the busiest rank, and node, receives over the mean one's, averaged over layers;
         a row once where several of its experts are there, or once for each."""
-        slots = self._slots
-        own = slots.tokens_by_rank(self.load.inclusion)
-        ranks = 1.0 - np.prod(1.0 - own, axis=2) if once else own.sum(axis=2)
+        own = self._slots.tokens_by_rank(self.load.inclusion)
+        ranks = self.chosen_share if once else self.chosen_by_rank
         cut = [part for part in np.array_split(own, num_nodes, axis=1) if part.shape[1]]
         nodes = np.stack([1.0 - np.prod(1.0 - part, axis=(1, 2)) for part in cut], axis=1)
         return tuple(float((x.max(axis=1) / x.mean(axis=1)).mean()) for x in (ranks, nodes))  # type: ignore[return-value]
