@@ -12,6 +12,7 @@ from moesim.choices import Objective
 from moesim.cli.options import (
     BatchTokensOption,
     ClusterOption,
+    ExpertGpusOption,
     JsonOption,
     MaybeGpusOption,
     ModelOption,
@@ -91,6 +92,7 @@ def plan(
         float | None,
         typer.Option(help="With --offload: GB of memory per GPU.", show_default="the GPU's"),
     ] = None,
+    expert_gpus: ExpertGpusOption = None,
     out: Annotated[Path, typer.Option(help="Plan file to write.")] = Path("plan.json"),
     plot: PlotOption = None,
     as_json: JsonOption = False,

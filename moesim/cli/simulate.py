@@ -11,7 +11,9 @@ import typer
 from moesim.choices import Fidelity, Keep, OnLoss, Order, Scope
 from moesim.cli.options import (
     BatchTokensOption,
+    ExpertGpusOption,
     JsonOption,
+    MicroBatchesOption,
     ModelOption,
     PhaseOption,
     PlotOption,
@@ -179,6 +181,8 @@ def simulate(
         typer.Option(help="Steps a request is held back at most.", show_default="16", min=1),
     ] = None,
     rebalance_solver: Annotated[str, typer.Option(help="Method of the new placements.")] = "eplb",
+    expert_gpus: ExpertGpusOption = None,
+    micro_batches: MicroBatchesOption = 3,
     seed: SeedOption = 0,
     timeline: Annotated[
         Path | None, typer.Option(help="Chrome/Perfetto trace of the first steps to write.")

@@ -87,7 +87,7 @@ def export(
         name = None if model is None else str(model)
         engine, size, lines = write_placement(str(plan), to, Path(out), name, notify)
         return Exported(engine, Path(out), size, engine, lines)
-    made, target = inputs.plan_of(plan), exporter(to)
+    made, target = inputs.plan_of(plan, apart=True), exporter(to)
     options = ExportOptions(
         spec=inputs.model_or_named(model, made.model),
         num_hidden_layers=num_hidden_layers,

@@ -314,7 +314,7 @@ def _pools(
     None for the default."""
     from moesim.cluster import DEFAULT_CLUSTER
 
-    made = inputs.plan_of(plan) if plan is not None else None
+    made = inputs.plan_of(plan, apart=True) if plan is not None else None
     routed = inputs.token_trace_of(trace, "moesim serve") if trace is not None else None
     named = (made.model if made is not None else "") or (
         routed.meta.model if routed is not None else ""
@@ -327,13 +327,17 @@ def _pools(
     options["mtp"] = options["mtp"] and spec.mtp_layers > 0
     split = dict(asked)
     gpus = split.pop("gpus")
+    attention = 0
+    if made is not None and made.attention_gpus and options["expert_gpus"] is None:
+        options["expert_gpus"], attention = made.placement.num_gpus, made.attention_gpus
+        defaults["expert GPUs"] = f"{made.placement.num_gpus}, the plan's"
     if gpus is None:
         apart = options["expert_gpus"]
         gpus = service_gpus(split["replicas"], split["tp"], split["dp"], split["pp"] or 1, apart)
         if isinstance(cluster, Cluster):
             gpus = cluster.num_gpus
         elif made is not None:
-            gpus = made.placement.num_gpus * (split["replicas"] or 1)
+            gpus = (made.placement.num_gpus + attention) * (split["replicas"] or 1)
         defaults["GPUs"] = str(gpus)
     if cluster is None:
         cluster = defaults["cluster"] = DEFAULT_CLUSTER

@@ -17,14 +17,14 @@ from moesim.errors import InputError, MismatchError
 from moesim.jobs.simulate_request import SimRequest
 from moesim.jobs.simulate_result import SimReport
 from moesim.placement import Placement, Plan
-from moesim.planning.baselines import capacity_of, place_by_counts, place_on_survivors
+from moesim.planning.baselines import capacity_of, place_by_counts
 from moesim.planning.empty_layers import plan_of_layers
 from moesim.planning.own_schedule import other_schedule
 from moesim.planning.request import DEFAULT_BATCH_TOKENS
 from moesim.planning.traffic import sample_traffic
 from moesim.planning.tuning import tuning_counts
 from moesim.sim.analytic import run_analytic
-from moesim.sim.collectives.registry import build_exchange
+from moesim.sim.collectives.registry import HIERARCHICAL, build_exchange
 from moesim.sim.event import run_event
 from moesim.sim.fault_run import FaultRun
 from moesim.sim.faults import FaultClock
@@ -34,7 +34,8 @@ from moesim.sim.prepare import Models, one_batch
 from moesim.sim.rebalance import RebalanceRun
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.base import Schedule
-from moesim.sim.schedules.registry import CHUNKED, check_exchange, get_schedule
+from moesim.sim.schedules.ping_pong import PingPong
+from moesim.sim.schedules.registry import CHUNKED, MAX_CHUNKS, check_exchange, get_schedule
 from moesim.sim.stragglers import GpuSpeeds
 from moesim.sim.timeline import StepTimeline
 from moesim.solvers.registry import find_solver
@@ -81,10 +82,13 @@ def simulate_steps(request: SimRequest, *, progress: Progress | None = None) -> 
             trace=only_layers(request.trace, keep),
             plan=None if planned is None else plan_of_layers(planned, keep),
         )
+    if request.expert_gpus is not None:
+        check_apart(request)
     trace, model = request.trace, request.model
-    notices += filter(None, [other_ranks(trace, request.cluster.num_gpus)])
+    homes = request.attention_gpus or request.cluster.num_gpus
+    notices += filter(None, [other_ranks(trace, homes)])
     if request.plan is not None:
-        check_plan(request.plan, trace, request.cluster)
+        check_plan(request.plan, trace, request.cluster, request.attention_gpus)
     notices += compat.trace_fits_model(trace.meta, model)
     phase, batch_tokens = _workload(request, defaults)
     models, notes = build_models(request, phase, defaults)
@@ -199,15 +203,7 @@ class _Runner:
 
     def _place_window(self, counts: npt.NDArray[Any], capacity: npt.NDArray[np.int64]) -> Placement:
         """The rebalancing solver on the GPUs that have slots, as if there were no others."""
-        request = self.request
-        return place_on_survivors(
-            request.rebalance_solver,
-            counts,
-            capacity,
-            request.cluster,
-            num_groups=request.model.n_group,
-            seed=request.seed,
-        )
+        return self._place(self.request.rebalance_solver, counts, capacity)
 
     def _place(
         self, solver: str, counts: npt.NDArray[Any], capacity: npt.NDArray[np.int64]
@@ -245,6 +241,8 @@ def _schedule(
     """The schedule asked for; where it cuts steps into chunks, with the number of them that makes
     the first step of `placement` shortest, unless one was asked for."""
     name = request.schedule
+    if request.expert_gpus is not None and request.micro_batches > 1:
+        return PingPong(request.micro_batches)
     if request.num_chunks is not None and name not in CHUNKED:
         raise InputError(f"`chunks` with schedule {name}", f"use it with {' or '.join(CHUNKED)}")
     schedule = get_schedule(name, 1 if request.num_chunks is None else request.num_chunks)
@@ -266,10 +264,38 @@ def _schedule(
     return get_schedule(name, best)
 
 
-def check_plan(plan: Plan, trace: Trace, cluster: Cluster) -> None:
-    """Raise MismatchError unless `plan` fits the trace and the cluster."""
+def check_plan(plan: Plan, trace: Trace, cluster: Cluster, attention_gpus: int = 0) -> None:
+    """Raise MismatchError unless `plan` fits the trace, and the GPUs of the cluster behind the
+    first `attention_gpus`."""
     compat.plan_fits_trace(plan, trace.meta)
-    compat.placement_fits_cluster(plan.placement, cluster)
+    if not attention_gpus:
+        compat.placement_fits_cluster(plan.placement, cluster)
+    elif plan.placement.num_gpus != cluster.num_gpus - attention_gpus:
+        raise MismatchError(
+            f"the plan places experts on {plan.placement.num_gpus} GPUs, `expert_gpus` is"
+            f" {cluster.num_gpus - attention_gpus}",
+            "give `expert_gpus` as many GPUs as the plan was made for",
+        )
+
+
+def check_apart(request: SimRequest) -> None:
+    """Raise InputError for pools that cannot be, and for what is not simulated with two."""
+    attention, experts = request.attention_gpus, request.expert_gpus or 0
+    if min(experts, attention) < 1:
+        raise InputError(
+            f"`expert_gpus` {experts} of {request.cluster.num_gpus} GPUs",
+            "leave at least one GPU to each of attention and experts",
+        )
+    if not 1 <= request.micro_batches <= MAX_CHUNKS:
+        raise InputError(f"`micro_batches` {request.micro_batches}", f"give 1 to {MAX_CHUNKS}")
+    refused = {
+        f"schedule {request.schedule}": request.schedule != "sequential",
+        "faults": not request.faults.none,
+        f"{request.all_to_all} all-to-all": request.all_to_all in HIERARCHICAL,
+    }
+    for name, wanted in refused.items():
+        if wanted:
+            raise InputError(f"{name} with experts on GPUs of their own", "leave one of them out")
 
 
 def _workload(request: SimRequest, defaults: dict[str, str]) -> tuple[Phase, int]:
@@ -302,6 +328,8 @@ def _check_closed_form(request: SimRequest) -> None:
     """Raise InputError for what only the event simulation can do."""
     asked = {
         f"schedule {request.schedule}": request.schedule != "sequential",
+        f"{request.micro_batches} parts between two pools": request.expert_gpus is not None
+        and request.micro_batches > 1,
         "a timeline": request.timeline_steps > 0,
         "GPUs that change speed": bool(request.slow) or request.speed_sigma > 0,
         "faults": not request.faults.none,
@@ -335,7 +363,15 @@ def build_models(
     if policy is None:
         policy = request.plan.replica_policy if request.plan is not None else "split"
     models = Models(
-        cluster, step, links, exchange, home, policy, request.context_tokens, request.drop
+        cluster,
+        step,
+        links,
+        exchange,
+        home,
+        policy,
+        request.context_tokens,
+        request.drop,
+        request.attention_gpus,
     )
     if request.all_to_all is None:
         defaults["all-to-all"] = (
@@ -363,17 +399,20 @@ def _placements(
         made_from = request.plan.provenance.get("trace")
         if made_from is not None and made_from != trace.content_hash():
             notices.append("the plan was made from another trace than this one")
-        out["plan"] = request.plan.placement
-        capacity = capacity_of(request.plan.placement)
+        placed = request.plan.placement.behind(request.attention_gpus, cluster.num_nodes)
+        out["plan"] = placed
+        capacity = capacity_of(placed)
     else:
-        per_gpu, over = divmod(trace.num_experts, cluster.num_gpus)
+        first, holders = request.attention_gpus, request.expert_gpus or cluster.num_gpus
+        per_gpu, over = divmod(trace.num_experts, holders)
         if not per_gpu:
             raise InputError(
-                f"{trace.num_experts} experts on {cluster.num_gpus} GPUs: some would hold none",
+                f"{trace.num_experts} experts on {holders} GPUs: some would hold none",
                 f"use at most {trace.num_experts} GPUs, or a plan with redundant experts",
             )
         capacity = np.full(cluster.num_gpus, per_gpu, np.int64)
-        capacity[:over] += 1
+        capacity[first : first + over] += 1
+        capacity[:first] = 0
         names = ["linear", *(n for n in names if n != "linear")]
         defaults["placement"] = "linear (no `plan`)"
     counts = np.zeros((0, trace.num_layers, trace.num_experts), np.float32)
@@ -382,7 +421,9 @@ def _placements(
         needing = [n for n in names if "tokens" in getattr(find_solver(n), "needs", ())]
         traffic = None
         if needing:
-            traffic = sample_traffic(trace, tune, phase, batch_tokens, step, request.seed)
+            traffic = sample_traffic(
+                trace, tune, phase, batch_tokens, step, request.seed, request.attention_gpus
+            )
         notices += other_schedule(names, request.schedule)
         for name in dict.fromkeys(names):
             out[name] = place_by_counts(
