@@ -116,9 +116,7 @@ def plan(
     if offload:
         require_tokens(loaded, "`offload`")
         if expert_gpus is not None:
-            raise InputError(
-                "`offload` with experts on GPUs of their own", "leave one of them out"
-            )
+            raise InputError("`offload` with experts on GPUs of their own", "leave one of them out")
     defaults: dict[str, str] = {}
     request = PlanRequest.of(
         loaded,

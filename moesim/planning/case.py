@@ -84,7 +84,9 @@ def token_case(request: PlanRequest, stop: Stop = never) -> Case:
     if work.check_memory and work.model is not None:
         check_memory(work.model, work.cluster, capacity, work.attention_gpus)
     index, notice = index_requests(trace, phase)
-    notices += filter(None, (notice, other_ranks(trace, work.attention_gpus or work.cluster.num_gpus)))
+    notices += filter(
+        None, (notice, other_ranks(trace, work.attention_gpus or work.cluster.num_gpus))
+    )
     tune, held_out = split_requests(index)
     dedup: Dedup = step.dedup if step is not None else (work.dedup or "gpu")
     data = Data(trace, tune, held_out, phase, batch_tokens, step, dedup)

@@ -151,9 +151,9 @@ def _baselines(
         counts=tuning_counts(trace, tune, phase, batch_tokens, seed),
         capacity=capacity,
         num_nodes=plan.placement.num_nodes,
-        speed=np.ones(0) if cluster is None else np.asarray(cluster.speed_factor, np.float64)[
-            plan.attention_gpus :
-        ],
+        speed=np.ones(0)
+        if cluster is None
+        else np.asarray(cluster.speed_factor, np.float64)[plan.attention_gpus :],
         num_groups=1 if model is None else model.n_group,
         seed=seed,
     )

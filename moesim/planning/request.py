@@ -188,7 +188,9 @@ def slots_of(num_experts: int, request: PlanRequest) -> IntArray:
     do not come out even."""
     first = request.workload.attention_gpus
     holders = request.workload.cluster.num_gpus - first
-    return np.concatenate([np.zeros(first, np.int64), _holders_slots(num_experts, request, holders)])
+    return np.concatenate(
+        [np.zeros(first, np.int64), _holders_slots(num_experts, request, holders)]
+    )
 
 
 def _holders_slots(num_experts: int, request: PlanRequest, num_gpus: int) -> IntArray:

@@ -34,8 +34,8 @@ def by_hand(attention: float, experts: float, way: float, parts: int, layers: in
 
 
 def test_hand_worked_steps() -> None:
-    """Attention 3, experts 2, 1 each way. One part: 7 a layer. Two: two layers of 7, the second part
-    3 behind. Three keep attention busy: six times 3, then 4 for the last part's way."""
+    """Attention 3, experts 2, 1 each way. One part: 7 a layer. Two: two layers of 7, the second
+    part 3 behind. Three keep attention busy: six times 3, then 4 for the last part's way."""
     assert by_hand(3, 2, 1, parts=1, layers=2) == pytest.approx(14)
     assert by_hand(3, 2, 1, parts=2, layers=2) == pytest.approx(17)
     assert by_hand(3, 2, 1, parts=3, layers=2) == pytest.approx(22)

@@ -198,7 +198,9 @@ def _pools(data: Fields, basis: str) -> Sequence[TableBlock]:
         f" network, {significant(pools.number('step_closed_form_s') * 1e3, 3)} by the closed form"
         " that the service is simulated with."
     )
-    return [pools_block(pools, basis, f"Of a decode step in {pools.whole('parts', 1)} parts {step}")]
+    return [
+        pools_block(pools, basis, f"Of a decode step in {pools.whole('parts', 1)} parts {step}")
+    ]
 
 
 def pools_block(pools: Fields, basis: str, caption: str) -> TableBlock:
