@@ -124,8 +124,8 @@ def test_the_default_split() -> None:
     for the engine a rank holds 82 + 17 = 99 GB: with activations 22% are left, so 32 GPUs are four
     such engines. On H100s (77 GB) it takes 16 at least, and tp 2, since
     low-latency buffers have 3.8 GB of each. Kimi-K2 (1,029 GB) leaves less than a tenth
-    on 16 H100s with tp 8 and the buffers that the remedy names, none with more; more is not asked of NVLink: the
-    largest cache is taken."""
+    on 16 H100s with tp 8 and the buffers that the remedy names, none with more; more is not asked
+    of NVLink: the largest cache is taken."""
     from moesim.cluster import load_cluster
     from moesim.model.names import load_model
 
