@@ -52,7 +52,8 @@ def plan(
     all_to_all: Annotated[
         str | None,
         typer.Option(
-            help="nccl, deepep, deepep_ll, nvlink or nvlink_one_sided.", show_default="by cluster"
+            help="nccl, deepep, deepep_ll, deepep_v2, nvlink or nvlink_one_sided.",
+            show_default="by cluster",
         ),
     ] = None,
     seed: SeedOption = 0,

@@ -84,7 +84,7 @@ def serve(
         MoeComm | None,
         typer.Option(
             help="How tokens reach their experts: all_reduce, all_gather, nccl, deepep, deepep_ll,"
-            " deepep_auto, nvlink or nvlink_one_sided.",
+            " deepep_auto, deepep_v2, nvlink or nvlink_one_sided.",
             metavar="EXCHANGE",
             show_default="by DP and nodes",
         ),

@@ -63,7 +63,8 @@ def simulate(
     all_to_all: Annotated[
         str | None,
         typer.Option(
-            help="nccl, deepep, deepep_ll, nvlink, nvlink_one_sided, two-level or bi-level.",
+            help="nccl, deepep, deepep_ll, deepep_v2, nvlink, nvlink_one_sided, two-level or"
+            " bi-level.",
             show_default="by cluster and phase",
         ),
     ] = None,

@@ -7,6 +7,7 @@ microseconds for every batch and layer.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ DEDUP_OF: dict[str, Dedup] = {
     "nccl": "gpu",
     "deepep": "node",
     "deepep_ll": "none",
+    "deepep_v2": "node",
     "nvlink": "gpu",
     "nvlink_one_sided": "gpu",
 }
@@ -41,12 +43,21 @@ KINDS_OF: dict[str, tuple[str, str]] = {
     "nccl": ("all_to_all_v", "all_to_all_v"),
     "deepep": ("deepep_normal_dispatch", "deepep_normal_combine"),
     "deepep_ll": ("deepep_ll_dispatch", "deepep_ll_combine"),
+    "deepep_v2": ("deepep_v2_dispatch", "deepep_v2_combine"),
     "nvlink": ("nvlink_dispatch", "nvlink_combine"),
     "nvlink_one_sided": ("nvlink_one_sided_dispatch", "nvlink_one_sided_combine"),
 }
 BYTES_PER_ELEMENT = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4.0 / 128}
 """Bytes of one element of a message; fp8 carries one float32 scale per 128 elements, as DeepEP."""
 
+NOT_PUBLISHED = {
+    "nixl": "no times of NIXL's dispatch and combine are published",
+    "nvshmem": "DeepEP's first version is the one through NVSHMEM, deepep and deepep_ll here",
+    "pplx": "no table of pplx-kernels' times is at hand",
+    "uccl": "no table of UCCL's times on InfiniBand is at hand",
+    "mori": "no table of MORI's times is at hand",
+}
+"""What is said of exchanges that engines have and moesim has no figures for, by a part of its name."""
 OTHER_LINK_EFFICIENCY = 0.85
 NVLINK, NIC, OTHER = 0, 1, 2
 TILE_ROWS, TILE_GPUS = 16, 32
@@ -260,8 +271,8 @@ def build_step_model(
     attention and dense layers; they do not depend on the placement.
     Raises UnknownNameError for a dtype, library or deduplication that is not known.
     """
-    if all_to_all is not None and all_to_all not in KINDS_OF:
-        raise UnknownNameError("all-to-all library", all_to_all, KINDS_OF)
+    if all_to_all is not None:
+        check_library(all_to_all)
     if dedup is not None and dedup not in DEDUP_CODES:
         raise UnknownNameError("deduplication", dedup, DEDUP_CODES)
     for dtype in (dispatch_dtype, combine_dtype):
@@ -315,6 +326,21 @@ def build_step_model(
         eager=eager,
         notes=tuple(notes),
     )
+
+
+def check_library(name: str, known: Collection[str] = KINDS_OF) -> None:
+    """Raise InputError for an exchange of which no times are published, by name, and
+    UnknownNameError for one that is not known."""
+    if name in known:
+        return
+    of_name = next((part for part in NOT_PUBLISHED if part in name.lower()), None)
+    if of_name is not None:
+        raise InputError(
+            f"the exchange {name!r:.40}: {NOT_PUBLISHED[of_name]}",
+            "take deepep_ll or deepep for an estimate of like kernels, or give a calibration with"
+            " your own measurements",
+        )
+    raise UnknownNameError("all-to-all", name, known)
 
 
 def calibration_of_gpu(gpu: GpuSpec, named: str | None, only_type: bool) -> Calibration:

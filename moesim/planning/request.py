@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moesim.cost.routing import POLICY_CODES, Dedup
-from moesim.cost.step import KINDS_OF
+from moesim.cost.step import check_library
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.placement import Plan, ReplicaPolicy
 from moesim.planning.migration import DEFAULT_STEPS
@@ -149,8 +149,8 @@ def check_options(request: PlanRequest) -> None:
         raise UnknownNameError("objective", search.objective, OBJECTIVES)
     if work.replica_policy not in POLICY_CODES:
         raise UnknownNameError("replica policy", work.replica_policy, POLICY_CODES)
-    if work.all_to_all is not None and work.all_to_all not in KINDS_OF:
-        raise UnknownNameError("all-to-all library", work.all_to_all, KINDS_OF)
+    if work.all_to_all is not None:
+        check_library(work.all_to_all)
     if search.seed < 0:
         raise InputError(f"seed {search.seed} is negative", "give a seed of 0 or more")
     _check_apart(request)

@@ -250,8 +250,8 @@ def require_fit(deployment: Deployment, min_tokens: int = 1) -> EngineMemory:
         )
     if memory.kv_token_capacity < min_tokens:
         buffers = (
-            f" ({memory.exchange_bytes / GB:.1f} of them buffers of DeepEP's low-latency kernels for"
-            f" {deployment.dispatch_tokens} rows)"
+            f" ({memory.exchange_bytes / GB:.1f} of them buffers of DeepEP's low-latency kernels"
+            f" for {deployment.dispatch_tokens} rows)"
             if memory.exchange_bytes
             else ""
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from moesim.choices import MoeComm, Phase
 from moesim.cost.scaled import faster_calibration
-from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF
+from moesim.cost.step import BYTES_PER_ELEMENT, DEDUP_OF, KINDS_OF
 from moesim.serving.apart import spread_of
 from moesim.serving.deployment import calibration_of
 from moesim.serving.moe_load import ExpertSlots, MoeLoad, assumed_load, layer_us, load_of_trace
@@ -201,7 +201,7 @@ class MoeCost(Parts):
         rank_skew, node_skew = self._receives_more(way.nodes, once=comm != "deepep_ll")
         sent = per_gpu * copies * way.elsewhere * rank_skew
         nic = per_gpu * way.other_nodes
-        nic = nic * (nodes * node_skew if comm == "deepep" else copies * rank_skew)
+        nic = nic * (nodes * node_skew if DEDUP_OF[comm] == "node" else copies * rank_skew)
         there = model.expert_hidden * BYTES_PER_ELEMENT["fp8" if "deepep" in comm else "bf16"]
         time = dispatch.time_us(sent * there, nic * there)
         return np.asarray(time + combine.time_us(sent * row, nic * row), dtype=np.float64)
