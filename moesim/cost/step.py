@@ -57,7 +57,7 @@ NOT_PUBLISHED = {
     "uccl": "no table of UCCL's times on InfiniBand is at hand",
     "mori": "no table of MORI's times is at hand",
 }
-"""What is said of exchanges that engines have and moesim has no figures for, by a part of its name."""
+"""Why exchanges that engines have are not modelled, by a part of their names."""
 OTHER_LINK_EFFICIENCY = 0.85
 NVLINK, NIC, OTHER = 0, 1, 2
 TILE_ROWS, TILE_GPUS = 16, 32

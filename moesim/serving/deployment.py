@@ -38,8 +38,9 @@ class Deployment:
     running sequences of one DP rank; memory_fraction: share of the GPU's memory the engine uses.
     moe_comm: how tokens reach their experts. all_reduce: every rank has all tokens, partial sums
     are added (TP and TP+EP without attention DP). all_gather: gathered over DP ranks before, reduce
-    scattered after. nccl, deepep, deepep_ll, deepep_v2, nvlink, nvlink_one_sided: all-to-all. deepep_auto:
-    deepep in steps with prompt tokens and deepep_ll in steps without (SGLang's --deepep-mode auto).
+    scattered after. nccl, deepep, deepep_ll, deepep_v2, nvlink, nvlink_one_sided: all-to-all.
+    deepep_auto: deepep in steps with prompt tokens and deepep_ll in steps without (SGLang's
+    --deepep-mode auto).
     plan, trace: placement of the experts (ep = num_gpus of the plan) and the routing it serves;
     without a trace the skew of the routing is assumed (`moesim.serving.moe_load`).
     redundant_experts: further slots per layer, filled by EPLB on the popularity of the experts, as
