@@ -227,7 +227,7 @@ def _value(case: Case, solved: dict[str, Solution], refined: Refined) -> LowerBo
     bound = lower_bound(
         problem,
         layer_values=layers[refined.chosen],
-        lp_layers=0 if stop() else LP_LAYERS,
+        lp_layers=LP_LAYERS if case.request.extras.proof and not stop() else 0,
         objective=cost,
     )
     found = solved[case.request.solver.name].layer_bounds
@@ -287,7 +287,7 @@ def _evaluate(
 def _unseen(case: Case, refined: Refined) -> None:
     """Say what plans are worth on traffic that tuning lacks, where the trace can tell."""
     problem = of_holders(case.problem) if case.request.workload.attention_gpus else case.problem
-    if problem.stop() or problem.num_gpus == 1:
+    if not case.request.extras.proof or problem.stop() or problem.num_gpus == 1:
         return
     data = case.data
     if data is None:
