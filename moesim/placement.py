@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -208,6 +208,20 @@ class Plan:
             f" {self.attention_gpus} of attention, which this command does not know",
             "use simulate, serve or export, or make a plan without `expert_gpus`",
         )
+
+    def mtp_apart(self) -> tuple[Plan, dict[int, list[int]]]:
+        """The plan of the model's own layers, and the rows of layers for multi-token prediction
+        (`provenance["mtp_layers"]`) by their number."""
+        named = self.provenance.get("mtp_layers")
+        behind = set(named) if isinstance(named, list) else set()
+        keep = [i for i, layer in enumerate(self.layer_ids) if layer not in behind]
+        if len(keep) in (0, len(self.layer_ids)):
+            return self, {}
+        table = self.placement.physical_to_logical
+        rows = {x: table[i].tolist() for i, x in enumerate(self.layer_ids) if x in behind}
+        own = replace(self.placement, physical_to_logical=table[keep])
+        layer_ids = tuple(self.layer_ids[i] for i in keep)
+        return replace(self, layer_ids=layer_ids, placement=own), rows
 
     def to_json(self) -> str:
         """Version 1 of the plan format; the same plan always gives the same text."""

@@ -96,6 +96,12 @@ ExpertGpusOption = Annotated[
         min=1,
     ),
 ]
+MtpOption = Annotated[
+    bool,
+    typer.Option(
+        "--mtp", help="With the model's multi-token-prediction layers: rows, memory, and steps."
+    ),
+]
 MicroBatchesOption = Annotated[
     int, typer.Option(help="Parts of a step that go back and forth between the two.", min=1)
 ]

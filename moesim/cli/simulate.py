@@ -15,6 +15,7 @@ from moesim.cli.options import (
     JsonOption,
     MicroBatchesOption,
     ModelOption,
+    MtpOption,
     PhaseOption,
     PlotOption,
     RebalanceLayerOption,
@@ -184,6 +185,7 @@ def simulate(
     rebalance_solver: Annotated[str, typer.Option(help="Method of the new placements.")] = "eplb",
     expert_gpus: ExpertGpusOption = None,
     micro_batches: MicroBatchesOption = 3,
+    mtp: MtpOption = False,
     seed: SeedOption = 0,
     timeline: Annotated[
         Path | None, typer.Option(help="Chrome/Perfetto trace of the first steps to write.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,13 @@ def export(
         model_id=inputs.model_id(model),
         notify=notify,
     )
+    made, rows = made.mtp_apart()
+    options = replace(options, mtp_rows=rows)
+    if rows and not getattr(target, "WRITES_MTP", False):
+        notify(
+            f"{to} keeps its own order of experts in multi-token-prediction layers: the plan's rows"
+            f" of layers {', '.join(map(str, rows))} are left out"
+        )
     made = filled(made, options)
     path = Path(out)
     if path.suffix != target.SUFFIX:

@@ -26,6 +26,7 @@ from moesim.planning.evaluate import Interval, difference, figures
 from moesim.planning.home_ranks import HOME_RANKS
 from moesim.planning.loads import load_case, split_steps
 from moesim.planning.migration import DEFAULT_STEPS
+from moesim.planning.mtp import mtp_ids, plan_with_mtp, without_mtp
 from moesim.planning.own_schedule import own_schedule
 from moesim.planning.refine import Refined, predicted_homes, price_line, refine, robust_figures
 from moesim.planning.request import (
@@ -84,6 +85,7 @@ def plan(
     offload: bool = False,
     hbm: float | None = None,
     expert_gpus: int | None = None,
+    mtp: bool = False,
     progress: Progress | None = None,
     stop: Stop = never,
 ) -> PlanResult:
@@ -118,10 +120,13 @@ def plan(
         if expert_gpus is not None:
             raise InputError("`offload` with experts on GPUs of their own", "leave one of them out")
     defaults: dict[str, str] = {}
+    spec = inputs.model_or_named(model, loaded.meta.model)
+    layers = mtp_ids(spec) if mtp else ()
+    loaded, notes = (loaded, []) if mtp else without_mtp(loaded, spec)
     request = PlanRequest.of(
         loaded,
         inputs.cluster_of(cluster, gpus, defaults),
-        inputs.model_or_named(model, loaded.meta.model),
+        spec,
         objective=objective,
         solver=solver,
         redundant_experts=redundant_experts,
@@ -139,9 +144,14 @@ def plan(
         steps_between_moves=DEFAULT_STEPS if steps_between_moves is None else steps_between_moves,
         home_ranks=home_ranks,
         expert_gpus=expert_gpus,
+        mtp=mtp,
     )
     result = make_plan(request, progress=progress, stop=stop)
     result.defaults.update(defaults)
+    if mtp:
+        made, notes = plan_with_mtp(result.plan, layers)
+        result = replace(result, plan=made)
+    result = replace(result, notices=(*notes, *result.notices))
     if changed is not None:
         noted = replace(result.plan, evaluation={**result.plan.evaluation, "reroute": changed})
         result = replace(result, plan=noted, lines=(changed, *result.lines))

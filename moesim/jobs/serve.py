@@ -314,7 +314,7 @@ def _pools(
     None for the default."""
     from moesim.cluster import DEFAULT_CLUSTER
 
-    made = inputs.plan_of(plan, apart=True) if plan is not None else None
+    made = inputs.plan_of(plan, apart=True).mtp_apart()[0] if plan is not None else None
     routed = inputs.token_trace_of(trace, "moesim serve") if trace is not None else None
     named = (made.model if made is not None else "") or (
         routed.meta.model if routed is not None else ""

@@ -78,6 +78,7 @@ def simulate(
     rebalance_through: MoveThrough | None = None,
     expert_gpus: int | None = None,
     micro_batches: int = DEFAULT_PARTS,
+    mtp: bool = False,
     offload: bool = True,
     batching: Order | None = None,
     pool: int | None = None,
@@ -130,6 +131,7 @@ def simulate(
         rebalance_solver=rebalance_solver,
         expert_gpus=found.expert_gpus,
         micro_batches=micro_batches,
+        mtp=mtp,
         caches=found.caches,
         batching=_batching(batching, pool, patience),
         timeline_steps=timeline_steps,
@@ -145,10 +147,9 @@ def simulate(
 
 def run_simulation(request: SimRequest, *, progress: Progress | None = None) -> SimReport:
     """`simulate` from a request."""
-    if request.caches and request.expert_gpus is not None:
-        raise InputError(
-            "caches of experts with experts on GPUs of their own", "leave `expert_gpus` out"
-        )
+    for name, given in (("expert_gpus", request.expert_gpus is not None), ("mtp", request.mtp)):
+        if request.caches and given:
+            raise InputError(f"`{name}` of a plan with caches of experts", f"leave `{name}` out")
     if request.caches:
         from moesim.jobs.simulate_offloaded import simulate_offloaded
 

@@ -49,6 +49,7 @@ class SimRequest:
     placement is simulated once more, with new placements by `rebalance_solver` on the way.
     expert_gpus: so many of the last GPUs hold the experts and nothing else, and a step goes between
     them and the others in `micro_batches` parts; None where attention is on the experts' GPUs.
+    mtp: a step drafts a token: each multi-token-prediction layer once over all rows, and the head.
     network_scale: all links are taken as so many times faster, for what-if studies. caches: one
     cache plan a GPU, where experts do not all fit; the steps are then those of a decode stream.
     batching: how its batches are formed, None for a request a place of the batch.
@@ -85,6 +86,7 @@ class SimRequest:
     batching: Batching | None = None
     expert_gpus: int | None = None
     micro_batches: int = DEFAULT_PARTS
+    mtp: bool = False
 
     @property
     def attention_gpus(self) -> int:
@@ -116,6 +118,8 @@ class SimRequest:
                 f"{self.attention_gpus} GPUs of attention, {self.expert_gpus} of experts,"
                 f" {self.micro_batches} parts"
             )
+        if self.mtp:
+            out["multi-token prediction"] = "one token drafted"
         if self.reduce != 1.0:
             out["reduce"] = f"{self.reduce:g}"
         if self.drop is not None:

@@ -19,6 +19,7 @@ from moesim.jobs.simulate_result import SimReport
 from moesim.placement import Placement, Plan
 from moesim.planning.baselines import capacity_of, place_by_counts
 from moesim.planning.empty_layers import plan_of_layers
+from moesim.planning.mtp import mtp_ids, plan_with_mtp, with_mtp, without_mtp
 from moesim.planning.own_schedule import other_schedule
 from moesim.planning.request import DEFAULT_BATCH_TOKENS
 from moesim.planning.traffic import sample_traffic
@@ -72,6 +73,7 @@ def simulate_steps(request: SimRequest, *, progress: Progress | None = None) -> 
         )
     defaults: dict[str, str] = {}
     notices: list[str] = []
+    request = _mtp_layers(request, notices)
     keep = require_load(loaded_layers(request.trace))
     if not keep.all():
         without = layers_text(request.trace.meta.layer_ids, keep)
@@ -126,6 +128,20 @@ def simulate_steps(request: SimRequest, *, progress: Progress | None = None) -> 
         timeline,
         details,
     )
+
+
+def _mtp_layers(request: SimRequest, notices: list[str]) -> SimRequest:
+    """The request with the layers for multi-token prediction in trace and plan, or without."""
+    model, plan = request.model, request.plan
+    if not request.mtp:
+        trace, notes = without_mtp(request.trace, model)
+        plan = None if plan is None else plan.mtp_apart()[0]
+    else:
+        trace, notes = with_mtp(request.trace, model)
+        if plan is not None:
+            plan, _ = plan_with_mtp(plan, mtp_ids(model))
+    notices += notes
+    return replace(request, trace=trace, plan=plan)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

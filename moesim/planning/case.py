@@ -82,7 +82,7 @@ def token_case(request: PlanRequest, stop: Stop = never) -> Case:
     step, objective = _step_model(request, phase, defaults, notices)
     capacity = _capacity(request, trace, defaults)
     if work.check_memory and work.model is not None:
-        check_memory(work.model, work.cluster, capacity, work.attention_gpus)
+        check_memory(work.model, work.cluster, capacity, work.attention_gpus, mtp=work.mtp)
     index, notice = index_requests(trace, phase)
     notices += filter(
         None, (notice, other_ranks(trace, work.attention_gpus or work.cluster.num_gpus))

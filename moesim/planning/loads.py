@@ -103,7 +103,7 @@ def load_case(request: PlanRequest, stop: Stop = never) -> Case:
         notices += compat.trace_fits_model(loads.meta, work.model)
     capacity = slots_of(loads.expert_load.shape[2], request)
     if work.check_memory and work.model is not None:
-        check_memory(work.model, work.cluster, capacity, work.attention_gpus)
+        check_memory(work.model, work.cluster, capacity, work.attention_gpus, mtp=work.mtp)
     problem = Problem(
         counts=split.tune.astype(np.float32),
         capacity=capacity,

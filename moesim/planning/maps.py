@@ -19,6 +19,7 @@ from moesim.errors import MismatchError
 from moesim.metrics import imbalance
 from moesim.placement import Placement, Plan
 from moesim.planning.baselines import capacity_of
+from moesim.planning.mtp import without_mtp
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import Problem, run_solver
 from moesim.solvers.registry import find_solver
@@ -67,14 +68,14 @@ def plan_maps(
     Without `cluster` GPUs count as equally fast; without `cluster` and `model` messages are
     deduplicated by GPU. Raises MismatchError where trace and plan do not go together.
     """
-    trace = _domain_of(trace, plan)
+    plan, _ = plan.mtp_apart()
+    trace, notes = without_mtp(_domain_of(trace, plan), model)
     placement_fits_trace(plan.placement, trace.num_layers, trace.num_experts)
     options = _options(plan)
     phase: Phase = "decode" if plan.evaluation.get("phase") == "decode" else "prefill"
     batch_tokens = int(plan.evaluation.get("batch_tokens") or 4096)
     num_batches = int(plan.evaluation.get("num_batches") or 16)
     seed = int(options.get("seed") or 0)
-    notes: list[str] = []
     step = _step(options, phase, cluster, model, notes)
     given = options.get("dedup")
     dedup: Dedup = given if given in ("gpu", "node", "none") else "gpu"

@@ -14,6 +14,7 @@ from moesim.cost.step import check_library
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.placement import Plan, ReplicaPolicy
 from moesim.planning.migration import DEFAULT_STEPS
+from moesim.planning.mtp import mtp_bytes
 from moesim.planning.robust import Robust
 from moesim.solvers.base import OBJECTIVES, Objective, Solver
 from moesim.solvers.registry import find_solver
@@ -38,7 +39,8 @@ class Workload:
 
     slots: one total, or one number per GPU; None for (experts + redundant) / GPUs each.
     network_scale: all links are taken as so many times faster, for what-if studies. expert_gpus:
-    so many of the last GPUs hold the experts and nothing else; None where all do both.
+    so many of the last GPUs hold the experts and nothing else; None where all do both. mtp: layers
+    for multi-token prediction are placed and held too.
     """
 
     trace: Trace | LoadTrace
@@ -55,6 +57,7 @@ class Workload:
     network_scale: float = 1.0
     check_memory: bool = True
     expert_gpus: int | None = None
+    mtp: bool = False
 
     @property
     def attention_gpus(self) -> int:
@@ -137,6 +140,8 @@ class PlanRequest:
             out["home_ranks"] = extras.home_ranks
         if work.expert_gpus is not None:
             out["expert_gpus"] = work.expert_gpus
+        if work.mtp:
+            out["mtp"] = True
         if extras.old_plan is not None:
             table = extras.old_plan.placement.physical_to_logical
             out["from"] = hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()[:16]
@@ -237,20 +242,27 @@ def _given_slots(given: tuple[int, ...], num_gpus: int) -> IntArray:
 
 
 def check_memory(
-    model: ModelSpec, cluster: Cluster, capacity: IntArray, attention_gpus: int = 0
+    model: ModelSpec,
+    cluster: Cluster,
+    capacity: IntArray,
+    attention_gpus: int = 0,
+    *,
+    mtp: bool = False,
 ) -> None:
     """Raise InfeasibleError when a GPU's experts and its copy of all other weights exceed 95 % of
     its memory (attention data-parallel, so that every GPU holds the other weights whole, or with
-    `attention_gpus` the first so many alone)."""
-    expert = model.expert_bytes() * model.num_moe_layers
+    `attention_gpus` the first so many alone). mtp: with the layers for multi-token prediction."""
+    more, rest = mtp_bytes(model) if mtp else (0.0, 0.0)
+    layers = model.num_moe_layers + (model.mtp_moe_layers if mtp else 0)
+    expert = model.expert_bytes() * model.num_moe_layers + more
     for gpu, slots in enumerate(capacity):
-        own = 0 if attention_gpus and gpu >= attention_gpus else model.non_expert_bytes()
+        own = 0.0 if attention_gpus and gpu >= attention_gpus else model.non_expert_bytes() + rest
         need = int(slots) * expert + own
         have = cluster.gpus[gpu].hbm_gb * 1e9 * HBM_USABLE
         if need > have:
             raise InfeasibleError(
                 f"{model.name} needs {need / 1e9:.1f} GB on GPU {gpu} ({int(slots)} experts per"
-                f" layer x {model.num_moe_layers} layers x {model.expert_bytes() / 1e6:.1f} MB +"
+                f" layer x {layers} layers x {model.expert_bytes() / 1e6:.1f} MB +"
                 f" {own / 1e9:.1f} GB of other weights), it has"
                 f" {have / 1e9:.1f} GB usable",
                 "use more GPUs or GPUs with more memory, or `ignore_memory` to plan all the same",
