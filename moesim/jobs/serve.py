@@ -33,7 +33,7 @@ from moesim.serving.requests import Requests
 from moesim.serving.routing import DomainRouting
 from moesim.serving.run import simulate_serving
 from moesim.serving.slo import parse_slo
-from moesim.serving.speculative import Speculation
+from moesim.serving.speculative import speculation_of
 from moesim.serving.stall import stalls_of
 from moesim.types import Progress
 
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from moesim.jobs.inputs import ClusterLike, ModelLike, PlanLike, TraceLike
 
 STATS = ("mean", "p50", "p90", "p99")
-DRAFT_SHARE = 0.05
 HIDDEN_AT_ZERO = ("preemptions", "shortened", "demoted")
 _LEVEL = re.compile(r"^(queue|refuse|shorten|demote)(?:@([0-9]{1,9}))?(?:=([0-9.]+))?$")
 
@@ -259,6 +258,8 @@ def serve(
     deployment = front.engine
     pools = [front.engine, *([] if back is None else [back.engine])]
     check_names(prices.given, {gpu.name for one in pools for gpu in one.cluster.gpus})
+    speculation, drafting = speculation_of(deployment, speculate, drafts, fixed_drafts, draft_share)
+    defaults |= {"drafting": drafting} if drafting else {}
     config = ServingConfig(
         replicas=front.replicas,
         router=router,
@@ -271,9 +272,7 @@ def serve(
         shared_reads=shared_reads,
         chunk_tokens=chunk_tokens,
         prefill_first=None if prefill is None else prefill == "first",
-        speculation=_speculation(
-            deployment, speculate, drafts, fixed_drafts, draft_share, defaults
-        ),
+        speculation=speculation,
         levels=_level_rules(level),
         routing=_routing(deployment, domain_mix, drift_hours, seed),
         stalls=stalls_of(
@@ -354,27 +353,6 @@ def _pools(
             "give prompts and decoding engines of the plan's size, or no plan",
         )
     return front, back
-
-
-def _speculation(
-    deployment: Deployment,
-    speculate: float | Sequence[float] | None,
-    drafts: int,
-    fixed: bool,
-    share: float | None,
-    defaults: dict[str, str],
-) -> Speculation | None:
-    if speculate is None:
-        if share is not None:
-            raise InputError("`draft_share` without `speculate`", "give an acceptance, as 0.7")
-        return None
-    given = tuple(speculate) if isinstance(speculate, Sequence) else (speculate,)
-    if deployment.mtp:
-        defaults["drafting"] = "multi-token-prediction layer"
-        return Speculation(given, drafts, 0.0, fixed)
-    if share is None:
-        defaults["drafting"] = f"{DRAFT_SHARE:g} of a step per token"
-    return Speculation(given, drafts, DRAFT_SHARE if share is None else share, fixed)
 
 
 def _level_rules(texts: Sequence[str]) -> tuple[Level, ...]:
