@@ -296,7 +296,7 @@ def test_a_parameter_is_what_serve_has(options: dict[str, Any]) -> None:
 
 def test_static_drafts_and_steps_have_pools() -> None:
     """In flight: a drafted token accepted in 8 of 10 is worth 1.8 a step, less what it costs."""
-    asked = {"model": "GLM-4.5-Air", "cluster": "h200-sxm-ib", "gpus": 8, "concurrency": 8}
+    asked = {"model": "GLM-4.5-Air", "cluster": "h200-sxm-ib", "tp": 8, "concurrency": 8}
     plain, drafting = (
         figures("static", **asked),
         figures("static", **asked, speculate=0.8, drafts=1),
