@@ -7,7 +7,6 @@ microseconds for every batch and layer.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,15 @@ from moesim.cost.collective import CollectiveCurve
 from moesim.cost.curves import Basis, weakest
 from moesim.cost.datasheet import GpuFigures, datasheet_models
 from moesim.cost.expert_gemm import ExpertGemmModel
+from moesim.cost.library import (
+    DEDUP_OF,
+    KINDS_OF,
+    check_library,
+    check_one_domain,
+    default_library,
+)
 from moesim.cost.routing import DEDUP_CODES, Dedup, Routed
-from moesim.errors import InputError, MismatchError, UnknownNameError
+from moesim.errors import MismatchError, UnknownNameError
 from moesim.kernels import kernel
 from moesim.trace.batches import Phase
 from moesim.types import Array, FloatArray
@@ -31,33 +37,9 @@ if TYPE_CHECKING:
     from moesim.model.spec import ModelSpec
 
 
-DEDUP_OF: dict[str, Dedup] = {
-    "nccl": "gpu",
-    "deepep": "node",
-    "deepep_ll": "none",
-    "deepep_v2": "node",
-    "nvlink": "gpu",
-    "nvlink_one_sided": "gpu",
-}
-KINDS_OF: dict[str, tuple[str, str]] = {
-    "nccl": ("all_to_all_v", "all_to_all_v"),
-    "deepep": ("deepep_normal_dispatch", "deepep_normal_combine"),
-    "deepep_ll": ("deepep_ll_dispatch", "deepep_ll_combine"),
-    "deepep_v2": ("deepep_v2_dispatch", "deepep_v2_combine"),
-    "nvlink": ("nvlink_dispatch", "nvlink_combine"),
-    "nvlink_one_sided": ("nvlink_one_sided_dispatch", "nvlink_one_sided_combine"),
-}
 BYTES_PER_ELEMENT = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4.0 / 128}
 """Bytes of one element of a message; fp8 carries one float32 scale per 128 elements, as DeepEP."""
 
-NOT_PUBLISHED = {
-    "nixl": "no times of NIXL's dispatch and combine are published",
-    "nvshmem": "DeepEP's first version is the one through NVSHMEM, deepep and deepep_ll here",
-    "pplx": "no table of pplx-kernels' times is at hand",
-    "uccl": "no table of UCCL's times on InfiniBand is at hand",
-    "mori": "no table of MORI's times is at hand",
-}
-"""Why exchanges that engines have are not modelled, by a part of their names."""
 OTHER_LINK_EFFICIENCY = 0.85
 NVLINK, NIC, OTHER = 0, 1, 2
 TILE_ROWS, TILE_GPUS = 16, 32
@@ -328,21 +310,6 @@ def build_step_model(
     )
 
 
-def check_library(name: str, known: Collection[str] = KINDS_OF) -> None:
-    """Raise InputError for an exchange of which no times are published, by name, and
-    UnknownNameError for one that is not known."""
-    if name in known:
-        return
-    of_name = next((part for part in NOT_PUBLISHED if part in name.lower()), None)
-    if of_name is not None:
-        raise InputError(
-            f"the exchange {name!r:.40}: {NOT_PUBLISHED[of_name]}",
-            "take deepep_ll or deepep for an estimate of like kernels, or give a calibration with"
-            " your own measurements",
-        )
-    raise UnknownNameError("all-to-all", name, known)
-
-
 def calibration_of_gpu(gpu: GpuSpec, named: str | None, only_type: bool) -> Calibration:
     """The calibration of one GPU type: the cluster's if it has one type, else by family name.
 
@@ -369,22 +336,6 @@ def calibration_of_gpu(gpu: GpuSpec, named: str | None, only_type: bool) -> Cali
 def family_of(gpu: GpuSpec) -> str:
     """The name of a GPU's calibration: "h200" of an h200-sxm."""
     return gpu.name.removesuffix("-sxm")
-
-
-def default_library(calibration: Calibration, num_nodes: int, phase: Phase) -> AllToAll:
-    """All-to-all over so many nodes where none is named (see `build_step_model`)."""
-    across: AllToAll = "deepep" if phase == "prefill" else "deepep_ll"
-    wanted: AllToAll = across if num_nodes > 1 else "nvlink"
-    return wanted if KINDS_OF[wanted][0] in calibration.collectives.kinds else "nccl"
-
-
-def check_one_domain(library: str, num_nodes: int) -> None:
-    """Raise InputError for kernels that reach the GPUs of one NVLink domain only, over more."""
-    if library.startswith("nvlink") and num_nodes > 1:
-        raise InputError(
-            f"{library} over {num_nodes} NVLink domains: its kernels write to GPUs of one only",
-            "choose nccl or deepep, or a group inside one domain",
-        )
 
 
 def _curve(

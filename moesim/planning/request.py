@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moesim.cost.library import check_library
 from moesim.cost.routing import POLICY_CODES, Dedup
-from moesim.cost.step import check_library
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.placement import Plan, ReplicaPolicy
 from moesim.planning.migration import DEFAULT_STEPS

@@ -11,7 +11,8 @@ from moesim.choices import MoeComm as MoeComm
 from moesim.choices import Overlap as Overlap
 from moesim.cluster import DEFAULT_CLUSTER, load_cluster
 from moesim.cost.calibration import calibration_names, load_calibration
-from moesim.cost.step import calibration_of_gpu, default_library, family_of
+from moesim.cost.library import default_library
+from moesim.cost.step import calibration_of_gpu, family_of
 from moesim.errors import InputError
 from moesim.model.names import load_model
 from moesim.serving.deployment_checks import check_deployment

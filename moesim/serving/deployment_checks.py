@@ -6,7 +6,7 @@ from math import ceil
 from typing import TYPE_CHECKING, get_args
 
 from moesim.choices import MoeComm, Overlap
-from moesim.cost.step import check_library, check_one_domain
+from moesim.cost.library import check_library, check_one_domain
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.model.names import KV_BYTES, WEIGHT_BYTES
 

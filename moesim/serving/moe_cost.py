@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from moesim.choices import MoeComm, Phase
+from moesim.cost.library import DEDUP_OF, KINDS_OF
 from moesim.cost.scaled import faster_calibration
-from moesim.cost.step import BYTES_PER_ELEMENT, DEDUP_OF, KINDS_OF
+from moesim.cost.step import BYTES_PER_ELEMENT
 from moesim.serving.apart import spread_of
 from moesim.serving.deployment import calibration_of
 from moesim.serving.moe_load import ExpertSlots, MoeLoad, assumed_load, layer_us, load_of_trace

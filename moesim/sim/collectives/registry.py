@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from moesim.cost.library import KINDS_OF, check_library
 from moesim.cost.scaled import faster_collective, faster_step
-from moesim.cost.step import (
-    KINDS_OF,
-    StepModel,
-    build_step_model,
-    calibration_of_gpu,
-    check_library,
-)
+from moesim.cost.step import StepModel, build_step_model, calibration_of_gpu
 from moesim.errors import InputError
 from moesim.sim.collectives.base import Exchange
 from moesim.sim.collectives.bi_level import BiLevel
