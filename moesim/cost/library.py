@@ -51,7 +51,7 @@ def check_library(name: str, known: Collection[str] = KINDS_OF) -> None:
             "take deepep_ll or deepep for an estimate of like kernels, or give a calibration with"
             " your own measurements",
         )
-    raise UnknownNameError("all-to-all", name, known)
+    raise UnknownNameError("all-to-all library", name, known)
 
 
 def default_library(calibration: Calibration, num_nodes: int, phase: Phase) -> AllToAll:

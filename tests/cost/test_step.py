@@ -216,7 +216,7 @@ def test_one_gpu(build: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
-        ({"all_to_all": "deepep_lll"}, "unknown all-to-all 'deepep_lll'"),
+        ({"all_to_all": "deepep_lll"}, "unknown all-to-all library 'deepep_lll'"),
         ({"dedup": "gpus"}, "unknown deduplication 'gpus'"),
         ({"dispatch_dtype": "fp7"}, "unknown message dtype 'fp7'"),
         ({"expert_dtype": "int3"}, "'int3'"),
