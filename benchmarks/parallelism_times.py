@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moesim.cost.curves import Basis, weakest
-from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF, calibration_of_gpu
+from moesim.cost.library import KINDS_OF
+from moesim.cost.step import BYTES_PER_ELEMENT, calibration_of_gpu
 from moesim.errors import InputError, UnknownNameError
 from moesim.serving.moe_load import ExpertSlots, MoeLoad, layer_us
 from moesim.types import FloatArray

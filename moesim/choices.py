@@ -8,7 +8,7 @@ Objective = Literal["balance", "traffic", "time"]
 Phase = Literal["prefill", "decode"]
 ReplicaPolicy = Literal["split", "hash", "nearest", "lp"]
 Dedup = Literal["gpu", "node", "none"]
-AllToAll = Literal["nccl", "deepep", "deepep_ll", "nvlink", "nvlink_one_sided"]
+AllToAll = Literal["nccl", "deepep", "deepep_ll", "deepep_v2", "nvlink", "nvlink_one_sided"]
 Fidelity = Literal["event", "analytic"]
 Keep = Literal["score", "random", "first", "last", "position"]
 Scope = Literal["step", "gpu"]
@@ -23,6 +23,7 @@ MoeComm = Literal[
     "deepep",
     "deepep_ll",
     "deepep_auto",
+    "deepep_v2",
     "nvlink",
     "nvlink_one_sided",
 ]

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 def trace_fits_model(meta: TraceMeta, model: ModelSpec, *, whole: bool = False) -> list[str]:
     """The trace may be of `model`: same experts and top-k, and its MoE layers or, unless `whole`,
-    fewer of them, which a notice says."""
-    have = (meta.num_layers, meta.num_experts, meta.top_k)
+    fewer of them, which a notice says. Layers for multi-token prediction may come behind them."""
+    own = [x for x in meta.layer_ids if x < model.num_hidden_layers]
+    beyond = meta.num_layers - len(own)
+    layers = len(own) if own and beyond <= model.mtp_moe_layers else meta.num_layers
+    have = (layers, meta.num_experts, meta.top_k)
     want = (model.num_moe_layers, model.num_experts, model.top_k)
     if meta.source.get("reroute"):  # a rule of routing may change top-k
         want = (want[0], want[1], have[2])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -115,6 +115,15 @@ class Placement:
         np.add.at(count, (layer, self.physical_to_logical[layer, slot]), 1)
         return count
 
+    def behind(self, attention_gpus: int, num_nodes: int) -> Placement:
+        """The same slots on the last GPUs of a group whose first `attention_gpus` hold none."""
+        if not attention_gpus:
+            return self
+        none = np.full((self.num_layers, attention_gpus * self.slots_per_gpu), EMPTY, np.int32)
+        table = np.concatenate([none, self.physical_to_logical], axis=1)
+        gpus = attention_gpus + self.num_gpus
+        return Placement(table, gpus, num_nodes, self.num_experts, self.double_replicas)
+
     def logical_to_physical(self) -> IntArray:
         """[L, E, R] int32: slots of each expert in ascending order, -1 beyond its replicas;
         R is the largest replica count."""
@@ -159,7 +168,9 @@ class Plan:
 
     `evaluation` holds held-out metrics of this plan and its baselines; `provenance` hashes, seed,
     versions and command line; `provenance["run"]` alone may differ between equal runs.
-    `cache` is the caching plan for models that do not fit, as plain JSON data.
+    `cache` is the caching plan for models that do not fit, as plain JSON data. `attention_gpus`:
+    with attention and experts apart, the GPUs before the placement's that compute attention; 0
+    where the placement's own do.
     """
 
     model: str
@@ -175,6 +186,7 @@ class Plan:
     evaluation: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] | None = None
+    attention_gpus: int = 0
 
     def __repr__(self) -> str:
         name = plain(self.model) or "unnamed model"
@@ -185,6 +197,31 @@ class Plan:
             raise FormatError(
                 f"{len(self.layer_ids)} layer_ids for {self.placement.num_layers} layers", _REMEDY
             )
+
+    def together(self) -> Plan:
+        """The plan, for those that know attention and experts on the same GPUs alone; InputError
+        for another."""
+        if not self.attention_gpus:
+            return self
+        raise InputError(
+            f"the plan has experts on {self.placement.num_gpus} GPUs of their own, behind"
+            f" {self.attention_gpus} of attention, which this command does not know",
+            "use simulate, serve or export, or make a plan without `expert_gpus`",
+        )
+
+    def mtp_apart(self) -> tuple[Plan, dict[int, list[int]]]:
+        """The plan of the model's own layers, and the rows of layers for multi-token prediction
+        (`provenance["mtp_layers"]`) by their number."""
+        named = self.provenance.get("mtp_layers")
+        behind = set(named) if isinstance(named, list) else set()
+        keep = [i for i, layer in enumerate(self.layer_ids) if layer not in behind]
+        if len(keep) in (0, len(self.layer_ids)):
+            return self, {}
+        table = self.placement.physical_to_logical
+        rows = {x: table[i].tolist() for i, x in enumerate(self.layer_ids) if x in behind}
+        own = replace(self.placement, physical_to_logical=table[keep])
+        layer_ids = tuple(self.layer_ids[i] for i in keep)
+        return replace(self, layer_ids=layer_ids, placement=own), rows
 
     def to_json(self) -> str:
         """Version 1 of the plan format; the same plan always gives the same text."""
@@ -210,6 +247,8 @@ class Plan:
         }
         if placement.double_replicas:
             head["double_replicas"] = True
+        if self.attention_gpus:
+            head["attention_gpus"] = self.attention_gpus
         if self.cache is not None:
             head["cache"] = self.cache
         text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
@@ -296,6 +335,7 @@ def parse_plan(raw: Any) -> Plan:
         evaluation=raw.get("evaluation") or {},
         provenance=raw.get("provenance") or {},
         cache=raw.get("cache"),
+        attention_gpus=_count(raw, "attention_gpus") if raw.get("attention_gpus") else 0,
         **numbers,
     )
 

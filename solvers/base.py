@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -206,8 +206,11 @@ class Solver(Protocol):
 
 
 def run_solver(solver: Solver, problem: Problem, *, progress: Progress | None = None) -> Solution:
-    """Solve after checking what the method needs. Raises InputError for what it cannot do."""
+    """Solve after checking what the method needs; where that is equal slots, among the GPUs that
+    have any. Raises InputError for what it cannot do."""
     needs: tuple[Need, ...] = getattr(solver, "needs", ())
+    if "equal slots" in needs and not problem.capacity.all():
+        return among_holders(solver, problem, progress=progress)
     if "equal slots" in needs and len(np.unique(problem.capacity)) > 1:
         raise InputError(
             f"{solver.name} needs the same number of slots on every GPU",
@@ -225,6 +228,45 @@ def run_solver(solver: Solver, problem: Problem, *, progress: Progress | None = 
             "use `objective` time or traffic",
         )
     return solver.solve(problem, progress=progress)
+
+
+def among_holders(
+    solver: Solver, problem: Problem, *, progress: Progress | None = None
+) -> Solution:
+    """A solution for balance by the GPUs that have slots alone, those of the others left empty.
+
+    Methods that want nodes and GPUs alike can so be used where some GPUs hold nothing; nodes that
+    have unequal numbers of the others count as one.
+    """
+    if problem.capacity.all():
+        return run_solver(solver, problem, progress=progress)
+    found = run_solver(solver, of_holders(problem), progress=progress)
+    up = np.flatnonzero(problem.capacity)
+    own = found.placement.physical_to_logical.reshape(problem.num_layers, len(up), -1)
+    table = np.full((len(own), problem.num_gpus, own.shape[2]), EMPTY, np.int32)
+    table[:, up] = own
+    placement = Placement(
+        table.reshape(len(own), -1), problem.num_gpus, problem.num_nodes, problem.num_experts
+    )
+    return replace(found, placement=placement)
+
+
+def of_holders(problem: Problem) -> Problem:
+    """The problem of balance for the GPUs that have slots."""
+    up = np.flatnonzero(problem.capacity)
+    left = np.unique(up // (problem.num_gpus // problem.num_nodes), return_counts=True)[1]
+    same = len(set(left.tolist())) == 1
+    return replace(
+        problem,
+        capacity=problem.capacity[up],
+        num_nodes=len(left) if same else 1,
+        num_groups=problem.num_groups if same else 1,
+        speed=problem.speed[up],
+        gpu_type=problem.gpu_type[up],
+        objective="balance",
+        traffic=None,
+        expert_us=None,
+    )
 
 
 def pack_table(problem: Problem, slots: npt.NDArray[np.integer[Any]]) -> Placement:

@@ -65,7 +65,7 @@ def replay(
         routing,
         out,
         model=name,
-        plan=None if plan is None else load_plan(plan),
+        plan=None if plan is None else load_plan(plan).together(),
         num_hidden_layers=num_hidden_layers,
         repeat_layers=repeat_layers,
         seed=seed,

@@ -135,7 +135,7 @@ def _apply(
     from moesim.exporters.checkpoint import permute_checkpoint
     from moesim.jobs import inputs
 
-    plan = inputs.plan_of(plan_file)
+    plan, _ = inputs.plan_of(plan_file, apart=True).mtp_apart()
     options = ExportOptions(
         spec=inputs.model_or_named(model, plan.model),
         num_hidden_layers=num_hidden_layers,

@@ -87,6 +87,24 @@ ReplicaPolicyOption = Annotated[
         show_default="the plan's, or split",
     ),
 ]
+ExpertGpusOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Attention and experts apart: so many of the last GPUs (of an engine) hold its routed"
+        " experts and nothing else.",
+        show_default="on attention's GPUs",
+        min=1,
+    ),
+]
+MtpOption = Annotated[
+    bool,
+    typer.Option(
+        "--mtp", help="With the model's multi-token-prediction layers: rows, memory, and steps."
+    ),
+]
+MicroBatchesOption = Annotated[
+    int, typer.Option(help="Parts of a step that go back and forth between the two.", min=1)
+]
 PhaseOption = Annotated[
     Phase | None,
     typer.Option(

@@ -12,9 +12,11 @@ from moesim.choices import Objective
 from moesim.cli.options import (
     BatchTokensOption,
     ClusterOption,
+    ExpertGpusOption,
     JsonOption,
     MaybeGpusOption,
     ModelOption,
+    MtpOption,
     PhaseOption,
     PlotOption,
     ReplicaPolicyOption,
@@ -51,7 +53,8 @@ def plan(
     all_to_all: Annotated[
         str | None,
         typer.Option(
-            help="nccl, deepep, deepep_ll, nvlink or nvlink_one_sided.", show_default="by cluster"
+            help="nccl, deepep, deepep_ll, deepep_v2, nvlink or nvlink_one_sided.",
+            show_default="by cluster",
         ),
     ] = None,
     seed: SeedOption = 0,
@@ -91,6 +94,8 @@ def plan(
         float | None,
         typer.Option(help="With --offload: GB of memory per GPU.", show_default="the GPU's"),
     ] = None,
+    expert_gpus: ExpertGpusOption = None,
+    mtp: MtpOption = False,
     out: Annotated[Path, typer.Option(help="Plan file to write.")] = Path("plan.json"),
     plot: PlotOption = None,
     as_json: JsonOption = False,

@@ -12,9 +12,11 @@ from moesim.choices import MoeComm, Overlap, Router
 from moesim.cli.options import (
     ClusterOption,
     ExpertDtypeOption,
+    ExpertGpusOption,
     JsonOption,
     KvDtypeOption,
     MemoryFractionOption,
+    MicroBatchesOption,
     ModelOption,
     PlotOption,
     PriceOption,
@@ -74,7 +76,7 @@ def serve(
         MoeComm | None,
         typer.Option(
             help="How tokens reach their experts: all_reduce, all_gather, nccl, deepep, deepep_ll,"
-            " deepep_auto, nvlink or nvlink_one_sided.",
+            " deepep_auto, deepep_v2, nvlink or nvlink_one_sided.",
             metavar="EXCHANGE",
             show_default="by DP and nodes",
         ),
@@ -94,19 +96,8 @@ def serve(
             " decode or both."
         ),
     ] = "off",
-    expert_gpus: Annotated[
-        int | None,
-        typer.Option(
-            help="Attention and experts apart: so many of an engine's GPUs hold its routed experts"
-            " and nothing else; of decoding engines alone with --decode-gpus.",
-            show_default="on attention's GPUs",
-            min=1,
-        ),
-    ] = None,
-    micro_batches: Annotated[
-        int,
-        typer.Option(help="Parts of a step that go back and forth between the two.", min=1),
-    ] = 3,
+    expert_gpus: ExpertGpusOption = None,
+    micro_batches: MicroBatchesOption = 3,
     dispatch_tokens: Annotated[
         int | None,
         typer.Option(

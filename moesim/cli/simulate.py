@@ -11,8 +11,11 @@ import typer
 from moesim.choices import Fidelity, Keep, OnLoss, Order, Scope
 from moesim.cli.options import (
     BatchTokensOption,
+    ExpertGpusOption,
     JsonOption,
+    MicroBatchesOption,
     ModelOption,
+    MtpOption,
     PhaseOption,
     PlotOption,
     RebalanceLayerOption,
@@ -61,7 +64,8 @@ def simulate(
     all_to_all: Annotated[
         str | None,
         typer.Option(
-            help="nccl, deepep, deepep_ll, nvlink, nvlink_one_sided, two-level or bi-level.",
+            help="nccl, deepep, deepep_ll, deepep_v2, nvlink, nvlink_one_sided, two-level or"
+            " bi-level.",
             show_default="by cluster and phase",
         ),
     ] = None,
@@ -179,6 +183,9 @@ def simulate(
         typer.Option(help="Steps a request is held back at most.", show_default="16", min=1),
     ] = None,
     rebalance_solver: Annotated[str, typer.Option(help="Method of the new placements.")] = "eplb",
+    expert_gpus: ExpertGpusOption = None,
+    micro_batches: MicroBatchesOption = 3,
+    mtp: MtpOption = False,
     seed: SeedOption = 0,
     timeline: Annotated[
         Path | None, typer.Option(help="Chrome/Perfetto trace of the first steps to write.")

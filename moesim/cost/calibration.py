@@ -8,28 +8,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from moesim.cost.calibration_entries import (
+    collective_of,
+    copies_of,
+    copy_of,
+    dense_of,
+    expert_of,
+    named_of,
+)
 from moesim.cost.calibration_schema import (
     CalibrationFile,
-    CollectiveEntry,
-    CopyEntry,
-    ExpertEntry,
-    WavesEntry,
 )
 from moesim.cost.collective import CollectiveCurve, CollectiveModel
 from moesim.cost.copies import CopyModel, WeightMove
-from moesim.cost.curves import AffineMin, SizeCurve, SizeTable
-from moesim.cost.dense import AttentionKernel, DenseModel, GemmModel, IndexedModule, MlaModule
+from moesim.cost.dense import DenseModel
 from moesim.cost.expert_gemm import ExpertGemmModel
-from moesim.cost.tile_waves import Tile, TileWaves
 from moesim.errors import FormatError, InputError, UnknownNameError
-from moesim.model.names import WEIGHT_BYTES
 
 MAX_FILE_BYTES = 4 << 20
 
@@ -174,7 +175,9 @@ class Calibration:
         }
         asked = num_gpus_at_once or max(found, default=1)
         if asked not in found:
-            raise UnknownNameError("host copy", _named(direction, pinned, asked), self._host_names)
+            raise UnknownNameError(
+                "host copy", named_of(direction, pinned, asked), self._host_names
+            )
         return found[asked]
 
     def host_copy(self, direction: str, num_gpus: int) -> CopyModel:
@@ -191,7 +194,7 @@ class Calibration:
 
     @property
     def _host_names(self) -> list[str]:
-        return [_named(c.direction, c.pinned, c.num_gpus_at_once) for c in self.host_copies]
+        return [named_of(c.direction, c.pinned, c.num_gpus_at_once) for c in self.host_copies]
 
 
 def calibration_names() -> list[str]:
@@ -260,13 +263,17 @@ def build_calibration(parsed: CalibrationFile) -> Calibration:
     return Calibration(
         name=parsed.name,
         gpu=parsed.gpu,
-        collectives=CollectiveModel([_collective(e) for e in parsed.collectives if e.share == 1.0]),
-        experts={(entry.dtype, entry.kernel): _expert(entry) for entry in parsed.expert_ffn},
-        copies=_copies(parsed.copies),
-        host_copies=tuple(_copy([e]) for e in parsed.copies if not e.is_row_move and e.fan == 1.0),
+        collectives=CollectiveModel(
+            [collective_of(e) for e in parsed.collectives if e.share == 1.0]
+        ),
+        experts={(entry.dtype, entry.kernel): expert_of(entry) for entry in parsed.expert_ffn},
+        copies=copies_of(parsed.copies),
+        host_copies=tuple(
+            copy_of([e]) for e in parsed.copies if not e.is_row_move and e.fan == 1.0
+        ),
         eager_collective_us=parsed.overheads.eager_collective_us,
         local_copy_gb_per_s=parsed.overheads.local_copy_gb_per_s,
-        dense=_dense(parsed),
+        dense=dense_of(parsed),
         issue_us={str(k): v for k, v in parsed.overheads.issue_us.items()},
         in_layer_saves_us=parsed.overheads.in_layer_saves_us,
         hand_over_us=parsed.overheads.hand_over_us,
@@ -292,131 +299,3 @@ def _read(path: Path) -> str:
             f"cannot read calibration {str(path)!r}: {reason}",
             f"give a file that exists, or one of: {', '.join(calibration_names())}",
         ) from None
-
-
-def _segments(pairs: list[list[float]]) -> AffineMin:
-    return AffineMin(tuple((latency, rate) for latency, rate in pairs))
-
-
-def _span(given: list[float] | None, table: list[list[float]] | None) -> tuple[float, float]:
-    if given is not None:
-        return given[0], given[1]
-    if table is not None:
-        sizes = [row[0] for row in table]
-        return min(sizes), max(sizes)
-    return 0.0, float("inf")
-
-
-def _collective(entry: CollectiveEntry) -> CollectiveCurve:
-    nvlink: SizeCurve
-    if entry.table is not None:
-        nvlink = SizeTable.from_rows(entry.table)
-    else:
-        nvlink = _segments(entry.nvlink or [])
-    return CollectiveCurve(
-        kind=entry.kind,
-        group_size=entry.group_size,
-        num_nodes=entry.num_nodes,
-        nvlink=nvlink,
-        nic=None if entry.nic is None else _segments(entry.nic),
-        bytes_range=_span(entry.bytes_range, entry.table),
-        nic_bytes_range=_span(entry.nic_bytes_range, None),
-        basis=entry.basis,
-        source=entry.source,
-        num_sms=entry.num_sms,
-    )
-
-
-def _expert(entry: ExpertEntry) -> ExpertGemmModel:
-    if entry.table is not None:
-        from moesim.cost.fitting import fit_expert_table
-
-        return fit_expert_table(entry)
-    return ExpertGemmModel(
-        dtype=entry.dtype,
-        kernel=entry.kernel,
-        weight_bytes_per_param=entry.weight_bytes_per_param,
-        launch_us=entry.launch_us or 0.0,
-        weight_gb_per_s=entry.weight_gb_per_s or 0.0,
-        tflops=entry.tflops or 0.0,
-        half_tokens=entry.half_tokens,
-        tile_tokens=entry.tile_tokens,
-        sharpness=entry.sharpness,
-        waves=None if entry.waves is None else _waves(entry.waves),
-        row_gb_per_s=entry.row_gb_per_s,
-        token_gb_per_s=entry.token_gb_per_s,
-        eager_launch_us=entry.eager_launch_us,
-        shape=None if entry.shape is None else (entry.shape[0], entry.shape[1]),
-        basis=entry.basis,
-        source=entry.source,
-        ranges={name: (low, high) for name, (low, high) in entry.ranges.items()},
-    )
-
-
-def _waves(entry: WavesEntry) -> TileWaves:
-    tiles = tuple(Tile(t.rows, t.columns, t.mean_tokens, t.empty_adds) for t in entry.tiles)
-    return TileWaves(entry.at_once, tiles, entry.wave_share)
-
-
-def _copies(entries: Sequence[CopyEntry]) -> dict[str, CopyModel]:
-    """By direction: of row moves all fans, of pinned host copies the one by most GPUs at once."""
-    out = {}
-    for direction in dict.fromkeys(entry.direction for entry in entries if entry.pinned):
-        same = [e for e in entries if e.direction == direction and e.pinned]
-        if not same[0].is_row_move:
-            most = max(e.num_gpus_at_once for e in same)
-            same = [e for e in same if e.num_gpus_at_once == most]
-        out[str(direction)] = _copy(same)
-    return out
-
-
-def _copy(entries: Sequence[CopyEntry]) -> CopyModel:
-    """Of entries that differ in their fan the smallest, with the others' curves."""
-    first, *others = sorted(entries, key=lambda e: e.fan)
-    return CopyModel(
-        direction=first.direction,
-        curve=_copy_curve(first),
-        floor_us=first.floor_us,
-        bytes_range=_span(first.bytes_range, first.table),
-        fans=tuple((entry.fan, _copy_curve(entry)) for entry in others),
-        pinned=first.pinned,
-        num_gpus_at_once=first.num_gpus_at_once,
-        basis=first.basis,
-        source=first.source,
-    )
-
-
-def _named(direction: str, pinned: bool, num_gpus_at_once: int) -> str:
-    return f"{direction} {'pinned' if pinned else 'unpinned'} by {num_gpus_at_once}"
-
-
-def _copy_curve(entry: CopyEntry) -> SizeCurve:
-    if entry.table is not None:
-        return SizeTable.from_rows(entry.table)
-    return AffineMin(((entry.latency_us or 0.0, entry.gb_per_s or 0.0),))
-
-
-def _dense(parsed: CalibrationFile) -> DenseModel:
-    skip = {"note", "fit"}
-    return DenseModel(
-        gemms={
-            e.dtype: GemmModel(
-                weight_bytes_per_param=WEIGHT_BYTES[e.dtype], **e.model_dump(exclude=skip)
-            )
-            for e in parsed.gemm
-        },
-        attention={
-            (e.phase, e.head_dim, e.kv_dtype): AttentionKernel(**e.model_dump(exclude=skip))
-            for e in parsed.attention
-        },
-        mla={
-            (e.phase, e.dense_dtype, e.kv_dtype): MlaModule(
-                weight_bytes_per_param=WEIGHT_BYTES[e.dense_dtype], **e.model_dump(exclude=skip)
-            )
-            for e in parsed.mla
-        },
-        indexed={
-            (e.phase, e.kv_dtype): IndexedModule(**e.model_dump(exclude=skip))
-            for e in parsed.indexed
-        },
-    )

@@ -39,6 +39,8 @@ KINDS = (
     "deepep_normal_combine",
     "deepep_ll_dispatch",
     "deepep_ll_combine",
+    "deepep_v2_dispatch",
+    "deepep_v2_combine",
     "nvlink_dispatch",
     "nvlink_combine",
     "nvlink_one_sided_dispatch",

@@ -19,8 +19,15 @@ from moesim.cost.collective import CollectiveCurve
 from moesim.cost.curves import Basis, weakest
 from moesim.cost.datasheet import GpuFigures, datasheet_models
 from moesim.cost.expert_gemm import ExpertGemmModel
+from moesim.cost.library import (
+    DEDUP_OF,
+    KINDS_OF,
+    check_library,
+    check_one_domain,
+    default_library,
+)
 from moesim.cost.routing import DEDUP_CODES, Dedup, Routed
-from moesim.errors import InputError, MismatchError, UnknownNameError
+from moesim.errors import MismatchError, UnknownNameError
 from moesim.kernels import kernel
 from moesim.trace.batches import Phase
 from moesim.types import Array, FloatArray
@@ -30,20 +37,6 @@ if TYPE_CHECKING:
     from moesim.model.spec import ModelSpec
 
 
-DEDUP_OF: dict[str, Dedup] = {
-    "nccl": "gpu",
-    "deepep": "node",
-    "deepep_ll": "none",
-    "nvlink": "gpu",
-    "nvlink_one_sided": "gpu",
-}
-KINDS_OF: dict[str, tuple[str, str]] = {
-    "nccl": ("all_to_all_v", "all_to_all_v"),
-    "deepep": ("deepep_normal_dispatch", "deepep_normal_combine"),
-    "deepep_ll": ("deepep_ll_dispatch", "deepep_ll_combine"),
-    "nvlink": ("nvlink_dispatch", "nvlink_combine"),
-    "nvlink_one_sided": ("nvlink_one_sided_dispatch", "nvlink_one_sided_combine"),
-}
 BYTES_PER_ELEMENT = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4.0 / 128}
 """Bytes of one element of a message; fp8 carries one float32 scale per 128 elements, as DeepEP."""
 
@@ -260,8 +253,8 @@ def build_step_model(
     attention and dense layers; they do not depend on the placement.
     Raises UnknownNameError for a dtype, library or deduplication that is not known.
     """
-    if all_to_all is not None and all_to_all not in KINDS_OF:
-        raise UnknownNameError("all-to-all library", all_to_all, KINDS_OF)
+    if all_to_all is not None:
+        check_library(all_to_all)
     if dedup is not None and dedup not in DEDUP_CODES:
         raise UnknownNameError("deduplication", dedup, DEDUP_CODES)
     for dtype in (dispatch_dtype, combine_dtype):
@@ -343,22 +336,6 @@ def calibration_of_gpu(gpu: GpuSpec, named: str | None, only_type: bool) -> Cali
 def family_of(gpu: GpuSpec) -> str:
     """The name of a GPU's calibration: "h200" of an h200-sxm."""
     return gpu.name.removesuffix("-sxm")
-
-
-def default_library(calibration: Calibration, num_nodes: int, phase: Phase) -> AllToAll:
-    """All-to-all over so many nodes where none is named (see `build_step_model`)."""
-    across: AllToAll = "deepep" if phase == "prefill" else "deepep_ll"
-    wanted: AllToAll = across if num_nodes > 1 else "nvlink"
-    return wanted if KINDS_OF[wanted][0] in calibration.collectives.kinds else "nccl"
-
-
-def check_one_domain(library: str, num_nodes: int) -> None:
-    """Raise InputError for kernels that reach the GPUs of one NVLink domain only, over more."""
-    if library.startswith("nvlink") and num_nodes > 1:
-        raise InputError(
-            f"{library} over {num_nodes} NVLink domains: its kernels write to GPUs of one only",
-            "choose nccl or deepep, or a group inside one domain",
-        )
 
 
 def _curve(

@@ -8,8 +8,8 @@ refused with MismatchError that says why; nothing is rounded off in silence.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ class ExportOptions:
     spec:              the model, if known; checks that the plan covers all its MoE layers.
     num_hidden_layers: all layers of the model, dense ones included.
     mtp_layers:        multi-token-prediction (MTP) layers with experts after them; None if unknown.
+    mtp_rows:          the plan's own rows of such layers, by their number.
     fill_layers:       MoE layers that the plan lacks since no trace has them (they route by token
                        id): `fill_layers` places them in order.
     model_id:          what launch lines call the model, else the plan's name of it.
@@ -43,6 +44,7 @@ class ExportOptions:
     spec: ModelSpec | None = None
     num_hidden_layers: int | None = None
     mtp_layers: int | None = None
+    mtp_rows: Mapping[int, list[int]] = field(default_factory=dict)
     fill_layers: tuple[int, ...] = ()
     model_id: str = ""
     notify: Callable[[str], None] = _silent

@@ -36,6 +36,7 @@ from moesim.placement import Plan, in_order
 NAME = "tensorrt-llm"
 TITLE = "TensorRT-LLM moe_config.load_balancer (.yaml)"
 SUFFIX = ".yaml"
+WRITES_MTP = True
 ACCEPTED_BY = "TensorRT-LLM main@0004396 (2026), and 1.x with the WIDEEP backend"
 ASSIGNMENTS = "initial_global_assignments"
 KEYS = {"num_slots", ASSIGNMENTS, "layer_updates_per_iter"}
@@ -51,13 +52,18 @@ def encode(plan: Plan, options: ExportOptions) -> bytes:
         lines.append(f"  {layer}: {json.dumps(row)}")
     mtp = mtp_layer_ids(options)
     row = json.dumps(in_order(placement).tolist())
-    lines += [f"  {layer}: {row}" for layer in mtp or ()]
-    if mtp:
+    planned = options.mtp_rows
+    written = sorted({*(mtp or ()), *planned})
+    lines += [
+        f"  {layer}: {json.dumps(planned[layer]) if layer in planned else row}" for layer in written
+    ]
+    unplanned = [layer for layer in written if layer not in planned]
+    if unplanned:
         options.notify(
-            f"layers {', '.join(map(str, mtp))} are for multi-token prediction (MTP): no trace has"
-            " them, so their experts are placed in order"
+            f"layers {', '.join(map(str, unplanned))} are for multi-token prediction (MTP): the"
+            " plan does not have them, so their experts are placed in order"
         )
-    elif mtp is None:
+    elif mtp is None and not planned:
         options.notify(
             "no rows for multi-token-prediction (MTP) layers, whose number is not known: a server"
             " that speculates with them stops with a KeyError of that layer; `mtp_layers` writes"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,7 @@ def export(
         name = None if model is None else str(model)
         engine, size, lines = write_placement(str(plan), to, Path(out), name, notify)
         return Exported(engine, Path(out), size, engine, lines)
-    made, target = inputs.plan_of(plan), exporter(to)
+    made, target = inputs.plan_of(plan, apart=True), exporter(to)
     options = ExportOptions(
         spec=inputs.model_or_named(model, made.model),
         num_hidden_layers=num_hidden_layers,
@@ -96,6 +96,13 @@ def export(
         model_id=inputs.model_id(model),
         notify=notify,
     )
+    made, rows = made.mtp_apart()
+    options = replace(options, mtp_rows=rows)
+    if rows and not getattr(target, "WRITES_MTP", False):
+        notify(
+            f"{to} keeps its own order of experts in multi-token-prediction layers: the plan's rows"
+            f" of layers {', '.join(map(str, rows))} are left out"
+        )
     made = filled(made, options)
     path = Path(out)
     if path.suffix != target.SUFFIX:

@@ -127,6 +127,8 @@ def machine_of(machine: MachineLike) -> Machine:
     return machine if isinstance(machine, Machine) else load_machine(machine)
 
 
-def plan_of(plan: PlanLike) -> Plan:
-    """A plan, or the one in a file."""
-    return plan if isinstance(plan, Plan) else load_plan(Path(plan))
+def plan_of(plan: PlanLike, *, apart: bool = False) -> Plan:
+    """A plan, or the one in a file. Raises InputError for one whose experts are on GPUs of their
+    own unless the caller knows what that means (`apart`)."""
+    made = plan if isinstance(plan, Plan) else load_plan(Path(plan))
+    return made if apart else made.together()

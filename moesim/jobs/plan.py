@@ -19,13 +19,14 @@ from moesim.cluster import is_machine
 from moesim.errors import InputError, UnknownNameError
 from moesim.jobs import inputs
 from moesim.jobs.plan_result import Candidate, PlanResult
-from moesim.placement import Plan, ReplicaPolicy
+from moesim.placement import Placement, Plan, ReplicaPolicy
 from moesim.planning.case import Case, Judge, token_case
 from moesim.planning.empty_layers import plan_of_layers, whole_plan
 from moesim.planning.evaluate import Interval, difference, figures
 from moesim.planning.home_ranks import HOME_RANKS
 from moesim.planning.loads import load_case, split_steps
 from moesim.planning.migration import DEFAULT_STEPS
+from moesim.planning.mtp import mtp_ids, plan_with_mtp, without_mtp
 from moesim.planning.own_schedule import own_schedule
 from moesim.planning.refine import Refined, predicted_homes, price_line, refine, robust_figures
 from moesim.planning.request import (
@@ -36,7 +37,15 @@ from moesim.planning.request import (
 )
 from moesim.planning.robust import parse_robust
 from moesim.planning.worth import worth_by_domain, worth_by_step
-from moesim.solvers.base import Objective, Solution, Solver, Stop, never, run_solver
+from moesim.solvers.base import (
+    Objective,
+    Solution,
+    Solver,
+    Stop,
+    never,
+    of_holders,
+    run_solver,
+)
 from moesim.solvers.bounds.load import LP_LAYERS, LowerBound, lower_bound
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import find_solver
@@ -75,6 +84,8 @@ def plan(
     home_ranks: str | None = None,
     offload: bool = False,
     hbm: float | None = None,
+    expert_gpus: int | None = None,
+    mtp: bool = False,
     progress: Progress | None = None,
     stop: Stop = never,
 ) -> PlanResult:
@@ -106,11 +117,16 @@ def plan(
     )
     if offload:
         require_tokens(loaded, "`offload`")
+        if expert_gpus is not None:
+            raise InputError("`offload` with experts on GPUs of their own", "leave one of them out")
     defaults: dict[str, str] = {}
+    spec = inputs.model_or_named(model, loaded.meta.model)
+    layers = mtp_ids(spec) if mtp else ()
+    loaded, notes = (loaded, []) if mtp else without_mtp(loaded, spec)
     request = PlanRequest.of(
         loaded,
         inputs.cluster_of(cluster, gpus, defaults),
-        inputs.model_or_named(model, loaded.meta.model),
+        spec,
         objective=objective,
         solver=solver,
         redundant_experts=redundant_experts,
@@ -127,9 +143,15 @@ def plan(
         old_plan=inputs.plan_of(old_plan) if old_plan is not None else None,
         steps_between_moves=DEFAULT_STEPS if steps_between_moves is None else steps_between_moves,
         home_ranks=home_ranks,
+        expert_gpus=expert_gpus,
+        mtp=mtp,
     )
     result = make_plan(request, progress=progress, stop=stop)
     result.defaults.update(defaults)
+    if mtp:
+        made, notes = plan_with_mtp(result.plan, layers)
+        result = replace(result, plan=made)
+    result = replace(result, notices=(*notes, *result.notices))
     if changed is not None:
         noted = replace(result.plan, evaluation={**result.plan.evaluation, "reroute": changed})
         result = replace(result, plan=noted, lines=(changed, *result.lines))
@@ -191,7 +213,8 @@ def _of_layers(request: PlanRequest, keep: Mask) -> PlanRequest:
 
 def _baseline(case: Case) -> str:
     """What plans are compared with: EPLB, or greedy where it wants equal slots in vain."""
-    return "eplb" if len(np.unique(case.problem.capacity)) == 1 else "greedy"
+    held = case.problem.capacity[case.problem.capacity > 0]
+    return "eplb" if len(np.unique(held)) == 1 else "greedy"
 
 
 def _solve(case: Case, progress: Progress | None) -> tuple[dict[str, Solution], Refined]:
@@ -273,16 +296,17 @@ def _evaluate(
 
 def _unseen(case: Case, refined: Refined) -> None:
     """Say what plans are worth on traffic that tuning lacks, where the trace can tell."""
-    if not case.request.extras.proof or case.problem.stop() or case.problem.num_gpus == 1:
+    problem = of_holders(case.problem) if case.request.workload.attention_gpus else case.problem
+    if not case.request.extras.proof or problem.stop() or problem.num_gpus == 1:
         return
     data = case.data
     if data is None:
         loads = case.request.workload.trace
         assert isinstance(loads, LoadTrace)
-        found = worth_by_step(case.problem, np.asarray(loads.expert_load))
+        found = worth_by_step(problem, np.asarray(loads.expert_load))
     else:
         found = worth_by_domain(
-            case.problem,
+            problem,
             data.trace,
             data.tune,
             data.held_out,
@@ -340,7 +364,7 @@ def _assemble(
     plan = Plan(
         model=case.meta.model,
         layer_ids=case.meta.layer_ids,
-        placement=chosen.solution.placement,
+        placement=_held(case, chosen.solution.placement),
         replica_policy=case.request.workload.replica_policy,
         objective=case.objective,
         solver=case.request.solver.name,
@@ -354,6 +378,7 @@ def _assemble(
             **refined.evaluation,
         },
         provenance=_provenance(case, seconds),
+        attention_gpus=case.request.workload.attention_gpus,
     )
     return PlanResult(
         plan=plan,
@@ -370,6 +395,16 @@ def _assemble(
         rows=tuple(refined.rows),
         lines=tuple(refined.lines),
     )
+
+
+def _held(case: Case, placement: Placement) -> Placement:
+    """The placement of the GPUs that hold experts."""
+    first, gpus = case.request.workload.attention_gpus, placement.num_gpus
+    if gpus != case.request.workload.cluster.num_gpus or not first:
+        return placement
+    table = placement.physical_to_logical[:, first * placement.slots_per_gpu :]
+    nodes = of_holders(case.problem).num_nodes
+    return Placement(table, gpus - first, nodes, placement.num_experts)
 
 
 def _provenance(case: Case, seconds: dict[str, float]) -> dict[str, Any]:

@@ -133,11 +133,13 @@ class PlanResult(Result):
         if self.defaults:
             taken = "; ".join(f"{name}: {value}" for name, value in self.defaults.items())
             lines.append(f"defaults taken: {taken}")
+        behind = f" behind {count(plan.attention_gpus, 'GPU')} of attention"
+        behind = behind if plan.attention_gpus else ""
         lines.append(
             f"{plain(plan.model) or 'unnamed model'}: {placement.num_layers} MoE layers,"
             f" {placement.num_experts} experts in {placement.num_slots} slots on"
-            f" {count(placement.num_gpus, 'GPU')} of {count(placement.num_nodes, 'node')};"
-            f" objective {plan.objective}"
+            f" {count(placement.num_gpus, 'GPU')} of {count(placement.num_nodes, 'node')}"
+            f"{behind}; objective {plan.objective}"
         )
         if self.cached is not None and placement.num_gpus == 1:
             return "\n".join([*lines, *self.cached.notes, *self._cache_lines(), *self.lines])

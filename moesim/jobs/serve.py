@@ -31,14 +31,13 @@ from moesim.serving.requests import Requests
 from moesim.serving.routing import DomainRouting
 from moesim.serving.run import simulate_serving
 from moesim.serving.slo import parse_slo
-from moesim.serving.speculative import Speculation
+from moesim.serving.speculative import speculation_of
 from moesim.serving.stall import stalls_of
 from moesim.types import Progress
 
 if TYPE_CHECKING:
     from moesim.jobs.inputs import ClusterLike, ModelLike, PlanLike, TraceLike
 
-DRAFT_SHARE = 0.05
 SPLIT = ("gpus", "replicas", "tp", "dp", "pp", "ep", "decode_gpus", "decode_replicas")
 ENGINE = (
     "engine", "moe_comm", "redundant_experts", "two_batch_overlap", "expert_gpus", "micro_batches",
@@ -182,6 +181,11 @@ def _config(
 ) -> ServingConfig:
     """The service around its engines. given: `serve`'s arguments."""
     engines = [split.engine for split in (front, back) if split is not None]
+    speculation, drafting = speculation_of(
+        front.engine,
+        *(given[name] for name in ("speculate", "drafts", "fixed_drafts", "draft_share")),
+    )
+    defaults |= {"drafting": drafting} if drafting else {}
     until, prefill = given["until"], given["prefill"]
     return ServingConfig(
         replicas=front.replicas,
@@ -189,14 +193,7 @@ def _config(
         decode_replicas=1 if back is None else back.replicas,
         transfer_gb_per_s=given["transfer"],
         prefill_first=None if prefill is None else prefill == "first",
-        speculation=_speculation(
-            front.engine,
-            given["speculate"],
-            given["drafts"],
-            given["fixed_drafts"],
-            given["draft_share"],
-            defaults,
-        ),
+        speculation=speculation,
         levels=_level_rules(given["level"]),
         routing=_routing(front.engine, given["domain_mix"], given["drift_hours"], given["seed"]),
         stalls=stalls_of(given["rebalance_every"], given["rebalance_stall"], engines),
@@ -218,7 +215,7 @@ def _pools(
     None for the default."""
     from moesim.cluster import DEFAULT_CLUSTER
 
-    made = inputs.plan_of(plan) if plan is not None else None
+    made = inputs.plan_of(plan, apart=True).mtp_apart()[0] if plan is not None else None
     routed = inputs.token_trace_of(trace, "moesim serve") if trace is not None else None
     named = (made.model if made is not None else "") or (
         routed.meta.model if routed is not None else ""
@@ -231,13 +228,17 @@ def _pools(
     options["mtp"] = options["mtp"] and spec.mtp_layers > 0
     split = dict(asked)
     gpus = split.pop("gpus")
+    attention = 0
+    if made is not None and made.attention_gpus and options["expert_gpus"] is None:
+        options["expert_gpus"], attention = made.placement.num_gpus, made.attention_gpus
+        defaults["expert GPUs"] = f"{made.placement.num_gpus}, the plan's"
     if gpus is None:
         apart = options["expert_gpus"]
         gpus = service_gpus(split["replicas"], split["tp"], split["dp"], split["pp"] or 1, apart)
         if isinstance(cluster, Cluster):
             gpus = cluster.num_gpus
         elif made is not None:
-            gpus = made.placement.num_gpus * (split["replicas"] or 1)
+            gpus = (made.placement.num_gpus + attention) * (split["replicas"] or 1)
         defaults["GPUs"] = str(gpus)
     if cluster is None:
         cluster = defaults["cluster"] = DEFAULT_CLUSTER
@@ -254,27 +255,6 @@ def _pools(
             "give prompts and decoding engines of the plan's size, or no plan",
         )
     return front, back
-
-
-def _speculation(
-    deployment: Deployment,
-    speculate: float | Sequence[float] | None,
-    drafts: int,
-    fixed: bool,
-    share: float | None,
-    defaults: dict[str, str],
-) -> Speculation | None:
-    if speculate is None:
-        if share is not None:
-            raise InputError("`draft_share` without `speculate`", "give an acceptance, as 0.7")
-        return None
-    given = tuple(speculate) if isinstance(speculate, Sequence) else (speculate,)
-    if deployment.mtp:
-        defaults["drafting"] = "multi-token-prediction layer"
-        return Speculation(given, drafts, 0.0, fixed)
-    if share is None:
-        defaults["drafting"] = f"{DRAFT_SHARE:g} of a step per token"
-    return Speculation(given, drafts, DRAFT_SHARE if share is None else share, fixed)
 
 
 def _level_rules(texts: Sequence[str]) -> tuple[Level, ...]:

@@ -12,7 +12,7 @@ from moesim.choices import Fidelity, Keep, MoveThrough, OnLoss, Order, Phase, Re
 from moesim.cluster import DEFAULT_CLUSTER, Cluster, cluster_names, is_shipped, load_cluster
 from moesim.errors import InputError, plain
 from moesim.jobs import inputs
-from moesim.jobs.simulate_request import DEFAULT_STEPS, FaultSpec, SimRequest
+from moesim.jobs.simulate_request import DEFAULT_PARTS, DEFAULT_STEPS, FaultSpec, SimRequest
 from moesim.jobs.simulate_result import SimReport
 from moesim.jobs.simulate_steps import simulate_steps
 from moesim.planning.request import HBM_USABLE
@@ -76,6 +76,9 @@ def simulate(
     rebalance_above: float | None = None,
     rebalance_solver: str = "eplb",
     rebalance_through: MoveThrough | None = None,
+    expert_gpus: int | None = None,
+    micro_batches: int = DEFAULT_PARTS,
+    mtp: bool = False,
     offload: bool = True,
     batching: Order | None = None,
     pool: int | None = None,
@@ -94,7 +97,7 @@ def simulate(
     Raises MismatchError where trace, plan, model and cluster do not belong together,
     UnknownNameError for names and InputError for numbers that cannot be used.
     """
-    found = _inputs(trace, plan, cluster, gpus, model, offload)
+    found = _inputs(trace, plan, cluster, gpus, model, offload, expert_gpus)
     request = SimRequest(
         trace=found.trace,
         cluster=found.cluster,
@@ -126,6 +129,9 @@ def simulate(
             found.cluster,
         ),
         rebalance_solver=rebalance_solver,
+        expert_gpus=found.expert_gpus,
+        micro_batches=micro_batches,
+        mtp=mtp,
         caches=found.caches,
         batching=_batching(batching, pool, patience),
         timeline_steps=timeline_steps,
@@ -141,6 +147,9 @@ def simulate(
 
 def run_simulation(request: SimRequest, *, progress: Progress | None = None) -> SimReport:
     """`simulate` from a request."""
+    for name, given in (("expert_gpus", request.expert_gpus is not None), ("mtp", request.mtp)):
+        if request.caches and given:
+            raise InputError(f"`{name}` of a plan with caches of experts", f"leave `{name}` out")
     if request.caches:
         from moesim.jobs.simulate_offloaded import simulate_offloaded
 
@@ -156,6 +165,7 @@ class _Inputs:
     model: ModelSpec
     defaults: dict[str, str] = field(default_factory=dict)
     caches: tuple[CachePlan, ...] = ()
+    expert_gpus: int | None = None
 
 
 def _inputs(
@@ -165,8 +175,10 @@ def _inputs(
     gpus: int | None,
     model: ModelLike | None,
     offload: bool,
+    expert_gpus: int | None,
 ) -> _Inputs:
-    """Read all files. The cluster defaults to the plan's by name, the GPUs to the plan's number.
+    """Read all files. The cluster defaults to the plan's by name, the GPUs to the plan's number,
+    with those of attention where the plan has experts on GPUs of their own.
 
     `plan` may be a cache plan by itself, for one GPU; without `offload` the caches of a plan are
     left out. Raises InputError where a cache plan is all there is and is to be left out.
@@ -191,19 +203,22 @@ def _inputs(
             cluster = defaults["cluster"] = _cluster_of(caches[0])
         model = model or caches[0].model or None
     elif plan is not None:
-        made = inputs.plan_of(plan)
+        made = inputs.plan_of(plan, apart=True)
         if made.cache is not None and offload:
             caches = parse_group(made.cache)
     if cluster is None:
         planned = str(made.provenance.get("cluster", "")) if made is not None else ""
         cluster = planned if planned in cluster_names() or is_shipped(planned) else DEFAULT_CLUSTER
         defaults["cluster"] = cluster
+    if made is not None and made.attention_gpus and expert_gpus is None:
+        expert_gpus = made.placement.num_gpus
+        defaults["expert GPUs"] = f"{expert_gpus}, the plan's"
     if gpus is None and made is not None:
-        gpus = made.placement.num_gpus
+        gpus = made.placement.num_gpus + made.attention_gpus
     named = made.model if made is not None and made.model else loaded.meta.model
     spec = inputs.model_required(model, named) if not caches else _stored(caches[0], model, named)
     sized = inputs.cluster_of(cluster, gpus)
-    return _Inputs(loaded, made, sized, spec, defaults, caches)
+    return _Inputs(loaded, made, sized, spec, defaults, caches, expert_gpus)
 
 
 def _stored(plan: CachePlan, model: ModelLike | None, named: str) -> ModelSpec:

@@ -20,7 +20,8 @@ from moesim.cost.curves import weakest
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.jobs.simulate_request import SimRequest
 from moesim.jobs.simulate_result import SimReport
-from moesim.jobs.simulate_steps import build_models, check_plan, speeds_of
+from moesim.jobs.simulate_steps import build_models, speeds_of
+from moesim.jobs.simulate_workload import check_plan
 from moesim.model.names import WEIGHT_BYTES
 from moesim.placement import Placement
 from moesim.sim.offload.run import GpuCache, OffloadRun

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moesim.model.spec import ModelSpec
 
 DEFAULT_STEPS = 16
+DEFAULT_PARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,9 @@ class SimRequest:
     take the trace's domains one after the other. num_chunks: None tries DEGREES. reduce: share of
     the hidden size that is exchanged (BigMac). slow, speed_*: see GpuSpeeds. rebalance: the first
     placement is simulated once more, with new placements by `rebalance_solver` on the way.
+    expert_gpus: so many of the last GPUs hold the experts and nothing else, and a step goes between
+    them and the others in `micro_batches` parts; None where attention is on the experts' GPUs.
+    mtp: a step drafts a token: each multi-token-prediction layer once over all rows, and the head.
     network_scale: all links are taken as so many times faster, for what-if studies. caches: one
     cache plan a GPU, where experts do not all fit; the steps are then those of a decode stream.
     batching: how its batches are formed, None for a request a place of the batch.
@@ -80,6 +84,14 @@ class SimRequest:
     network_scale: float = 1.0
     caches: tuple[CachePlan, ...] = ()
     batching: Batching | None = None
+    expert_gpus: int | None = None
+    micro_batches: int = DEFAULT_PARTS
+    mtp: bool = False
+
+    @property
+    def attention_gpus(self) -> int:
+        """GPUs without experts; 0 where attention is on the experts' GPUs."""
+        return 0 if self.expert_gpus is None else self.cluster.num_gpus - self.expert_gpus
 
     def settings(self) -> dict[str, str]:
         """What was asked that changes the result and is no default: for titles, texts and JSON."""
@@ -101,6 +113,13 @@ class SimRequest:
         out |= {name: str(value) for name, value in given.items() if value is not None}
         if self.schedule != "sequential":
             out["schedule"] = self.schedule
+        if self.expert_gpus is not None:
+            out["experts apart"] = (
+                f"{self.attention_gpus} GPUs of attention, {self.expert_gpus} of experts,"
+                f" {self.micro_batches} parts"
+            )
+        if self.mtp:
+            out["multi-token prediction"] = "one token drafted"
         if self.reduce != 1.0:
             out["reduce"] = f"{self.reduce:g}"
         if self.drop is not None:

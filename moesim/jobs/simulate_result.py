@@ -76,7 +76,8 @@ class SimReport(Result):
             f" {count(self.num_requests, 'held-out request')}; {first.fidelity},"
             f" {first.schedule}" + (f", {first.exchange}" if cluster.num_gpus > 1 else "")
         )
-        lines += [_steps(self), *_gpus(first), *_links(self), *_offload(self)]
+        lines += [_steps(self), *_pools(self.results), *_gpus(first)]
+        lines += [*_links(self), *_offload(self)]
         lines += [*_faults(self.results), *_rebalance(self.results)]
         lines.append(f"times rest on {self.basis} figures: " + "; ".join(self.notes))
         return "\n".join(lines)
@@ -163,6 +164,16 @@ def _steps(report: SimReport) -> str:
         sent = (f"{d['bytes_by_link_class'].get(name, 0.0) / 1e6:,.2f}" for d in data.values())
         rows.append([f"MB per step over {name}", *sent])
     return text_table(["microseconds per step", *results], rows)
+
+
+def _pools(results: dict[str, SimResult]) -> list[str]:
+    found = {n: r.extra["pools"] for n, r in results.items() if "pools" in r.extra}
+    return [
+        f"{name}: two pools, {pools['parts']} parts: {pools['attention_gpus']} GPUs of attention"
+        f" compute {pools['attention_busy']:.0%} of a step, {pools['expert_gpus']} of experts"
+        f" {pools['experts_busy']:.0%}; the exchange takes {pools['exchange_share']:.0%} each way"
+        for name, pools in found.items()
+    ]
 
 
 def _gpus(result: SimResult) -> list[str]:

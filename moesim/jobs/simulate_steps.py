@@ -12,17 +12,20 @@ from moesim import compat
 from moesim.choices import Fidelity as Fidelity
 from moesim.compat import other_ranks
 from moesim.cost.curves import weakest
-from moesim.cost.step import StepModel
-from moesim.errors import InputError, MismatchError
+from moesim.errors import InputError
 from moesim.jobs.simulate_request import SimRequest
 from moesim.jobs.simulate_result import SimReport
-from moesim.placement import Placement, Plan
-from moesim.planning.baselines import capacity_of, place_by_counts, place_on_survivors
+from moesim.jobs.simulate_workload import (
+    check_apart,
+    check_plan,
+    placements_of,
+    steps_of,
+    with_mtp_layers,
+    workload_of,
+)
+from moesim.placement import Placement
+from moesim.planning.baselines import place_by_counts
 from moesim.planning.empty_layers import plan_of_layers
-from moesim.planning.own_schedule import other_schedule
-from moesim.planning.request import DEFAULT_BATCH_TOKENS
-from moesim.planning.traffic import sample_traffic
-from moesim.planning.tuning import tuning_counts
 from moesim.sim.analytic import run_analytic
 from moesim.sim.collectives.registry import build_exchange
 from moesim.sim.event import run_event
@@ -34,24 +37,19 @@ from moesim.sim.prepare import Models, one_batch
 from moesim.sim.rebalance import RebalanceRun
 from moesim.sim.result import SimResult
 from moesim.sim.schedules.base import Schedule
+from moesim.sim.schedules.ping_pong import PingPong
 from moesim.sim.schedules.registry import CHUNKED, check_exchange, get_schedule
 from moesim.sim.stragglers import GpuSpeeds
 from moesim.sim.timeline import StepTimeline
-from moesim.solvers.registry import find_solver
 from moesim.trace.batches import (
     Batches,
     Phase,
-    RequestIndex,
-    draw_batches,
-    index_requests,
-    split_requests,
 )
 from moesim.trace.empty import layers_text, loaded_layers, only_layers, require_load
-from moesim.trace.format import DECODE, PREFILL, Trace
 from moesim.types import Progress, shifted
 
 if TYPE_CHECKING:
-    from moesim.cluster import Cluster
+    pass
 
 SENT_ONCE_A = {"gpu": "GPU", "node": "node", "none": "chosen expert"}
 DEGREES = (1, 2, 4, 8)
@@ -71,6 +69,7 @@ def simulate_steps(request: SimRequest, *, progress: Progress | None = None) -> 
         )
     defaults: dict[str, str] = {}
     notices: list[str] = []
+    request = with_mtp_layers(request, notices)
     keep = require_load(loaded_layers(request.trace))
     if not keep.all():
         without = layers_text(request.trace.meta.layer_ids, keep)
@@ -81,17 +80,20 @@ def simulate_steps(request: SimRequest, *, progress: Progress | None = None) -> 
             trace=only_layers(request.trace, keep),
             plan=None if planned is None else plan_of_layers(planned, keep),
         )
+    if request.expert_gpus is not None:
+        check_apart(request)
     trace, model = request.trace, request.model
-    notices += filter(None, [other_ranks(trace, request.cluster.num_gpus)])
+    homes = request.attention_gpus or request.cluster.num_gpus
+    notices += filter(None, [other_ranks(trace, homes)])
     if request.plan is not None:
-        check_plan(request.plan, trace, request.cluster)
+        check_plan(request.plan, trace, request.cluster, request.attention_gpus)
     notices += compat.trace_fits_model(trace.meta, model)
-    phase, batch_tokens = _workload(request, defaults)
+    phase, batch_tokens = workload_of(request, defaults)
     models, notes = build_models(request, phase, defaults)
-    placements, counts, held_out = _placements(
+    placements, counts, held_out = placements_of(
         request, models.step, phase, batch_tokens, defaults, notices
     )
-    batches = _batches(request, held_out, phase, batch_tokens, notices)
+    batches = steps_of(request, held_out, phase, batch_tokens, notices)
     timeline = None
     if request.timeline_steps:
         timeline = StepTimeline(models.links, models.num_gpus, request.timeline_steps)
@@ -199,15 +201,7 @@ class _Runner:
 
     def _place_window(self, counts: npt.NDArray[Any], capacity: npt.NDArray[np.int64]) -> Placement:
         """The rebalancing solver on the GPUs that have slots, as if there were no others."""
-        request = self.request
-        return place_on_survivors(
-            request.rebalance_solver,
-            counts,
-            capacity,
-            request.cluster,
-            num_groups=request.model.n_group,
-            seed=request.seed,
-        )
+        return self._place(self.request.rebalance_solver, counts, capacity)
 
     def _place(
         self, solver: str, counts: npt.NDArray[Any], capacity: npt.NDArray[np.int64]
@@ -245,6 +239,8 @@ def _schedule(
     """The schedule asked for; where it cuts steps into chunks, with the number of them that makes
     the first step of `placement` shortest, unless one was asked for."""
     name = request.schedule
+    if request.expert_gpus is not None and request.micro_batches > 1:
+        return PingPong(request.micro_batches)
     if request.num_chunks is not None and name not in CHUNKED:
         raise InputError(f"`chunks` with schedule {name}", f"use it with {' or '.join(CHUNKED)}")
     schedule = get_schedule(name, 1 if request.num_chunks is None else request.num_chunks)
@@ -264,52 +260,6 @@ def _schedule(
     shown = ", ".join(f"{d}: {us:,.0f} us" for d, us in tried.items())
     defaults["chunks"] = f"{best} (first step by number of chunks: {shown})"
     return get_schedule(name, best)
-
-
-def check_plan(plan: Plan, trace: Trace, cluster: Cluster) -> None:
-    """Raise MismatchError unless `plan` fits the trace and the cluster."""
-    compat.plan_fits_trace(plan, trace.meta)
-    compat.placement_fits_cluster(plan.placement, cluster)
-
-
-def _workload(request: SimRequest, defaults: dict[str, str]) -> tuple[Phase, int]:
-    made_for = request.plan.evaluation if request.plan is not None else {}
-    phases = np.asarray(request.trace.phases)
-    phase = request.phase
-    if phase is None:
-        phase = made_for.get("phase")
-        if phase not in ("prefill", "decode"):
-            phase = "prefill" if (phases == PREFILL).any() else "decode"
-        share = float((phases == DECODE).mean())
-        defaults["phase"] = f"{phase} ({share:.0%} of the trace's tokens are decode)"
-    batch_tokens = request.batch_tokens
-    if batch_tokens is None:
-        planned = made_for.get("batch_tokens") if made_for.get("phase") == phase else None
-        batch_tokens = planned if isinstance(planned, int) else DEFAULT_BATCH_TOKENS[phase]
-        defaults["batch tokens"] = f"{batch_tokens} over all GPUs"
-    if not 1 <= batch_tokens <= 1 << 24:
-        raise InputError(f"`batch_tokens` {batch_tokens}", "give the tokens of one step")
-    if not 1 <= request.num_steps <= 1 << 20:
-        raise InputError(f"`steps` {request.num_steps}", "give at least 1")
-    if request.context_tokens is not None and not 1 <= request.context_tokens <= 1 << 30:
-        raise InputError(f"`context_tokens` {request.context_tokens}", "give at least 1")
-    if request.fidelity == "analytic":
-        _check_closed_form(request)
-    return phase, batch_tokens
-
-
-def _check_closed_form(request: SimRequest) -> None:
-    """Raise InputError for what only the event simulation can do."""
-    asked = {
-        f"schedule {request.schedule}": request.schedule != "sequential",
-        "a timeline": request.timeline_steps > 0,
-        "GPUs that change speed": bool(request.slow) or request.speed_sigma > 0,
-        "faults": not request.faults.none,
-        "rebalancing": request.rebalance is not None,
-    }
-    for name, wanted in asked.items():
-        if wanted:
-            raise InputError(f"{name}: the analytic cost has no such thing", "use `fidelity` event")
 
 
 def build_models(
@@ -335,107 +285,18 @@ def build_models(
     if policy is None:
         policy = request.plan.replica_policy if request.plan is not None else "split"
     models = Models(
-        cluster, step, links, exchange, home, policy, request.context_tokens, request.drop
+        cluster,
+        step,
+        links,
+        exchange,
+        home,
+        policy,
+        request.context_tokens,
+        request.drop,
+        request.attention_gpus,
     )
     if request.all_to_all is None:
         defaults["all-to-all"] = (
             f"{models.exchange_name}, one message per {SENT_ONCE_A[step.dedup]}"
         )
     return models, tuple(notes)
-
-
-def _placements(
-    request: SimRequest,
-    step: StepModel,
-    phase: Phase,
-    batch_tokens: int,
-    defaults: dict[str, str],
-    notices: list[str],
-) -> tuple[dict[str, Placement], npt.NDArray[np.float32], RequestIndex]:
-    trace, cluster = request.trace, request.cluster
-    index, notice = index_requests(trace, phase)
-    if notice:
-        notices.append(notice)
-    tune, held_out = split_requests(index)
-    names = list(request.compare)
-    out: dict[str, Placement] = {}
-    if request.plan is not None:
-        made_from = request.plan.provenance.get("trace")
-        if made_from is not None and made_from != trace.content_hash():
-            notices.append("the plan was made from another trace than this one")
-        out["plan"] = request.plan.placement
-        capacity = capacity_of(request.plan.placement)
-    else:
-        per_gpu, over = divmod(trace.num_experts, cluster.num_gpus)
-        if not per_gpu:
-            raise InputError(
-                f"{trace.num_experts} experts on {cluster.num_gpus} GPUs: some would hold none",
-                f"use at most {trace.num_experts} GPUs, or a plan with redundant experts",
-            )
-        capacity = np.full(cluster.num_gpus, per_gpu, np.int64)
-        capacity[:over] += 1
-        names = ["linear", *(n for n in names if n != "linear")]
-        defaults["placement"] = "linear (no `plan`)"
-    counts = np.zeros((0, trace.num_layers, trace.num_experts), np.float32)
-    if names or request.faults.recovery.on_loss == "replan":
-        counts = tuning_counts(trace, tune, phase, batch_tokens, request.seed)
-        needing = [n for n in names if "tokens" in getattr(find_solver(n), "needs", ())]
-        traffic = None
-        if needing:
-            traffic = sample_traffic(trace, tune, phase, batch_tokens, step, request.seed)
-        notices += other_schedule(names, request.schedule)
-        for name in dict.fromkeys(names):
-            out[name] = place_by_counts(
-                name,
-                counts,
-                capacity,
-                cluster,
-                num_groups=request.model.n_group,
-                seed=request.seed,
-                traffic=traffic,
-            )
-    return out, counts, held_out
-
-
-def _batches(
-    request: SimRequest,
-    held_out: RequestIndex,
-    phase: Phase,
-    batch_tokens: int,
-    notices: list[str],
-) -> Batches:
-    seed = request.seed + 1
-    if request.drift:
-        batches = _by_domain(request, held_out, phase, batch_tokens, seed)
-    else:
-        batches = draw_batches(held_out, phase, batch_tokens, request.num_steps, seed)
-    filled = float(np.diff(batches.indptr).mean())
-    if filled < 0.9 * batch_tokens:
-        notices.append(
-            f"the held-out requests fill steps of {filled:.0f} tokens only, {batch_tokens} asked"
-        )
-    return replace(batches, batch_tokens=batch_tokens)
-
-
-def _by_domain(
-    request: SimRequest, held_out: RequestIndex, phase: Phase, batch_tokens: int, seed: int
-) -> Batches:
-    """Steps from one domain after the other, in the order of the trace's meta, equally many."""
-    trace = request.trace
-    if trace.domain_ids is None:
-        raise MismatchError("the trace has no domains to drift through", "leave out `drift`")
-    domain = np.asarray(trace.domain_ids)[held_out.token_idx[held_out.indptr[:-1]]]
-    present = np.unique(domain)
-    cuts = np.linspace(0, request.num_steps, len(present) + 1).astype(int)
-    parts = [
-        draw_batches(held_out.select(domain == d), phase, batch_tokens, int(count), seed)
-        for d, count in zip(present, np.diff(cuts), strict=True)
-        if count
-    ]
-    lengths = np.concatenate([np.diff(p.indptr) for p in parts])
-    return Batches(
-        np.concatenate([p.token_idx for p in parts]),
-        np.concatenate(([0], np.cumsum(lengths))),
-        phase,
-        batch_tokens,
-    )

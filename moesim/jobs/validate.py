@@ -174,7 +174,7 @@ def _measure(
     if not plans or trace is None:
         raise InputError("a plan and a trace are needed", "give `plan` and `trace`, or `measured`")
     require_torch()
-    first = load_plan(plans[0])
+    first = load_plan(plans[0]).together()
     shape = shape_of(model or first.model, notify)
     num_ranks = first.placement.num_gpus
     loaded = load_token_trace(trace, "moesim validate")

@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from moesim.errors import UnknownNameError
 from moesim.model.ggml import CACHE_BYTES, QUANTISED_BYTES
 
+TENSOR_CLASSES = ("experts", "attention", "shared", "dense", "latent", "router", "tables", "other")
+"""Classes of weights that a checkpoint stores each in its own way: routed experts; attention and
+what stands in its place; shared experts; dense feed-forward parts; projections into and out of the
+experts' latent space; routers; embedding table and output head; the rest."""
+
 WEIGHT_BYTES: Mapping[str, float] = {
     "fp32": 4.0,
     "bf16": 2.0,

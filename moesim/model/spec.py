@@ -11,17 +11,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moesim.errors import FormatError, InputError
+from moesim.errors import InputError
 from moesim.model.attention import AttentionSpec, Cache, LayerKind
-from moesim.model.checks import MAX_EXPERTS, MAX_LAYERS, MAX_PARAMS, MAX_SIZE
-from moesim.model.checks import check_int as _check_int
-from moesim.model.checks import check_layer_ids as _check_layer_ids
+from moesim.model.checks import check_spec
 from moesim.model.dtypes import KV_BYTES, TOKEN_BYTES, WEIGHT_BYTES, bytes_per
 
-TENSOR_CLASSES = ("experts", "attention", "shared", "dense", "latent", "router", "tables", "other")
-"""Classes of weights that a checkpoint stores each in its own way: routed experts; attention and
-what stands in its place; shared experts; dense feed-forward parts; projections into and out of the
-experts' latent space; routers; embedding table and output head; the rest."""
 _WIDE_CLASSES = ("router", "tables", "other")
 
 
@@ -82,88 +76,7 @@ class ModelSpec:
     stored: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        owner = f"model {self.name!r:.80}"
-        _check_int(owner, "num_hidden_layers", self.num_hidden_layers, 1, MAX_LAYERS)
-        _check_int(owner, "num_experts", self.num_experts, 1, MAX_EXPERTS)
-        _check_int(owner, "ffn_matrices", self.ffn_matrices, 2, 3)
-        for field in ("hidden_size", "moe_intermediate_size", "top_k", "vocab_size", "n_group"):
-            _check_int(owner, field, getattr(self, field), 1, MAX_SIZE)
-        _check_int(owner, "topk_group", self.topk_group, 1, self.n_group)
-        for field in (
-            "num_shared_experts", "shared_intermediate_size", "dense_intermediate_size",
-            "expert_hidden_size", "num_zero_experts", "moe_dense_ffns", "mtp_layers",
-        ):  # fmt: skip
-            _check_int(owner, field, getattr(self, field), 0, MAX_SIZE)
-        _check_int(owner, "mtp_moe_layers", self.mtp_moe_layers, 0, self.mtp_layers)
-        for field in ("mtp_params", "other_params"):
-            _check_int(owner, field, getattr(self, field), 0, MAX_PARAMS)
-        self._check_layers(owner)
-        self._check_choices(owner)
-        if bool(self.num_shared_experts) != bool(self.shared_intermediate_size):
-            raise FormatError(
-                f"{owner}: num_shared_experts {self.num_shared_experts} does not fit "
-                f"shared_intermediate_size {self.shared_intermediate_size}",
-                "give both or neither",
-            )
-        bytes_per(WEIGHT_BYTES, self.expert_dtype)
-        bytes_per(WEIGHT_BYTES, self.dense_dtype)
-        for name, value in self.stored:
-            if name not in TENSOR_CLASSES or not 0 < value <= 8:
-                raise FormatError(
-                    f"{owner}: stored has {name!r:.40}: {value!r:.40}",
-                    f"give bytes per weight up to 8 of: {', '.join(TENSOR_CLASSES)}",
-                )
-
-    def _check_layers(self, owner: str) -> None:
-        layers = self.num_hidden_layers
-        for field in ("moe_layer_ids", "hash_layer_ids", "no_ffn_layer_ids"):
-            _check_layer_ids(owner, field, getattr(self, field), layers)
-        attention = self.attention
-        for field in ("window_layer_ids", "linear_layer_ids", "absent_layer_ids"):
-            _check_layer_ids(owner, field, getattr(attention, field), layers)
-        seen: set[int] = set()
-        for kind in attention.kinds:
-            _check_layer_ids(owner, f"layers of {kind.name!r:.60}", kind.layer_ids, layers)
-            if seen & set(kind.layer_ids):
-                raise FormatError(
-                    f"{owner}: layers of {kind.name!r:.60} are of another kind too",
-                    "give every layer one kind",
-                )
-            seen |= set(kind.layer_ids)
-        if not self.moe_layer_ids:
-            raise FormatError(f"{owner}: no layer has experts", "list its MoE layers")
-        if set(self.hash_layer_ids) - set(self.moe_layer_ids):
-            raise FormatError(
-                f"{owner}: hash_layer_ids has layers without experts", "list MoE layers only"
-            )
-        if set(self.no_ffn_layer_ids) & set(self.moe_layer_ids):
-            raise FormatError(
-                f"{owner}: no_ffn_layer_ids has layers with experts", "list the others only"
-            )
-        if (self.num_dense_layers or self.moe_dense_ffns) and not self.dense_intermediate_size:
-            raise FormatError(
-                f"{owner}: has dense layers but dense_intermediate_size is 0",
-                "give the width of the dense layers",
-            )
-
-    def _check_choices(self, owner: str) -> None:
-        if self.top_k > self.num_experts + self.num_zero_experts:
-            raise FormatError(
-                f"{owner}: top_k {self.top_k} is more than num_experts {self.num_experts}",
-                "a token cannot choose more experts than there are: check the experts per token",
-            )
-        if self.num_experts % self.n_group:
-            raise FormatError(
-                f"{owner}: n_group {self.n_group} does not divide num_experts {self.num_experts}",
-                "expert groups have equal sizes: check n_group",
-            )
-        reachable = self.topk_group * (self.num_experts // self.n_group) + self.num_zero_experts
-        if self.top_k > reachable:
-            raise FormatError(
-                f"{owner}: top_k {self.top_k} is more than the {reachable} experts in "
-                f"topk_group {self.topk_group} groups",
-                "check topk_group and n_group",
-            )
+        check_spec(self)
 
     @property
     def num_moe_layers(self) -> int:

@@ -28,7 +28,7 @@ from moesim.planning.request import (
 )
 from moesim.planning.traffic import sample_traffic
 from moesim.planning.tuning import tuning_counts
-from moesim.solvers.base import Objective, Problem, Stop, never
+from moesim.solvers.base import Objective, Problem, Stop, never, of_holders
 from moesim.trace.batches import Phase, index_requests, split_requests
 from moesim.trace.format import DECODE, PREFILL, Trace, TraceMeta, require_tokens
 from moesim.types import IntArray
@@ -82,9 +82,11 @@ def token_case(request: PlanRequest, stop: Stop = never) -> Case:
     step, objective = _step_model(request, phase, defaults, notices)
     capacity = _capacity(request, trace, defaults)
     if work.check_memory and work.model is not None:
-        check_memory(work.model, work.cluster, capacity)
+        check_memory(work.model, work.cluster, capacity, work.attention_gpus, mtp=work.mtp)
     index, notice = index_requests(trace, phase)
-    notices += filter(None, (notice, other_ranks(trace, work.cluster.num_gpus)))
+    notices += filter(
+        None, (notice, other_ranks(trace, work.attention_gpus or work.cluster.num_gpus))
+    )
     tune, held_out = split_requests(index)
     dedup: Dedup = step.dedup if step is not None else (work.dedup or "gpu")
     data = Data(trace, tune, held_out, phase, batch_tokens, step, dedup)
@@ -92,7 +94,9 @@ def token_case(request: PlanRequest, stop: Stop = never) -> Case:
     counts = tuning_counts(trace, tune, phase, batch_tokens, search.seed)
     traffic = None
     if step is not None and objective != "balance":
-        traffic = sample_traffic(trace, tune, phase, batch_tokens, step, search.seed)
+        traffic = sample_traffic(
+            trace, tune, phase, batch_tokens, step, search.seed, work.attention_gpus
+        )
     problem = Problem(
         counts=counts,
         capacity=capacity,
@@ -107,6 +111,8 @@ def token_case(request: PlanRequest, stop: Stop = never) -> Case:
         time_limit_s=search.time_limit_s,
         stop=stop,
     )
+    if work.attention_gpus and objective == "balance":
+        problem = of_holders(problem)
     return Case(
         request,
         trace.meta,
@@ -158,15 +164,19 @@ class TokenJudge:
         }
 
     def measure(self, placement: Placement, homes: Callable[..., Any] | None = None) -> Measured:
+        work = self.case.request.workload
+        if placement.num_gpus != work.cluster.num_gpus:
+            placement = placement.behind(work.attention_gpus, work.cluster.num_nodes)
         return measure(
             self.data.trace,
             self.sample,
             placement,
-            policy=self.case.request.workload.replica_policy,
+            policy=work.replica_policy,
             dedup=self.data.dedup,
             step=self.data.step,
-            speed=self.case.problem.speed,
+            speed=np.asarray(work.cluster.speed_factor, np.float64),
             homes=homes,
+            attention_gpus=work.attention_gpus,
         )
 
 

@@ -124,11 +124,15 @@ def measure(
     step: StepModel | None,
     speed: FloatArray | None = None,
     homes: Callable[[Batches], npt.NDArray[np.int32]] | None = None,
+    attention_gpus: int = 0,
 ) -> Measured:
     """Route the whole sample through `placement`, a few batches at a time, on threads.
 
-    homes: home GPU of every token of some batches; default `home_ranks`.
+    homes: home GPU of every token of some batches; default `home_ranks`. attention_gpus: so many of
+    the first GPUs are the homes and hold no experts, loads are of the others; 0 where all do both.
     """
+    first = attention_gpus
+    speed = None if speed is None else speed[first:]
     batches = sample.batches
     workers = os.cpu_count() or 1
     cells = trace.num_layers * placement.num_gpus**2
@@ -143,9 +147,9 @@ def measure(
             batches.phase,
             batches.batch_tokens,
         )
-        home = homes(some) if homes else home_ranks(trace, some, placement.num_gpus)
+        home = homes(some) if homes else home_ranks(trace, some, first or placement.num_gpus)
         routed = route(trace, some, placement, policy=policy, dedup=dedup, home=home)
-        tokens = routed.gpu_tokens(placement.num_gpus)
+        tokens = routed.gpu_tokens(placement.num_gpus)[..., first:]
         per = routed.num_tokens * trace.num_layers
         main, parts_us = slice(0, max(0, sample.num_main - start)), np.zeros((trace.num_layers, 3))
         values = {

@@ -23,7 +23,7 @@ from moesim.placement import Placement
 from moesim.planning.case import Case
 from moesim.planning.evaluate import NUM_RESAMPLES, Measured, Sample
 from moesim.planning.request import PlanRequest, check_memory, slots_of
-from moesim.solvers.base import Problem, Stop, never
+from moesim.solvers.base import Problem, Stop, never, of_holders
 from moesim.trace.batches import Batches
 from moesim.trace.format import LoadTrace
 from moesim.types import FloatArray, stream
@@ -103,7 +103,7 @@ def load_case(request: PlanRequest, stop: Stop = never) -> Case:
         notices += compat.trace_fits_model(loads.meta, work.model)
     capacity = slots_of(loads.expert_load.shape[2], request)
     if work.check_memory and work.model is not None:
-        check_memory(work.model, work.cluster, capacity)
+        check_memory(work.model, work.cluster, capacity, work.attention_gpus, mtp=work.mtp)
     problem = Problem(
         counts=split.tune.astype(np.float32),
         capacity=capacity,
@@ -114,6 +114,8 @@ def load_case(request: PlanRequest, stop: Stop = never) -> Case:
         time_limit_s=search.time_limit_s,
         stop=stop,
     )
+    if work.attention_gpus:
+        problem = of_holders(problem)
     return Case(
         request,
         loads.meta,

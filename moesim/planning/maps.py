@@ -19,6 +19,7 @@ from moesim.errors import MismatchError
 from moesim.metrics import imbalance
 from moesim.placement import Placement, Plan
 from moesim.planning.baselines import capacity_of
+from moesim.planning.mtp import without_mtp
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import Problem, run_solver
 from moesim.solvers.registry import find_solver
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacementMap:
-    """gpu_load: [L, G] token-choices of a mean batch; messages: [G, G] hidden states that GPU s
+    """gpu_load: [L, G] token-choices of a mean batch, of the GPUs with experts where these are GPUs
+    of their own; messages: [G, G] hidden states that GPU s
     sends to GPU d in dispatch of a mean step, all layers; busiest: [B * L] max over mean load;
     layer_parts_us: [L, 3] dispatch, compute and combine of a mean batch, where cluster and model
     are known."""
@@ -66,14 +68,14 @@ def plan_maps(
     Without `cluster` GPUs count as equally fast; without `cluster` and `model` messages are
     deduplicated by GPU. Raises MismatchError where trace and plan do not go together.
     """
-    trace = _domain_of(trace, plan)
+    plan, _ = plan.mtp_apart()
+    trace, notes = without_mtp(_domain_of(trace, plan), model)
     placement_fits_trace(plan.placement, trace.num_layers, trace.num_experts)
     options = _options(plan)
     phase: Phase = "decode" if plan.evaluation.get("phase") == "decode" else "prefill"
     batch_tokens = int(plan.evaluation.get("batch_tokens") or 4096)
     num_batches = int(plan.evaluation.get("num_batches") or 16)
     seed = int(options.get("seed") or 0)
-    notes: list[str] = []
     step = _step(options, phase, cluster, model, notes)
     given = options.get("dedup")
     dedup: Dedup = given if given in ("gpu", "node", "none") else "gpu"
@@ -83,9 +85,10 @@ def plan_maps(
     batches = draw_batches(held_out, phase, batch_tokens, num_batches, seed + 1)
     placements = _baselines(trace, plan, cluster, model, tune, phase, batch_tokens, seed)
     placements[_own_name(plan, placements)] = plan.placement
-    speed = None if cluster is None else np.asarray(cluster.speed_factor, np.float64)
+    first, nodes = plan.attention_gpus, 1 if cluster is None else cluster.num_nodes
+    speed = None if cluster is None else np.asarray(cluster.speed_factor[first:], np.float64)
     maps = {
-        name: _route(trace, batches, placement, plan, dedup, speed, step)
+        name: _route(trace, batches, placement.behind(first, nodes), plan, dedup, speed, step)
         for name, placement in placements.items()
     }
     same = trace.content_hash() == plan.provenance.get("trace")
@@ -149,7 +152,9 @@ def _baselines(
         counts=tuning_counts(trace, tune, phase, batch_tokens, seed),
         capacity=capacity,
         num_nodes=plan.placement.num_nodes,
-        speed=np.ones(0) if cluster is None else np.asarray(cluster.speed_factor, np.float64),
+        speed=np.ones(0)
+        if cluster is None
+        else np.asarray(cluster.speed_factor, np.float64)[plan.attention_gpus :],
         num_groups=1 if model is None else model.n_group,
         seed=seed,
     )
@@ -171,17 +176,17 @@ def _route(
     step: StepModel | None,
 ) -> PlacementMap:
     """One batch at a time: messages are [layers, GPUs, GPUs]."""
-    gpus = placement.num_gpus
-    load = np.zeros((trace.num_layers, gpus))
+    gpus, first = placement.num_gpus, plan.attention_gpus
+    load = np.zeros((trace.num_layers, gpus - first))
     messages = np.zeros((gpus, gpus))
     parts_us = np.zeros((trace.num_layers, 3))
     busiest = []
     for b in range(len(batches)):
         tokens = batches[b]
         one = replace(batches, token_idx=tokens, indptr=np.array([0, len(tokens)]))
-        home = home_ranks(trace, one, gpus)
+        home = home_ranks(trace, one, first or gpus)
         routed = route(trace, one, placement, policy=plan.replica_policy, dedup=dedup, home=home)
-        per_gpu = routed.gpu_tokens(gpus)
+        per_gpu = routed.gpu_tokens(gpus)[..., first:]
         load += per_gpu[0]
         messages += routed.messages[0].sum(axis=0)
         busiest.append(imbalance(per_gpu, speed)[0])

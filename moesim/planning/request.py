@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moesim.cost.library import check_library
 from moesim.cost.routing import POLICY_CODES, Dedup
-from moesim.cost.step import KINDS_OF
 from moesim.errors import InfeasibleError, InputError, UnknownNameError
 from moesim.placement import Plan, ReplicaPolicy
 from moesim.planning.migration import DEFAULT_STEPS
+from moesim.planning.mtp import mtp_bytes
 from moesim.planning.robust import Robust
 from moesim.solvers.base import OBJECTIVES, Objective, Solver
 from moesim.solvers.registry import find_solver
@@ -37,7 +38,9 @@ class Workload:
     """What is served, and where. None means the stated default.
 
     slots: one total, or one number per GPU; None for (experts + redundant) / GPUs each.
-    network_scale: all links are taken as so many times faster, for what-if studies.
+    network_scale: all links are taken as so many times faster, for what-if studies. expert_gpus:
+    so many of the last GPUs hold the experts and nothing else; None where all do both. mtp: layers
+    for multi-token prediction are placed and held too.
     """
 
     trace: Trace | LoadTrace
@@ -53,6 +56,13 @@ class Workload:
     all_to_all: str | None = None
     network_scale: float = 1.0
     check_memory: bool = True
+    expert_gpus: int | None = None
+    mtp: bool = False
+
+    @property
+    def attention_gpus(self) -> int:
+        """GPUs without experts; 0 where attention is on the experts' GPUs."""
+        return 0 if self.expert_gpus is None else self.cluster.num_gpus - self.expert_gpus
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +138,10 @@ class PlanRequest:
             out["robust"] = str(extras.robust)
         if extras.home_ranks is not None:
             out["home_ranks"] = extras.home_ranks
+        if work.expert_gpus is not None:
+            out["expert_gpus"] = work.expert_gpus
+        if work.mtp:
+            out["mtp"] = True
         if extras.old_plan is not None:
             table = extras.old_plan.placement.physical_to_logical
             out["from"] = hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()[:16]
@@ -143,19 +157,52 @@ def check_options(request: PlanRequest) -> None:
         raise UnknownNameError("objective", search.objective, OBJECTIVES)
     if work.replica_policy not in POLICY_CODES:
         raise UnknownNameError("replica policy", work.replica_policy, POLICY_CODES)
-    if work.all_to_all is not None and work.all_to_all not in KINDS_OF:
-        raise UnknownNameError("all-to-all library", work.all_to_all, KINDS_OF)
+    if work.all_to_all is not None:
+        check_library(work.all_to_all)
     if search.seed < 0:
         raise InputError(f"seed {search.seed} is negative", "give a seed of 0 or more")
+    _check_apart(request)
     limit = search.time_limit_s
     if not (math.isfinite(limit) and 0 <= limit <= MAX_TIME_LIMIT_S):
         raise InputError(f"a time limit of {limit} seconds", "give seconds, such as 60")
 
 
+def _check_apart(request: PlanRequest) -> None:
+    """Raise InputError for pools that cannot be, and for what is not worked out for two."""
+    work, extras = request.workload, request.extras
+    if work.expert_gpus is None:
+        return
+    if min(work.expert_gpus, work.attention_gpus) < 1:
+        raise InputError(
+            f"`expert_gpus` {work.expert_gpus} of {work.cluster.num_gpus} GPUs",
+            "leave at least one GPU to each of attention and experts",
+        )
+    asked = {
+        "`old_plan`": extras.old_plan is not None,
+        "`home_ranks`": extras.home_ranks is not None,
+        "`robust`": extras.robust is not None,
+        f"{request.solver.name}, whose tokens stay with their experts,": getattr(
+            request.solver, "schedule", "sequential"
+        )
+        != "sequential",
+    }
+    for name, given in asked.items():
+        if given:
+            raise InputError(f"{name} with experts on GPUs of their own", "leave one of them out")
+
+
 def slots_of(num_experts: int, request: PlanRequest) -> IntArray:
-    """[G] slots of each GPU in a layer. Raises InputError when they do not come out even."""
+    """[G] slots of each GPU in a layer, 0 of those of attention alone. Raises InputError when they
+    do not come out even."""
+    first = request.workload.attention_gpus
+    holders = request.workload.cluster.num_gpus - first
+    return np.concatenate(
+        [np.zeros(first, np.int64), _holders_slots(num_experts, request, holders)]
+    )
+
+
+def _holders_slots(num_experts: int, request: PlanRequest, num_gpus: int) -> IntArray:
     work = request.workload
-    num_gpus = work.cluster.num_gpus
     if work.slots is not None:
         return _given_slots(work.slots, num_gpus)
     if work.redundant_experts < 0:
@@ -194,18 +241,29 @@ def _given_slots(given: tuple[int, ...], num_gpus: int) -> IntArray:
     return np.array(given, np.int64)
 
 
-def check_memory(model: ModelSpec, cluster: Cluster, capacity: IntArray) -> None:
+def check_memory(
+    model: ModelSpec,
+    cluster: Cluster,
+    capacity: IntArray,
+    attention_gpus: int = 0,
+    *,
+    mtp: bool = False,
+) -> None:
     """Raise InfeasibleError when a GPU's experts and its copy of all other weights exceed 95 % of
-    its memory (attention data-parallel, so that every GPU holds the other weights whole)."""
-    expert = model.expert_bytes() * model.num_moe_layers
+    its memory (attention data-parallel, so that every GPU holds the other weights whole, or with
+    `attention_gpus` the first so many alone). mtp: with the layers for multi-token prediction."""
+    more, rest = mtp_bytes(model) if mtp else (0.0, 0.0)
+    layers = model.num_moe_layers + (model.mtp_moe_layers if mtp else 0)
+    expert = model.expert_bytes() * model.num_moe_layers + more
     for gpu, slots in enumerate(capacity):
-        need = int(slots) * expert + model.non_expert_bytes()
+        own = 0.0 if attention_gpus and gpu >= attention_gpus else model.non_expert_bytes() + rest
+        need = int(slots) * expert + own
         have = cluster.gpus[gpu].hbm_gb * 1e9 * HBM_USABLE
         if need > have:
             raise InfeasibleError(
                 f"{model.name} needs {need / 1e9:.1f} GB on GPU {gpu} ({int(slots)} experts per"
-                f" layer x {model.num_moe_layers} layers x {model.expert_bytes() / 1e6:.1f} MB +"
-                f" {model.non_expert_bytes() / 1e9:.1f} GB of other weights), it has"
+                f" layer x {layers} layers x {model.expert_bytes() / 1e6:.1f} MB +"
+                f" {own / 1e9:.1f} GB of other weights), it has"
                 f" {have / 1e9:.1f} GB usable",
                 "use more GPUs or GPUs with more memory, or `ignore_memory` to plan all the same",
             )

@@ -25,9 +25,10 @@ def sample_traffic(
     batch_tokens: int,
     step: StepModel,
     seed: int,
+    attention_gpus: int = 0,
 ) -> Traffic:
     """Whole batches of tuning tokens, about 12,288 tokens in all (fewer for many layers), and the
-    links that can bound a collective."""
+    links that can bound a collective. attention_gpus: tokens' homes, the first GPUs; 0 for all."""
     budget = min(TRAFFIC_TOKENS, MAX_TRAFFIC_CHOICES // (trace.num_layers * trace.top_k))
     num_batches = max(MIN_BATCHES, budget // batch_tokens)
     batches = draw_batches(requests, phase, batch_tokens, num_batches, seed + 17)
@@ -39,7 +40,7 @@ def sample_traffic(
     indptr, links = _restrict(step.route_indptr, step.route_links, keep)
     return Traffic(
         expert_ids=np.asarray(trace.expert_ids[batches.token_idx]),
-        home=home_ranks(trace, batches, step.num_gpus),
+        home=home_ranks(trace, batches, attention_gpus or step.num_gpus),
         batch_idx=np.repeat(np.arange(len(batches), dtype=np.int32), lengths),
         indptr=indptr,
         link_idx=links,

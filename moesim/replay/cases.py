@@ -47,7 +47,7 @@ def load_plans(
     Raises MismatchError that names the plan and the number that differs.
     """
     check_trace(shape, trace)
-    named = [NamedPlan(Path(path).stem, load_plan(path)) for path in paths]
+    named = [NamedPlan(Path(path).stem, load_plan(path).together()) for path in paths]
     names = [entry.name for entry in named]
     if len(set(names)) != len(names):
         raise InputError("two plans have the same file name", "give each plan its own name")

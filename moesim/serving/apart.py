@@ -31,16 +31,19 @@ def ping_pong_us(
     exchange_us: FloatArray,
     parts: int,
     num_layers: int,
+    one_way_us: FloatArray | None = None,
 ) -> FloatArray:
     """All layers of all `parts`; the times are those of one part, summed over `num_layers`.
 
     One part alone takes a + e + x in a layer. With p parts a layer takes the longer of that and p
-    times the busiest of a, e and x / 2; the last part is p - 1 turns of the busiest behind the
-    first.
+    times the busiest of a, e and the slower way of x, half of it unless `one_way_us` is given; the
+    last part is p - 1 turns of the busiest behind the first.
     """
-    a, e, x = (np.asarray(t) / num_layers for t in (attention_us, experts_us, exchange_us))
+    one_way = exchange_us / 2 if one_way_us is None else one_way_us
+    every = (attention_us, experts_us, exchange_us, one_way)
+    a, e, x, way = (np.asarray(t) / num_layers for t in every)
     through = a + e + x
-    busiest = np.maximum(np.maximum(a, e), x / 2)
+    busiest = np.maximum(np.maximum(a, e), way)
     layer = np.maximum(parts * busiest, through)
     return np.asarray(through + (num_layers - 1) * layer + (parts - 1) * busiest, np.float64)
 

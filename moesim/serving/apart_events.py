@@ -1,37 +1,34 @@
 """A step between two pools of GPUs, event by event, its exchange as flows over the cluster's links.
 
-`ping_pong_us` takes the exchange's time as given and lets one part after another through. Here
-every part's rows are messages from each attention GPU to each expert GPU (M2N, as StepMesh and
-MegaScale-Infer send them: straight, once per GPU that holds a chosen expert), on the links of their
-routes, and exchanges of different parts share links fairly (`moesim.sim.network`). The pools
-compute one part after another, first come, first served.
+The step is that of `moesim simulate` (`sim.schedules.ping_pong`), with a pool as one GPU: each pool
+computes one part after another. Dispatch and combine are the messages that the exchange's kernels
+send (C2) for the expected choices of the tokens, timed as the cost model times them (C3).
 
-Taken over from the closed form: what a pool computes for a part (`EngineStepCost`), layers alike,
-equal parts. A link gives what the exchange's kernels reach on large transfers; each exchange begins
-after their latency.
+Taken over from the closed form `ping_pong_us`: what a pool computes for a part (`EngineStepCost`),
+layers alike, equal parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import simpy
 
-from moesim.cost.curves import BYTES_PER_US_AT_1_GB_PER_S
-from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF, OTHER_LINK_EFFICIENCY
+from moesim.cost.step import StepModel, build_step_model
 from moesim.errors import InputError
 from moesim.serving.apart import ping_pong_us
 from moesim.serving.batch import BatchShape
 from moesim.serving.step_cost import EngineStepCost
-from moesim.sim.links import asymptotic_gb_per_s
-from moesim.sim.network import Flow, Network
+from moesim.sim.collectives.base import Stage, make_stage
+from moesim.sim.engine import Engine
+from moesim.sim.event import run_step
+from moesim.sim.links import link_table
+from moesim.sim.schedules.ping_pong import PingPong
+from moesim.sim.work import Chunk, HomeWork, StepWork
 from moesim.types import FloatArray
 
 if TYPE_CHECKING:
-    from moesim.cost.collective import CollectiveCurve
     from moesim.serving.deployment import Deployment
 
 
@@ -47,7 +44,7 @@ class ApartStep:
     experts_busy: float
     link_bytes: FloatArray
     peak_used: FloatArray
-    exchange_us: tuple[float, ...]
+    exchange_us: tuple[float, float]
 
 
 def simulate_apart(cost: EngineStepCost, batch: BatchShape) -> ApartStep:
@@ -58,30 +55,18 @@ def simulate_apart(cost: EngineStepCost, batch: BatchShape) -> ApartStep:
     parts, layers = d.micro_batches, d.model.num_moe_layers
     part = batch.cut(parts)
     own, experts, _ = (float(t) / layers for t in cost._own_experts_and_comm_us(part))
-    sampled = exchange_flows(cost, part)
-    flows = [sampled[layer % len(sampled)] for layer in range(layers)]
-    env = simpy.Environment()
-    network = Network(env, cost.deployment.cluster.routes().num_links)
-    pools = simpy.Resource(env), simpy.Resource(env)
-
-    def compute(pool: simpy.Resource, us: float) -> Iterator[Any]:
-        with pool.request() as turn:
-            yield turn
-            yield env.timeout(us)
-
-    def through() -> Iterator[Any]:
-        for dispatch, combine in flows:
-            yield from compute(pools[0], own)
-            yield network.send(dispatch)
-            yield from compute(pools[1], experts)
-            yield network.send(combine)
-
-    env.run(simpy.AllOf(env, [env.process(through()) for _ in range(parts)]))
-    step = float(env.now)
+    dispatch, combine = exchange_stages(cost, part)
+    none = np.zeros((layers, 2))
+    attention = np.tile([own, 0.0], (layers, 1))
+    home = HomeWork(attention, none, none, none[0], none, none)
+    chunk = Chunk(0, np.tile([0.0, experts], (layers, 1)), [dispatch], [combine], home)
+    work = StepWork(layers, 2, round(float(batch.rows.sum())), home, (chunk,) * parts)
+    engine = Engine(dispatch.link_bytes.shape[-1])
+    step = run_step(engine, PingPong(parts), work).us
     busy = [parts * layers * us / step for us in (own, experts)]
-    alone = [[flow.latency_us + flow.alone_us for flow in pair] for pair in flows]
-    exchange_us = tuple(np.mean(alone, axis=0).tolist())
-    return ApartStep(step, busy[0], busy[1], network.bytes, network.peak_used, exchange_us)
+    alone = float(dispatch.us.mean()), float(combine.us.mean())
+    network = engine.network
+    return ApartStep(step, busy[0], busy[1], network.bytes, network.peak_used, alone)
 
 
 def pools_record(deployment: Deployment, rows: float, context: float) -> dict[str, float]:
@@ -109,37 +94,49 @@ def pools_record(deployment: Deployment, rows: float, context: float) -> dict[st
     }
 
 
-def exchange_flows(cost: EngineStepCost, part: BatchShape) -> list[tuple[Flow, Flow]]:
-    """Dispatch and combine of a part, in each of the layers that the load of experts samples."""
-    d = cost.deployment
-    prefill = bool(part.prefill_tokens.max() > 0)
-    comm = cost._of_moe.comm("prefill" if prefill else "decode")
-    group = d.tp * d.dp + (d.expert_gpus or 0)
+def exchange_stages(cost: EngineStepCost, part: BatchShape) -> tuple[Stage, Stage]:
+    """Dispatch and combine of a part in every MoE layer, as a batch of one."""
+    d, moe = cost.deployment, cost._of_moe
+    comm = moe.comm("prefill" if part.prefill_tokens.max() > 0 else "decode")
+    step = build_step_model(
+        d.cluster,
+        d.model,
+        all_to_all=comm,  # type: ignore[arg-type]
+        dispatch_dtype="fp8" if "deepep" in comm else "bf16",
+        calibration=moe.links,
+    )
+    links = link_table(d.cluster, step)
+    sampled = _messages(cost, part, step)
+    layers = np.arange(d.model.num_moe_layers) % len(sampled)
+    out = sampled[None, layers]
+    back = np.swapaxes(out, -1, -2)
+    return (
+        make_stage(step, links, step.dispatch, out, step.dispatch_bytes),
+        make_stage(step, links, step.combine, back, step.combine_bytes),
+    )
+
+
+def _messages(cost: EngineStepCost, part: BatchShape, step: StepModel) -> FloatArray:
+    """[X, G, G]: expected rows from each attention GPU to each GPU, in each of the layers that the
+    load of experts samples; counted as `route` counts them for the kernels' deduplication."""
+    d, moe = cost.deployment, cost._of_moe
     rows = np.repeat(part.rows.reshape(-1) / d.tp, d.tp)
-    sizes = [BYTES_PER_ELEMENT["fp8" if "deepep" in comm else "bf16"], BYTES_PER_ELEMENT["bf16"]]
-    ways = [cost._of_moe.curve(kind, group, cost._of_moe.links) for kind in KINDS_OF[comm]]
-    out = []
-    for chosen in cost._of_moe.chosen_share:
-        elements = np.outer(rows, np.repeat(chosen, d.moe_tp)) * d.model.expert_hidden
-        pair = [_flow(cost, elements * sizes[i], ways[i], back=i == 1) for i in range(2)]
-        out.append((pair[0], pair[1]))
+    first, gpus, per_node = len(rows), d.num_gpus, d.cluster.gpus_per_node
+    chosen = moe.chosen_by_rank if step.dedup == "none" else moe.chosen_share
+    out = np.zeros((len(chosen), gpus, gpus))
+    out[:, :first, first:] = rows[:, None] * chosen[:, None, :]
+    if step.dedup != "node":
+        return out
+    node = np.arange(gpus) // per_node
+    straight, out = out, np.zeros_like(out)
+    for at in np.unique(node[first:]):
+        there = np.flatnonzero(node == at)
+        reached = 1.0 - np.prod(1.0 - chosen[:, there[there >= first] - first], axis=1)
+        for home in range(first):
+            via = home if node[home] == at else int(there[home % per_node % len(there)])
+            if via != home:
+                out[:, home, via] += rows[home] * reached
+            out[:, via, there] += straight[:, home, there]
+    diagonal = np.arange(gpus)
+    out[:, diagonal, diagonal] = 0.0
     return out
-
-
-def _flow(cost: EngineStepCost, sent: FloatArray, curve: CollectiveCurve, *, back: bool) -> Flow:
-    """`sent` [attention GPUs, expert GPUs] bytes, or as many back."""
-    routes = cost.deployment.cluster.routes()
-    carried = np.zeros(routes.num_links)
-    first = len(sent)
-    for a, e in np.ndindex(*sent.shape):
-        pair = (first + e, a) if back else (a, first + e)
-        carried[routes.links(*pair)] += sent[a, e]
-    names = np.array(routes.link_class_names)[routes.link_class]
-    rate = routes.link_gb_per_s * OTHER_LINK_EFFICIENCY
-    rate = np.where(names == "nvlink", asymptotic_gb_per_s(curve.nvlink), rate)
-    if curve.nic is not None:
-        rate = np.where(names == "nic", asymptotic_gb_per_s(curve.nic), rate)
-    used = np.flatnonzero(carried)
-    busy = carried[used] / (rate[used] * BYTES_PER_US_AT_1_GB_PER_S)
-    name = "combine" if back else "dispatch"
-    return Flow(name, name, used, carried[used], busy, curve.latency_us, float(busy.max()))

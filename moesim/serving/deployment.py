@@ -11,7 +11,8 @@ from moesim.choices import MoeComm as MoeComm
 from moesim.choices import Overlap as Overlap
 from moesim.cluster import DEFAULT_CLUSTER, load_cluster
 from moesim.cost.calibration import calibration_names, load_calibration
-from moesim.cost.step import calibration_of_gpu, default_library, family_of
+from moesim.cost.library import default_library
+from moesim.cost.step import calibration_of_gpu, family_of
 from moesim.errors import InputError
 from moesim.model.names import load_model
 from moesim.serving.deployment_checks import check_deployment
@@ -38,8 +39,9 @@ class Deployment:
     running sequences of one DP rank; memory_fraction: share of the GPU's memory the engine uses.
     moe_comm: how tokens reach their experts. all_reduce: every rank has all tokens, partial sums
     are added (TP and TP+EP without attention DP). all_gather: gathered over DP ranks before, reduce
-    scattered after. nccl, deepep, deepep_ll, nvlink, nvlink_one_sided: all-to-all. deepep_auto:
-    deepep in steps with prompt tokens and deepep_ll in steps without (SGLang's --deepep-mode auto).
+    scattered after. nccl, deepep, deepep_ll, deepep_v2, nvlink, nvlink_one_sided: all-to-all.
+    deepep_auto: deepep in steps with prompt tokens and deepep_ll in steps without (SGLang's
+    --deepep-mode auto).
     plan, trace: placement of the experts (ep = num_gpus of the plan) and the routing it serves;
     without a trace the skew of the routing is assumed (`moesim.serving.moe_load`).
     redundant_experts: further slots per layer, filled by EPLB on the popularity of the experts, as

@@ -6,7 +6,7 @@ from math import ceil
 from typing import TYPE_CHECKING, get_args
 
 from moesim.choices import MoeComm, Overlap
-from moesim.cost.step import check_one_domain
+from moesim.cost.library import check_library, check_one_domain
 from moesim.errors import InputError, MismatchError, UnknownNameError
 from moesim.model.names import KV_BYTES, WEIGHT_BYTES
 
@@ -63,8 +63,7 @@ def check_deployment(d: Deployment) -> None:
             "give `draft_share`, the time of another drafter",
         )
     _check_shapes(d)
-    if d.moe_comm not in get_args(MoeComm):
-        raise UnknownNameError("moe_comm", str(d.moe_comm), get_args(MoeComm))
+    check_library(str(d.moe_comm), get_args(MoeComm))
     if d.expert_gpus is not None and d.moe_comm in ("all_reduce", "all_gather"):
         raise InputError(
             f"moe_comm {d.moe_comm} with experts on GPUs of their own",

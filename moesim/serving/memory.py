@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -256,16 +256,31 @@ def require_fit(deployment: Deployment, min_tokens: int = 1) -> EngineMemory:
         )
     if memory.kv_token_capacity < min_tokens:
         buffers = (
-            f" ({memory.exchange_bytes / GB:.1f} of them buffers of DeepEP's low-latency kernels:"
-            " lower `dispatch_tokens`)"
+            f" ({memory.exchange_bytes / GB:.1f} of them buffers of DeepEP's low-latency kernels"
+            f" for {deployment.dispatch_tokens} rows)"
             if memory.exchange_bytes
             else ""
         )
+        rows = rows_that_fit(deployment, min_tokens)
+        lower = f"lower `dispatch_tokens` to {rows} or less, " if rows else ""
         raise InfeasibleError(
             f"{deployment.name}: a GPU has {memory.usable_bytes / GB:.1f} GB for the engine, "
             f"weights take {memory.weight_bytes / GB:.1f}, activations, states and runtime "
             f"{(memory.taken_bytes - memory.weight_bytes) / GB:.1f}{buffers}; the KV cache holds "
             f"{memory.kv_token_capacity:,} tokens, {min_tokens:,} are needed",
-            "use more GPUs, a narrower weight or KV precision, or a smaller max_batch_tokens",
+            f"{lower}use more GPUs, a narrower weight or KV precision, or a smaller"
+            " max_batch_tokens",
         )
     return memory
+
+
+def rows_that_fit(deployment: Deployment, min_tokens: int) -> int:
+    """The most `dispatch_tokens`, below the deployment's, that leave `min_tokens` of KV cache; 0
+    where none does. Engines do not lower the number themselves: it is a setting, VLLM's
+    VLLM_MOE_DP_CHUNK_SIZE, SGLang's SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK."""
+    low, high = 0, deployment.dispatch_tokens
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = gpu_memory(replace(deployment, dispatch_tokens=middle))
+        low, high = (middle, high) if tried.kv_token_capacity >= min_tokens else (low, middle)
+    return low

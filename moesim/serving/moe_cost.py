@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from moesim.choices import MoeComm, Phase
+from moesim.cost.library import DEDUP_OF, KINDS_OF
 from moesim.cost.scaled import faster_calibration
-from moesim.cost.step import BYTES_PER_ELEMENT, KINDS_OF
+from moesim.cost.step import BYTES_PER_ELEMENT
 from moesim.serving.apart import spread_of
 from moesim.serving.deployment import calibration_of
 from moesim.serving.moe_load import ExpertSlots, MoeLoad, assumed_load, layer_us, load_of_trace
@@ -201,7 +202,7 @@ class MoeCost(Parts):
         rank_skew, node_skew = self._receives_more(way.nodes, once=comm != "deepep_ll")
         sent = per_gpu * copies * way.elsewhere * rank_skew
         nic = per_gpu * way.other_nodes
-        nic = nic * (nodes * node_skew if comm == "deepep" else copies * rank_skew)
+        nic = nic * (nodes * node_skew if DEDUP_OF[comm] == "node" else copies * rank_skew)
         there = model.expert_hidden * BYTES_PER_ELEMENT["fp8" if "deepep" in comm else "bf16"]
         time = dispatch.time_us(sent * there, nic * there)
         return np.asarray(time + combine.time_us(sent * row, nic * row), dtype=np.float64)
@@ -213,12 +214,17 @@ class MoeCost(Parts):
         own = self._slots.tokens_by_rank(self.load.inclusion)
         return np.asarray(1.0 - np.prod(1.0 - own, axis=2), np.float64)
 
+    @property
+    def chosen_by_rank(self) -> FloatArray:
+        """[X, ep]: experts of a token that a rank holds, the mean, in the sampled layers."""
+        own = self._slots.tokens_by_rank(self.load.inclusion)
+        return np.asarray(own.sum(axis=2), np.float64)
+
     def _receives_more(self, num_nodes: int, *, once: bool) -> tuple[float, float]:
         """Rows that the busiest rank, and node, receives over the mean one's, averaged over layers;
         a row once where several of its experts are there, or once for each."""
-        slots = self._slots
-        own = slots.tokens_by_rank(self.load.inclusion)
-        ranks = 1.0 - np.prod(1.0 - own, axis=2) if once else own.sum(axis=2)
+        own = self._slots.tokens_by_rank(self.load.inclusion)
+        ranks = self.chosen_share if once else self.chosen_by_rank
         cut = [part for part in np.array_split(own, num_nodes, axis=1) if part.shape[1]]
         nodes = np.stack([1.0 - np.prod(1.0 - part, axis=(1, 2)) for part in cut], axis=1)
         return tuple(float((x.max(axis=1) / x.mean(axis=1)).mean()) for x in (ranks, nodes))  # type: ignore[return-value]

@@ -6,7 +6,8 @@ DeepSeek's serving (github.com/deepseek-ai/profile-data, README), SGLang's
 and experts run one after the other, every expert's weights read twice, beside both halves'
 dispatches and combines; the longer of the two counts, and one exchange that nothing hides. While
 kernels that send with SMs run, the rest has that share of the GPU less (DeepEP's default of 20 SMs,
-of an H100's 132; its low-latency kernels take none, README "hook-based overlapping").
+of an H100's 132, and version 2's 12 for two nodes; its low-latency kernels take none, README
+"hook-based overlapping").
 
 Ignored: that a half's own order may leave gaps, and that memory traffic of the two adds up.
 `moesim simulate --schedule two-batch` has the order task by task.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PREFILL_THRESHOLD = 512.0
 DECODE_THRESHOLD = 32.0
 SM_SHARE = 20 / 132
+SM_SHARE_V2 = 12 / 132
 
 
 def thresholds(overlap: str) -> tuple[float, float]:
@@ -39,7 +41,7 @@ def thresholds(overlap: str) -> tuple[float, float]:
 
 def sm_share(comm: MoeComm) -> float:
     """Share of the GPU that sending takes."""
-    return 0.0 if comm == "deepep_ll" else SM_SHARE
+    return {"deepep_ll": 0.0, "deepep_v2": SM_SHARE_V2}.get(comm, SM_SHARE)
 
 
 def overlapped_us(

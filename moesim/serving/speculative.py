@@ -12,8 +12,9 @@ drafts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,11 @@ from moesim.kernels import kernel
 from moesim.serving.state import INTERNAL
 from moesim.serving.step_kernel import drafting_us, step_us
 
+if TYPE_CHECKING:
+    from moesim.serving.deployment import Deployment
+
 MAX_DRAFTS = 16
+DRAFT_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,26 @@ class Speculation:
         given = self._given
         each = [*given, *[given[-1]] * (self.max_drafts - len(given))]
         return np.concatenate([np.ones(1), 1.0 + np.cumsum(np.cumprod(each))])
+
+
+def speculation_of(
+    deployment: Deployment,
+    speculate: float | Sequence[float] | None,
+    drafts: int = 4,
+    fixed: bool = False,
+    share: float | None = None,
+) -> tuple[Speculation | None, str]:
+    """Speculation as asked for, None without an acceptance, and who drafts where nothing says it:
+    the deployment's multi-token-prediction layer, or another drafter at DRAFT_SHARE."""
+    if speculate is None:
+        if share is not None:
+            raise InputError("`draft_share` without `speculate`", "give an acceptance, as 0.7")
+        return None, ""
+    given = tuple(speculate) if isinstance(speculate, Sequence) else (speculate,)
+    if deployment.mtp:
+        return Speculation(given, drafts, 0.0, fixed), "multi-token-prediction layer"
+    said = f"{DRAFT_SHARE:g} of a step per token" if share is None else ""
+    return Speculation(given, drafts, DRAFT_SHARE if share is None else share, fixed), said
 
 
 @kernel(**INTERNAL)

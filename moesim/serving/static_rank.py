@@ -58,6 +58,8 @@ class Rank:
             self.context -= request.prompt + request.answer + self.clock - end
             self.reserved -= request.prompt + request.answer
             ended.append(request)
+        if not self.running:
+            self.context = 0.0  # fractions of accepted drafts leave a rounding error
         return ended
 
     def fits(self, request: Request) -> bool:

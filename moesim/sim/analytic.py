@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from moesim.cost.routing import home_ranks
-from moesim.metrics import balancedness
 from moesim.placement import Placement
 from moesim.sim.capacity import Drops
 from moesim.sim.engine import CATEGORIES, COMPUTE_CATEGORIES
@@ -50,7 +49,7 @@ def run_analytic(
             batches.phase,
             batches.batch_tokens,
         )
-        home = home_ranks(trace, part, gpus)
+        home = home_ranks(trace, part, models.num_homes)
         kept, part, dropped = limited(models, trace, part, home, placement)
         return closed_form(models, prepare(models, kept, part, placement, home)), dropped
 
@@ -112,9 +111,7 @@ def closed_form(models: Models, ready: Prepared) -> SimResult:
         link_bytes=link_bytes,
         link_busy_us=busy,
         tokens=ready.routed.num_tokens,
-        balancedness=np.nanmean(
-            balancedness(ready.routed.gpu_tokens(gpus), models.step.speed), axis=1
-        ),
+        balancedness=np.nanmean(models.balancedness(ready.routed.gpu_tokens(gpus)), axis=1),
         elapsed_us=float(step.sum()),
     )
 

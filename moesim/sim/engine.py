@@ -21,9 +21,10 @@ import simpy
 
 from moesim.sim.network import Flow, Network, on_event
 
-COMPUTE, COMM = "compute", "comm"
+COMPUTE, COMM, BACK = "compute", "comm", "comm-back"
 INTRA_OUT, INTRA_BACK = "comm-intra-dispatch", "comm-intra-combine"
-"""Streams of a GPU: kernels, collectives, and (co-scheduling) collectives within the node."""
+"""Streams of a GPU: kernels, collectives, those from experts back (two pools), and (co-scheduling)
+collectives within the node."""
 
 COMPUTE_CATEGORIES = ("attention", "gate", "shared", "dense", "compute")
 COMM_CATEGORIES = ("dispatch", "combine", "other")

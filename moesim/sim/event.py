@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesim.metrics import balancedness
 from moesim.placement import Placement
 from moesim.sim.breakdown import breakdown
 from moesim.sim.capacity import Drops
@@ -40,11 +39,14 @@ class Tally:
     drops: Drops = field(default_factory=Drops)
     last: npt.NDArray[np.int64] | None = None
     token_waiting_us: list[float] = field(default_factory=list)
+    exchange_us: list[float] = field(default_factory=list)
+    parts: int = 1
 
     def add(self, run: StepRun, step: Step) -> None:
         """Count a finished step."""
         work, routed = step.work, step.routed
         split = breakdown(run)
+        self.parts = len(work.chunks)
         self.step_us.append(run.us)
         self.parts_us.append(split.us.mean(axis=0))
         self.waiting_us.append(float(split.waiting_us.mean()))
@@ -52,7 +54,7 @@ class Tally:
         self.gpu_busy.append(split.busy)
         self.tokens.append(work.num_tokens)
         load = routed.gpu_tokens(self.models.num_gpus).sum(axis=0)
-        self.balancedness.append(float(np.nanmean(balancedness(load, self.models.step.speed))))
+        self.balancedness.append(float(np.nanmean(self.models.balancedness(load))))
         self.drops = self.drops + step.drops
         self._stragglers(run, work)
 
@@ -68,9 +70,25 @@ class Tally:
             self.last[gpu] += 1
         wait = 0.0
         for chunk in work.chunks:
-            slowest = chunk.expert_us.max(axis=1, keepdims=True)
-            wait += float((slowest - chunk.expert_us).mean(axis=1).sum())
+            own = chunk.expert_us[:, self.models.attention_gpus :]
+            wait += float((own.max(axis=1, keepdims=True) - own).mean(axis=1).sum())
         self.token_waiting_us.append(wait)
+        alone = (t.flow.latency_us + t.flow.alone_us for t in run.program.tasks if t.flow)
+        self.exchange_us.append(sum(alone))
+
+    def pools_figures(self) -> dict[str, Any]:
+        """With attention and experts apart: share of the mean step that each pool computes, and
+        that the exchange takes of each direction with nothing else on the network."""
+        first, step = self.models.attention_gpus, np.array(self.step_us)
+        busy = np.array(self.gpu_busy) * step[:, None] / step.sum()
+        return {
+            "attention_gpus": first,
+            "expert_gpus": self.models.num_gpus - first,
+            "parts": self.parts,
+            "attention_busy": float(busy[:, :first].mean(axis=1).sum()),
+            "experts_busy": float(busy[:, first:].mean(axis=1).sum()),
+            "exchange_share": float(sum(self.exchange_us) / 2 / step.sum()),
+        }
 
     def straggler_figures(self) -> dict[str, Any]:
         """Share of layers that each GPU was the last of, and mean waiting that uneven tokens cause
@@ -85,6 +103,8 @@ class Tally:
         """All steps so far, with what the network carried up to now."""
         network = engine.network
         extra = {"stragglers": self.straggler_figures(), **(extra or {})}
+        if self.models.attention_gpus:
+            extra["pools"] = self.pools_figures()
         if self.models.drop is not None:
             extra["drops"] = self.drops.to_json()
         return SimResult(

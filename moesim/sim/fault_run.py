@@ -376,7 +376,7 @@ class FaultRun:
 
     def _prepare(self, batch: Batches) -> Step:
         models, dead = self.models, sorted(self.down)
-        home = home_ranks(self.trace, batch, models.num_gpus)
+        home = home_ranks(self.trace, batch, models.num_homes)
         if dead:
             up = np.array([g for g in range(models.num_gpus) if g not in self.down], np.int32)
             moved = np.flatnonzero(np.isin(home, dead))

@@ -95,6 +95,9 @@ class HomeModel:
     reduce: share of the hidden size that is exchanged; below 1 a projection down before the
     dispatch and one up after the combine are added (BigMac, arXiv:2502.16927: descend, communicate,
     communicate, ascend).
+    Layers numbered behind the model's own are for multi-token prediction: attention and a
+    projection of hidden state and embedding to one (DeepSeek-V3, arXiv:2412.19437, section 2.2),
+    and with them the output head once more, for the drafted token.
     Assumes attention data-parallel (each rank computes its own tokens whole). Ignored: norms,
     rotary embedding, sampling, the router's top-k, copies between kernels.
     """
@@ -110,6 +113,7 @@ class HomeModel:
         self.reduce = reduce
         self.model = model
         self.layer_ids = layer_ids
+        self.num_mtp = sum(layer >= model.num_hidden_layers for layer in layer_ids)
         self.speed = np.asarray(cluster.speed_factor, np.float64)
         types = list(dict.fromkeys(gpu.name for gpu in cluster.gpus))
         spec = {gpu.name: gpu for gpu in cluster.gpus}
@@ -125,7 +129,7 @@ class HomeModel:
         batches, gpus = rows.tokens.shape
         model, spec = self.model, self.model.attention
         full, windowed = np.zeros((2, batches, gpus))
-        linear, gate, shared, dense_ffn, head, down, up = np.zeros((7, batches, gpus))
+        linear, gate, shared, dense_ffn, head, down, up, drafting = np.zeros((8, batches, gpus))
         hidden, dtype = model.hidden_size, model.dense_dtype
         for kind, dense in enumerate(self.types):
             at = np.flatnonzero(self.type_of_gpu == kind)
@@ -139,6 +143,11 @@ class HomeModel:
             if spec.linear_layer_ids:
                 width = max(1, spec.linear_layer_params // hidden)
                 linear[:, at] = dense.gemm_us(tokens, width, hidden, dtype)
+            if self.num_mtp:
+                drafting[:, at] = layer(
+                    count, length, spec, hidden, dense_dtype=dtype, window=model.mtp_window
+                )
+                drafting[:, at] += dense.gemm_us(tokens, hidden, 2 * hidden, dtype)
             gate[:, at] = dense.gemm_us(tokens, model.router_params // hidden, hidden)
             dense_ffn[:, at] = self._ffn_us(dense, tokens, model.dense_intermediate_size)
             shared[:, at] = self._ffn_us(dense, tokens, model.shared_intermediate_size)
@@ -156,13 +165,15 @@ class HomeModel:
                 return np.zeros_like(full)
             if layer_id in spec.linear_layer_ids:
                 return linear
+            if layer_id >= model.num_hidden_layers:
+                return drafting
             return windowed if layer_id in spec.window_layer_ids else full
 
         per_layer = np.stack([attention(i) for i in self.layer_ids], axis=1)
         dense_layers = set(range(model.num_hidden_layers)) - set(model.moe_layer_ids)
         without = set(model.no_ffn_layer_ids)
         own = (attention(i) + (0.0 if i in without else dense_ffn) for i in sorted(dense_layers))
-        once = head + sum(own, 0.0)
+        once = head * (2 if self.num_mtp else 1) + sum(own, 0.0)
         parts = (per_layer, gate, shared, once, down, up)
         return HomeTimes(*(part / self.speed for part in parts))
 

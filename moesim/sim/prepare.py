@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from moesim.cost.routing import Routed, home_ranks, route
 from moesim.cost.step import StepModel
+from moesim.metrics import balancedness
 from moesim.placement import Placement, ReplicaPolicy
 from moesim.sim.capacity import DropPolicy, Drops, apply_capacity
 from moesim.sim.collectives.base import Exchange, Stage
@@ -31,7 +32,9 @@ class Models:
     """What does not change from step to step: hardware, cost models and the exchange.
 
     home: None leaves out what a token's home rank computes, so that a step is its MoE part alone.
-    drop: capacity that experts have, None for no limit.
+    drop: capacity that experts have, None for no limit. attention_gpus: with attention and experts
+    apart, so many of the first GPUs are the tokens' homes, and the others hold the experts; 0 where
+    all do both.
     """
 
     cluster: Cluster
@@ -42,10 +45,21 @@ class Models:
     policy: ReplicaPolicy = "split"
     context_tokens: int | None = None
     drop: DropPolicy | None = None
+    attention_gpus: int = 0
 
     @property
     def num_gpus(self) -> int:
         return self.step.num_gpus
+
+    @property
+    def num_homes(self) -> int:
+        """GPUs that tokens may be at home on, the first of all."""
+        return self.attention_gpus or self.num_gpus
+
+    def balancedness(self, tokens: npt.NDArray[np.int64]) -> FloatArray:
+        """[...] of the GPUs with experts, for tokens [..., G] of all."""
+        first = self.attention_gpus
+        return balancedness(tokens[..., first:], self.step.speed[first:])
 
     @property
     def exchange_name(self) -> str:
@@ -86,7 +100,7 @@ def prepare(
     home: [tokens] home rank of each token of `batches`; default `home_ranks`.
     """
     if home is None:
-        home = home_ranks(trace, batches, models.num_gpus)
+        home = home_ranks(trace, batches, models.num_homes)
     return timed(models, trace, batches, home, routed_by(models, trace, batches, placement, home))
 
 

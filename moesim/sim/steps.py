@@ -37,7 +37,7 @@ def step_work(
 ) -> Step:
     """One step (`batch` holds one batch) as `schedule` cuts it."""
     if home is None:
-        home = home_ranks(trace, batch, models.num_gpus)
+        home = home_ranks(trace, batch, models.num_homes)
     trace, batch, drops = limited(models, trace, batch, home, placement)
     if schedule.coherent:
         work, routed = coherent_work(models, trace, batch, placement, home)

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from moesim.sim.engine import ALL_GPUS, COMM, COMPUTE, INTRA_BACK, INTRA_OUT, StepRun
+from moesim.sim.engine import ALL_GPUS, BACK, COMM, COMPUTE, INTRA_BACK, INTRA_OUT, StepRun
 from moesim.sim.links import LinkTable
 from moesim.sim.network import LinkUse, Network
 
 LINK_PROCESS = 1_000_000
 COPY, CPU = "host copies", "CPU"
-_STREAMS = {COMPUTE: 0, COMM: 1, INTRA_OUT: 2, INTRA_BACK: 3, COPY: 4, CPU: 5}
+_STREAMS = {COMPUTE: 0, COMM: 1, INTRA_OUT: 2, INTRA_BACK: 3, COPY: 4, CPU: 5, BACK: 6}
 _MIN_SHARE = 1e-6
 
 

@@ -110,7 +110,8 @@ def load_bound(objective: PlacementCost, layer: int) -> FloatArray:
     problem = objective.problem
     counts = objective.layer_counts(layer)
     table = base_table(objective)
-    scale = objective.scale[objective.unit]
+    held = problem.capacity > 0
+    scale = objective.scale[objective.unit][held]
     rate = np.zeros(1)
     if len(table) > 1:
         steps = table[1:] / np.arange(1, len(table))
@@ -122,9 +123,9 @@ def load_bound(objective: PlacementCost, layer: int) -> FloatArray:
         rate,
         float((1 / scale).sum()),
         float(scale.min()),
-        problem.num_gpus,
+        len(scale),
         problem.num_slots - problem.num_experts,
-        int(problem.capacity.min()),
+        int(problem.capacity[held].min()),
         out,
     )
     return out

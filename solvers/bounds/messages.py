@@ -89,6 +89,7 @@ class _Messages:
         shape = (int(batch_idx.max()) + 1, int(place_of_home.max()) + 1, self.problem.num_experts)
         hits = np.zeros(shape)
         np.add.at(hits, (batch_idx[token], place[token], expert), weight)
+        hits *= self._held(place_of_home)[:, None]
         sent = np.bincount(
             batch_idx, self.num_choices if single else self.num_choices > 0, minlength=len(hits)
         )
@@ -99,7 +100,12 @@ class _Messages:
         token, choice = np.nonzero(self.ids >= 0)
         hits = np.zeros((int(place_of_home.max()) + 1, self.problem.num_experts))
         np.add.at(hits, (place_of_home[self.traffic.home][token], self.ids[token, choice]), 1)
+        hits *= self._held(place_of_home)[:, None]
         return float(self._saved(hits[None])[0])
+
+    def _held(self, places: Array) -> Array:
+        """[places]: whether a place has slots, so that a token may be served at home there."""
+        return np.bincount(places, self.problem.capacity) > 0
 
     def _saved(self, hits: FloatArray) -> FloatArray:
         """[batches]: most of `hits` [batches, places, E] where each expert has one place, and the

@@ -494,10 +494,10 @@ def test_the_documented_file_loads_and_the_documented_errors_are_the_files() -> 
 )
 @pytest.mark.parametrize("group", [2, 4, 8])
 def test_large_all_reduces_of_engines_are_nccls(name: str, group: int) -> None:
-    """Beyond their own kernels' sizes engines call NCCL: the same bytes take the same time
-    (over PCIe within 15%)."""
+    """Beyond their own kernels' sizes engines call NCCL: the same bytes take the same time. Of four
+    GPUs over PCIe the two tables themselves are 12% apart, of two and eight 3% at most."""
     own = load_calibration(name).collective("all_reduce", group)
     nccl = load_calibration(name.rsplit("-", 1)[0]).collective("all_reduce", group)
     assert own.time_us(128 * 2**20) == pytest.approx(
-        nccl.time_us(128 * 2**20), rel=0.15 if name.startswith("rtx") else 0.1
+        nccl.time_us(128 * 2**20), rel=0.125 if (name[:3], group) == ("rtx", 4) else 0.1
     )

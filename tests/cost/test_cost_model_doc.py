@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moesim.cost.calibration import load_calibration
+from moesim.cost.library import DEDUP_OF, KINDS_OF
 from moesim.cost.routing import route
-from moesim.cost.step import DEDUP_OF, KINDS_OF
 from moesim.metrics import imbalance
 from moesim.model.names import load_model
 from moesim.placement import Placement

@@ -65,7 +65,8 @@ def test_nodes_behind_others() -> None:
 
 def test_prompts_and_decoding_have_their_own_all_to_all() -> None:
     """Over nodes where DeepEP was measured: its normal kernels in steps with prompt tokens, the
-    low-latency ones in others; one library for both where one is named or was measured."""
+    low-latency ones in others; one library for both where one is named or was measured. Rows go
+    once per chosen expert then, 2.1 times as many to the busiest rank as to the mean one."""
 
     def cost(comm: Any, cluster: str = "h200-sxm-ib") -> EngineStepCost:
         return EngineStepCost(deploy("DeepSeek-V3", cluster, dp=32, moe_comm=comm))
@@ -77,7 +78,7 @@ def test_prompts_and_decoding_have_their_own_all_to_all() -> None:
     prompt = BatchShape.of(prefill_tokens=1024 * ranks)
     mixed = BatchShape.of(16 * ranks, 16_000 * ranks, prefill_tokens=1024 * ranks)
     assert float(both.step_us(decode)) == pytest.approx(float(quick.step_us(decode)))
-    assert float(both.step_us(decode)) < 0.9 * float(normal.step_us(decode))
+    assert float(both.step_us(decode)) < 0.87 * float(normal.step_us(decode))
     for batch in (prompt, mixed):
         assert float(both.step_us(batch)) == pytest.approx(float(normal.step_us(batch)))
         assert float(both.step_us(batch)) < float(quick.step_us(batch))

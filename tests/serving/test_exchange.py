@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from moesim.cluster import load_cluster
-from moesim.errors import InfeasibleError
+from moesim.cost.calibration import load_calibration
+from moesim.cost.step import build_step_model
+from moesim.errors import InfeasibleError, InputError
+from moesim.model.names import load_model
 from moesim.placement import Placement, Plan
 from moesim.serving.batch import BatchShape
 from moesim.serving.deployment import Deployment, deploy
@@ -34,8 +37,9 @@ def test_low_latency_buffers_by_hand() -> None:
     normal = gpu_memory(replace(made, moe_comm="deepep"))
     assert normal.exchange_bytes == 0
     assert normal.kv_cache_bytes - memory.kv_cache_bytes == pytest.approx(memory.exchange_bytes)
-    with pytest.raises(InfeasibleError, match=r"268\.. of them buffers .* `dispatch_tokens`"):
+    with pytest.raises(InfeasibleError, match=r"268\.. of them buffers .* for 16000 rows") as error:
         require_fit(replace(made, dispatch_tokens=16_000))
+    assert "lower `dispatch_tokens` to" in error.value.remedy
 
 
 def moe(deployment: Deployment, inclusion: np.ndarray | None = None) -> MoeCost:
@@ -114,3 +118,23 @@ def test_a_slow_gpu_slows_the_service() -> None:
     assert 1.5 < float(after["attention"] / before["attention"]) <= 2.0
     assert 1.0 < float(after["experts"] / before["experts"]) <= 2.0
     assert after["host"] == pytest.approx(before["host"])
+
+
+def test_deepep_version_2_by_hand() -> None:
+    """Its README has 90 GB/s at EP 8 x 2 on H100s with a rank's own half counted: 45 over the NIC,
+    after version 1's 56.96 us. 8,192 rows of 7,392 bytes to the other node: 56.96 + 1,345.7."""
+    curve = load_calibration("h100").collective("deepep_v2_dispatch", 16, 2)
+    sent = 8192 * 7168 * (1 + 4 / 128)
+    assert curve.time_us(0.0, sent) == pytest.approx(56.96 + sent / 45e3)
+    assert curve.basis == "assumed"
+    assert curve.source.startswith("deepep_v2")
+
+
+@pytest.mark.parametrize("name", ["nixl", "nixl_ep", "deepep_nvshmem", "pplx", "mori", "uccl-ep"])
+def test_exchanges_without_published_times_are_refused_by_name(name: str) -> None:
+    cluster, model = load_cluster("h200-sxm-ib", 16), load_model("deepseek-v3")
+    with pytest.raises(InputError, match=f"the exchange '{name}'") as error:
+        build_step_model(cluster, model, all_to_all=name)  # type: ignore[arg-type]
+    assert "deepep_ll" in error.value.remedy
+    with pytest.raises(InputError, match=f"the exchange '{name}'"):
+        deploy(model, "h200-sxm-ib", dp=16, moe_comm=name)  # type: ignore[arg-type]

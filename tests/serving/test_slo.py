@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -123,8 +124,8 @@ def test_the_default_split() -> None:
     for the engine a rank holds 82 + 17 = 99 GB: with activations 22% are left, so 32 GPUs are four
     such engines. On H100s (77 GB) it takes 16 at least, and tp 2, since
     low-latency buffers have 3.8 GB of each. Kimi-K2 (1,029 GB) leaves less than a tenth
-    on 16 H100s with tp 8 and buffers of 64 rows, none with 256; more is not asked of NVLink: the
-    largest cache is taken."""
+    on 16 H100s with tp 8 and the buffers that the remedy names, none with more; more is not asked
+    of NVLink: the largest cache is taken."""
     from moesim.cluster import load_cluster
     from moesim.model.names import load_model
 
@@ -139,10 +140,14 @@ def test_the_default_split() -> None:
     assert str(split("deepseek-v3", "h200-sxm-ib", 32, tp=8)) == "4 x tp8"
     assert str(split("deepseek-v3", "h200-sxm-ib", 32, tp=8, replicas=1)) == "1 x tp8 dp4 ep32"
     assert str(split("qwen3-30b-a3b", "h200-sxm-ib", 8)) == "8 x tp1"
-    with pytest.raises(InfeasibleError, match="low-latency kernels: lower `dispatch_tokens`"):
+    with pytest.raises(InfeasibleError, match="low-latency kernels for 256 rows") as error:
         split("kimi-k2", "h100-sxm-ib", 16)
-    few = split("kimi-k2", "h100-sxm-ib", 16, dispatch_tokens=64)
-    assert str(few) == "1 x tp8 dp2 ep16"
+    said = re.match(r"lower `dispatch_tokens` to (\d+) or less", error.value.remedy)
+    assert said is not None
+    rows = int(said[1])
+    assert str(split("kimi-k2", "h100-sxm-ib", 16, dispatch_tokens=rows)) == "1 x tp8 dp2 ep16"
+    with pytest.raises(InfeasibleError):
+        split("kimi-k2", "h100-sxm-ib", 16, dispatch_tokens=rows + 1)
     cut = split("mixtral-8x7b", "h100-sxm-ib", 16, replicas=1).engine
     assert (cut.tp, cut.dp, cut.ep, cut.moe_tp) == (1, 16, 8, 2)
     with pytest.raises(InputError, match="cannot be spread over 24 GPUs as replicas 1: experts"):

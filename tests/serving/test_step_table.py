@@ -136,8 +136,10 @@ def test_domains_of_requests(routing: DomainRouting) -> None:
 
 
 def test_mix_of_domains(routing: DomainRouting) -> None:
-    """One domain alone and equal shares of all are exact; between them, against tables of the mixed
-    tokens themselves, within 1.5 % of the MoE layers' time."""
+    """One domain alone and equal shares of all are exact. Between them, against tables of the mixed
+    tokens themselves, within 0.3 % of the MoE layers' time, and 1.2 % at the largest counts, where
+    mixing saves 10 %: experts and exchange wait for the busiest rank, which a mix evens out by more
+    than the square law takes."""
     deployment = deploy("debian-moe", "h100-sxm-ib", dp=8)
     cost = EngineStepCost(deployment)
     table = routing.moe_tables(cost)
@@ -160,9 +162,9 @@ def test_mix_of_domains(routing: DomainRouting) -> None:
         ]
         mixed = routing.trace.take(np.concatenate(rows))
         truth = EngineStepCost(replace(deployment, trace=mixed))._moe_total
-        for place in (20, 40, len(counts) - 1):
+        for place, within in ((20, 0.003), (40, 0.003), (len(counts) - 1, 0.012)):
             guess = loop_moe_us(tables, counts[place], shares)
-            assert guess == pytest.approx(truth.times_us[place], rel=0.015)
+            assert guess == pytest.approx(truth.times_us[place], rel=within)
 
 
 def test_routing_refuses(routing: DomainRouting) -> None:

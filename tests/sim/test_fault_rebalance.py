@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moesim.cli.main import run as cli
 from moesim.errors import InfeasibleError, InputError
 from moesim.placement import EMPTY, Placement
-from moesim.planning.baselines import place_by_counts, place_on_survivors
+from moesim.planning.baselines import place_by_counts
 from moesim.sim.fault_run import FaultRun
 from moesim.sim.faults import Fault, FaultClock, Recovery
 from moesim.sim.migrate import build_mover
@@ -26,7 +26,7 @@ QUICK = {"detect_us": 100.0, "restart_us": 1000.0, "plan_us": 10.0}
 
 def run_with(models, trace, batches, placement, faults, policy, solver="eplb", **recovery):
     def planner(counts, capacity):
-        return place_on_survivors(solver, counts, capacity, models.cluster)
+        return place_by_counts(solver, counts, capacity, models.cluster)
 
     run = FaultRun(
         models, Sequential(), trace, placement, FaultClock(faults),
@@ -130,7 +130,7 @@ def test_replan_goes_by_the_window(setting) -> None:
 
     def window(counts, capacity):
         asked.append(capacity.tolist())
-        return place_on_survivors("greedy", counts, capacity, models.cluster)
+        return place_by_counts("greedy", counts, capacity, models.cluster)
 
     run = FaultRun(
         models, Sequential(), trace, placement,
@@ -223,9 +223,9 @@ def test_survivors_are_placed_as_a_smaller_group(models_of) -> None:
     counts = np.random.default_rng(0).integers(0, 50, (4, 3, 64))
     capacity = np.full(8, 10)
     capacity[3] = 0
-    placement: Placement = place_on_survivors("eplb", counts, capacity, cluster)
+    placement: Placement = place_by_counts("eplb", counts, capacity, cluster)
     filled = (placement.physical_to_logical.reshape(3, 8, -1) != EMPTY).sum(axis=2)
     assert filled.tolist() == [[10, 10, 10, 0, 10, 10, 10, 10]] * 3
-    whole = place_on_survivors("eplb", counts, np.full(8, 8), cluster)
+    whole = place_by_counts("eplb", counts, np.full(8, 8), cluster)
     same = place_by_counts("eplb", counts, np.full(8, 8), cluster)
     np.testing.assert_array_equal(whole.physical_to_logical, same.physical_to_logical)

@@ -48,6 +48,8 @@ def _loads(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
         f"Load of a mean batch over the mean of all GPUs, {maps.num_batches} held-out batches. One"
         " is even; orange is above, blue below."
     )
+    if plan.attention_gpus:
+        caption += f" GPU 0 is the first with experts, behind {plan.attention_gpus} of attention."
     if len(gpus) > MAX_COLUMNS or len(layers) > MAX_ROWS:
         caption += " GPUs and layers are drawn in groups, each cell the largest of its group."
     return [
@@ -109,12 +111,13 @@ def _traffic(names: list[str], plan: Plan, maps: PlanMaps) -> list[Figure]:
     if maps.message_bytes is not None:
         size, unit = maps.message_bytes / 1e6, "MB per step"
     values = {name: maps.maps[name].messages * size for name in names}
-    apart = ~np.eye(plan.placement.num_gpus, dtype=bool)
+    num_gpus = plan.attention_gpus + plan.placement.num_gpus
+    apart = ~np.eye(num_gpus, dtype=bool)
     most = max(float(v.max()) for v in values.values())
     least = min(float(v[apart].min()) for v in values.values())
     low = least if least > most / 3 else 0.0
     colours = Colours(most if most > 0 else 1.0, low=low)
-    gpus = [str(g) for g in range(plan.placement.num_gpus)]
+    gpus = [str(g) for g in range(num_gpus)]
     sent = {"gpu": "GPU", "node": "node", "none": "chosen expert"}.get(maps.dedup, maps.dedup)
     out = []
     for name in names:

@@ -144,6 +144,9 @@ def _lead(view: PlanView) -> str:
             f" {placement.num_slots} slots on {_count(placement.num_gpus, 'GPU')} of"
             f" {_count(placement.num_nodes, 'node')}."
         )
+        if view.plan.attention_gpus:
+            behind = _count(view.plan.attention_gpus, "GPU")
+            parts.append(f"They hold nothing else; attention is on {behind} before them.")
     objective = head.text("objective", "")
     if objective:
         parts.append(f"Objective {objective}, found by {view.own}, {head.text('status', '')}.")

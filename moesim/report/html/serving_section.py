@@ -191,24 +191,27 @@ def _pools(data: Fields, basis: str) -> Sequence[TableBlock]:
     pools = data.maybe("pools")
     if pools is None:
         return []
-    rows = [
-        [
-            f"attention, {pools.whole('attention_gpus', 0)} GPUs",
-            percent(pools.number("attention_busy")),
-        ],
-        [f"experts, {pools.whole('expert_gpus', 0)} GPUs", percent(pools.number("experts_busy"))],
-        ["exchange, each way", percent(pools.number("exchange_share"))],
-    ]
-    caption = (
-        f"Of a decode step in {pools.whole('parts', 1)} parts with"
-        f" {significant(pools.number('sequences_per_rank'), 3)} sequences per attention rank of"
+    step = (
+        f"with {significant(pools.number('sequences_per_rank'), 3)} sequences per attention rank of"
         f" {significant(pools.number('context_tokens'), 3)} tokens. Layers take"
         f" {significant(pools.number('step_s') * 1e3, 3)} ms with the exchange as flows over the"
         f" network, {significant(pools.number('step_closed_form_s') * 1e3, 3)} by the closed form"
         " that the service is simulated with."
     )
+    return [
+        pools_block(pools, basis, f"Of a decode step in {pools.whole('parts', 1)} parts {step}")
+    ]
+
+
+def pools_block(pools: Fields, basis: str, caption: str) -> TableBlock:
+    """Attention and experts apart: share of a step that each pool and the network work."""
+    rows = [
+        [f"{name}, {pools.whole(gpus, 0)} GPUs", percent(pools.number(f"{name}_busy"))]
+        for name, gpus in (("attention", "attention_gpus"), ("experts", "expert_gpus"))
+    ]
+    rows.append(["exchange, each way", percent(pools.number("exchange_share"))])
     table = Table(["pool", "share of the step that it works"], rows)
-    return [TableBlock("Attention and experts apart", table, basis, caption)]
+    return TableBlock("Attention and experts apart", table, basis, caption)
 
 
 def _levels(data: Fields, basis: str) -> Sequence[TableBlock]:

@@ -24,6 +24,7 @@ from moesim.report.html.parts import (
     predicted,
 )
 from moesim.report.html.runs import Run
+from moesim.report.html.serving_section import pools_block
 
 MAX_TABLE_GPUS = 64
 MAX_LINKS = 3
@@ -64,6 +65,11 @@ def simulation_section(run: Run) -> Section:
             ]
         ),
         _links(names, plans, basis),
+    ]
+    section.blocks += [
+        pools_block(pools, basis, f"Of the mean step of {n} in {pools.whole('parts', 1)} parts.")
+        for n in names
+        if (pools := plans[n].maybe("pools")) is not None
     ]
     section.blocks += _events(names, plans, basis)
     return section

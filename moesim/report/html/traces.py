@@ -73,7 +73,9 @@ def _hardware(plan: Plan) -> tuple[Cluster | None, ModelSpec | None]:
     name = plan.provenance.get("cluster")
     try:
         if name in cluster_names():
-            cluster = load_cluster(str(name), num_gpus=plan.placement.num_gpus)
+            cluster = load_cluster(
+                str(name), num_gpus=plan.placement.num_gpus + plan.attention_gpus
+            )
             if cluster.cluster_hash() != plan.provenance.get("cluster_hash"):
                 cluster = None
         wanted = plan.provenance.get("model")

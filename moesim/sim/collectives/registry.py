@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from moesim.cost.library import KINDS_OF, check_library
 from moesim.cost.scaled import faster_collective, faster_step
-from moesim.cost.step import KINDS_OF, StepModel, build_step_model, calibration_of_gpu
-from moesim.errors import InputError, UnknownNameError
+from moesim.cost.step import StepModel, build_step_model, calibration_of_gpu
+from moesim.errors import InputError
 from moesim.sim.collectives.base import Exchange
 from moesim.sim.collectives.bi_level import BiLevel
 from moesim.sim.collectives.flat import Flat
@@ -42,8 +43,8 @@ def build_exchange(
 
     Raises UnknownNameError for another name, InputError for a hierarchical exchange on one node.
     """
-    if name is not None and name not in NAMES:
-        raise UnknownNameError("all-to-all", name, NAMES)
+    if name is not None:
+        check_library(name, NAMES)
     if not 0 < reduce <= 1:
         raise InputError(f"messages reduced to {reduce} of the hidden size", "give above 0 to 1")
     if name is None or name in KINDS_OF:

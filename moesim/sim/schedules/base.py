@@ -37,17 +37,18 @@ def exchange(
     after: Iterable[Task],
     *,
     note: str = "",
-    intra_stream: str = COMM,
+    intra_stream: str | None = None,
+    stream: str = COMM,
 ) -> list[Task]:
     """The collectives of one dispatch or combine, in order; returns the last one.
 
-    Stages within a node go on `intra_stream`.
+    Stages within a node go on `intra_stream`, where there is one, the others on `stream`.
     """
     last = list(after)
     for stage in stages:
-        stream = intra_stream if stage.within_node else COMM
+        own = intra_stream or stream if stage.within_node else stream
         flow = stage.flow(batch, layer, category, note)
-        last = [program.collective(flow, layer=layer, after=last, stream=stream)]
+        last = [program.collective(flow, layer=layer, after=last, stream=own)]
     return last
 
 

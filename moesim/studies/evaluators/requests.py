@@ -15,6 +15,7 @@ from moesim.studies.evaluators.static import (
     Degree,
     DeploymentEvaluator,
     DeploymentParams,
+    drafting_of,
     service_of,
 )
 from moesim.studies.inputs import file_hash, kept
@@ -44,6 +45,7 @@ class RequestsParams(DeploymentParams):
     chunk_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
     prefix_cache: bool | None = None
     shared_reads: bool = False
+    fixed_drafts: bool = False
     transfer_gb_per_s: Annotated[Number, Field(gt=0, le=1e6)] | None = None
     goodput_slo: Word | None = None
 
@@ -110,6 +112,7 @@ class RequestsEvaluator(DeploymentEvaluator):
             prefix_cache=params["prefix_cache"],
             shared_reads=params["shared_reads"],
             transfer_gb_per_s=params["transfer_gb_per_s"],
+            speculation=drafting_of(params, front.engine)[0],
             seed=params["seed"],
         )
         result = simulate_serving(front.engine, _arriving(params), config)

@@ -42,6 +42,8 @@ class RoutingParams(Params):
     batch_tokens: Tokens | None = None
     replica_policy: Literal["split", "hash", "nearest", "lp"] = "split"
     all_to_all: Word | None = None
+    expert_gpus: Annotated[Whole, Field(ge=1, le=65_536)] | None = None
+    mtp: bool = False
     seed: Annotated[Whole, Field(ge=0, le=2**31)] = 0
     time_limit_s: Annotated[float, Field(gt=0, le=1e6)] = DEFAULT_TIME_LIMIT_S
     check_memory: bool = True
@@ -114,16 +116,20 @@ def phase_of(params: Mapping[str, Any]) -> Literal["prefill", "decode"]:
 def plan_of(evaluator: Evaluator, params: Mapping[str, Any]) -> PlanResult:
     """The evaluated plan of a point, made once for points that share it."""
     from moesim.jobs.plan import make_plan
+    from moesim.planning.mtp import without_mtp
     from moesim.planning.request import PlanRequest
 
     names = RoutingParams.model_fields
     shared = {name: params[name] for name in names if name in params}
     trace, changed = rerouted_trace(params, batch_tokens(params))
     name = model_name(params)
+    model = model_of(name) if name is not None else None
+    if not params["mtp"]:
+        trace, _ = without_mtp(trace, model)
     request = PlanRequest.of(
         trace=trace,
         cluster=evaluator.cluster(params),
-        model=model_of(name) if name is not None else None,
+        model=model,
         objective=params["objective"],
         solver=params["solver"],
         redundant_experts=params["redundant_experts"],
@@ -135,6 +141,8 @@ def plan_of(evaluator: Evaluator, params: Mapping[str, Any]) -> PlanResult:
         time_limit_s=params["time_limit_s"],
         check_memory=params["check_memory"],
         network_scale=params["network_scale"],
+        expert_gpus=params["expert_gpus"],
+        mtp=params["mtp"],
         proof=False,
     )
     content = json.dumps([shared, trace.content_hash() if trace.path == "" else trace.path])

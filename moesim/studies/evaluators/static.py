@@ -20,6 +20,7 @@ from moesim.figures import count
 from moesim.model.dtypes import KV_BYTES, WEIGHT_BYTES
 from moesim.serving.engines import engine_profile
 from moesim.serving.fit import DEFAULT_GPUS, Split, default_pools, service_gpus
+from moesim.serving.speculative import MAX_DRAFTS, Speculation, speculation_of
 from moesim.studies.evaluator import (
     Evaluated,
     Evaluator,
@@ -77,6 +78,10 @@ class DeploymentParams(Params):
     two_batch_overlap: Overlap = "off"
     expert_gpus: Degree | None = None
     micro_batches: Degree = 3
+    dispatch_tokens: Degree | None = None
+    speculate: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    drafts: Annotated[Whole, Field(ge=1, le=MAX_DRAFTS)] = 4
+    draft_share: Annotated[Number, Field(ge=0, le=100)] | None = None
     kv_scale: Annotated[Number, Field(gt=0, le=1)] = 1.0
     seed: Annotated[Whole, Field(ge=0, le=2**31)] = 0
     imbalance_scale: Factor = 1.0
@@ -188,7 +193,8 @@ class StaticEvaluator(DeploymentEvaluator):
             params["range_ratio"],
             params["seed"],
         )
-        result = run_load_test(cost, test)
+        speculation, _ = drafting_of(params, deployment)
+        result = run_load_test(cost, test, speculation)
         rate = result.steady_output_tokens_per_s * in_flight / share
         if not result.has_middle:
             notes = (*notes, "fewer than three requests for each in flight: rates hold the warm-up")
@@ -206,6 +212,15 @@ class StaticEvaluator(DeploymentEvaluator):
         return Evaluated(out, cost.basis, (*notes, *cost.notes), str(split))
 
 
+def drafting_of(
+    params: Mapping[str, Any], deployment: Deployment
+) -> tuple[Speculation | None, str]:
+    """Speculation of a point, as `moesim serve` has it, and who drafts."""
+    fixed = params.get("fixed_drafts", True)
+    given = (params["speculate"], params["drafts"], fixed, params["draft_share"])
+    return speculation_of(deployment, *given)
+
+
 def service_of(
     params: Mapping[str, Any],
 ) -> tuple[tuple[Split, Split | None], tuple[str, ...]]:
@@ -213,7 +228,7 @@ def service_of(
     names = (
         "engine", "tp", "dp", "pp", "ep", "moe_tp", "moe_comm", "expert_dtype", "dense_dtype",
         "kv_dtype", "max_batch_tokens", "max_sequences", "memory_fraction", "replicas",
-        "two_batch_overlap", "expert_gpus", "micro_batches", "kv_scale",
+        "two_batch_overlap", "expert_gpus", "micro_batches", "dispatch_tokens", "kv_scale",
     )  # fmt: skip
     given = {name: params[name] for name in names}
     given["kv_window"] = params.get("kv_window")
@@ -226,6 +241,8 @@ def service_of(
         raise InputError("`reroute` without `trace`", "fix one: --set trace=sample:debian-moe")
     sized = partial(cluster_of, params["cluster"])
     model = model_of(params["model"])
+    drafts = params["speculate"] is not None and params["draft_share"] is None
+    given["mtp"] = drafts and model.mtp_layers > 0
     back = {name: params.get(name) for name in ("decode_gpus", "decode_replicas")}
     pools = default_pools(model, sized, params["gpus"], **back, **given, trace=trace)
     plan, notes = _plan(params, pools[0].engine)

@@ -30,6 +30,7 @@ class StepParams(RoutingParams):
     reduce: Annotated[Number, Field(gt=0, le=1)] = 1.0
     context_tokens: Tokens | None = None
     moe_only: bool = False
+    micro_batches: Annotated[Whole, Field(ge=1, le=64)] = 3
 
 
 class StepEvaluator(RoutingEvaluator):
@@ -84,6 +85,9 @@ class StepEvaluator(RoutingEvaluator):
                 home_ranks=not params["moe_only"],
                 seed=params["seed"],
                 network_scale=params["network_scale"],
+                expert_gpus=params["expert_gpus"],
+                micro_batches=params["micro_batches"],
+                mtp=params["mtp"],
             )
         )
         result = next(iter(report.results.values()))
