@@ -62,8 +62,8 @@ the engine too.
 
 **What this rests on.** Predictions, none of them measured here: datasheet bandwidths and rates
 times assumed shares. On published runs that no constant was set on, the median error is 7% over
-all and 15% without KTransformers' table; prompts alone are 23% off in the median, and gpt-oss-120b
-and Qwen3-30B-A3B on machines that are not fully known 30 and 37%
+all and 13% without KTransformers' table, 31% of whose rows are more than 20% off, each with its
+cause as far as it is known; prompts alone are 20% off in the median
 ([reports/offloading-people](../reports/offloading-people/README.md)). Hosts are round machines of
 a kind; routing is assumed uniform. llama.cpp runs the types named, KTransformers and vLLM the
 checkpoint's (FP8 where there is one). A dash: it does not fit, or the engine has no kernels for it.

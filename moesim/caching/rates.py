@@ -197,7 +197,16 @@ def engine_rates(model: ModelSpec, machine: Machine, gpu: GpuSpec | None = None)
     )
     share = own.read / (spec.hbm_gb_per_s * 1e9)
     return Rates(
-        model, spec, host, experts, calibration, "assumed", notes, 1, share, own.layer_s * 1e6
+        model,
+        spec,
+        host,
+        experts,
+        calibration,
+        "assumed",
+        notes,
+        1,
+        share,
+        (own.layer_s + model.real_top_k * own.choice_s) * 1e6,
     )
 
 

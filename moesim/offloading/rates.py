@@ -21,8 +21,15 @@ from moesim.cluster import GpuSpec, Host, Machine
 
 READ_SHARE = {"NVIDIA": 0.75, "AMD": 0.75, "Apple": 0.6}
 """Of the memory's bandwidth, reached on the weights of one token."""
-LAYER_US = {"NVIDIA": 45.0, "AMD": 60.0, "Apple": 90.0}
+LAYER_US = {"NVIDIA": 45.0, "AMD": 60.0, "Apple": 30.0}
 """Launches of one layer of a token, beyond reading its weights."""
+CHOICE_US = {"Apple": 22.0}
+"""More for each expert that a token chooses in a layer: narrow matrices leave Metal's kernels short
+of work. Set on an M3 Ultra's Qwen3-30B-A3B with gpt-oss-20b on an M2 Ultra in view."""
+NO_GRAPH_US = 90.0
+"""More for launches of one layer on NVIDIA where llama.cpp runs without CUDA graphs, as it does
+once any tensor is on the CPU (ggml-org/llama.cpp#18593): median of the six models that
+ggml-org/llama.cpp#27721 times with and without them, 34 to 268."""
 PROMPT_SHARE = {"NVIDIA": 0.5, "AMD": 0.25, "Apple": 0.6}
 UNIFIED_PROMPT_SHARE = {"NVIDIA": 0.18, "AMD": 0.15, "Apple": 0.6}
 """Of the dense 16-bit rate, reached on prompts by engines of 16-bit and 8-bit weights: cards, and
@@ -34,9 +41,10 @@ LINK_SHARE = 0.75
 """Of the host link, for copies of whole tensors."""
 DRAM_SHARE = {"datasheet": 0.65, "assumed": 0.65, "measured": 0.9}
 """Of DRAM bandwidth, by what its figure is: channels x transfers, or measured."""
-WEIGHTS_PER_CYCLE = {"avx2": 1.7, "avx512": 2.3, "amx": 2.3, "neon": 1.7}
-"""Weights of few bits that one core unpacks and multiplies with one token per cycle."""
-FLOPS_PER_CYCLE = {"avx2": 12.0, "avx512": 25.0, "amx": 100.0, "neon": 12.0}
+WEIGHTS_PER_CYCLE = {"avx2": 1.7, "avx_vnni": 2.3, "avx512": 2.3, "amx": 2.3, "neon": 1.7}
+"""Weights of few bits that one core unpacks and multiplies with one token per cycle; what has
+dot-product instructions is assumed equal."""
+FLOPS_PER_CYCLE = {"avx2": 12.0, "avx_vnni": 12.0, "avx512": 25.0, "amx": 100.0, "neon": 12.0}
 """Of one core on many tokens at once."""
 CPU_CALL_US = 120.0
 """Of one layer on the CPU: hidden states there and back, threads woken, graphs split."""
@@ -53,14 +61,15 @@ MARGIN_BYTES = 1 << 30
 @dataclass(frozen=True, slots=True)
 class GpuRates:
     """bytes/s of weights on one token, flop/s on prompts (of quantised weights: quant_flops),
-    bytes/s over the host link, seconds of one layer's launches, and bytes that an engine may
-    fill."""
+    bytes/s over the host link, seconds of one layer's launches and of each chosen expert's, and
+    bytes that an engine may fill."""
 
     read: float
     flops: float
     quant_flops: float
     link: float
     layer_s: float
+    choice_s: float
     memory: float
 
 
@@ -103,6 +112,7 @@ def gpu_rates(gpu: GpuSpec, unified: bool, memory_gb: float | None = None) -> Gp
         quant_flops=peak * quant[name],
         link=gpu.pcie_gb_per_s * 1e9 * LINK_SHARE,
         layer_s=LAYER_US[name] * 1e-6,
+        choice_s=CHOICE_US.get(name, 0.0) * 1e-6,
         memory=memory - MARGIN_BYTES,
     )
 
