@@ -208,9 +208,10 @@ def plan_cache(
     if in_dram < memory.num_experts:
         order = np.argsort(-work.frequency, axis=None, kind="stable")
         nvme.ravel()[order[in_dram : work.num_hosted]] = True
-    times = _times(rates, request, sizes, nvme)
     if memory.everything_fits:
-        return _resident(work, rates, request, memory, times)
+        return _resident(work, rates, request, memory, _times(rates, request, sizes, nvme))
+    rates = rates.offloaded()
+    times = _times(rates, request, sizes, nvme)
     names = ONLINE if request.policy == "auto" else (get_policy(request.policy).name,)
     curves: dict[str, LayerCurves] = {}
     for name in names:

@@ -172,6 +172,9 @@ class _Builder:
 
     def _cache(self, gpu: int, plan: CachePlan) -> GpuCache:
         rates, work = self.rates(gpu), self.work
+        held = np.array(plan.slots) + [len(pinned) for pinned in plan.pinned]
+        if (held < self.hosted[gpu].sum(axis=1)).any():
+            rates = rates.offloaded()
         bits = None if plan.bits is None else np.array(plan.bits, np.int64)
         sizes = expert_sizes(rates.model, replace(self.asked, bits=bits))
         nvme = plan.nvme_mask()
