@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesim.choices import MoeComm, Overlap, Router
 from moesim.cluster import Cluster
 from moesim.cluster.prices import Prices, check_names, parse_prices
-from moesim.errors import InputError
+from moesim.errors import InfeasibleError, InputError
 from moesim.figures import LATENCIES, SERVICE_FIGURES, figure, text_table
 from moesim.jobs import inputs
 from moesim.jobs.arrivals import arriving_requests
@@ -327,11 +327,14 @@ def _pools(
     options["mtp"] = options["mtp"] and spec.mtp_layers > 0
     split = dict(asked)
     gpus = split.pop("gpus")
+    machine = inputs.machine_in(cluster)
     if gpus is None:
         apart = options["expert_gpus"]
         gpus = service_gpus(split["replicas"], split["tp"], split["dp"], split["pp"] or 1, apart)
         if isinstance(cluster, Cluster):
             gpus = cluster.num_gpus
+        elif machine is not None:
+            gpus = len(machine.gpus)
         elif made is not None:
             gpus = made.placement.num_gpus * (split["replicas"] or 1)
         defaults["GPUs"] = str(gpus)
@@ -339,9 +342,17 @@ def _pools(
         cluster = defaults["cluster"] = DEFAULT_CLUSTER
     if isinstance(cluster, Cluster) and split["replicas"] is None:
         split["replicas"] = 1
-    front, back = default_pools(
-        spec, partial(inputs.cluster_of, cluster), gpus, **split, **options, plan=made, trace=routed
-    )
+    sized = partial(inputs.cluster_of, cluster)
+    try:
+        front, back = default_pools(spec, sized, gpus, **split, **options, plan=made, trace=routed)
+    except InfeasibleError as error:
+        if machine is None:
+            raise
+        raise InfeasibleError(
+            f"{error.cause}; serve keeps all experts in GPU memory, without offloading",
+            f"take a model of fewer bits or a machine of more GPUs, or ask `moesim cache --machine"
+            f" {machine.name} --model {spec.name}` what offloading engines make of it",
+        ) from None
     defaults["deployment"] = pools_text(front, back)
     if made is not None and back is not None and back.engine.num_gpus != front.engine.num_gpus:
         raise InputError(
