@@ -10,8 +10,8 @@ import numpy as np
 
 from moesim.caching.curves import miss_table
 from moesim.caching.events import decode_stream
-from moesim.caching.planner import Workload
 from moesim.caching.simulate import CacheSettings, layer_choices, run_policy
+from moesim.caching.workload import Workload
 from moesim.cluster.gpus import load_gpu
 from moesim.offloading.rates import CPU_CALL_US, NO_GRAPH_US, gpu_rates
 from moesim.trace.batches import index_requests

@@ -20,8 +20,9 @@ import numpy as np
 import yaml
 
 from benchmarks.offloading_hits import dynamic_curve, expert_cache, hits, pinning_in_traces, row
-from moesim.caching.planner import Request, make_workload, plan_cache
+from moesim.caching.planner import plan_cache
 from moesim.caching.rates import engine_rates
+from moesim.caching.workload import Request, make_workload
 from moesim.cluster import Machine, load_machine
 from moesim.cluster.machine import _assembled, load_host
 from moesim.cluster.machine_schema import MachineFile

@@ -13,9 +13,10 @@ from moesim.caching.batching import Batching, pooled_stream, waits
 from moesim.caching.events import Stream
 from moesim.caching.group import hosted_experts
 from moesim.caching.plan import CachePlan
-from moesim.caching.planner import Request, Workload, expert_sizes, make_workload, setup_of_plan
+from moesim.caching.planner import expert_sizes, setup_of_plan
 from moesim.caching.policies import ONLINE
 from moesim.caching.rates import HostSpec, Rates, rates_on, step_times, torch_kernels
+from moesim.caching.workload import Request, Workload, make_workload
 from moesim.cost.curves import weakest
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.jobs.simulate_request import SimRequest

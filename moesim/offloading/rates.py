@@ -58,6 +58,13 @@ MARGIN_BYTES = 1 << 30
 """Left free on every GPU, as --fit-target of llama.cpp does by default: CUDA context, desktop."""
 
 
+SEEN = (
+    "rtx-3090", "rtx-4090", "rtx-5090", "rtx-pro-6000", "rx-7900-xtx", "strix-halo", "dgx-spark",
+    "m3-ultra",
+)  # fmt: skip
+"""GPUs of which reports/offloading-people has runs."""
+
+
 @dataclass(frozen=True, slots=True)
 class GpuRates:
     """bytes/s of weights on one token, flop/s on prompts (of quantised weights: quant_flops),
@@ -115,6 +122,23 @@ def gpu_rates(gpu: GpuSpec, unified: bool, memory_gb: float | None = None) -> Gp
         choice_s=CHOICE_US.get(name, 0.0) * 1e-6,
         memory=memory - MARGIN_BYTES,
     )
+
+
+def doubts(machine: Machine) -> tuple[str, ...]:
+    """What the rates of a machine's GPUs lack: a published run, or a datasheet's figures."""
+    found = []
+    for gpu in {gpu.name: gpu for gpu in machine.gpus}.values():
+        kinds = {b.where.rpartition(": ")[2]: b.kind for b in gpu.blocks}
+        names = {"memory": "memory bandwidth", "compute": "16-bit rate"}
+        assumed = [text for key, text in names.items() if kinds.get(key) == "assumed"]
+        if assumed:
+            found.append(f"{gpu.name}'s {' and '.join(assumed)} assumed, not a datasheet's")
+        if gpu.name not in SEEN:
+            found.append(
+                f"no published run of {gpu.name} stands behind the shares that its memory and"
+                f" arithmetic are assumed to reach: those of {maker(gpu)}'s other GPUs"
+            )
+    return tuple(found)
 
 
 def filled_gb(machine: Machine) -> tuple[float, ...]:

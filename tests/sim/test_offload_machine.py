@@ -10,7 +10,7 @@ import pytest
 
 import moesim
 from moesim.caching.group import plan_group
-from moesim.caching.planner import Request
+from moesim.caching.workload import Request
 from moesim.cluster import load_cluster, load_machine
 from moesim.errors import InputError, MismatchError
 from moesim.jobs.cache import CacheOptions, run_cache

@@ -163,8 +163,9 @@ def _on_cluster(evaluator: CacheEvaluator, params: Mapping[str, Any]) -> Evaluat
     """As `moesim cache` with the first GPU of the cluster, beside the host that torch's kernels
     were measured on."""
     from moesim.caching.compare import result
-    from moesim.caching.planner import Request, make_workload, plan_cache
+    from moesim.caching.planner import plan_cache
     from moesim.caching.rates import HostSpec, build_rates
+    from moesim.caching.workload import Request, make_workload
     from moesim.cost.scaled import faster_calibration
     from moesim.cost.step import calibration_of_gpu
 
