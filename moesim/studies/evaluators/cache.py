@@ -85,6 +85,12 @@ class CacheEvaluator(RoutingEvaluator):
     def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
         return _on_cluster(self, params) if params["machine"] is None else _on_machine(params)
 
+    def cluster(self, params: Mapping[str, Any]) -> Any:
+        """The machine as a cluster where one is named: what GPUs cost is asked of it."""
+        if params["machine"] is None:
+            return super().cluster(params)
+        return cluster_of_machine(_machine(params))
+
 
 def _machine(params: Mapping[str, Any]) -> Machine:
     name = str(params["machine"])
