@@ -222,10 +222,10 @@ def test_export_says_what_it_places_by(tmp_path: Path) -> None:
 
 
 def test_serve_keeps_to_a_machine_and_refuses_what_it_would_offload() -> None:
-    """One GPU where the machine has one; what does not fit names offloading and a command for it."""
+    """The machine's one GPU unasked; what does not fit names offloading and a command for it."""
     log = "poisson:rate=1,requests=5,prompt=100,output=10"
     served = moesim.serve(log, model="GPT-OSS-20B", cluster="rtx-4090+ddr5-2ch")
-    assert served.defaults["GPUs"] == "1"
+    assert "on 1 x rtx-4090" in served.summary()
     with pytest.raises(InfeasibleError, match="without offloading") as refused:
         moesim.serve(log, model="GPT-OSS-120B", cluster="rtx-4090+ddr5-2ch")
     assert "moesim cache --machine rtx-4090+ddr5-2ch --model GPT-OSS-120B" in refused.value.remedy
