@@ -190,6 +190,9 @@ def run_without_trace(options: CacheOptions, progress: StageProgress = _silent) 
     return run_cache(trace, replace(options, policy=policy, prefetch=prefetch), progress, True)
 
 
+_NONE: tuple[dict[str, Any], ...] = ()
+
+
 def run_cache(
     trace: Trace,
     options: CacheOptions,
@@ -214,7 +217,7 @@ def run_cache(
     if options.average_bits is None and options.batch_size == 1:
         stage("engines")
         engines = _engines(work, weights, machine, options, uniform)
-    bits_line, exact = None, ()
+    bits_line, exact = None, _NONE
     if options.average_bits is not None:
         request, bits_line, exact = _with_bits(work, request, options)
     planned = plan_cache(work, rates, request, stage)
