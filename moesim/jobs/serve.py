@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesim.choices import MoeComm, Overlap, Router
 from moesim.cluster import Cluster
 from moesim.cluster.prices import Prices, check_names, parse_prices
-from moesim.errors import InfeasibleError, InputError
+from moesim.errors import InfeasibleError, InputError, MismatchError
 from moesim.figures import LATENCIES, SERVICE_FIGURES, figure, text_table
 from moesim.jobs import inputs
 from moesim.jobs.arrivals import arriving_requests
@@ -315,6 +315,11 @@ def _pools(
     from moesim.cluster import DEFAULT_CLUSTER
 
     made = inputs.plan_of(plan) if plan is not None else None
+    if made is not None and made.cache is not None:
+        raise MismatchError(
+            "the plan keeps experts outside of GPU memory, and serve simulates no offloading",
+            "simulate it with moesim simulate, or make a plan without `offload`",
+        )
     routed = inputs.token_trace_of(trace, "moesim serve") if trace is not None else None
     named = (made.model if made is not None else "") or (
         routed.meta.model if routed is not None else ""
