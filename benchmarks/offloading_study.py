@@ -20,7 +20,7 @@ from moesim.caching.curves import layer_curves
 from moesim.caching.events import decode_stream
 from moesim.caching.info import limit_tokens, offload_info
 from moesim.caching.memory import memory_budget
-from moesim.caching.planner import Request, make_setup, make_workload, plan_cache
+from moesim.caching.planner import make_setup, plan_cache
 from moesim.caching.policies import ONLINE, POLICIES
 from moesim.caching.predictors.base import accuracy, predict
 from moesim.caching.predictors.registry import make_predictor, usable_predictors
@@ -29,6 +29,7 @@ from moesim.caching.sch import model_hit_rates
 from moesim.caching.simulate import CacheSettings, expert_frequency, hit_curves
 from moesim.caching.slots import allocate_slots
 from moesim.caching.timeline import run_timeline
+from moesim.caching.workload import Request, make_workload
 from moesim.cluster.gpus import load_gpu
 from moesim.draw.cache import hit_rates, speed_by_memory
 from moesim.model.names import load_model

@@ -14,6 +14,7 @@ from pathlib import Path
 from moesim.cluster import load_machine
 from moesim.model.weights import load_weights
 from moesim.offloading.engines import plan_engines
+from moesim.offloading.rates import doubts
 from moesim.offloading.task import EnginePlan, Task
 
 PAGE = Path(__file__).parents[1] / "docs" / "what-runs.md"
@@ -46,6 +47,9 @@ MACHINES = (
     "m3-ultra",
 )
 ENGINES = ("llama.cpp", "KTransformers", "vLLM")
+DOUBTS = "\n".join(
+    f"- {text}" for text in dict.fromkeys(t for m in MACHINES for t in doubts(load_machine(m)))
+)
 HEAD = f"""# What runs on my machine
 
 Tokens/s of one conversation, and prompt tokens/s, of the best placement that each engine can
@@ -62,12 +66,14 @@ the engine too.
 
 **What this rests on.** Predictions, none of them measured here: datasheet bandwidths and rates
 times assumed shares. On published runs that no constant was set on, the median error is 7% over
-all and 15% without KTransformers' table; prompts alone are 23% off in the median, and gpt-oss-120b
-and Qwen3-30B-A3B on machines that are not fully known 30 and 37%
+all and 13% without KTransformers' table, 31% of whose rows are more than 20% off, each with its
+cause as far as it is known; prompts alone are 20% off in the median
 ([reports/offloading-people](../reports/offloading-people/README.md)). Hosts are round machines of
 a kind; routing is assumed uniform. llama.cpp runs the types named, KTransformers and vLLM the
 checkpoint's (FP8 where there is one). A dash: it does not fit, or the engine has no kernels for it.
 `gpu` is the share of experts in GPU memory under llama.cpp.
+
+{DOUBTS}
 """
 
 

@@ -29,4 +29,4 @@ MoeComm = Literal[
 ]
 Overlap = Literal["off", "prefill", "decode", "both"]
 Basis = Literal["measured", "datasheet", "assumed"]
-Vectors = Literal["avx2", "avx512", "amx", "neon"]
+Vectors = Literal["avx2", "avx_vnni", "avx512", "amx", "neon"]

@@ -10,18 +10,13 @@ import numpy.typing as npt
 
 from moesim.caching.curves import layer_curves
 from moesim.caching.memory import MemoryBudget, memory_budget
-from moesim.caching.planner import (
-    Planned,
-    Request,
-    Workload,
-    make_setup,
-    with_hbm,
-)
+from moesim.caching.planner import Planned, make_setup
 from moesim.caching.rates import Rates
 from moesim.caching.simulate import CacheSettings, model_choices, run_policy
 from moesim.caching.slots import allocate_slots
 from moesim.caching.timeline import Setup, Timeline, run_timeline
 from moesim.caching.timeline_kernel import StepTimes
+from moesim.caching.workload import Request, Workload, with_hbm
 from moesim.errors import InfeasibleError
 from moesim.types import FloatArray, IntArray
 

@@ -95,24 +95,6 @@ def decode_stream(requests: RequestIndex, batch_size: int = 1, seed: int = 0) ->
     )
 
 
-def prefill_stream(requests: RequestIndex, chunk_tokens: int = 512, seed: int = 0) -> Stream:
-    """Requests prefilled one after another in seeded random order, `chunk_tokens` a step.
-
-    A step never spans two requests. Raises InputError for a chunk below 1 or no tokens.
-    """
-    if chunk_tokens < 1:
-        raise InputError(f"chunk of {chunk_tokens} tokens is below 1", "give at least 1")
-    if len(requests.token_idx) == 0:
-        raise InputError("there are no tokens to simulate", "give a trace with tokens")
-    order = stream(seed, len(requests.ids)).permutation(len(requests.ids))
-    length = np.diff(requests.indptr)[order]
-    token = requests.token_idx[np.repeat(requests.indptr[order], length) + _ramp(length)]
-    ramp = _ramp(length)
-    boundary = np.flatnonzero(ramp % chunk_tokens == 0)
-    indptr = np.concatenate((boundary, [len(token)])).astype(np.int64)
-    return Stream(token, indptr, np.zeros(len(token), np.int32), ramp == 0, 1)
-
-
 def layer_ids(trace: Trace, stream: Stream, layer_idx: int) -> npt.NDArray[np.int32]:
     """[N, K] experts of the stream's tokens in one layer, -1 where a token chose fewer."""
     return np.asarray(trace.expert_ids[:, layer_idx])[stream.token_idx].astype(np.int32)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from moesim.caching.compare import Result, result
 from moesim.caching.plan import CachePlan, parse_cache_plan
-from moesim.caching.planner import Request, Workload, make_workload, plan_cache
+from moesim.caching.planner import plan_cache
 from moesim.caching.rates import rates_on, torch_kernels
+from moesim.caching.workload import Request, Workload, make_workload
 from moesim.cluster.machine import Machine
 from moesim.cluster.types import GpuSpec
 from moesim.errors import FormatError

@@ -19,7 +19,7 @@ from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.step import calibration_of_gpu
 from moesim.errors import InputError
 from moesim.model.names import WEIGHT_BYTES, ModelSpec, bytes_per
-from moesim.offloading.rates import cpu_rates, gpu_rates
+from moesim.offloading.rates import NO_GRAPH_US, cpu_rates, gpu_rates, maker
 from moesim.types import FloatArray
 
 SCALE_BITS = 0.5
@@ -67,7 +67,8 @@ class Rates:
 
     `basis` is the weakest kind among them and `notes` name each with its source. `num_gpus`: GPUs
     of the host that copy at once. read_share: of HBM's bandwidth, reached on dense weights.
-    layer_us: launches of one layer in all, None for those of the GPU's figures.
+    layer_us: launches of one layer in all, None for those of the GPU's figures. no_graph_us: more
+    of them where experts are outside of GPU memory and CUDA graphs go (`offloaded`).
     """
 
     model: ModelSpec
@@ -80,6 +81,15 @@ class Rates:
     num_gpus: int = 1
     read_share: float = HBM_EFFICIENCY
     layer_us: float | None = None
+    no_graph_us: float = 0.0
+
+    def offloaded(self) -> Rates:
+        """These rates without CUDA graphs; what a call of the CPU takes has that in it already."""
+        if self.layer_us is None or not self.no_graph_us:
+            return self
+        within = self.no_graph_us / self.model.real_top_k
+        host = replace(self.host, cpu_us=max(0.0, self.host.cpu_us - within))
+        return replace(self, host=host, layer_us=self.layer_us + self.no_graph_us, no_graph_us=0.0)
 
     def transfer_s(self, num_bytes: npt.ArrayLike) -> FloatArray:
         """Seconds of one copy of `num_bytes` from pinned host memory to the GPU."""
@@ -182,7 +192,7 @@ def engine_rates(model: ModelSpec, machine: Machine, gpu: GpuSpec | None = None)
         dram_gb_per_s=min(cpu.read, cpu.weights * per_weight) / 1e9,
         cpu_us=cpu.call_s * 1e6 / model.real_top_k,
         cpu_tflops=cpu.flops / 1e12,
-        nvme_gb=machine.host.nvme_gb,
+        nvme_gb=machine.host.nvme_gb or HostSpec().nvme_gb,
         nvme_gb_per_s=nvme,
         kind="assumed",
         source=f"{machine.host.title}, assumed share of its channels and cores",
@@ -197,7 +207,17 @@ def engine_rates(model: ModelSpec, machine: Machine, gpu: GpuSpec | None = None)
     )
     share = own.read / (spec.hbm_gb_per_s * 1e9)
     return Rates(
-        model, spec, host, experts, calibration, "assumed", notes, 1, share, own.layer_s * 1e6
+        model,
+        spec,
+        host,
+        experts,
+        calibration,
+        "assumed",
+        notes,
+        1,
+        share,
+        (own.layer_s + model.real_top_k * own.choice_s) * 1e6,
+        NO_GRAPH_US if maker(spec) == "NVIDIA" else 0.0,
     )
 
 

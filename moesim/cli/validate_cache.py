@@ -107,7 +107,7 @@ def _schedules(plans: Sequence[Path], trace: str, layers: int) -> tuple[list[Sch
 
 def _frequency(trace: Trace, plan: CachePlan) -> FloatArray:
     """[L, E] of the requests that the plan was fitted to, or would be if made from this trace."""
-    from moesim.caching.planner import Request, make_workload
+    from moesim.caching.workload import Request, make_workload
     from moesim.errors import FormatError, MismatchError
 
     seed = plan.provenance.get("seed", 0)

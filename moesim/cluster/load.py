@@ -61,7 +61,7 @@ def load_cluster(
     from moesim.cluster.build import choose_nodes
     from moesim.cluster.schema import ClusterFile, parse_file
 
-    if _is_machine_only(name_or_path):
+    if means_machine(name_or_path):
         return cluster_of_machine(load_machine(name_or_path), num_gpus)
     path = find_cluster_file(name_or_path)
     file = parse_file(ClusterFile, path, path.name)
@@ -70,7 +70,7 @@ def load_cluster(
     return _built(file, path.name, nodes, gpus, _calibration_beside(path, file.calibration))
 
 
-def _is_machine_only(name_or_path: str | os.PathLike[str]) -> bool:
+def means_machine(name_or_path: str | os.PathLike[str]) -> bool:
     return os.fspath(name_or_path) not in cluster_names() and is_machine(name_or_path)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from moesim.draw.axes import Axes
 from moesim.draw.charts import Bar, Line, bars, lines
@@ -48,16 +47,6 @@ def speed_by_memory(
         height=220,
         marks_x=[] if own_gb is None else [(own_gb, f"{own_gb:.3g} GB")],
     )
-    return lines(title, drawn, axes)
-
-
-def hit_rates(curves: Mapping[str, npt.NDArray[np.float64]], top_k: int, title: str) -> Picture:
-    """Hit rate against slots per layer; `curves` {name: [E + 1]}."""
-    drawn = [
-        Line(name, list(range(len(rate))), rate.tolist(), i % GREY)
-        for i, (name, rate) in enumerate(curves.items())
-    ]
-    axes = Axes("slots per layer", "hit rate", y_range=(0, 1), marks_x=[(top_k, "top-k")])
     return lines(title, drawn, axes)
 
 

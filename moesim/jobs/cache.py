@@ -19,16 +19,11 @@ from moesim.caching.compare import (
     sweep_hbm,
 )
 from moesim.caching.plan import CachePlan
-from moesim.caching.planner import (
-    Request,
-    Workload,
-    make_workload,
-    num_stages,
-    plan_cache,
-)
-from moesim.caching.policies import POLICIES
+from moesim.caching.planner import num_stages, plan_cache
 from moesim.caching.predictors.base import accuracy
 from moesim.caching.rates import rates_on, torch_kernels
+from moesim.caching.workload import Request, Workload, make_workload
+from moesim.cluster import Machine
 from moesim.errors import FormatError, InputError
 from moesim.jobs import inputs
 from moesim.jobs.cache_engines import (
@@ -40,7 +35,9 @@ from moesim.jobs.cache_engines import (
     with_counts,
 )
 from moesim.jobs.cache_exact import exact_bits, solve_exactly
+from moesim.jobs.cache_notes import few_slots, notes_of
 from moesim.jobs.cache_result import CacheJob
+from moesim.model.weights import Weights
 from moesim.offloading.rates import filled_gb
 from moesim.offloading.task import EnginePlan
 from moesim.trace.format import Trace, read_npy
@@ -193,6 +190,9 @@ def run_without_trace(options: CacheOptions, progress: StageProgress = _silent) 
     return run_cache(trace, replace(options, policy=policy, prefetch=prefetch), progress, True)
 
 
+_NONE: tuple[dict[str, Any], ...] = ()
+
+
 def run_cache(
     trace: Trace,
     options: CacheOptions,
@@ -207,15 +207,65 @@ def run_cache(
     model = weights[0].spec
     compat.trace_fits_model(trace.meta, model, whole=True)
     machine = inputs.machine_of(options.machine)
-    gpu = machine.gpus[0]
-    quantised = weights[0].quantised
-    own_kernels = torch_kernels(machine, quantised)
-    rates = rates_on(model, gpu, machine, options.host, quantised=quantised)
+    rates = rates_on(model, machine.gpus[0], machine, options.host, quantised=weights[0].quantised)
+    request = _request(options, machine, weights[0])
+    stages = num_stages(trace, request) + 3 + (SWEEP_POINTS + 1 if options.sweep else 0)
+    stage = _Stages(progress, stages + options.ilp)
+    stage("requests and steps")
+    work = make_workload(trace, request)
+    engines: _Plans = ((), ())
+    if options.average_bits is None and options.batch_size == 1:
+        stage("engines")
+        engines = _engines(work, weights, machine, options, uniform)
+    bits_line, exact = None, _NONE
+    if options.average_bits is not None:
+        request, bits_line, exact = _with_bits(work, request, options)
+    planned = plan_cache(work, rates, request, stage)
+    stage("baselines and bound")
+    results = compare(work, planned, float(planned.memory.slot_bytes))
+    bound = offline_bound(work, planned.times, cpu=planned.plan.cpu == "auto")
+    sweep = None
+    if options.sweep:
+        sweep = sweep_hbm(work, rates, request, planned, bound, progress=stage)
+    predicted = asdict(next(row for row in results if row.name == "this plan")) | {
+        "bound_tokens_per_s": bound.tokens_per_s(planned.memory.num_slots),
+        "bound_hit_rate": bound.hit_rate(planned.memory.num_slots),
+        "basis": rates.basis,
+    }
+    notes = notes_of(options, request, machine, weights[0], uniform)
+    job = CacheJob(
+        request,
+        replace(
+            _annotated(planned.plan, predicted, work, options),
+            provenance=_made_from(trace, options, machine, weights[0], uniform),
+            engines=engines_json(engines[0]),
+        ),
+        planned,
+        tuple(results),
+        bound,
+        sweep,
+        (*notes, *few_slots(trace, planned), *work.notes),
+        rates.notes if planned.plan.nvme else rates.notes[:3] + rates.notes[4:],
+        rates.basis,
+        bits_line,
+        rates,
+        machine=machine,
+        engines=engines[0],
+        longer=engines[1],
+        uniform=uniform,
+    )
+    if not options.ilp:
+        return job
+    stage("integer program")
+    return replace(job, exact=(*solve_exactly(job), *exact))
+
+
+def _request(options: CacheOptions, machine: Machine, weights: Weights) -> Request:
     hbm = options.hbm_gb
-    if hbm is None:
-        hbm = gpu.hbm_gb * len(machine.gpus) if own_kernels else sum(filled_gb(machine))
-    request = Request(
-        hbm_gb=hbm,
+    if hbm is None and torch_kernels(machine, weights.quantised):
+        hbm = machine.gpus[0].hbm_gb * len(machine.gpus)
+    return Request(
+        hbm_gb=sum(filled_gb(machine)) if hbm is None else hbm,
         batch_size=options.batch_size,
         context_tokens=options.context_tokens,
         policy=options.policy,
@@ -224,118 +274,82 @@ def run_cache(
         max_steps=options.max_steps,
         seed=options.seed,
     )
-    notes = [
-        f"{name} needs the future: this is a bound, not a plan that a server can run"
-        for name in (options.policy, options.prefetch)
-        if name == "oracle" or (name in POLICIES and POLICIES[name].offline)
-    ]
-    if options.hbm_gb is not None and hbm > gpu.hbm_gb:
-        notes.append(f"{hbm:g} GB are more than the {gpu.hbm_gb:g} GB of one {gpu.name}")
-    if uniform:
-        notes.append(
-            "no trace: routing is assumed uniform, so caches gain nothing from what is chosen"
-            " often; `trace` gives the model's own"
-        )
-    if options.quant is None and not weights[0].from_file and options.engines != ("vLLM",):
-        notes.append("weights as the checkpoint has them; most GGUF files are `quant` Q4_K_M")
-    if len(machine.gpus) > 1:
-        notes.append("the caching plan takes the GPUs' memories as one, at the first one's rates")
-    stages = num_stages(trace, request) + 3 + (SWEEP_POINTS + 1 if options.sweep else 0)
-    stages += options.ilp
-    stage = _Stages(progress, stages)
-    stage("requests and steps")
-    work = make_workload(trace, request)
-    engines: tuple[EnginePlan, ...] = ()
-    longer: tuple[EnginePlan, ...] = ()
-    if options.average_bits is None and options.batch_size == 1:
-        stage("engines")
-        asked = {
-            "context": max(1, options.context_tokens),
-            "prompt": options.prompt,
-            "output": options.output,
-            "cache_type": options.cache_type,
-            "memory_gb": options.hbm_gb,
-        }
-        hot = None if uniform else hot_curve(work)
-        engines = plans_of(weights, machine, hot, asked, options.engines)
-        if not uniform:
-            engines = with_counts(engines, work, weights[1].spec)
-        if engines and not engines[0].problem:
-            longer = contexts_of(weights, machine, hot, asked, engines[0].engine)
-    bits_line = None
-    exact: list[dict[str, Any]] = []
-    if options.average_bits is not None:
-        worth = significance(trace, work.fit)
-        loss = loss_table(worth, _errors(options.bit_errors, worth.shape))
-        if options.ilp:
-            chosen, row = exact_bits(loss, options.average_bits)
-            exact.append(row)
-        else:
-            chosen = choose_bits(loss, options.average_bits)
-        request = replace(request, bits=chosen)
-        bits_line = _bits_line(chosen, loss, options.bit_errors)
-    planned = plan_cache(work, rates, request, stage)
-    expert_bytes = float(planned.memory.slot_bytes)
-    stage("baselines and bound")
-    results = compare(work, planned, expert_bytes)
-    bound = offline_bound(work, planned.times, cpu=planned.plan.cpu == "auto")
-    sweep = None
-    if options.sweep:
-        sweep = sweep_hbm(work, rates, request, planned, bound, progress=stage)
-    own = next(row for row in results if row.name == "this plan")
-    slots = planned.memory.num_slots
-    if slots < trace.num_layers * trace.top_k and not planned.memory.everything_fits:
-        notes.append(
-            f"{slots} slots are fewer than one token's {trace.num_layers * trace.top_k} experts:"
-            " most experts are moved or computed on the CPU for every token"
-        )
-    plan = replace(
-        planned.plan,
-        predicted=asdict(own)
-        | {
-            "bound_tokens_per_s": bound.tokens_per_s(slots),
-            "bound_hit_rate": bound.hit_rate(slots),
-            "num_tokens": work.held_out.num_tokens,
-            "batch_size": options.batch_size,
-            "context_tokens": options.context_tokens,
-            "semantics": "atomic",
-            "basis": rates.basis,
-            **_prediction(work, planned.plan),
-        },
-        provenance={
-            "trace_hash": trace.content_hash(),
-            "seed": options.seed,
-            "max_steps": options.max_steps,
-            "expert_dtype": options.expert_dtype,
-            "host": options.host,
-            "machine": machine.name,
-            "quant": options.quant,
-            "kernels": "torch" if own_kernels else "engine",
-            "routing": "uniform, assumed" if uniform else "trace",
-        },
-        engines=engines_json(engines),
-    )
-    job = CacheJob(
-        request,
-        plan,
-        planned,
-        tuple(results),
-        bound,
-        sweep,
-        (*notes, *work.notes),
-        rates.notes if planned.plan.nvme else rates.notes[:3] + rates.notes[4:],
-        rates.basis,
-        bits_line,
-        rates,
-        machine=machine,
-        engines=engines,
-        longer=longer,
-        uniform=uniform,
-    )
-    if not options.ilp:
-        return job
-    stage("integer program")
-    return replace(job, exact=(*solve_exactly(job), *exact))
+
+
+_Plans = tuple[tuple[EnginePlan, ...], tuple[EnginePlan, ...]]
+
+
+def _engines(
+    work: Workload,
+    weights: tuple[Weights, Weights],
+    machine: Machine,
+    options: CacheOptions,
+    uniform: bool,
+) -> _Plans:
+    """Plans of the engines, and of the fastest of them with longer contexts."""
+    asked = {
+        "context": max(1, options.context_tokens),
+        "prompt": options.prompt,
+        "output": options.output,
+        "cache_type": options.cache_type,
+        "memory_gb": options.hbm_gb,
+    }
+    hot = None if uniform else hot_curve(work)
+    engines = plans_of(weights, machine, hot, asked, options.engines)
+    if not uniform:
+        engines = with_counts(engines, work, weights[1].spec)
+    if not engines or engines[0].problem:
+        return engines, ()
+    return engines, contexts_of(weights, machine, hot, asked, engines[0].engine)
+
+
+def _with_bits(
+    work: Workload, request: Request, options: CacheOptions
+) -> tuple[Request, str, tuple[dict[str, Any], ...]]:
+    """The request with each expert's bits, a line about them, and the integer program's row."""
+    assert options.average_bits is not None
+    worth = significance(work.trace, work.fit)
+    loss = loss_table(worth, _errors(options.bit_errors, worth.shape))
+    exact: tuple[dict[str, Any], ...] = ()
+    if options.ilp:
+        chosen, row = exact_bits(loss, options.average_bits)
+        exact = (row,)
+    else:
+        chosen = choose_bits(loss, options.average_bits)
+    line = _bits_line(chosen, loss, options.bit_errors)
+    return replace(request, bits=chosen), line, exact
+
+
+def _annotated(
+    plan: CachePlan, predicted: dict[str, Any], work: Workload, options: CacheOptions
+) -> CachePlan:
+    """The plan with its held-out figures."""
+    basis = predicted.pop("basis")
+    more = {
+        "num_tokens": work.held_out.num_tokens,
+        "batch_size": options.batch_size,
+        "context_tokens": options.context_tokens,
+        "semantics": "atomic",
+        "basis": basis,
+    }
+    return replace(plan, predicted=predicted | more | _prediction(work, plan))
+
+
+def _made_from(
+    trace: Trace, options: CacheOptions, machine: Machine, weights: Weights, uniform: bool
+) -> dict[str, Any]:
+    torch = torch_kernels(machine, weights.quantised)
+    return {
+        "trace_hash": trace.content_hash(),
+        "seed": options.seed,
+        "max_steps": options.max_steps,
+        "expert_dtype": options.expert_dtype,
+        "host": options.host,
+        "machine": machine.name,
+        "quant": options.quant,
+        "kernels": "torch" if torch else "engine",
+        "routing": "uniform, assumed" if uniform else "trace",
+    }
 
 
 def _prediction(work: Workload, plan: CachePlan) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesim.caching.planner import Workload
+from moesim.caching.workload import Workload
 from moesim.cluster import Machine
 from moesim.errors import InputError
 from moesim.figures import text_table

@@ -14,16 +14,15 @@ from moesim.caching.compare import (
 )
 from moesim.caching.compare import Result as Row
 from moesim.caching.plan import CachePlan
-from moesim.caching.planner import (
-    Planned,
-    Request,
-)
+from moesim.caching.planner import Planned
 from moesim.caching.rates import Rates
+from moesim.caching.workload import Request
 from moesim.cluster.machine import Machine
 from moesim.errors import InputError
 from moesim.figures import text_table
 from moesim.jobs.cache_engines import engine_lines
 from moesim.jobs.result import Result
+from moesim.offloading.rates import doubts
 from moesim.offloading.task import EnginePlan
 
 if TYPE_CHECKING:
@@ -96,6 +95,7 @@ class CacheJob(Result):
             lines += [
                 f"{plan.model} on {self.machine.name}, {self.request.context_tokens:,} tokens of"
                 f" context, {basis}; predicted from assumed figures",
+                *doubts(self.machine),
                 *engine_lines(self.engines, self.longer, self.own.tokens_per_s),
                 "",
                 "Dynamic caches",

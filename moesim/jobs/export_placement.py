@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moesim.caching.plan import CachePlan, is_cache_plan, load_cache_plan
-from moesim.errors import FormatError, InputError, MismatchError, plain
+from moesim.errors import FormatError, InputError, MismatchError, UnknownNameError, plain
 from moesim.exporters.registry import exporter
 from moesim.files import atomic_write
 from moesim.offloading.engines import ENGINES, engine_name
@@ -27,7 +27,18 @@ _REMEDY = "make it again with moesim cache"
 def suffix_of(file: str | Path, to: str) -> str:
     """How the name of the file for an engine ends: of a placement where `file` is a cache plan,
     else of an exporter's. Raises UnknownNameError."""
-    return SUFFIX[engine_name(to)] if is_cache_plan(file) else exporter(to).SUFFIX
+    if is_cache_plan(file):
+        return SUFFIX[engine_name(to)]
+    try:
+        return exporter(to).SUFFIX
+    except UnknownNameError:
+        if to.casefold() not in {name.casefold() for name in ENGINES}:
+            raise
+    load_cache_plan(file)
+    raise MismatchError(
+        f"{file} is a plan, not the file of moesim cache that {to} is placed by",
+        "make one with moesim cache --machine GPU+HOST --model MODEL --out cache.json",
+    )
 
 
 def write_placement(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.cluster import DEFAULT_CLUSTER, Cluster, Machine, load_cluster, load_machine
-from moesim.cluster.load import cluster_of_machine
+from moesim.cluster.load import cluster_of_machine, means_machine
 from moesim.errors import InputError, MismatchError, UnknownNameError, plain
 from moesim.model.names import load_model, preset_aliases
 from moesim.model.spec import ModelSpec
@@ -120,6 +120,15 @@ def cluster_of(
     if cluster is None and defaults is not None:
         defaults["cluster"] = DEFAULT_CLUSTER
     return load_cluster(str(cluster or DEFAULT_CLUSTER), num_gpus=gpus, after=after)
+
+
+def machine_in(cluster: ClusterLike | None) -> Machine | None:
+    """The machine that stands for a cluster; None where it is none."""
+    if isinstance(cluster, Machine):
+        return cluster
+    if cluster is None or isinstance(cluster, Cluster) or not means_machine(cluster):
+        return None
+    return load_machine(cluster)
 
 
 def machine_of(machine: MachineLike) -> Machine:

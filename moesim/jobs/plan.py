@@ -442,8 +442,8 @@ def _timed(into: dict[str, float], name: str) -> Iterator[None]:
 def _offload(result: PlanResult, request: PlanRequest, hbm: float | None) -> GroupPlan:
     """A cache plan for every GPU of the placement, decoding one request per GPU."""
     from moesim.caching.group import plan_group
-    from moesim.caching.planner import Request
     from moesim.caching.rates import torch_kernels
+    from moesim.caching.workload import Request
     from moesim.offloading.rates import filled_gb
 
     work = request.workload

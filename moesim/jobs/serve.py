@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesim.choices import MoeComm, Overlap, Router
 from moesim.cluster import Cluster
 from moesim.cluster.prices import Prices, check_names, parse_prices
-from moesim.errors import InputError
+from moesim.errors import InfeasibleError, InputError, MismatchError
 from moesim.jobs import inputs
 from moesim.jobs.arrivals import arriving_requests
 from moesim.jobs.serve_result import ServeResult
@@ -216,6 +216,11 @@ def _pools(
     from moesim.cluster import DEFAULT_CLUSTER
 
     made = inputs.plan_of(plan, apart=True).mtp_apart()[0] if plan is not None else None
+    if made is not None and made.cache is not None:
+        raise MismatchError(
+            "the plan keeps experts outside of GPU memory, and serve simulates no offloading",
+            "simulate it with moesim simulate, or make a plan without `offload`",
+        )
     routed = inputs.token_trace_of(trace, "moesim serve") if trace is not None else None
     named = (made.model if made is not None else "") or (
         routed.meta.model if routed is not None else ""
@@ -232,11 +237,14 @@ def _pools(
     if made is not None and made.attention_gpus and options["expert_gpus"] is None:
         options["expert_gpus"], attention = made.placement.num_gpus, made.attention_gpus
         defaults["expert GPUs"] = f"{made.placement.num_gpus}, the plan's"
+    machine = inputs.machine_in(cluster)
     if gpus is None:
         apart = options["expert_gpus"]
         gpus = service_gpus(split["replicas"], split["tp"], split["dp"], split["pp"] or 1, apart)
         if isinstance(cluster, Cluster):
             gpus = cluster.num_gpus
+        elif machine is not None:
+            gpus = len(machine.gpus)
         elif made is not None:
             gpus = (made.placement.num_gpus + attention) * (split["replicas"] or 1)
         defaults["GPUs"] = str(gpus)
@@ -244,9 +252,17 @@ def _pools(
         cluster = defaults["cluster"] = DEFAULT_CLUSTER
     if isinstance(cluster, Cluster) and split["replicas"] is None:
         split["replicas"] = 1
-    front, back = default_pools(
-        spec, partial(inputs.cluster_of, cluster), gpus, **split, **options, plan=made, trace=routed
-    )
+    sized = partial(inputs.cluster_of, cluster)
+    try:
+        front, back = default_pools(spec, sized, gpus, **split, **options, plan=made, trace=routed)
+    except InfeasibleError as error:
+        if machine is None:
+            raise
+        raise InfeasibleError(
+            f"{error.cause}; serve keeps all experts in GPU memory, without offloading",
+            f"take a model of fewer bits or a machine of more GPUs, or ask `moesim cache --machine"
+            f" {machine.name} --model {spec.name}` what offloading engines make of it",
+        ) from None
     defaults["deployment"] = pools_text(front, back)
     if made is not None and back is not None and back.engine.num_gpus != front.engine.num_gpus:
         raise InputError(

@@ -13,9 +13,10 @@ from moesim.caching.batching import Batching, pooled_stream, waits
 from moesim.caching.events import Stream
 from moesim.caching.group import hosted_experts
 from moesim.caching.plan import CachePlan
-from moesim.caching.planner import Request, Workload, expert_sizes, make_workload, setup_of_plan
+from moesim.caching.planner import expert_sizes, setup_of_plan
 from moesim.caching.policies import ONLINE
 from moesim.caching.rates import HostSpec, Rates, rates_on, step_times, torch_kernels
+from moesim.caching.workload import Request, Workload, make_workload
 from moesim.cost.curves import weakest
 from moesim.errors import FormatError, InputError, MismatchError
 from moesim.jobs.simulate_request import SimRequest
@@ -173,6 +174,9 @@ class _Builder:
 
     def _cache(self, gpu: int, plan: CachePlan) -> GpuCache:
         rates, work = self.rates(gpu), self.work
+        held = np.array(plan.slots) + [len(pinned) for pinned in plan.pinned]
+        if (held < self.hosted[gpu].sum(axis=1)).any():
+            rates = rates.offloaded()
         bits = None if plan.bits is None else np.array(plan.bits, np.int64)
         sizes = expert_sizes(rates.model, replace(self.asked, bits=bits))
         nvme = plan.nvme_mask()

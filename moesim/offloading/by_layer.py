@@ -2,10 +2,12 @@
 reads or copies while it computes; nothing runs on the CPU.
 
 vLLM maps the offloaded weights into the GPU's address space (vllm-project/vllm,
-model_executor/models/utils.py): a token reads over the host link what it uses, at ZERO_COPY_SHARE
-of the link. accelerate's hooks (huggingface/accelerate, hooks.py) copy every module of an
-offloaded layer before it runs, from pageable memory, expert by expert, at PER_TENSOR_S each. Both
-load the checkpoint's own types. The three constants are assumed, set on MoE-Infinity's comparison
+model_executor/offloader/uva.py): a token reads over the host link what it uses, at ZERO_COPY_SHARE
+of the link. `--cpu-offload-gb` is GiB per GPU, `--cpu-offload-params experts` picks the tensors
+that have that segment in their names (config/offload.py of vLLM 0.31): routed experts alone.
+accelerate's hooks (huggingface/accelerate, hooks.py) copy every module of an offloaded layer
+before it runs, from pageable memory, expert by expert, at PER_TENSOR_S each. Both load the
+checkpoint's own types. The three constants are assumed, set on MoE-Infinity's comparison
 (EfficientMoE/MoE-Infinity, README.md).
 """
 
@@ -38,8 +40,12 @@ ACCELERATE_RUNTIME_BYTES = 1_500_000_000
 PREFILL_CHUNK = 2048
 
 
-def vllm(task: Task) -> EnginePlan:
-    """vLLM with as little offloaded as fits. Raises MismatchError and InfeasibleError."""
+def vllm(task: Task, *, experts_only: bool = True) -> EnginePlan:
+    """vLLM with as little offloaded as fits. Raises MismatchError and InfeasibleError.
+
+    experts_only: with --cpu-offload-params experts, of which a token reads those that it chose;
+    without, as before vLLM 0.17, tensors leave as they come, and their share of all else too.
+    """
     spec, weights, gpus = task.checkpoint.spec, task.checkpoint, task.gpus
     needs_checkpoint(task, "vLLM")
     if any(maker(gpu) == "Apple" for gpu in task.machine.gpus):
@@ -48,40 +54,39 @@ def vllm(task: Task) -> EnginePlan:
     kv = int(kv_layer_bytes(spec, task.context, task.cache_type).sum()) // tp
     usable = min(gpu.memory + MARGIN_BYTES for gpu in gpus) * VLLM_UTILISATION
     room = usable - kv - VLLM_RUNTIME_BYTES
-    own = weights.num_bytes / tp
+    own, experts = weights.num_bytes / tp, float(weights.layer_bytes(experts=True).sum()) / tp
     away = max(0.0, own - room)
-    least = (weights.num_bytes - float(weights.layer_bytes(experts=True).sum())) / tp
+    least = own - experts
     if room < least or (away and task.machine.host.unified):
         raise InfeasibleError(f"{weights.source} does not fit", "take fewer bits or more memory")
     _check_host(task, away * tp)
-    share = away / own
-    used = spec.num_moe_layers * spec.real_top_k * float(spec.expert_bytes())
-    rest = weights.num_bytes - float(weights.layer_bytes(experts=True).sum())
-    rest -= 0 if spec.tie_word_embeddings else weights.embedding_bytes
-    active = (used + rest) / tp
+    used = spec.num_moe_layers * spec.real_top_k * float(spec.expert_bytes()) / tp
+    rest = least - (0 if spec.tie_word_embeddings else weights.embedding_bytes) / tp
+    read_away = used * away / experts if experts_only else (used + rest) * away / own
+    read_near = used + rest - read_away
     kv_read = float(kv_layer_bytes(spec, task.mean_context, task.cache_type).sum()) / tp
     layer = VLLM_LAYER_S + (ALL_REDUCES_S if tp > 1 else 0.0)
-    token = spec.num_hidden_layers * layer + (active * (1 - share) + kv_read) / gpus[0].read
-    token += active * share / (gpus[0].link * ZERO_COPY_SHARE)
+    token = spec.num_hidden_layers * layer + (read_near + kv_read) / gpus[0].read
+    token += read_away / (gpus[0].link * ZERO_COPY_SHARE)
     chunk = min(task.prompt, PREFILL_CHUNK)
     work = prompt_flops(spec, chunk, task.prompt / 2) / sum(gpu.flops for gpu in gpus)
-    moved = share * own * (distinct_share(spec, chunk)) / gpus[0].link
-    gigabytes = np.ceil(away / 1e8) / 10
+    moved = away * distinct_share(spec, chunk) / gpus[0].link
+    gibibytes = np.ceil(away / 2**30 * 10) / 10
     parts = ["vllm serve MODEL", f"--tensor-parallel-size {tp}", f"--max-model-len {task.context}"]
     parts += ["--max-num-seqs 1", f"--gpu-memory-utilization {VLLM_UTILISATION}"]
     if away:
-        parts.append(f"--cpu-offload-gb {gigabytes:g}")
+        parts.append(f"--cpu-offload-gb {gibibytes:g} --cpu-offload-params experts")
     return EnginePlan(
         "vLLM",
         1.0 / token,
         chunk / (work + moved),
         (GpuMemory(round(own - away), kv, VLLM_RUNTIME_BYTES),) * tp,
         round(away * tp),
-        1.0 - share,
-        {"cpu_offload_gb": float(gigabytes), "context": task.context},
+        1.0 - away / experts,
+        {"cpu_offload_gb": float(gibibytes), "context": task.context},
         (" ".join(parts),),
         weights=weights.source,
-        notes=("no expert cache of its own; offloaded weights are read over the host link",),
+        notes=("no expert cache of its own; offloaded experts are read over the host link",),
     )
 
 

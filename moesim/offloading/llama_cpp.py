@@ -26,7 +26,7 @@ from itertools import combinations
 import numpy as np
 
 from moesim.errors import InfeasibleError, MismatchError
-from moesim.offloading.rates import CpuRates, cpu_rates, host_bytes
+from moesim.offloading.rates import NO_GRAPH_US, CpuRates, cpu_rates, host_bytes, maker
 from moesim.offloading.task import (
     EnginePlan,
     GpuMemory,
@@ -205,15 +205,19 @@ def _token_s(task: Task, layout: Layout, cpu: CpuRates) -> float:
     kv = kv_layer_bytes(spec, task.mean_context, task.cache_type)
     chosen = spec.real_top_k / spec.num_experts
     used = spec.real_top_k * spec.expert_params
+    nvidia = maker(task.machine.gpus[0]) == "NVIDIA"
+    no_graph = NO_GRAPH_US * 1e-6 if nvidia and layout.cpu_bytes.any() else 0.0
     total, layer = 0.0, 0
     for gpu, count in zip(task.gpus, layout.layers_of, strict=True):
         for x in range(layer, layer + count):
             away = float(layout.cpu_bytes[x])
             near = float(rest[x] + kv[x]) + chosen * (float(experts[x]) - away)
-            total += near / gpu.read + gpu.layer_s
+            total += near / gpu.read + gpu.layer_s + spec.real_top_k * gpu.choice_s
             if away:
                 share = away / float(experts[x])
                 total += cpu.call_s + cpu.token_s(chosen * away, used * share)
+            else:
+                total += no_graph
         layer += count
     return total + weights.output_bytes / task.gpus[-1].read
 

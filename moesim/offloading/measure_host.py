@@ -73,7 +73,12 @@ def _short(value: float) -> float:
 def vectors_of(flags: list[str]) -> str:
     """The widest vectors among a CPU's flags. Raises InputError where there is none that counts."""
     known = set(flags)
-    for name, needed in (("amx", "amx_tile"), ("avx512", "avx512f"), ("avx2", "avx2")):
+    for name, needed in (
+        ("amx", "amx_tile"),
+        ("avx512", "avx512f"),
+        ("avx_vnni", "avx_vnni"),
+        ("avx2", "avx2"),
+    ):
         if needed in known:
             return name
     if known & {"asimd", "neon"}:

@@ -21,8 +21,15 @@ from moesim.cluster import GpuSpec, Host, Machine
 
 READ_SHARE = {"NVIDIA": 0.75, "AMD": 0.75, "Apple": 0.6}
 """Of the memory's bandwidth, reached on the weights of one token."""
-LAYER_US = {"NVIDIA": 45.0, "AMD": 60.0, "Apple": 90.0}
+LAYER_US = {"NVIDIA": 45.0, "AMD": 60.0, "Apple": 30.0}
 """Launches of one layer of a token, beyond reading its weights."""
+CHOICE_US = {"Apple": 22.0}
+"""More for each expert that a token chooses in a layer: narrow matrices leave Metal's kernels short
+of work. Set on an M3 Ultra's Qwen3-30B-A3B with gpt-oss-20b on an M2 Ultra in view."""
+NO_GRAPH_US = 90.0
+"""More for launches of one layer on NVIDIA where llama.cpp runs without CUDA graphs, as it does
+once any tensor is on the CPU (ggml-org/llama.cpp#18593): median of the six models that
+ggml-org/llama.cpp#27721 times with and without them, 34 to 268."""
 PROMPT_SHARE = {"NVIDIA": 0.5, "AMD": 0.25, "Apple": 0.6}
 UNIFIED_PROMPT_SHARE = {"NVIDIA": 0.18, "AMD": 0.15, "Apple": 0.6}
 """Of the dense 16-bit rate, reached on prompts by engines of 16-bit and 8-bit weights: cards, and
@@ -34,9 +41,10 @@ LINK_SHARE = 0.75
 """Of the host link, for copies of whole tensors."""
 DRAM_SHARE = {"datasheet": 0.65, "assumed": 0.65, "measured": 0.9}
 """Of DRAM bandwidth, by what its figure is: channels x transfers, or measured."""
-WEIGHTS_PER_CYCLE = {"avx2": 1.7, "avx512": 2.3, "amx": 2.3, "neon": 1.7}
-"""Weights of few bits that one core unpacks and multiplies with one token per cycle."""
-FLOPS_PER_CYCLE = {"avx2": 12.0, "avx512": 25.0, "amx": 100.0, "neon": 12.0}
+WEIGHTS_PER_CYCLE = {"avx2": 1.7, "avx_vnni": 2.3, "avx512": 2.3, "amx": 2.3, "neon": 1.7}
+"""Weights of few bits that one core unpacks and multiplies with one token per cycle; what has
+dot-product instructions is assumed equal."""
+FLOPS_PER_CYCLE = {"avx2": 12.0, "avx_vnni": 12.0, "avx512": 25.0, "amx": 100.0, "neon": 12.0}
 """Of one core on many tokens at once."""
 CPU_CALL_US = 120.0
 """Of one layer on the CPU: hidden states there and back, threads woken, graphs split."""
@@ -50,17 +58,25 @@ MARGIN_BYTES = 1 << 30
 """Left free on every GPU, as --fit-target of llama.cpp does by default: CUDA context, desktop."""
 
 
+SEEN = (
+    "rtx-3090", "rtx-4090", "rtx-5090", "rtx-pro-6000", "rx-7900-xtx", "strix-halo", "dgx-spark",
+    "m3-ultra",
+)  # fmt: skip
+"""GPUs of which reports/offloading-people has runs."""
+
+
 @dataclass(frozen=True, slots=True)
 class GpuRates:
     """bytes/s of weights on one token, flop/s on prompts (of quantised weights: quant_flops),
-    bytes/s over the host link, seconds of one layer's launches, and bytes that an engine may
-    fill."""
+    bytes/s over the host link, seconds of one layer's launches and of each chosen expert's, and
+    bytes that an engine may fill."""
 
     read: float
     flops: float
     quant_flops: float
     link: float
     layer_s: float
+    choice_s: float
     memory: float
 
 
@@ -103,8 +119,26 @@ def gpu_rates(gpu: GpuSpec, unified: bool, memory_gb: float | None = None) -> Gp
         quant_flops=peak * quant[name],
         link=gpu.pcie_gb_per_s * 1e9 * LINK_SHARE,
         layer_s=LAYER_US[name] * 1e-6,
+        choice_s=CHOICE_US.get(name, 0.0) * 1e-6,
         memory=memory - MARGIN_BYTES,
     )
+
+
+def doubts(machine: Machine) -> tuple[str, ...]:
+    """What the rates of a machine's GPUs lack: a published run, or a datasheet's figures."""
+    found = []
+    for gpu in {gpu.name: gpu for gpu in machine.gpus}.values():
+        kinds = {b.where.rpartition(": ")[2]: b.kind for b in gpu.blocks}
+        names = {"memory": "memory bandwidth", "compute": "16-bit rate"}
+        assumed = [text for key, text in names.items() if kinds.get(key) == "assumed"]
+        if assumed:
+            found.append(f"{gpu.name}'s {' and '.join(assumed)} assumed, not a datasheet's")
+        if gpu.name not in SEEN:
+            found.append(
+                f"no published run of {gpu.name} stands behind the shares that its memory and"
+                f" arithmetic are assumed to reach: those of {maker(gpu)}'s other GPUs"
+            )
+    return tuple(found)
 
 
 def filled_gb(machine: Machine) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moesim.caching.group import hosted_experts, parse_group, plan_group
-from moesim.caching.planner import Request
+from moesim.caching.workload import Request
 from moesim.cli.main import run
 from moesim.cluster.gpus import load_gpu
 from moesim.errors import FormatError, InfeasibleError

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from moesim.caching.compare import compare, offline_bound, sweep_hbm
 from moesim.caching.memory import WORKSPACE_BYTES, check_host, memory_budget
 from moesim.caching.plan import CachePlan, Prefetch, load_cache_plan, parse_cache_plan
-from moesim.caching.planner import Request, make_workload, plan_cache
+from moesim.caching.planner import plan_cache
 from moesim.caching.rates import HostSpec, build_rates, step_times
+from moesim.caching.workload import Request, make_workload
 from moesim.cluster.gpus import load_gpu
 from moesim.errors import FormatError, InfeasibleError, InputError, MismatchError
 from moesim.jobs.cache import CacheOptions, run_cache

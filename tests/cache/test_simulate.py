@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.caching.events import decode_stream, prefill_stream
+from moesim.caching.events import decode_stream
 from moesim.caching.policies import ONLINE, POLICIES
 from moesim.caching.simulate import (
     CacheSettings,
@@ -193,15 +193,6 @@ def test_decode_stream_batches_continuously(toys: ModuleType) -> None:
         assert positions[requests == r].tolist() == sorted(positions[requests == r].tolist())
 
 
-def test_prefill_stream_never_mixes_requests(toys: ModuleType) -> None:
-    trace = toys.make_trace([np.zeros((n, 1, 1), int) for n in (5, 2)], 2)
-    stream = prefill_stream(toys.all_requests(trace), 3)
-    requests = np.asarray(trace.request_ids)[stream.token_idx]
-    assert sorted(np.diff(stream.indptr).tolist()) == [2, 2, 3]
-    for s in range(stream.num_steps):
-        assert len(set(requests[stream.indptr[s] : stream.indptr[s + 1]].tolist())) == 1
-
-
 def test_same_seed_same_bytes(toys: ModuleType) -> None:
     """INV-6."""
     trace = toys.random_trace(1)
@@ -219,8 +210,6 @@ def test_bad_input(toys: ModuleType) -> None:
     stream = decode_stream(requests)
     with pytest.raises(InputError, match="batch size 0"):
         decode_stream(requests, 0)
-    with pytest.raises(InputError):
-        prefill_stream(requests, 0)
     with pytest.raises(InputError, match="no tokens"):
         decode_stream(requests.select(np.zeros(4, bool)))
     with pytest.raises(UnknownNameError, match="fifo"):

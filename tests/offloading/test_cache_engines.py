@@ -10,10 +10,18 @@ import pytest
 import moesim
 from moesim.caching import planner
 from moesim.cluster import load_machine
-from moesim.errors import FormatError, InputError, MismatchError, UnknownNameError
+from moesim.errors import (
+    FormatError,
+    InfeasibleError,
+    InputError,
+    MismatchError,
+    UnknownNameError,
+)
 from moesim.jobs.cache_result import CacheJob
+from moesim.jobs.export_placement import suffix_of
 from moesim.model.weights import load_weights
 from moesim.offloading.engines import ENGINES, plan_engines
+from moesim.offloading.rates import doubts
 from moesim.offloading.task import Task
 from moesim.studies.evaluators.cache import CacheParams
 from moesim.trace.uniform import uniform_trace
@@ -197,3 +205,27 @@ def test_frequency_comes_with_its_counts(tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(json.dumps(raw))
         with pytest.raises(FormatError, match="damaged"):
             moesim.export(tmp_path / "bad.json", to="KTransformers", out=tmp_path / "run.sh")
+
+
+def test_figures_without_a_run_or_a_datasheet_are_said() -> None:
+    assert doubts(load_machine("rtx-4090+ddr5-2ch")) == ()
+    assert "16-bit rate assumed" in doubts(load_machine("rtx-pro-6000+ddr5-4ch"))[0]
+    (line,) = doubts(load_machine("2xr9700+ddr5-2ch"))
+    assert "no published run of r9700" in line
+    job = moesim.cache(model="GPT-OSS-20B", machine="r9700+ddr5-2ch", context=1024, steps=4)
+    assert line in job.summary()
+
+
+def test_export_says_what_it_places_by(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read cache plan"):
+        suffix_of(tmp_path / "none.json", "llama.cpp")
+
+
+def test_serve_keeps_to_a_machine_and_refuses_what_it_would_offload() -> None:
+    """The machine's one GPU unasked; what does not fit names offloading and a command for it."""
+    log = "poisson:rate=1,requests=5,prompt=100,output=10"
+    served = moesim.serve(log, model="GPT-OSS-20B", cluster="rtx-4090+ddr5-2ch")
+    assert "on 1 x rtx-4090" in served.summary()
+    with pytest.raises(InfeasibleError, match="without offloading") as refused:
+        moesim.serve(log, model="GPT-OSS-120B", cluster="rtx-4090+ddr5-2ch")
+    assert "moesim cache --machine rtx-4090+ddr5-2ch --model GPT-OSS-120B" in refused.value.remedy

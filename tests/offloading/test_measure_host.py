@@ -57,6 +57,7 @@ def test_other_options_are_refused(tmp_path: Path) -> None:
 def test_the_widest_vectors_count() -> None:
     assert vectors_of(["avx2", "avx512f", "amx_tile"]) == "amx"
     assert vectors_of(["avx2", "avx512f"]) == "avx512"
+    assert vectors_of(["avx2", "avx_vnni"]) == "avx_vnni"
     assert vectors_of(["sse2", "avx2"]) == "avx2"
     assert vectors_of(["fp", "asimd"]) == "neon"
     with pytest.raises(InputError):

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from benchmarks.offloading_hits import limited_hits
 from benchmarks.offloading_people import machine_of, medians, memory, page, runs
 from benchmarks.what_runs import HEAD, PAGE, section
 
@@ -49,6 +51,21 @@ def test_memory_is_within_three_percent(results: dict[str, Any]) -> None:
 
 def test_every_fact_names_its_source(results: dict[str, Any]) -> None:
     assert all(len(r["source"]) > 8 for r in results["rows"])
+
+
+def test_no_error_above_a_fifth_is_left_without_its_cause(results: dict[str, Any]) -> None:
+    counted = [r for r in results["rows"] if not r["fitted"]]
+    assert [r["what"] for r in counted if abs(r["error"]) > 0.2 and not r["why"]] == []
+
+
+def test_hits_of_a_cache_that_brings_in_one_expert_per_token() -> None:
+    """Two slots, tokens AB AB AC BC: A comes in (0 of 2), B (1), then AC hits A, and C takes B's
+    place as the least recently used (1), BC hits C (1): 3 of 8, and 4 brought in, one per token.
+    With A pinned one slot is left: B (1 of 2 by the pin), AB hits both, A and C for B, then C."""
+    ids = np.array([[0, 1], [0, 1], [0, 2], [1, 2]])[:, None]
+    assert limited_hits(ids, 2, 1) == (3 / 8, 1.0)
+    hits, brought = limited_hits(ids, 2, 2, np.array([[0]]))
+    assert (hits, brought) == (5 / 8, 3 / 4)
 
 
 @pytest.mark.parametrize("model", ["GPT-OSS-120B", "Qwen3-30B-A3B"])

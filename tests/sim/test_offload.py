@@ -185,8 +185,8 @@ def test_a_copy_that_could_begin_at_the_gate_has_not_begun(one_gpu, gate, kernel
 def test_inv8_on_a_bundled_trace(one_gpu) -> None:
     """The same with real routing, a warm cache, the learned predictor and the CPU."""
     from moesim.caching.plan import Prefetch
-    from moesim.caching.planner import Request, make_workload
     from moesim.caching.rates import step_times
+    from moesim.caching.workload import Request, make_workload
     from moesim.trace.format import load_token_trace
 
     trace = load_token_trace("sample:debian-moe", "a test")

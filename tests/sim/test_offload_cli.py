@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moesim.caching.group import plan_group
-from moesim.caching.planner import Request
+from moesim.caching.workload import Request
 from moesim.cli.main import run
 from moesim.cluster import load_cluster
 from moesim.jobs.cache import CacheOptions, run_cache

@@ -10,7 +10,7 @@ import pytest
 
 import moesim
 from moesim.caching.group import plan_group
-from moesim.caching.planner import Request
+from moesim.caching.workload import Request
 from moesim.cluster import load_cluster, load_machine
 from moesim.errors import InputError, MismatchError
 from moesim.jobs.cache import CacheOptions, run_cache
@@ -52,12 +52,18 @@ def test_plan_has_what_cache_has(trace: Trace, job: CacheJob) -> None:
 def test_simulate_finds_the_machine_and_the_prediction(
     trace: Trace, job: CacheJob, tmp_path: Path
 ) -> None:
-    """INV-8 with engines' kernels: the event simulation of the same steps has the same speed."""
+    """INV-8 with engines' kernels: the event simulation of the same steps has the same speed where
+    only the link reads DRAM, and is a little slower where the CPU reads it at the same time."""
+    options = CacheOptions(MACHINE, hbm_gb=1.3, max_steps=48, prompt=1024, output=256)
+    alone = run_cache(trace, replace(options, policy="lru", prefetch="none", cpu="off"))
+    fetched = moesim.simulate(trace, plan=alone.save(tmp_path / "link.json"), steps=48)
+    speed = fetched.to_json()["plans"]["plan"]["tokens_per_s"]
+    assert speed == pytest.approx(alone.own.tokens_per_s, rel=1e-9)
     path = job.save(tmp_path / "cache.json")
     found = moesim.simulate(trace, plan=path, steps=48)
     assert found.defaults["cluster"] == MACHINE
     tokens_per_s = found.to_json()["plans"]["plan"]["tokens_per_s"]
-    assert tokens_per_s == pytest.approx(job.own.tokens_per_s, rel=1e-9)
+    assert 0.97 * job.own.tokens_per_s < tokens_per_s <= job.own.tokens_per_s
     with pytest.raises(MismatchError, match="kernels of engines"):
         moesim.simulate(trace, plan=path, cluster="l40s-pcie", gpus=1)
 

@@ -85,6 +85,12 @@ class CacheEvaluator(RoutingEvaluator):
     def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
         return _on_cluster(self, params) if params["machine"] is None else _on_machine(params)
 
+    def cluster(self, params: Mapping[str, Any]) -> Any:
+        """The machine as a cluster where one is named: what GPUs cost is asked of it."""
+        if params["machine"] is None:
+            return super().cluster(params)
+        return cluster_of_machine(_machine(params))
+
 
 def _machine(params: Mapping[str, Any]) -> Machine:
     name = str(params["machine"])
@@ -163,8 +169,9 @@ def _on_cluster(evaluator: CacheEvaluator, params: Mapping[str, Any]) -> Evaluat
     """As `moesim cache` with the first GPU of the cluster, beside the host that torch's kernels
     were measured on."""
     from moesim.caching.compare import result
-    from moesim.caching.planner import Request, make_workload, plan_cache
+    from moesim.caching.planner import plan_cache
     from moesim.caching.rates import HostSpec, build_rates
+    from moesim.caching.workload import Request, make_workload
     from moesim.cost.scaled import faster_calibration
     from moesim.cost.step import calibration_of_gpu
 
