@@ -152,7 +152,7 @@ def recommend(
             continue
         answers.append(found)
         if found["kept"]:
-            named = inputs.model_id(given) or _repository(place.model)
+            named = inputs.model_served(given) or _repository(place.model)
             written, said = launch_files(found, need, named, place)
             notices |= dict.fromkeys(said)
             folder = f"{_folder(place)}/" if len(places) > 1 else ""
