@@ -140,6 +140,7 @@ def recommend(
                 named={
                     "model_source": given if isinstance(given, str) else place.model.name,
                     "engine_source": name,
+                    "trace_source": None if trace is None else _source_of(trace),
                 },
                 maximize=maximize is not None,
                 also=tuple(others(place, experts_apart)) if alternatives else (),
@@ -172,6 +173,14 @@ def recommend(
         "refused": refused,
     }
     return RecommendResult(record, files)
+
+
+def _source_of(trace: TraceLike) -> str:
+    """Name or absolute path of a trace; "" for one that has none."""
+    if not isinstance(trace, (str, os.PathLike)):
+        return ""
+    path = Path(trace)
+    return str(path.resolve()) if path.exists() else str(trace)
 
 
 def _repository(model: ModelSpec) -> str:

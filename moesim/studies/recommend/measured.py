@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from moesim.errors import FormatError, InputError
 from moesim.figures import figure, text_table
 from moesim.files import atomic_write
+from moesim.jobs.inputs import token_trace_of
 from moesim.jobs.result import Result
 from moesim.model.names import load_model
 from moesim.serving.engines import EngineProfile, engine_profile
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moesim.draw import Picture
+    from moesim.trace.format import Trace
 
 MAX_BYTES = 64 << 20
 STATS = {"mean": "mean", "median": "p50", "p90": "p90", "p99": "p99"}
@@ -288,6 +290,18 @@ def _refitted(
     )
 
 
+def _trace(source: str | None) -> Trace | None:
+    """The routing that the answer rests on. Raises InputError where it has no name."""
+    if source is None:
+        return None
+    if not source:
+        raise InputError(
+            "the answer rests on a trace that was given as an object, without a file",
+            "make the answer again with a trace's name or path",
+        )
+    return token_trace_of(source, "recommend")
+
+
 def _deployed(folder: Path, benchmark: Benchmark) -> tuple[Bench, Layout]:
     remedy = "give the folder that `moesim recommend --out` wrote"
     file = folder / "recommendation.json"
@@ -299,6 +313,7 @@ def _deployed(folder: Path, benchmark: Benchmark) -> tuple[Bench, Layout]:
         roles = list(one["options"][0]["roles"].values())
         first = roles[0]
         options = {name: first[name] for name in ("expert_dtype", "kv_dtype", "memory_fraction")}
+        options["trace"] = _trace(one.get("trace_source"))
         profile = engine_profile(one["engine_source"])
         drafts = one["speculation"]
         place = Place(
