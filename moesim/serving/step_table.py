@@ -14,6 +14,7 @@ import numpy as np
 
 from moesim.kernels import kernel
 from moesim.serving.chunks import chunk_saves
+from moesim.serving.graphs import graph_rows
 from moesim.serving.state import INTERNAL
 from moesim.types import FloatArray
 
@@ -49,6 +50,7 @@ class StepTables(NamedTuple):
     than `moe_us` says where a sequence's rows come in chunks (`moesim.serving.chunks`).
     eager_us: added to steps with prompt tokens, which take least_us at least; host_us,
     sequence_us: added to every step, and for every sampled row of the rank that has most.
+    graph_limit: the largest step that is padded (`moesim.serving.graphs`).
     """
 
     row_x: FloatArray
@@ -70,6 +72,7 @@ class StepTables(NamedTuple):
     drafting_us: FloatArray
     drafting: FloatArray
     chunk_saves_us: FloatArray
+    graph_limit: FloatArray
 
 
 def tables_of(
@@ -131,6 +134,7 @@ def tables_of(
         _padded([(cost._drafting.counts, cost._drafting.times_us) for cost in costs])[1],
         np.array([cost.drafting for cost in costs], np.float64),
         np.stack([_chunk_saves(cost, max_drafts, moe_x.shape[1]) for cost in costs]),
+        np.array([cost.graph_limit for cost in costs], np.float64),
     )
 
 
@@ -260,8 +264,10 @@ def _ranks_us(
     drafts: int,
     extra_context: float,
     part: float,
+    padded: float,
 ) -> tuple[float, float]:
-    """What ranks compute on their own for `part` of their step: summed over them, and the most."""
+    """What ranks compute on their own for `part` of their step: summed over them, and the most.
+    padded: rows that each of them computes, 0 for its own."""
     total, slowest = 0.0, 0.0
     for rank in range(first, last):
         rows = ranks[rank].decode_rows * (1.0 + drafts) * part
@@ -271,7 +277,8 @@ def _ranks_us(
         context = ranks[rank].decode_context * (1.0 + extra_context * drafts) * part
         repeated = ranks[rank].decode_repeated * part
         pairs = ranks[rank].prefill_pairs * part
-        time = _table(tables.row_x[m], tables.row_us[m], rows + prompt)
+        computed = padded * part if padded > 0 else rows + prompt
+        time = _table(tables.row_x[m], tables.row_us[m], computed)
         time += _attention_us(tables.terms[m], rows, context, repeated, prompt, pairs)
         slowest = max(slowest, time)
         total += time
@@ -312,20 +319,26 @@ def step_us(
     drafts: further tokens that each decoding sequence verifies. They are rows like others; cached
     tokens are read once more for each with `extra_context` 1, not again with 0.
     """
-    sampled, total, verified, prefill = 0.0, 0.0, 0.0, False
+    sampled, total, verified, prefill, largest = 0.0, 0.0, 0.0, False, 0.0
     for rank in range(first, last):
         rows = ranks[rank].decode_rows * (1.0 + drafts)
         prompt = float(ranks[rank].prefill_rows)
         sampled = max(sampled, rows + ranks[rank].prefill_sequences)
+        largest = max(largest, rows + prompt)
         total += rows + prompt
         verified += rows
         prefill = prefill or prompt > 0
     if total == 0:
         return 0.0, 0.0, 0.0
     kind = 0 if prefill else 1
-    mean, slowest = _ranks_us(tables, m, ranks, first, last, drafts, extra_context, 1.0)
-    if total / (last - first) >= tables.overlap[m, kind]:
-        mean, slowest = _ranks_us(tables, m, ranks, first, last, drafts, extra_context, 0.5)
+    overlaps = total / (last - first) >= tables.overlap[m, kind]
+    padded = 0.0
+    if largest <= tables.graph_limit[m]:
+        padded = graph_rows(largest, tables.graph_limit[m])
+        total = padded * (last - first)
+    mean, slowest = _ranks_us(tables, m, ranks, first, last, drafts, extra_context, 1.0, padded)
+    if overlaps:
+        mean, slowest = _ranks_us(tables, m, ranks, first, last, drafts, extra_context, 0.5, padded)
         mean, slowest = 2.0 * mean, 2.0 * slowest
         comm = 2.0 * _table(tables.moe_x[m], tables.comm_us[m], total / 2.0)
         time = slowest + 2.0 * _moe_us(tables, m, total / 2.0, shares) - comm
@@ -341,7 +354,7 @@ def step_us(
             time -= _table(tables.moe_x[m], tables.decode_saves_us[m], total)
     parts = tables.parts[m]
     if parts > 1:
-        _, own = _ranks_us(tables, m, ranks, first, last, drafts, extra_context, 1.0 / parts)
+        _, own = _ranks_us(tables, m, ranks, first, last, drafts, extra_context, 1.0 / parts, 0.0)
         saved = _chunk_saved(tables, m, drafts, verified / parts)
         time = min(time, _apart_us(tables, m, own, total / parts, prefill, shares, saved))
     time += _table(tables.head_x[m], tables.head_us[m], sampled)

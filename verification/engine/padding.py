@@ -1,4 +1,4 @@
-"""Rows that vLLM adds to a decode batch, to reach the size of a CUDA graph, with the model's own router.
+"""Rows that vLLM adds to a decode batch to reach the size of a CUDA graph; the model's own router.
 
     python padding.py FOLDER OUT.json
 
@@ -22,7 +22,9 @@ from cases import MODELS, Case
 
 SIZES = [1, 2, 4, *range(8, 257, 8), 384, 512]
 BATCHES = (8, 9, 10, 12, 15, 16, 17, 20, 24, 25, 32, 33, 40, 57, 64, 121, 128, 249, 256, 512)
-PREFILLS = tuple(Case("prefill", n, p) for n, p in ((1, 512), (1, 1024), (2, 1024), (4, 1024), (8, 1024)))
+PREFILLS = tuple(
+    Case("prefill", n, p) for n, p in ((1, 512), (1, 1024), (2, 1024), (4, 1024), (8, 1024))
+)
 ROUNDS, STEPS, WARM = 6, 8, 2
 
 

@@ -45,10 +45,15 @@ def tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    made = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))
+    words = {"<unk>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, size)}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.save(str(folder / "tokenizer.json"))
-    said = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0", "eos_token": "t1"}
+    said = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "eos_token": "<eos>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
 
 
@@ -130,7 +135,12 @@ def main() -> None:
             if file.exists():
                 kept = compact(json.loads(file.read_text()))
                 file.write_text(json.dumps(kept))
-                print("RATE", rate, json.dumps({k: v for k, v in kept.items() if not isinstance(v, (list, str))}), flush=True)
+                print(
+                    "RATE",
+                    rate,
+                    json.dumps({k: v for k, v in kept.items() if not isinstance(v, (list, str))}),
+                    flush=True,
+                )
             print("DONE", rate, done.returncode, round(time.time() - began, 1), "s", flush=True)
             env["WARM"] = "0"
     except Exception as error:
