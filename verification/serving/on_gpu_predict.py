@@ -16,7 +16,8 @@ from pathlib import Path
 
 from moesim.serving.engines import engine_profile
 from moesim.serving.memory import gpu_memory
-from moesim.studies.recommend.measured import Benchmark, _deployed, _with
+from moesim.studies.recommend.measured import Benchmark, _deployed
+from moesim.studies.recommend.refit import with_engine
 
 HOST = Path(__file__).resolve().parents[2] / "reports/engine-vllm/host.yaml"
 FIGURES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "output_tokens_per_s")
@@ -28,7 +29,7 @@ def predicted(folder: Path, rate: float) -> dict[str, object]:
     benchmark = Benchmark(rate, 0, asked["prompt_tokens"], asked["output_tokens"], {})
     bench, layout = _deployed(folder, benchmark)
     out: dict[str, object] = {"layout": layout.name}
-    for name, one in (("vllm", bench), ("host", _with(bench, engine_profile(str(HOST))))):
+    for name, one in (("vllm", bench), ("host", with_engine(bench, engine_profile(str(HOST))))):
         tried = one.run(layout, rate)
         found = {key: tried.figures.get(key) for key in FIGURES}
         out[name] = found | {"overloaded": tried.overloaded}
