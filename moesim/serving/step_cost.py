@@ -153,9 +153,8 @@ class EngineStepCost:
     def _apart_us(self, batch: BatchShape) -> FloatArray:
         """Whole, or in parts between the pools, whichever is faster."""
         d = self.deployment
-        whole = sum(self._own_experts_and_comm_us(batch, batch.rows))
-        part = batch.cut(d.micro_batches)
-        own, experts, comm = self._own_experts_and_comm_us(part, part.rows)
+        whole = sum(self._own_experts_and_comm_us(batch))
+        own, experts, comm = self._own_experts_and_comm_us(batch.cut(d.micro_batches))
         layers = d.model.num_moe_layers
         return np.minimum(whole, ping_pong_us(own, experts, comm, d.micro_batches, layers))
 
@@ -171,9 +170,11 @@ class EngineStepCost:
         return own + experts, comm
 
     def _own_experts_and_comm_us(
-        self, batch: BatchShape, rows: FloatArray
+        self, batch: BatchShape, rows: FloatArray | None = None
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Of the slowest rank's layers, of the experts, and of dispatch and combine."""
+        """Of the slowest rank's layers, of the experts, and of dispatch and combine; `rows` where
+        ranks compute others than the batch's."""
+        rows = batch.rows if rows is None else rows
         total = rows.sum(axis=-1)
         own = self._rows_total(rows) + self._attention_us(batch)
         comm = self._moe["communication"](total)
@@ -201,7 +202,7 @@ class EngineStepCost:
             return float(self.step_us(BatchShape.of(*given, prefill_sequences)))
         slowest, sampled, total, prefill = 0.0, 0.0, 0.0, False
         largest = max(map(add, decode_tokens, prefill_tokens))
-        padded = graph_rows(largest, self.graph_limit)
+        graph = graph_rows(largest, self.graph_limit) if largest <= self.graph_limit else 0.0
         for n, context, p, pairs, count in zip(
             decode_tokens,
             decode_context_tokens,
@@ -211,8 +212,7 @@ class EngineStepCost:
             strict=True,
         ):
             rows = n + p
-            if padded > largest:
-                rows = padded
+            rows = graph or rows
             if not rows:
                 continue
             time = self._rows_total.one(rows)
