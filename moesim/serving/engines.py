@@ -45,8 +45,9 @@ class EngineProfile:
     admission: "prompt" starts a request when the KV cache has room for its prompt, and preempts the
     last one admitted when the cache is full; "whole" starts it when there is room for its prompt
     and all of its answer, and never preempts.
-    graph_rows: steps of up to so many rows are padded to the size of a CUDA graph
-    (`moesim.serving.graphs`); 0 where they are not, or nothing is known.
+    graph_rows: steps of up to so many rows are replayed as CUDA graphs and padded to their size
+    (`moesim.serving.graphs`), so that the host enqueues no layers; 0 where steps with prompts are
+    not, or nothing is known of padding.
     max_batch_tokens, max_sequences: the engine's defaults for a DP rank.
     runtime_gb: memory of a GPU that neither weights, KV cache nor activations use (CUDA context,
     CUDA graphs); group_gb: the same for communication among several GPUs. sampler_bytes: memory per

@@ -228,7 +228,7 @@ class EngineStepCost:
         engine = self.deployment.engine
         if not prefill:
             time -= self._decode_saves.one(total)
-        if prefill:
+        if prefill and not graph:
             layers = self.deployment.model.num_hidden_layers
             time = max(time + engine.prompt_added_us(layers), engine.prompt_least_us(layers))
         return time + engine.step_host_us + engine.sequence_host_us * sampled
@@ -300,7 +300,8 @@ class EngineStepCost:
 
     def _with_host(self, gpu_us: FloatArray, batch: BatchShape) -> FloatArray:
         engine = self.deployment.engine
-        prefill = batch.prefill_tokens.max(axis=-1) > 0
+        enqueued = batch.rows.max(axis=-1) > self.graph_limit
+        prefill = enqueued & (batch.prefill_tokens.max(axis=-1) > 0)
         layers = self.deployment.model.num_hidden_layers
         with_host = np.maximum(
             gpu_us + engine.prompt_added_us(layers), engine.prompt_least_us(layers)

@@ -48,8 +48,8 @@ class StepTables(NamedTuple):
     multi-token-prediction layer that drafts; drafting: [M, 3], `EngineStepCost.drafting`.
     chunk_saves_us: [M, drafts + 1, points] by verified rows of all ranks, what experts take less
     than `moe_us` says where a sequence's rows come in chunks (`moesim.serving.chunks`).
-    eager_us: added to steps with prompt tokens, which take least_us at least; host_us,
-    sequence_us: added to every step, and for every sampled row of the rank that has most.
+    eager_us: added to steps with prompt tokens that no graph replays, which take least_us at least;
+    host_us, sequence_us: added to every step, and for every sampled row of the rank that has most.
     graph_limit: the largest step that is padded (`moesim.serving.graphs`).
     """
 
@@ -358,7 +358,7 @@ def step_us(
         saved = _chunk_saved(tables, m, drafts, verified / parts)
         time = min(time, _apart_us(tables, m, own, total / parts, prefill, shares, saved))
     time += _table(tables.head_x[m], tables.head_us[m], sampled)
-    if prefill:
+    if prefill and padded == 0.0:
         time = max(time + tables.eager_us[m], tables.least_us[m])
     time += tables.host_us[m] + tables.sequence_us[m] * sampled
     return time, mean / (last - first), slowest

@@ -70,3 +70,16 @@ def test_plain_numbers_and_arrays_agree(dp: int) -> None:
         batch = BatchShape.of(decode_tokens=decode, decode_context_tokens=context)
         one = cost.one_us(decode, context, none, none, none)
         assert one == pytest.approx(float(cost.step_us(batch)), rel=1e-12)
+
+
+def test_the_host_enqueues_only_what_no_graph_replays() -> None:
+    """A prompt of 512 tokens is replayed; one of 513 takes 850 us more for each of 48 layers."""
+    deployment = deploy("Qwen3-30B-A3B", "h200-sxm-ib", tp=1)
+    cost = EngineStepCost(deployment)
+    host = [
+        float(cost.breakdown(BatchShape.of(prefill_tokens=float(n)))["host"]) for n in (512, 513)
+    ]
+    assert host == pytest.approx([0.0, 850.0 * 48])
+    assert cost.one_us([0.0], [0.0], [512.0], [512 * 513 / 2], [1.0]) == pytest.approx(
+        float(cost.step_us(BatchShape.of(prefill_tokens=512.0)))
+    )
