@@ -150,7 +150,7 @@ def test_mser_finds_the_end_of_a_ramp() -> None:
 
 def test_rates_of_load_tests_do_not_depend_on_their_length() -> None:
     """Twenty or two hundred waves of 16 requests: the same steady rate, while the tokens over the
-    duration, ramp and drain included, differ. No graph replays prompts, so that the ramp is slow."""
+    duration, ramp and drain included, differ. Prompts are not replayed as graphs: a slow ramp."""
     from moesim.serving.deployment import deploy
     from moesim.serving.engines import ENGINES
     from moesim.serving.static import LoadTest, run_load_test
