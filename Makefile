@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test docs check install clean
+.PHONY: demo test lint docs install clean
 
 install: $(STAMP)
 
@@ -18,12 +18,14 @@ demo: install
 	$(BIN)/moesim plan --trace sample:debian-moe --gpus 8 --out out/plan.json --plot out/load.png
 
 test: install
+	$(MAKE) --no-print-directory -j2 lint docs
+	$(BIN)/pytest -n auto --dist loadscope
+
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	$(BIN)/pytest -n auto --dist loadscope
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

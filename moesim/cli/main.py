@@ -205,6 +205,8 @@ def _click_error(error: Exception, args: Sequence[str]) -> tuple[str, str]:
     cause = str(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     path = getattr(context, "command_path", "moesim") or "moesim"
+    if path == "moesim":
+        path = " ".join(["moesim", *(a for a in args if a in COMMANDS)][:2])
     near = list(getattr(error, "possibilities", None) or ())
     if near:
         return cause, f"did you mean {', '.join(near[:3])}? {path} --help lists them"

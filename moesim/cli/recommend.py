@@ -56,7 +56,10 @@ def recommend(
     ] = None,
     slo: Annotated[
         str | None,
-        typer.Option(help="Promises to keep: ttft_p99<2s,tpot_p99<50ms.", show_default="none: say"),
+        typer.Option(
+            help="Promises to keep: ttft_p99<2s,tpot_p99<50ms.",
+            show_default="none, and one is needed",
+        ),
     ] = None,
     gpus: Annotated[
         int | None, typer.Option(help="Most GPUs to use.", show_default="256", min=1)
@@ -117,9 +120,9 @@ def recommend(
     measured: Annotated[
         Path | None,
         typer.Option(
-            help="Result of vLLM's or SGLang's benchmark, beside the prediction of --answer; --out"
-            " then is a file of the engine's constants refitted to it, --engine such a file to"
-            " predict with."
+            help="Result of an engine's own benchmark (bench.sh), beside the prediction of"
+            " --answer; --out then is a file of the engine's constants refitted to it, --engine"
+            " such a file to predict with."
         ),
     ] = None,
     answer: Annotated[

@@ -24,14 +24,6 @@ from moesim.cli.options import (
 from moesim.cli.output import echo
 from moesim.errors import InputError
 
-LOGGED = ("skip_empty", "time_unit", "block_tokens", "first", "rate_scale")
-POOLED = (
-    *LOGGED, "cluster", "engine", "replicas", "tp", "dp", "ep", "expert_dtype", "kv_dtype",
-    "max_batch_tokens", "max_sequences", "memory_fraction", "block_size", "prefix_cache", "prefill",
-    "chunk_tokens", "router", "speculate", "drafts", "slo", "until",
-)  # fmt: skip
-"""Options of a log, and those that all pools take."""
-
 
 def serve(
     context: typer.Context,
@@ -323,12 +315,13 @@ def serve(
     """
     from moesim.cli.output import check_targets, given, notice
     from moesim.cli.progress import progress_bar
+    from moesim.cli.serve_several import several
     from moesim.jobs.serve import numbers
     from moesim.jobs.serve import serve as run
 
     check_targets(plot=plot)
     if pool or whole_models is not None:
-        _several(context, as_json)
+        several(context, as_json)
         return
     if by is not None:
         raise InputError("`by` without `pool` or `whole_models`", "give one of them, or leave it")
@@ -358,43 +351,6 @@ def serve(
         echo(result.summary())
     if result.missed:
         raise typer.Exit(1)
-
-
-def _several(context: typer.Context, as_json: bool) -> None:
-    """Pools of models, or whole models in three tiers: with the options that were given."""
-    from moesim.cli.output import notice
-    from moesim.jobs.serve_composition import CompositionResult, serve_composition
-    from moesim.jobs.serve_pools import PoolsResult, serve_pools
-
-    own = [n for n in context.params if _was_given(context, n)]
-    asked = {n: context.params[n] for n in own if n != "as_json"}
-    result: PoolsResult | CompositionResult
-    if asked.get("pool"):
-        allowed = {"requests", "pool", "by", "seed", *POOLED}
-        _only(asked, allowed, "pool")
-        pools = asked.pop("pool")
-        result = serve_pools(asked.pop("requests"), pools, **asked)
-        notice(*result.notices)
-    else:
-        allowed = {"requests", "whole_models", "skew", "by", "model", "cluster", "gpus", "engine"}
-        _only(asked, allowed | {"seed", *LOGGED}, "whole_models")
-        if "model" not in asked:
-            raise InputError("`whole_models` without `model`", "say of which model's size they are")
-        result = serve_composition(asked.pop("requests"), **asked)
-    echo(json.dumps(result.to_json(), indent=1) if as_json else result.summary())
-    if isinstance(result, PoolsResult) and result.missed:
-        raise typer.Exit(1)
-
-
-def _was_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _only(asked: dict[str, object], allowed: set[str], what: str) -> None:
-    for name in asked:
-        if name not in allowed:
-            raise InputError(f"`{name}` with `{what}`, which does not take it", "leave it out")
 
 
 def _whole(text: str | None) -> list[int]:

@@ -25,7 +25,7 @@ from moesim.cost.calibration_schema import (
 from moesim.cost.collective import CollectiveCurve, CollectiveModel
 from moesim.cost.copies import CopyModel, WeightMove
 from moesim.cost.curves import AffineMin, SizeCurve, SizeTable
-from moesim.cost.dense import AttentionKernel, DenseModel, GemmModel, MlaModule
+from moesim.cost.dense import AttentionKernel, DenseModel, GemmModel, IndexedModule, MlaModule
 from moesim.cost.expert_gemm import ExpertGemmModel
 from moesim.cost.tile_waves import Tile, TileWaves
 from moesim.errors import FormatError, InputError, UnknownNameError
@@ -132,6 +132,7 @@ class Calibration:
                 mine.gemms or theirs.gemms,
                 mine.attention or theirs.attention,
                 mine.mla or theirs.mla,
+                mine.indexed or theirs.indexed,
             ),
             sources={**other.sources, **self.sources},
         )
@@ -148,6 +149,7 @@ class Calibration:
                 {**mine.gemms, **theirs.gemms},
                 {**mine.attention, **theirs.attention},
                 {**mine.mla, **theirs.mla},
+                {**mine.indexed, **theirs.indexed},
             ),
             sources={**self.sources, **engine.sources},
         )
@@ -412,5 +414,9 @@ def _dense(parsed: CalibrationFile) -> DenseModel:
                 weight_bytes_per_param=WEIGHT_BYTES[e.dense_dtype], **e.model_dump(exclude=skip)
             )
             for e in parsed.mla
+        },
+        indexed={
+            (e.phase, e.kv_dtype): IndexedModule(**e.model_dump(exclude=skip))
+            for e in parsed.indexed
         },
     )

@@ -257,6 +257,18 @@ class MlaEntry(_Entry):
     extra_tokens: NonNegative = 0.0
 
 
+class IndexedEntry(_Entry):
+    """Latent attention over keys that an indexer chooses (`moesim.cost.dense.IndexedModule`)."""
+
+    phase: Phase
+    kv_dtype: KvDtypeName = "bf16"
+    launch_us: NonNegative
+    index_tflops: Positive
+    attention_tflops: Positive | None = None
+    row_us: NonNegative = 0.0
+    min_heads: PositiveInt = 1
+
+
 class OverheadEntry(_Entry):
     """What a collective of a library call costs beside its kernel's link time.
 
@@ -308,6 +320,7 @@ class CalibrationFile(_Strict):
     gemm: list[GemmEntry] = []
     attention: list[AttentionEntry] = []
     mla: list[MlaEntry] = []
+    indexed: list[IndexedEntry] = []
     rearrangements: list[RearrangementEntry] = []
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from moesim.cost.curves import (
     SizeCurve,
     weakest,
 )
-from moesim.errors import UnknownNameError
+from moesim.errors import InputError, UnknownNameError
 from moesim.types import FloatArray
 
 KINDS = (
@@ -154,6 +154,12 @@ class _Blend:
         return np.asarray(first ** (1 - self.w) * second**self.w, dtype=np.float64)
 
 
+def _library(kind: str) -> str:
+    """Whose kernels do it, as `--all-to-all` names them."""
+    name = kind.removesuffix("_dispatch").removesuffix("_combine").removesuffix("_normal")
+    return "nccl" if name == kind else name
+
+
 class CollectiveModel:
     """All measured collectives of one GPU type; picks, interpolates or refuses by group.
 
@@ -189,13 +195,19 @@ class CollectiveModel:
         share; DeepEP's default of 20 where None. `nic_gb_per_s`: line rate of one rank's NIC, used
         only where nothing was measured over nodes.
 
-        Raises UnknownNameError for a kind with no curve, not even a stand-in.
+        Raises UnknownNameError for a kind that is none of `KINDS`, InputError for one that these
+        GPUs have no curve of, not even a stand-in.
         """
         named = [c for c in self.curves if c.kind == kind]
         if not named and kind in _STANDS_IN:
             named = [c for c in self.curves if c.kind == _STANDS_IN[kind]]
+        if not named and kind not in KINDS:
+            raise UnknownNameError("collective kind", kind, KINDS)
         if not named:
-            raise UnknownNameError("collective kind", kind, self.kinds)
+            raise InputError(
+                f"{_library(kind)} on GPUs for which there are no figures of its {kind}",
+                f"choose one with figures: {', '.join(sorted(set(map(_library, self.kinds))))}",
+            )
         named = _nearest_sms(named, num_sms)
         over_nodes = [c for c in named if c.num_nodes == num_nodes]
         if over_nodes:

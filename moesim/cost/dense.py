@@ -173,6 +173,41 @@ class MlaModule:
         return np.where(rows > 0, self.launch_us + projections + attention, 0.0)
 
 
+@dataclass(frozen=True)
+class IndexedModule:
+    """What a latent attention layer takes where an indexer chooses its keys (DeepSeek-V3.2,
+    arXiv:2512.02556, section 2.1), beside its projections.
+
+    Decode: a latent attention layer's time for the chosen keys, and for the indexer launch +
+    2 index heads x width operations per cached token / index rate. Prefill of more tokens than are
+    chosen: launch + row_us per row + the same operations per pair / index rate + attention in the
+    latent space over all chosen keys, 2 heads (2 latent + rope) operations each, heads padded to
+    `min_heads` / attention rate; shorter prompts see all keys, as a latent attention layer does.
+    """
+
+    phase: Phase
+    kv_dtype: str
+    launch_us: float
+    index_tflops: float
+    attention_tflops: float | None = None
+    row_us: float = 0.0
+    min_heads: int = 1
+    basis: Basis = "measured"
+    source: str = ""
+
+    def index_us(self, spec: AttentionSpec) -> float:
+        """Microseconds of one query and one key."""
+        flops = 2.0 * spec.index_heads * spec.index_head_dim
+        return flops / (self.index_tflops * FLOPS_PER_US_AT_1_TFLOPS)
+
+    def chosen_us(self, spec: AttentionSpec, heads: int) -> float:
+        """Microseconds of a prompt's row with the keys that it attends to."""
+        width = 2 * spec.kv_lora_rank + spec.qk_rope_head_dim
+        flops = 2.0 * max(heads, self.min_heads) * width * spec.chosen_keys
+        rate = self.attention_tflops or self.index_tflops
+        return self.row_us + flops / (rate * FLOPS_PER_US_AT_1_TFLOPS)
+
+
 def causal_pairs(length: npt.ArrayLike, window: int) -> FloatArray:
     """Query-key pairs of a causal prompt; with a window w each query sees at most w keys."""
     n = np.asarray(length, dtype=np.float64)
@@ -185,12 +220,14 @@ class DenseModel:
     """All dense models of one GPU type, and whole attention layers from them.
 
     Keys: `gemms` by dtype; `attention` by (phase, head_dim, kv_dtype); `mla` by (phase, dense
-    dtype, kv dtype). A dtype without an entry is answered by "bf16", a head_dim by the nearest.
+    dtype, kv dtype); `indexed` by (phase, kv dtype). A dtype without an entry is
+    answered by "bf16", a head_dim by the nearest.
     """
 
     gemms: Mapping[str, GemmModel] = field(default_factory=dict)
     attention: Mapping[tuple[str, int, str], AttentionKernel] = field(default_factory=dict)
     mla: Mapping[tuple[str, str, str], MlaModule] = field(default_factory=dict)
+    indexed: Mapping[tuple[str, str], IndexedModule] = field(default_factory=dict)
 
     @property
     def basis(self) -> Basis:
@@ -229,6 +266,10 @@ class DenseModel:
                 if (phase, dense, kv) in self.mla:
                     return self.mla[phase, dense, kv]
         raise UnknownNameError(f"{phase} latent attention dtype", dense_dtype, ())
+
+    def indexed_module(self, phase: Phase, kv_dtype: str) -> IndexedModule | None:
+        """What an indexer changes; None where nobody measured it."""
+        return self.indexed.get((phase, kv_dtype)) or self.indexed.get((phase, "bf16"))
 
     def decode_us(
         self,

@@ -92,7 +92,10 @@ def faster_calibration(
             out,
             experts=_all(out.experts, compute),
             dense=DenseModel(
-                _all(dense.gemms, compute), _all(dense.attention, compute), _all(dense.mla, compute)
+                _all(dense.gemms, compute),
+                _all(dense.attention, compute),
+                _all(dense.mla, compute),
+                _all(dense.indexed, compute),
             ),
         )
     return out

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from moesim.engine.schedule import PhaseRows, RowSchedule
 from moesim.errors import FormatError, InputError, MismatchError
+from moesim.trace.npyio import read_archive
 
 if TYPE_CHECKING:
     from moesim.placement import Plan
@@ -162,10 +163,11 @@ def load_content(path: str | os.PathLike[str]) -> Content:
     if not where.is_file():
         raise InputError(f"no replay file {where}", "set MOESIM_REPLAY to the replay.npz written")
     try:
-        with np.load(where, allow_pickle=False) as file:
-            raw = {name: file[name] for name in file.files}
+        raw = read_archive(where)
         meta = json.loads(str(raw.pop("meta")))
-    except (OSError, ValueError, KeyError) as error:
+    except FormatError as error:
+        raise FormatError(error.cause, _DAMAGED) from None
+    except (ValueError, KeyError) as error:
         raise FormatError(f"{where}: not a replay file: {error}", _DAMAGED) from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise FormatError(f"{where}: format is not {FORMAT}", _DAMAGED)

@@ -214,7 +214,7 @@ def _value(case: Case, solved: dict[str, Solution], refined: Refined) -> LowerBo
     bound = lower_bound(
         problem,
         layer_values=layers[refined.chosen],
-        lp_layers=0 if stop() else LP_LAYERS,
+        lp_layers=LP_LAYERS if case.request.extras.proof and not stop() else 0,
         objective=cost,
     )
     found = solved[case.request.solver.name].layer_bounds
@@ -273,7 +273,7 @@ def _evaluate(
 
 def _unseen(case: Case, refined: Refined) -> None:
     """Say what plans are worth on traffic that tuning lacks, where the trace can tell."""
-    if case.problem.stop() or case.problem.num_gpus == 1:
+    if not case.request.extras.proof or case.problem.stop() or case.problem.num_gpus == 1:
         return
     data = case.data
     if data is None:

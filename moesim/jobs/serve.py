@@ -6,7 +6,6 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,10 +13,9 @@ from moesim.choices import MoeComm, Overlap, Router
 from moesim.cluster import Cluster
 from moesim.cluster.prices import Prices, check_names, parse_prices
 from moesim.errors import InputError
-from moesim.figures import LATENCIES, SERVICE_FIGURES, figure, text_table
 from moesim.jobs import inputs
 from moesim.jobs.arrivals import arriving_requests
-from moesim.jobs.result import Result
+from moesim.jobs.serve_result import ServeResult
 from moesim.numerals import number
 from moesim.serving.config import Level, ServingConfig
 from moesim.serving.deployment import Deployment
@@ -38,96 +36,20 @@ from moesim.serving.stall import stalls_of
 from moesim.types import Progress
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from moesim.draw import Picture
     from moesim.jobs.inputs import ClusterLike, ModelLike, PlanLike, TraceLike
 
-STATS = ("mean", "p50", "p90", "p99")
 DRAFT_SHARE = 0.05
-HIDDEN_AT_ZERO = ("preemptions", "shortened", "demoted")
+SPLIT = ("gpus", "replicas", "tp", "dp", "pp", "ep", "decode_gpus", "decode_replicas")
+ENGINE = (
+    "engine", "moe_comm", "redundant_experts", "two_batch_overlap", "expert_gpus", "micro_batches",
+    "dispatch_tokens", "kv_scale", "kv_window", "expert_dtype", "kv_dtype", "max_batch_tokens",
+    "max_sequences", "memory_fraction",
+)  # fmt: skip
+SERVICE = (
+    "router", "length_error", "block_size", "prefix_cache", "shared_reads", "chunk_tokens", "seed",
+)  # fmt: skip
+"""Arguments of `serve` that go as they are: how GPUs are divided, of an engine, of the service."""
 _LEVEL = re.compile(r"^(queue|refuse|shorten|demote)(?:@([0-9]{1,9}))?(?:=([0-9.]+))?$")
-
-
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class ServeResult(Result):
-    """record: the whole run, as `--json` prints it (see `moesim.serving.record`)."""
-
-    record: Mapping[str, Any]
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What the user should know."""
-        return tuple(self.record["notices"])
-
-    @property
-    def missed(self) -> bool:
-        """Whether a promise for all requests was missed."""
-        return self.record["slo"] is not None and bool(self.record["slo"]["missed"])
-
-    def line(self) -> str:
-        record, metrics, rate = self.record, self.record["metrics"], "output_tokens_per_s_per_gpu"
-        times = ", ".join(
-            f"{short.upper()} p99 {figure(f'{short}_p99').text(metrics[f'{short}_p99'])} ms"
-            for short in ("ttft", "tpot")
-        )
-        return (
-            f"{record['name']}, {record['counts']['finished']:,} requests served;"
-            f" {times}, {figure(rate).text(metrics[rate])} output tokens/s per GPU"
-        )
-
-    def summary(self) -> str:
-        record, lines = self.record, []
-        if record["defaults"]:
-            taken = "; ".join(f"{k}: {v}" for k, v in record["defaults"].items())
-            lines.append(f"defaults taken: {taken}")
-        counts, metrics, asked = record["counts"], record["metrics"], record["requests"]
-        lines.append(
-            f"{asked['num_requests']:,} requests of {asked['source']} over"
-            f" {asked['span_s']:,.0f} s ({asked['rate_per_s']:.2f}/s), prompts of"
-            f" {asked['prompt_tokens']['mean']:,.0f} and outputs of"
-            f" {asked['output_tokens']['mean']:,.0f} tokens on average"
-        )
-        one = record["deployment"]
-        lines.append(f"{record['name']}; KV cache of {one['kv_tokens_per_rank']:,} tokens per rank")
-        lines += [line for line in record["predictions"] if line.startswith("rebalancing: ")]
-        others = [f"{n:,} {name}" for name, n in counts.items() if n and name != "finished"]
-        lines.append(", ".join([f"{counts['finished']:,} finished", *others]))
-        lines += _window(record["window"])
-        lines += [_latencies(metrics), *_levels(record["by_level"])]
-        rows = []
-        for name in SERVICE_FIGURES:
-            value, known = metrics.get(name), figure(name)
-            if value is None or (name in HIDDEN_AT_ZERO and value == 0):
-                continue
-            rows.append([known.heading, known.text(value)])
-        lines.append(text_table(["", ""], rows).lstrip("\n"))
-        if record["pools"] is not None:
-            lines.append(_pools_line(record["pools"]))
-        if record["slo"] is not None:
-            lines += _slo_lines(record["slo"])
-        lines.append(f"basis: {record['basis']} at the weakest part (--json lists every part)")
-        return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(self.record)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per figure: value in its base unit (seconds for times), and label."""
-        import pandas as pd
-
-        from moesim.figures import FIGURES
-
-        rows = {
-            name: {"value": value, "label": FIGURES[name].label if name in FIGURES else name}
-            for name, value in self.record["metrics"].items()
-        }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("figure")
-
-    def picture(self) -> Picture:
-        from moesim.draw.serving import serving_poster
-
-        return serving_poster(self.record)
 
 
 def serve(
@@ -206,8 +128,11 @@ def serve(
     Raises InputError where the GPUs do not divide or nothing names the model, InfeasibleError where
     the model does not fit or a promise cannot be kept even by an idle service.
     """
+    given = dict(locals())
     if prefill not in (None, "mixed", "first"):
         raise InputError(f"`prefill` {prefill}", "give mixed or first")
+    if reroute is not None and trace is None:
+        raise InputError("`reroute` without `trace`", "give the trace that the rule changes")
     promises = parse_slo(slo) if slo is not None else None
     prices = Prices(parse_prices(list(price)))
     defaults: dict[str, str] = {}
@@ -222,73 +147,24 @@ def serve(
     )
     if priorities is not None:
         arriving = arriving.with_priorities(list(priorities), seed)
-    options = {
-        "engine": engine,
-        "moe_comm": moe_comm,
-        "redundant_experts": redundant_experts,
-        "two_batch_overlap": two_batch_overlap,
-        "expert_gpus": expert_gpus,
-        "micro_batches": micro_batches,
-        "dispatch_tokens": dispatch_tokens,
-        "mtp": speculate is not None and draft_share is None,
-        "kv_scale": kv_scale,
-        "kv_window": kv_window,
-        "expert_dtype": expert_dtype,
-        "kv_dtype": kv_dtype,
-        "max_batch_tokens": max_batch_tokens,
-        "max_sequences": max_sequences,
-        "memory_fraction": memory_fraction,
-    }
-    asked = {
-        "gpus": gpus,
-        "replicas": replicas,
-        "tp": tp,
-        "dp": dp,
-        "pp": pp,
-        "ep": ep,
-        "decode_gpus": decode_gpus,
-        "decode_replicas": decode_replicas,
-    }
-    if reroute is not None and trace is None:
-        raise InputError("`reroute` without `trace`", "give the trace that the rule changes")
+    options = {name: given[name] for name in ENGINE}
+    options["mtp"] = speculate is not None and draft_share is None
     routed, changed = None, None
     if trace is not None:
         whole = inputs.token_trace_of(trace, "moesim serve")
         routed, changed = inputs.rerouted(whole, reroute, seed=seed)
+    asked = {name: given[name] for name in SPLIT}
     front, back = _pools(model, cluster, plan, routed, asked, options, defaults)
-    deployment = front.engine
     pools = [front.engine, *([] if back is None else [back.engine])]
     check_names(prices.given, {gpu.name for one in pools for gpu in one.cluster.gpus})
-    config = ServingConfig(
-        replicas=front.replicas,
-        router=router,
-        length_error=length_error,
-        decode=None if back is None else back.engine,
-        decode_replicas=1 if back is None else back.replicas,
-        transfer_gb_per_s=transfer,
-        block_size=block_size,
-        prefix_cache=prefix_cache,
-        shared_reads=shared_reads,
-        chunk_tokens=chunk_tokens,
-        prefill_first=None if prefill is None else prefill == "first",
-        speculation=_speculation(
-            deployment, speculate, drafts, fixed_drafts, draft_share, defaults
-        ),
-        levels=_level_rules(level),
-        routing=_routing(deployment, domain_mix, drift_hours, seed),
-        stalls=stalls_of(
-            rebalance_every, rebalance_stall, [p.engine for p in (front, back) if p is not None]
-        ),
-        until_s=float("inf") if until is None else until,
-        seed=seed,
-    )
+    config = _config(front, back, given, defaults)
     if promises is not None:
-        check_possible(promises, deployment, arriving, config)
+        check_possible(promises, front.engine, arriving, config)
     begin = time.perf_counter()
-    result = simulate_serving(deployment, arriving, config, progress=progress)
+    result = simulate_serving(front.engine, arriving, config, progress=progress)
     return ServeResult(
         run_record(
-            deployment,
+            front.engine,
             arriving,
             config,
             result,
@@ -298,6 +174,34 @@ def serve(
             seconds=time.perf_counter() - begin,
             prices=prices,
         )
+    )
+
+
+def _config(
+    front: Split, back: Split | None, given: Mapping[str, Any], defaults: dict[str, str]
+) -> ServingConfig:
+    """The service around its engines. given: `serve`'s arguments."""
+    engines = [split.engine for split in (front, back) if split is not None]
+    until, prefill = given["until"], given["prefill"]
+    return ServingConfig(
+        replicas=front.replicas,
+        decode=None if back is None else back.engine,
+        decode_replicas=1 if back is None else back.replicas,
+        transfer_gb_per_s=given["transfer"],
+        prefill_first=None if prefill is None else prefill == "first",
+        speculation=_speculation(
+            front.engine,
+            given["speculate"],
+            given["drafts"],
+            given["fixed_drafts"],
+            given["draft_share"],
+            defaults,
+        ),
+        levels=_level_rules(given["level"]),
+        routing=_routing(front.engine, given["domain_mix"], given["drift_hours"], given["seed"]),
+        stalls=stalls_of(given["rebalance_every"], given["rebalance_stall"], engines),
+        until_s=float("inf") if until is None else until,
+        **{name: given[name] for name in SERVICE},
     )
 
 
@@ -408,60 +312,3 @@ def numbers(text: str, name: str) -> list[float]:
         return [number(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"`{name}` {text!r:.60} holds no number", "give numbers") from None
-
-
-def _latencies(metrics: Mapping[str, float | None]) -> str:
-    rows = [
-        [label, *(figure(f"{name}_{stat}").text(metrics[f"{name}_{stat}"]) for stat in STATS)]
-        for name, label in LATENCIES.items()
-    ]
-    return text_table(["ms", *STATS], rows)
-
-
-def _window(window: Mapping[str, Any]) -> list[str]:
-    if window["state"] == "short":
-        return ["no steady state: no rates; latencies and means over time are of the whole run"]
-    span = f"from {window['start_s']:,.0f} s to the last arrival at {window['end_s']:,.0f} s"
-    state = "" if window["state"] == "steady" else ", not a steady state"
-    return [f"latencies of requests that arrive, rates and means over time {span}{state}:"]
-
-
-def _levels(levels: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not levels:
-        return []
-    head = ["priority", "requests", "finished", "degraded", "TTFT p50", "TTFT p99", "TPOT p50"]
-    rows = [
-        [
-            *(f"{row[name]:,}" for name in ("priority", "requests", "finished", "degraded")),
-            *(figure(name).text(row[name]) for name in ("ttft_p50", "ttft_p99", "tpot_p50")),
-        ]
-        for row in levels
-    ]
-    return [text_table(head, rows)]
-
-
-def _pools_line(pools: Mapping[str, float]) -> str:
-    each, shares = f"{pools['sequences_per_rank']:.1f} sequences per attention rank", []
-    for name, gpus in (("attention", "attention_gpus"), ("experts", "expert_gpus")):
-        shares.append(f"{pools[gpus]:g} GPUs of {name} compute {pools[f'{name}_busy']:.0%} of it")
-    return (
-        f"two pools, a decode step of {each}: {', '.join(shares)}; its layers take"
-        f" {pools['step_s'] * 1e3:,.1f} ms with the exchange as flows over the network,"
-        f" {pools['step_closed_form_s'] * 1e3:,.1f} by the closed form that is used"
-    )
-
-
-def _slo_lines(slo: Mapping[str, Any]) -> list[str]:
-    good = slo["goodput"]
-    rate = ""
-    if good["requests_per_s"] is not None:
-        each = f"{good['requests_per_s_per_gpu']:.3f} per GPU"
-        rate = f"{good['requests_per_s']:.2f} requests/s, {each}, "
-    lines = [f"goodput under {slo['text']}: {rate}{good['share']:.1%} of the requests"]
-    for miss in slo["missed"]:
-        value = miss["value_s"]
-        reason = (
-            "too many requests are not served" if value is None else f"it is {value * 1e3:,.1f} ms"
-        )
-        lines.append(f"missed: {miss['promise']}: {reason}")
-    return lines

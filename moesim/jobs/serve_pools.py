@@ -19,7 +19,8 @@ from moesim.errors import InputError
 from moesim.figures import figure, text_table
 from moesim.jobs.arrivals import arriving_requests
 from moesim.jobs.result import Result
-from moesim.jobs.serve import ServeResult, serve
+from moesim.jobs.serve import serve
+from moesim.jobs.serve_result import ServeResult
 from moesim.serving.requests import Requests
 from moesim.types import IntArray, stream
 

@@ -81,6 +81,9 @@ class AttentionSpec:
     instead of a KV cache; each has `linear_layer_params` weights. `absent_layer_ids` are layers
     that mix no tokens. `per_layer`: attention blocks of one layer. `shared_kv`: the latent itself
     is key and value (DeepSeek-V4); `o_lora_rank`, `o_groups`: its output projection in two steps.
+    `chosen_keys`: a query attends to so many that an indexer picks (DeepSeek-V3.2,
+    arXiv:2512.02556, section 2.1; 0: to all); `index_heads`, `index_head_dim` and
+    `index_layer_ids`: the indexer, and the layers with one of their own.
     `kinds`: every layer by kind, empty where the fields above say all. `note` says what else a
     reader should know (chunked attention, estimates).
     """
@@ -103,6 +106,10 @@ class AttentionSpec:
     shared_kv: bool = False
     o_lora_rank: int = 0
     o_groups: int = 1
+    chosen_keys: int = 0
+    index_heads: int = 0
+    index_head_dim: int = 0
+    index_layer_ids: tuple[int, ...] = ()
     kinds: tuple[LayerKind, ...] = ()
     note: str = ""
 
@@ -117,6 +124,8 @@ class AttentionSpec:
         for field in latent:
             check_int(owner, field, getattr(self, field), low, MAX_SIZE)
         check_int(owner, "q_lora_rank", self.q_lora_rank, 0, MAX_SIZE)
+        for field in ("chosen_keys", "index_heads", "index_head_dim"):
+            check_int(owner, field, getattr(self, field), 0, 1 << 31)
         check_int(owner, "o_lora_rank", self.o_lora_rank, 0, MAX_SIZE)
         check_int(owner, "window_tokens", self.window_tokens, 0, 1 << 31)
         check_int(owner, "linear_layer_params", self.linear_layer_params, 0, MAX_PARAMS)

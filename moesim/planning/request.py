@@ -69,12 +69,15 @@ class Search:
 class Extras:
     """Beyond one solve. robust: make the worst small instead of the mean. old_plan: what runs now,
     to be moved away from where that is worth it over steps_between_moves. home_ranks: contiguous
-    (None), or how to predict them (see `moesim.planning.home_ranks`), in further rows."""
+    (None), or how to predict them (see `moesim.planning.home_ranks`), in further rows. proof:
+    bound the objective by the co-location relaxation too, and judge plans on unseen domains;
+    studies, which show neither, leave both out."""
 
     robust: Robust | None = None
     old_plan: Plan | None = None
     steps_between_moves: float = DEFAULT_STEPS
     home_ranks: str | None = None
+    proof: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -37,7 +37,8 @@ MAX_JUDGED = 16
 TUNING_BATCHES = 128
 JUDGING_BATCHES = 8
 SEARCHED_EXPERTS = 2048
-"""Experts of all layers up to which plans are searched, not placed greedily."""
+"""Experts of all layers, or half of their slots where those are more, up to which plans are
+searched, not placed greedily."""
 NARROW = 1.25
 """An unseen excess of so many times the seen one makes a trace narrow, if it is NARROW_EXCESS more.
 """
@@ -188,7 +189,8 @@ def _worth(
     what: str,
     policy: ReplicaPolicy = "split",
 ) -> Worth:
-    searched = problem.num_layers * problem.num_experts <= SEARCHED_EXPERTS
+    size = max(problem.num_experts, problem.num_slots / 2)
+    searched = problem.num_layers * size <= SEARCHED_EXPERTS
     solver = "local_search" if searched else "greedy"
 
     def excess(left_out: Sequence[str], judged: Sequence[str]) -> dict[str, float]:

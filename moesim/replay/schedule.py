@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from moesim.errors import FormatError, InputError
 from moesim.files import atomic_path
+from moesim.trace.npyio import read_archive
 from moesim.types import FloatArray, IntArray
 
 FORMAT = "moesim-cache-schedule"
@@ -85,13 +85,15 @@ class Schedule:
 
 def load_schedule(path: str | os.PathLike[str]) -> Schedule:
     """Read a schedule. Raises InputError (no such file) or FormatError."""
+    if not Path(path).exists():
+        raise InputError(f"no schedule at {path}", "give an .npz that a planner wrote")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(str(file["meta"]))
-            arrays = {name: np.asarray(file[name]) for name in _ARRAYS}
-    except FileNotFoundError:
-        raise InputError(f"no schedule at {path}", "give an .npz that a planner wrote") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        file = read_archive(Path(path), (*_ARRAYS, "meta"))
+        meta = json.loads(str(file["meta"]))
+        arrays = {name: file[name] for name in _ARRAYS}
+    except FormatError as error:
+        raise FormatError(error.cause, _REMEDY) from None
+    except (ValueError, KeyError) as error:
         raise FormatError(f"{path}: not a readable schedule ({error})", _REMEDY) from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("version") != 1:
         raise FormatError(f'{path}: meta does not say format "{FORMAT}", version 1', _REMEDY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,9 @@ class AttentionTerms:
     launch + us_per_seen x (context + extra x sequences), prefill is
     launch + pmax(us_per_row x rows, us_per_pair x pairs). `window`: keys a query sees, 0 for all.
     us_per_repeat: of a cached token that the same kernel has read for another sequence.
+    chosen: keys that an indexer leaves to a query, 0 for all; prompts of more tokens then take
+    index_prefill_us + us_per_choosing_row x rows + us_per_index_pair x pairs instead, and decodes
+    index_decode_us + us_per_indexed x context more.
     """
 
     num_layers: int
@@ -37,28 +40,46 @@ class AttentionTerms:
     us_per_pair: float
     sharpness: float
     us_per_repeat: float = 0.0
+    chosen: int = 0
+    index_decode_us: float = 0.0
+    us_per_indexed: float = 0.0
+    index_prefill_us: float = 0.0
+    us_per_choosing_row: float = 0.0
+    us_per_index_pair: float = 0.0
 
     def decode_us(self, sequences: FloatArray, context: FloatArray) -> FloatArray:
         """One layer; zero where there are no sequences."""
-        seen = np.minimum(context, sequences * self.window) if self.window else context
+        most = self.chosen or self.window
+        seen = np.minimum(context, sequences * most) if most else context
         time = self.decode_launch_us + self.us_per_seen * (seen + self.extra_tokens * sequences)
+        time = time + self.index_decode_us + self.us_per_indexed * context
         return np.where(sequences > 0, time, 0.0)
 
     def prefill_us(self, rows: FloatArray, pairs: FloatArray) -> FloatArray:
         """One layer; zero where there are no rows."""
+        every = pairs
         if self.window:
             length = np.maximum(2.0 * pairs / np.maximum(rows, 1.0) - 1.0, 1.0)
             pairs = rows / length * causal_pairs(length, self.window)
         time = power_mean_max(self.us_per_row * rows, self.us_per_pair * pairs, self.sharpness)
+        if self.chosen:
+            among = self.us_per_choosing_row * rows + self.us_per_index_pair * every
+            more = every > rows * (self.chosen + 1) / 2
+            time = np.where(more, self.index_prefill_us + among, time)
         return np.where(rows > 0, self.prefill_launch_us + time, 0.0)
 
     def one_us(self, sequences: float, context: float, rows: float, pairs: float) -> float:
         """Both phases of one layer, as `decode_us` and `prefill_us`, by plain numbers."""
         time = 0.0
         if sequences > 0:
-            seen = min(context, sequences * self.window) if self.window else context
+            most = self.chosen or self.window
+            seen = min(context, sequences * most) if most else context
             time = self.decode_launch_us + self.us_per_seen * (seen + self.extra_tokens * sequences)
-        if rows > 0:
+            time += self.index_decode_us + self.us_per_indexed * context
+        if rows > 0 and self.chosen and pairs > rows * (self.chosen + 1) / 2:
+            time += self.prefill_launch_us + self.index_prefill_us
+            time += self.us_per_choosing_row * rows + self.us_per_index_pair * pairs
+        elif rows > 0:
             if self.window:
                 length = max(2.0 * pairs / max(rows, 1.0) - 1.0, 1.0)
                 inside = min(length, self.window)
@@ -134,7 +155,31 @@ def _latent_terms(
         sharpness=prefill.sharpness,
         us_per_repeat=arithmetic_us,
     )
-    return (terms,), decode, prefill
+    return _among_chosen(terms, deployment, dense), decode, prefill
+
+
+def _among_chosen(
+    terms: AttentionTerms, deployment: Deployment, dense: DenseModel
+) -> tuple[AttentionTerms, ...]:
+    """Terms of layers that have an indexer, and of those that use another's choice. All keys are
+    attended to where no kernel for it was measured, or a window is asked for."""
+    spec, d = deployment.model.attention, deployment
+    first = dense.indexed_module("decode", d.kv_dtype)
+    prompts = dense.indexed_module("prefill", d.kv_dtype)
+    if not spec.chosen_keys or d.kv_window or first is None or prompts is None:
+        return (terms,)
+    row_us = prompts.chosen_us(spec, spec.num_heads // d.tp)
+    chosen = replace(terms, chosen=spec.chosen_keys, us_per_choosing_row=row_us)
+    own = replace(
+        chosen,
+        num_layers=len(spec.index_layer_ids),
+        index_decode_us=first.launch_us,
+        us_per_indexed=first.index_us(spec),
+        index_prefill_us=prompts.launch_us,
+        us_per_index_pair=prompts.index_us(spec),
+    )
+    rest = terms.num_layers - own.num_layers
+    return (own, replace(chosen, num_layers=rest)) if rest else (own,)
 
 
 def _element_bytes(deployment: Deployment) -> float:

@@ -34,6 +34,7 @@ from moesim.serving.state import (
     STUCK,
     TOO_LARGE,
 )
+from moesim.serving.transfer import assign, begin_transfer, end_transfer, unassign
 
 
 @kernel
@@ -82,7 +83,7 @@ def advance(
                     req, ids, ranks, queues, running, prefix, cfg, inst, expected, clock, i, now
                 )
         while clock.counts[NUM_TRANSFERS] > 0 and clock.heap_us[0] == now:
-            _end_transfer(req, ids, ranks, queues, prefix, cfg, clock)
+            end_transfer(req, ids, ranks, queues, prefix, cfg, clock)
         while (
             clock.counts[NEXT_ARRIVAL] < num_requests
             and req[clock.counts[NEXT_ARRIVAL]].arrival_us == now
@@ -163,21 +164,9 @@ def _arrive(
         return
     req[r].rank = rank
     req[r].queued_us = req[r].arrival_us
-    _assign(req, ranks, cfg, rank, r)
+    assign(req, ranks, cfg, rank, r)
     push_waiting(req, ranks, queues, rank, r, False)
     clock.counts[MOST_WAITING] = max(clock.counts[MOST_WAITING], ranks[rank].num_waiting)
-
-
-@kernel(**INTERNAL)
-def _assign(req: Any, ranks: Any, cfg: Any, rank: int, r: int) -> None:
-    ranks[rank].outstanding += 1
-    ranks[rank].backlog += req[r].prompt + req[r].expected
-
-
-@kernel(**INTERNAL)
-def _unassign(req: Any, ranks: Any, cfg: Any, rank: int, r: int) -> None:
-    ranks[rank].outstanding -= 1
-    ranks[rank].backlog -= req[r].prompt + req[r].expected
 
 
 @kernel(**INTERNAL)
@@ -326,7 +315,7 @@ def _end_step(
                     _finish(req, ids, ranks, prefix, cfg, clock, rank, r, now)
                 elif gain > 0 and role == PREFILL:
                     stays = False
-                    _begin_transfer(req, ids, ranks, prefix, cfg, clock, rank, r, now)
+                    begin_transfer(req, ids, ranks, prefix, cfg, clock, rank, r, now)
             if stays:
                 running[0, rank, kept] = r
                 running[1, rank, kept] = 0
@@ -349,75 +338,7 @@ def _finish(
     req: Any, ids: Any, ranks: Any, prefix: Any, cfg: Any, clock: Any, rank: int, r: int, now: float
 ) -> None:
     release(req, ids, ranks, prefix, rank, r)
-    _unassign(req, ranks, cfg, rank, r)
+    unassign(req, ranks, cfg, rank, r)
     req[r].status = FINISHED
     req[r].finish_us = now
     clock.counts[NUM_DONE] += 1
-
-
-@kernel(**INTERNAL)
-def _begin_transfer(
-    req: Any, ids: Any, ranks: Any, prefix: Any, cfg: Any, clock: Any, rank: int, r: int, now: float
-) -> None:
-    """Send the cache of `r` to a decode rank: both their links must be free, one transfer each."""
-    to = choose_rank(req, ids, ranks, prefix, cfg, clock, r, True)
-    req[r].decode_rank = to
-    _assign(req, ranks, cfg, to, r)
-    start = max(now, ranks[rank].link_free_us, ranks[to].link_free_us)
-    end = (
-        start
-        + cfg.transfer_latency_us
-        + cfg.transfer_us_per_token * min(req[r].computed, cfg.kv_window)
-    )
-    ranks[rank].link_free_us = end
-    ranks[to].link_free_us = end
-    child = clock.counts[NUM_TRANSFERS]
-    clock.counts[NUM_TRANSFERS] += 1
-    while child > 0:
-        parent = (child - 1) // 2
-        if not _sooner(end, r, clock.heap_us[parent], clock.heap_request[parent]):
-            break
-        clock.heap_us[child] = clock.heap_us[parent]
-        clock.heap_request[child] = clock.heap_request[parent]
-        child = parent
-    clock.heap_us[child] = end
-    clock.heap_request[child] = r
-
-
-@kernel(**INTERNAL)
-def _sooner(a_us: float, a: int, b_us: float, b: int) -> bool:
-    return a_us < b_us or (a_us == b_us and a < b)
-
-
-@kernel(**INTERNAL)
-def _end_transfer(
-    req: Any, ids: Any, ranks: Any, queues: Any, prefix: Any, cfg: Any, clock: Any
-) -> None:
-    """The first cache under way is there: it leaves the sender and queues for the decode rank."""
-    r = clock.heap_request[0]
-    size = clock.counts[NUM_TRANSFERS] - 1
-    clock.counts[NUM_TRANSFERS] = size
-    last_us, last = clock.heap_us[size], clock.heap_request[size]
-    parent = 0
-    while 2 * parent + 1 < size:
-        child = 2 * parent + 1
-        if child + 1 < size and _sooner(
-            clock.heap_us[child + 1],
-            clock.heap_request[child + 1],
-            clock.heap_us[child],
-            clock.heap_request[child],
-        ):
-            child += 1
-        if _sooner(last_us, last, clock.heap_us[child], clock.heap_request[child]):
-            break
-        clock.heap_us[parent] = clock.heap_us[child]
-        clock.heap_request[parent] = clock.heap_request[child]
-        parent = child
-    clock.heap_us[parent] = last_us
-    clock.heap_request[parent] = last
-    sender, to = req[r].rank, req[r].decode_rank
-    release(req, ids, ranks, prefix, sender, r)
-    _unassign(req, ranks, cfg, sender, r)
-    req[r].arrived = 1
-    req[r].queued_us = clock.now_us[0]
-    push_waiting(req, ranks, queues, to, r, False)

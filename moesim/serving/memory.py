@@ -158,6 +158,27 @@ def _balancer_bytes(deployment: Deployment, layer_bytes: float) -> float:
     return engine.balancer_gb * GB + engine.balancer_layers * layer_bytes
 
 
+def _other_weight_bytes(deployment: Deployment, moe_layers: int) -> float:
+    """Of all but routed experts, on the stage with `moe_layers` of them."""
+    model, tp, pp = deployment.model, deployment.tp, deployment.pp
+    share = 1.0 / (tp * pp)
+    dtype = deployment.dense_dtype
+    params = model.params_by_class
+    cut = ("attention", "shared", "dense", "latent", "other")
+    dense = sum(params[name] * model.bytes_per_weight(name, dtype) for name in cut)
+    wide = model.bytes_per_weight("tables", dtype)
+    tables = (
+        max(model.embedding_params, model.lm_head_params)
+        if pp > 1
+        else (model.embedding_params + model.lm_head_params)
+    )
+    router = model.bytes_per_weight("router", dtype)
+    if deployment.mtp:
+        rest = model.mtp_params - model.mtp_expert_params
+        dense += pp * rest * model.bytes_per_weight("attention", dtype)
+    return dense * share + moe_layers * model.router_params * router + tables * wide / tp
+
+
 def gpu_memory(deployment: Deployment) -> EngineMemory:
     """Memory of the fullest GPU: the stage with most layers, the GPU with most expert slots.
 
@@ -184,22 +205,7 @@ def gpu_memory(deployment: Deployment) -> EngineMemory:
         * model.expert_bytes(deployment.expert_dtype)
         / deployment.moe_tp
     )
-    share = 1.0 / (tp * pp)
-    dtype = deployment.dense_dtype
-    params = model.params_by_class
-    cut = ("attention", "shared", "dense", "latent", "other")
-    dense = sum(params[name] * model.bytes_per_weight(name, dtype) for name in cut)
-    wide = model.bytes_per_weight("tables", dtype)
-    tables = (
-        max(model.embedding_params, model.lm_head_params)
-        if pp > 1
-        else (model.embedding_params + model.lm_head_params)
-    )
-    router = model.bytes_per_weight("router", dtype)
-    if deployment.mtp:
-        rest = model.mtp_params - model.mtp_expert_params
-        dense += pp * rest * model.bytes_per_weight("attention", dtype)
-    other = dense * share + moe_layers * model.router_params * router + tables * wide / tp
+    other = _other_weight_bytes(deployment, moe_layers)
     rows = deployment.max_batch_tokens
     routed = model.real_top_k * (
         model.expert_hidden + 2 * model.moe_intermediate_size / deployment.moe_tp

@@ -96,7 +96,7 @@ def prompt_us(cost: EngineStepCost, tokens: int) -> dict[str, PromptTime]:
     for name in SCHEDULES:
         work = exposed = 0.0
         for terms in cost.attention:
-            every = replace(terms, window=0)
+            every = replace(terms, window=0, chosen=0)
             pairs = float(causal_pairs(tokens, terms.window)) / ranks
             if name == "all-gather":
                 one, hidden = every.one_us(0, 0, share, pairs), gather_us

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from moesim.errors import InputError
 from moesim.kernels import kernel
 from moesim.serving.state import INTERNAL
-from moesim.serving.step_table import drafting_us, step_us
+from moesim.serving.step_kernel import drafting_us, step_us
 
 MAX_DRAFTS = 16
 

@@ -10,8 +10,7 @@ exact since a decode step's time is linear in the cached tokens.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field, replace
-from heapq import heapify, heappop, heappush
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ import numpy as np
 from moesim.errors import InputError
 from moesim.serving.batch import BatchShape
 from moesim.serving.memory import require_fit
+from moesim.serving.static_rank import Rank, Request
 from moesim.types import stream
 
 if TYPE_CHECKING:
@@ -102,97 +102,6 @@ class StaticResult:
         return in_flight * float(self.answers[own].mean()) / mean_s
 
 
-@dataclass(eq=False)
-class _Request:
-    """`prompt` and `answer` are what is left to compute: a preempted request's prompt holds the
-    tokens it had been given."""
-
-    number: int
-    prompt: int
-    answer: int
-    sent_us: float
-    done_prompt: int = 0
-    ready_us: float = 0.0
-    first_us: float | None = None
-    admitted: int = 0
-
-
-@dataclass(eq=False)
-class _Rank:
-    """One DP rank: prompts waiting or in chunks, sequences decoding, tokens reserved for them.
-
-    `clock` counts the tokens that every running sequence has been given; `running` is a heap by the
-    clock at which a sequence ends, `context` the cached tokens of all of them. `whole`: prompts and
-    answers are reserved on admission, so that nothing is preempted. Tokens are whole numbers but
-    where speculation gives so many per step on average.
-    """
-
-    capacity: int
-    waiting: deque[_Request] = field(default_factory=deque)
-    prompts: list[_Request] = field(default_factory=list)
-    running: list[tuple[float, int, _Request]] = field(default_factory=list)
-    whole: bool = True
-    reserved: int = 0
-    clock: float = 0
-    context: float = 0.0
-    admissions: int = 0
-
-    def start(self, request: _Request) -> None:
-        """A sequence whose prompt is done and whose first token is out."""
-        heappush(self.running, (self.clock + request.answer - 1, request.number, request))
-        self.context += request.prompt + 1
-
-    def produce(self, tokens: float) -> list[_Request]:
-        """Give every running sequence `tokens` more; take out and return those that end."""
-        self.clock += tokens
-        self.context += tokens * len(self.running)
-        ended = []
-        while self.running and self.running[0][0] <= self.clock:
-            end, _, request = heappop(self.running)
-            self.context -= request.prompt + request.answer + self.clock - end
-            self.reserved -= request.prompt + request.answer
-            ended.append(request)
-        return ended
-
-    def fits(self, request: _Request) -> bool:
-        """Room in the KV cache for another one."""
-        if self.whole:
-            return self.reserved + request.prompt + request.answer <= self.capacity
-        return self.used() + request.prompt + len(self.running) + 1 <= self.capacity
-
-    def used(self) -> float:
-        """Tokens that running sequences and admitted prompts hold."""
-        return self.context + sum(request.prompt for request in self.prompts)
-
-    def admit(self, request: _Request) -> None:
-        """Start a request's prompt."""
-        self.reserved += request.prompt + request.answer
-        self.admissions += 1
-        request.admitted = self.admissions
-        self.prompts.append(request)
-
-    def make_room(self) -> None:
-        """Preempt the last ones admitted until every running sequence has room for a token."""
-        while not self.whole and self.used() + len(self.running) > self.capacity:
-            everyone = [q for _, _, q in self.running] + self.prompts
-            self._preempt(max(everyone, key=lambda q: q.admitted))
-
-    def _preempt(self, request: _Request) -> None:
-        self.reserved -= request.prompt + request.answer
-        if request in self.prompts:
-            self.prompts.remove(request)
-        else:
-            place = next(i for i, item in enumerate(self.running) if item[2] is request)
-            end = self.running.pop(place)[0]
-            heapify(self.running)
-            given = request.answer - ceil(end - self.clock)
-            self.context -= request.prompt + request.answer - (end - self.clock)
-            request.prompt += given
-            request.answer -= given
-        request.done_prompt = 0
-        self.waiting.appendleft(request)
-
-
 def run_load_test(
     cost: EngineStepCost,
     test: LoadTest,
@@ -228,12 +137,12 @@ def run_load_test(
     answers = _lengths(rng, test.output_tokens, test.range_ratio, total)
     whole = deployment.engine.admission == "whole"
     room = memory.kv_token_capacity // batches
-    ranks = [_Rank(room, whole=whole) for _ in range(deployment.dp)]
+    ranks = [Rank(room, whole=whole) for _ in range(deployment.dp)]
     ttft, tpot = np.zeros(total), np.full(total, np.nan)
     engine = _Engine(cost, ranks, speculation, balance_steps)
     sent = min(test.concurrency, total)
     for i in range(sent):
-        engine.send(_Request(i, int(prompts[i]), int(answers[i]), 0.0))
+        engine.send(Request(i, int(prompts[i]), int(answers[i]), 0.0))
     finished = 0
     while finished < total:
         for request in engine.step():
@@ -243,7 +152,7 @@ def run_load_test(
             if answers[request.number] > 1:
                 tpot[request.number] = (engine.now_us - first) / (answers[request.number] - 1)
             if sent < total:
-                new = _Request(sent, int(prompts[sent]), int(answers[sent]), engine.now_us)
+                new = Request(sent, int(prompts[sent]), int(answers[sent]), engine.now_us)
                 engine.send(new)
                 sent += 1
     return StaticResult(
@@ -261,7 +170,7 @@ class _Engine:
     def __init__(
         self,
         cost: EngineStepCost,
-        ranks: list[_Rank],
+        ranks: list[Rank],
         speculation: Speculation | None,
         balance_steps: int,
     ) -> None:
@@ -280,14 +189,14 @@ class _Engine:
         # Starts of the last steps: a step was decided on when the oldest of them started.
         self.starts_us = deque([0.0], maxlen=1 + self.profile.steps_ahead)
 
-    def send(self, request: _Request) -> None:
+    def send(self, request: Request) -> None:
         num_gpus = self.cost.deployment.num_gpus
         delay = self.profile.outside_us(num_gpus, float(request.prompt))
         request.ready_us = request.sent_us + delay
         rank = min(self.ranks, key=lambda r: len(r.waiting) + len(r.prompts) + len(r.running))
         rank.waiting.append(request)
 
-    def step(self) -> list[_Request]:
+    def step(self) -> list[Request]:
         """One step with prompts in it, or as many decode steps as nothing else happens in."""
         if not any(rank.prompts or rank.running for rank in self.ranks):
             first = min(rank.waiting[0].ready_us for rank in self.ranks if rank.waiting)
@@ -310,7 +219,7 @@ class _Engine:
         rows = [float(sum(n for _, n in rank)) for rank in chunks]
         pairs = [sum(n * q.done_prompt + n * (n + 1) / 2.0 for q, n in rank) for rank in chunks]
         self.now_us += self._step_us(decode, context, rows, pairs, [len(c) for c in chunks])
-        ended: list[_Request] = []
+        ended: list[Request] = []
         for rank, taken in zip(self.ranks, chunks, strict=True):
             if self.mixed:
                 ended += rank.produce(self.gain)
@@ -356,7 +265,7 @@ class _Engine:
         all_decode = all(rank.running for rank in self.ranks)
         return some_lack and all_decode and self.waited < self.balance_steps
 
-    def _decode(self, most: int | None = None) -> list[_Request]:
+    def _decode(self, most: int | None = None) -> list[Request]:
         """`most` steps while prompts are held."""
         busy = [rank for rank in self.ranks if rank.running]
         left = ceil(min(rank.running[0][0] - rank.clock for rank in busy) / self.gain)
@@ -385,18 +294,18 @@ class _Engine:
         self.now_us += left * time
         return [q for rank in self.ranks for q in rank.produce(left * self.gain)]
 
-    def _admit(self, rank: _Rank) -> None:
+    def _admit(self, rank: Rank) -> None:
         while rank.waiting and self._fits(rank):
             if rank.waiting[0].ready_us > self.starts_us[0]:
                 return
             rank.admit(rank.waiting.popleft())
 
-    def _fits(self, rank: _Rank) -> bool:
+    def _fits(self, rank: Rank) -> bool:
         if len(rank.running) + len(rank.prompts) >= self.max_sequences:
             return False
         return rank.fits(rank.waiting[0])
 
-    def _chunks(self, rank: _Rank) -> list[tuple[_Request, int]]:
+    def _chunks(self, rank: Rank) -> list[tuple[Request, int]]:
         left = self.budget - (len(rank.running) if self.mixed else 0)
         taken = []
         for request in rank.prompts:

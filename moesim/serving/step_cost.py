@@ -55,6 +55,9 @@ class EngineStepCost:
         self.attention, decode, prefill = attention_terms(d, self.calibration.dense)
         self._sources.takes("attention of decodes", decode)
         self._sources.takes("attention of prompts", prefill)
+        chosen = self.calibration.dense.indexed_module("prefill", d.kv_dtype)
+        if chosen is not None and any(terms.chosen for terms in self.attention):
+            self._sources.takes("attention to chosen keys", chosen)
         grid = count_grid(d.max_batch_tokens + d.max_sequences)
         everyone = count_grid((d.max_batch_tokens + d.max_sequences) * d.dp)
         parts = self._of_rows.parts(grid)

@@ -36,13 +36,14 @@ class StudyJournal:
         self.studies: list[str] = []
         self.num_damaged = 0
         self._study = study
+        self._new = False
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> StudyJournal:
         """Raises InputError where the file cannot be written or another process writes it,
         FormatError where it is not a journal."""
         try:
-            new = not self.path.exists()
+            self._new = not self.path.exists()
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise InputError(
@@ -53,7 +54,7 @@ class StudyJournal:
         try:
             self._lock()
             self._read()
-            if new:
+            if self._new:
                 _sync_folder(self.path.resolve().parent)
             if self._study not in self.studies:
                 self._append({"format": FORMAT, "version": VERSION, "study": self._study})
@@ -68,7 +69,10 @@ class StudyJournal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Close it; a new one that holds no point is removed."""
         if self._file is not None:
+            if self._new and not self.outcomes:
+                self.path.unlink(missing_ok=True)
             self._file.close()
 
     def add(self, outcome: Outcome) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
-from moesim.errors import InputError, MismatchError
+from moesim.errors import FormatError, InputError, MismatchError
 from moesim.files import atomic_path, atomic_write
 from moesim.trace.format import TraceMeta
+from moesim.trace.npyio import read_archive
 from moesim.trace.writer import TraceWriter, id_dtype
 from moesim.types import Array
 
@@ -71,12 +71,10 @@ class Journal:
         """The arrays of a batch. Raises InputError when its file is damaged."""
         path = self._piece(batch_idx)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
-            raise InputError(
-                f"{path} is damaged ({error})", f"delete {self.folder} and capture again"
-            ) from None
+            return read_archive(path)
+        except FormatError as error:
+            remedy = f"delete {self.folder} and capture again"
+            raise InputError(f"damaged: {error.cause}", remedy) from None
 
     def write_trace(self, out: str | os.PathLike[str], meta: TraceMeta, num_batches: int) -> None:
         """Write the batches as one trace, batch by batch, in the journal's folder, and move it to

@@ -51,8 +51,12 @@ def memory_bytes() -> int:
     return own
 
 
-def read_archive(path: Path, names: Collection[str], check: Callable[[Members], None]) -> Members:
-    """The arrays of an `.npz` file that are in `names`.
+def read_archive(
+    path: Path,
+    names: Collection[str] | None = None,
+    check: Callable[[Members], None] = lambda announced: None,
+) -> Members:
+    """The arrays of an `.npz` file that are in `names`; all where None.
 
     Nothing large is unpacked before the whole file is known to make sense: first every header is
     read, and the text `meta`; then `check` gets arrays of the shapes and types announced, which
@@ -65,7 +69,8 @@ def read_archive(path: Path, names: Collection[str], check: Callable[[Members], 
             infos = {
                 name: info
                 for info in archive.infolist()
-                if (name := info.filename.removesuffix(".npy")) in names
+                for name in (info.filename.removesuffix(".npy"),)
+                if names is None or name in names
             }
             announced: Members = {}
             for name, info in infos.items():

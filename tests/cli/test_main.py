@@ -286,3 +286,10 @@ def test_options_take_the_numbers_that_files_take(
     monkeypatch.chdir(tmp_path)
     assert run([part.replace("{}", text) for part in args]) == 2
     assert "internal" not in capsys.readouterr().err
+
+
+def test_an_option_without_its_value_points_to_its_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["plan", "--gpus"]) == 2
+    assert "moesim plan --help" in capsys.readouterr().err

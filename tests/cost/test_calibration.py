@@ -333,7 +333,7 @@ def test_an_uneven_entry_answers_nothing() -> None:
     for text in (even + uneven, uneven + even):
         made = parse_calibration(HEAD + "collectives:\n" + text)
         assert made.collective("all_to_all_v", 2).time_us(1000) == pytest.approx(8)
-    with pytest.raises(UnknownNameError):
+    with pytest.raises(InputError, match="all_to_all_v"):
         parse_calibration(HEAD + "collectives:\n" + uneven).collective("all_to_all_v", 2)
 
 

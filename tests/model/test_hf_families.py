@@ -396,6 +396,16 @@ def test_latent_ranks_count_only_where_use_mla_does_not_switch_them_off() -> Non
     assert off.attention_params == spec(HUNYUAN).attention_params
     assert "kv_lora_rank 32" in off.note
     assert spec(HUNYUAN, **ranks).attention.kind == "mla"
+    with pytest.raises(FormatError, match="missing key kv_lora_rank"):
+        spec(HUNYUAN, use_mla=True)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2", "glm_moe_dsa"])
+def test_a_latent_family_without_its_rank_is_incomplete(model_type: str) -> None:
+    plain = {"n_shared_experts": 1, "first_k_dense_replace": 1, "model_type": model_type}
+    with pytest.raises(FormatError, match="kv_lora_rank"):
+        spec(HUNYUAN, **plain)
+    assert spec(HUNYUAN, **plain, use_mla=False).attention.kind == "gqa"
 
 
 def test_indexers_only_where_a_layer_has_its_own() -> None:

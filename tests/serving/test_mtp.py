@@ -22,7 +22,8 @@ from moesim.serving.run import simulate_serving
 from moesim.serving.speculative import Speculation
 from moesim.serving.state import RANK
 from moesim.serving.step_cost import EngineStepCost
-from moesim.serving.step_table import drafting_us, tables_of
+from moesim.serving.step_kernel import drafting_us
+from moesim.serving.step_table import tables_of
 
 
 @njit

@@ -16,13 +16,20 @@ from moesim.serving.requests import Requests
 from moesim.serving.routing import DomainRouting
 from moesim.serving.state import RANK
 from moesim.serving.step_cost import EngineStepCost
-from moesim.serving.step_table import _moe_us, step_us, tables_of
+from moesim.serving.step_kernel import _moe_us, drafting_us, step_us
+from moesim.serving.step_table import tables_of
+from moesim.studies.recommend.layouts import slowed
 from moesim.trace.format import load_token_trace
 
 
 @njit
 def loop_step_us(tables: Any, ranks: Any, shares: Any) -> float:
     return step_us(tables, 0, ranks, 0, len(ranks), 0, 0.0, shares)[0]
+
+
+@njit
+def loop_drafting_us(tables: Any, ranks: Any, shares: Any) -> float:
+    return drafting_us(tables, 0, ranks, 0, len(ranks), 2, 1.0, shares)
 
 
 @njit
@@ -37,6 +44,7 @@ def loop_moe_us(tables: Any, tokens: float, shares: Any) -> float:
         ("deepseek-v3", {"dp": 32, "two_batch_overlap": "both", "redundant_experts": 32}),
         ("deepseek-v3", {"dp": 16, "expert_gpus": 16}),
         ("gpt-oss-120b", {"tp": 4}),
+        ("GLM-5.2", {"tp": 8, "dp": 2}),
         ("Qwen3-235B-A22B", {"tp": 4, "dp": 2}),
         ("Mixtral-8x7B", {"tp": 2, "engine": "sglang"}),
     ],
@@ -67,6 +75,27 @@ def test_same_as_step_cost(model: str, options: dict[str, Any]) -> None:
             assert loop_step_us(tables, ranks, np.ones(1)) == pytest.approx(
                 float(expected), rel=1e-9
             )
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("deepseek-v3", {"dp": 32, "mtp": True}),
+        ("deepseek-v3", {"dp": 32, "two_batch_overlap": "both"}),
+        ("GLM-5.2", {"tp": 8, "dp": 2, "engine": "sglang"}),
+    ],
+)
+def test_slower_steps_are_so_many_times_as_long(model: str, options: dict[str, Any]) -> None:
+    """Every time of the tables is slowed: decodes, prompts, both, and what drafts."""
+    tables = tables_of([EngineStepCost(deploy(model, "h100-sxm-ib", **options))])
+    slow, shares = slowed(tables, 1.25), np.zeros(1)
+    for decode, prompt in ((8, 0), (0, 4000), (64, 4000), (300, 0)):
+        ranks = np.zeros(int(options["dp"]), RANK)
+        ranks["decode_rows"], ranks["decode_context"] = decode, decode * 5000
+        ranks["prefill_rows"], ranks["prefill_pairs"] = prompt, prompt * 3000
+        for steps in (loop_step_us, loop_drafting_us):
+            plain = steps(tables, ranks, shares)
+            assert steps(slow, ranks, shares) == pytest.approx(1.25 * plain)
 
 
 def test_two_roles_keep_their_own_times() -> None:

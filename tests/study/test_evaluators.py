@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from moesim.jobs.plan import plan
 from moesim.studies.evaluators.requests import _percentiles
 from moesim.studies.registry import EVALUATORS, get_evaluator
 from moesim.studies.space import make_point
-from moesim.trace.format import load_trace
+from moesim.trace.format import load_token_trace, load_trace, save_trace
 
 STATIC: dict[str, Any] = {
     "model": "qwen3-30b-a3b",
@@ -236,12 +237,13 @@ def test_a_size_that_is_none_is_the_points_own_error_and_a_missing_file_is_not()
             make_point(get_evaluator("requests"), asked)
 
 
-def test_a_rule_of_routing_as_a_parameter() -> None:
+def test_a_rule_of_routing_as_a_parameter(tmp_path: Path) -> None:
     """The same figures as of a trace rerouted beforehand, and a remark on what changed; a capacity
     of 1 evens out loads."""
-    trace = load_trace("sample:debian-olmoe")
+    trace = load_token_trace("sample:debian-olmoe", "a test").take(slice(4_000))
+    save_trace(trace, tmp_path / "part.npz")
     rule = "drop:factor=1,keep=position"
-    asked = {**ROUTED, "solver": "linear", "phase": "prefill"}
+    asked = {**ROUTED, "trace": str(tmp_path / "part.npz"), "solver": "linear", "phase": "prefill"}
     evaluator = get_evaluator("plan")
     whole = evaluator.evaluate(evaluator.check(asked))
     found = evaluator.evaluate(evaluator.check({**asked, "reroute": rule}))

@@ -151,3 +151,17 @@ def test_lines_carry_no_clock_and_no_place(ask: Ask, tmp_path: Path) -> None:
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     for line in (tmp_path / "a.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_a_journal_without_a_point_goes_away(tmp_path: Path) -> None:
+    """A refused study leaves nothing; one that already held points is kept."""
+    path = tmp_path / "j.jsonl"
+    with StudyJournal(path, "s"):
+        assert path.exists()
+    assert not path.exists()
+    with StudyJournal(path, "s") as journal:
+        journal.add(outcome(1))
+    with StudyJournal(path, "t"):
+        pass
+    with StudyJournal(path, "t") as again:
+        assert list(again.outcomes) == ["k1"]

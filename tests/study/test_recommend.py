@@ -22,7 +22,7 @@ from moesim.serving.speculative import Speculation
 from moesim.serving.step_cost import EngineStepCost
 from moesim.serving.synthetic import synthetic_requests
 from moesim.studies.recommend.bounds import most
-from moesim.studies.recommend.firm import HELD_OUT_TPOT
+from moesim.studies.recommend.firm import HELD_OUT_TPOT, firmness
 from moesim.studies.recommend.layouts import Bench, Layout
 from moesim.studies.recommend.need import need_of
 from moesim.studies.recommend.others import best_of, others
@@ -238,7 +238,7 @@ def test_what_is_not_clear_is_refused(asked, change, error) -> None:
 def test_unknown_gpus_and_impossible_promises(asked) -> None:
     with pytest.raises(UnknownNameError, match="h2000"):
         moesim.recommend(MODEL, **(asked | {"gpu": "h2000"}))
-    with pytest.raises(InfeasibleError, match=r"closed forms need \d+ or more"):
+    with pytest.raises(InfeasibleError, match=r"closed forms need [\d,]+ GPUs or more"):
         moesim.recommend(MODEL, **(asked | {"rate": 5000.0, "gpus": 2}))
     with pytest.raises(InfeasibleError, match="a promise cannot be kept"):
         moesim.recommend(MODEL, **(asked | {"slo": "tpot_p99<1us"}))
@@ -340,3 +340,35 @@ def test_an_engine_without_a_cache_serves_next_to_nothing() -> None:
     cost = EngineStepCost(deploy("DeepSeek-V3", "h100-sxm-ib", dp=8))
     need = need_of(SLO, 60.0, 1000, 200, None, 0)
     assert most("decode", cost, need, 8192).rate < 1e-6
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, -1.0, float("nan")])
+def test_a_share_of_memory_that_is_none_is_bad_input(share: float) -> None:
+    """Not a service that no layout can serve."""
+    with pytest.raises(InputError, match="memory_fraction"):
+        moesim.recommend(model="GPT-OSS-20B", rate=1.0, slo="ttft_p99<2s", memory_fraction=share)
+
+
+@pytest.mark.parametrize(
+    ("engine", "staged"), [("sglang", True), ("trtllm", True), ("vllm", False)]
+)
+def test_prompts_in_stages_where_the_engine_sends_their_caches(engine: str, staged: bool) -> None:
+    """Engines that only decode have none; those that do both have them in every engine."""
+    place = Place(load_model("GPT-OSS-120B"), "l40s-pcie", engine_profile(engine), {})
+    found = {
+        role: {shape.pp for shape in shapes(place, role, 8)}
+        for role in ("mixed", "prefill", "decode")
+    }
+    assert found["mixed"] == {1, 2, 4, 8}
+    assert found["prefill"] == ({1, 2, 4, 8} if staged else {1})
+    assert found["decode"] == {1}
+
+
+def test_no_error_is_claimed_of_pipeline_stages() -> None:
+    """On H200s, of which engines without stages were measured."""
+    place = Place(load_model("GPT-OSS-20B"), "h200-sxm-ib", engine_profile("sglang"), {})
+    need = need_of("ttft_p99<2s", 2.0, 500, 50, None, 0)
+    bench = Bench(place, need)
+    layout = Layout(Shape(1, 1, 1, "all_reduce", 8192, pp=2), 1)
+    found = firmness(bench, bench.run(layout, 2.0), 4)
+    assert found.to_json() == {"held_out_tpot_error": None, "unlike": "with pipeline stages"}

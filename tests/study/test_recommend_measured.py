@@ -109,6 +109,7 @@ def test_the_last_line_of_sglangs_file_counts(tmp_path) -> None:
         ({"ramp_up_strategy": "linear"}, InputError, "the rate rose"),
         ({"failed": 200}, InputError, "1,000 of 1,200 requests were completed"),
         ({"num_prompts": 1100}, InputError, "1,000 of 1,100"),
+        ({"num_prompts": None}, FormatError, "num_prompts is None"),
         ({"request_throughput": 2.0}, InputError, "5 requests/s were to be sent and 2 served"),
         (
             {"request_throughput": 2.0, "max_concurrency": 8},

@@ -34,6 +34,11 @@ def rows(path: Path) -> list[tuple[str, int, int, list[Any]]]:
     for entry in parsed.mla:
         for fit in entry.fit:
             groups.setdefault(f"{entry.phase} MLA layer, {fit.regime}", []).append(fit)
+    for chosen in parsed.indexed:
+        for fit in chosen.fit:
+            groups.setdefault(f"{chosen.phase} MLA layer with an indexer, {fit.regime}", []).append(
+                fit
+            )
     for entry in parsed.copies:
         groups.setdefault(f"pinned {entry.direction} copy", []).extend(entry.fit)
     for move in parsed.rearrangements:

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -256,7 +257,7 @@ def _changed_tensor(node: Any, rng: Random) -> Any:
         try:
             array = np.load(io.BytesIO(_npy(_saved(node.numpy()), rng)), allow_pickle=False)
             return torch.from_numpy(np.ascontiguousarray(array))
-        except (ValueError, TypeError, EOFError, OSError):
+        except (ValueError, TypeError, EOFError, OSError, TokenError):
             return torch.zeros(0)
     if isinstance(node, (dict, list)) and node:
         found = dict(node) if isinstance(node, dict) else list(node)

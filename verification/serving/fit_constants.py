@@ -93,7 +93,9 @@ def fit(linear: Linear, fitted: tuple[str, ...], leave_out: str | None = None) -
     kept = np.array([row.group != leave_out for row in linear.rows])
     if not fitted or not kept.any():
         return NONE
-    weight = _weights(linear)[kept] ** 0.5
+    both = np.tile(_weights(linear)[kept], (2, 1))
+    both[1] *= [not row.cold for row in linear.rows if row.group != leave_out]
+    weight = both**0.5
 
     def constants(x: np.ndarray) -> Constants:
         found = {name: float(v * STEP[name]) for name, v in zip(fitted, x, strict=True)}

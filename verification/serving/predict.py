@@ -52,7 +52,7 @@ class Predictor:
         """One row; two rows of the same deployment share its tables."""
         deployment = deployment_of(row, ENGINES[row.engine])
         key = (row.engine, row.model, row.system, row.tp, row.dp, row.ep, row.moe_tp)
-        key += (deployment.max_batch_tokens,)
+        key += (deployment.max_batch_tokens, deployment.max_sequences)
         if key not in self._costs:
             self._costs[key] = EngineStepCost(deployment)
         cost = self._costs[key].with_engine(profile(row.engine, constants))

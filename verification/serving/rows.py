@@ -69,7 +69,7 @@ class Launch:
     dtype of the checkpoint that was served, where it is not the preset's. kernels: gives a
     deployment expert kernels other than its engine's table has. tight_budget: the token budget is
     the prompt's length and a token for every sequence, see `tight_budget`. balance_steps: of
-    `run_load_test`, with attention DP.
+    `run_load_test`, with attention DP. max_sequences: 0 is the row's concurrency.
     """
 
     kv_dtype: str = "bf16"
@@ -80,6 +80,7 @@ class Launch:
     kernels: Callable[[Deployment], Deployment] | None = None
     tight_budget: bool = False
     balance_steps: int = 0
+    max_sequences: int | None = None
 
 
 TRTLLM_DEEPSEEK = Launch(
@@ -94,12 +95,12 @@ LAUNCHES: dict[tuple[str, str], Launch] = {
     ("trtllm", "DeepSeek-R1"): TRTLLM_DEEPSEEK,
     ("trtllm", "gpt-oss-120b"): Launch(max_batch_tokens=20000, memory_fraction=0.85),
     ("vllm", "gpt-oss-120b"): Launch(
-        max_batch_tokens=8192, memory_fraction=0.9, kernels=with_marlin
+        max_batch_tokens=8192, memory_fraction=0.9, kernels=with_marlin, max_sequences=0
     ),
     ("vllm", "Qwen3-235B"): Launch(kernels=with_deepgemm),
-    ("vllm", "Kimi-K2.5"): Launch(memory_fraction=0.95),
+    ("vllm", "Kimi-K2.5"): Launch(memory_fraction=0.95, max_sequences=0),
     ("vllm", "MiniMax-M2.5 h200_sxm"): Launch(memory_fraction=0.95, expert_parallel=True),
-    ("vllm", "MiniMax-M2.5 h100_sxm"): Launch(memory_fraction=0.9),
+    ("vllm", "MiniMax-M2.5 h100_sxm"): Launch(memory_fraction=0.9, max_sequences=256),
 }
 RANDOM_RANGE = 0.8
 SPECULATED = "measured=2026-01-14"
@@ -136,6 +137,13 @@ class Row:
         """Model, with the two that are one architecture together."""
         same = {"DeepSeek-R1": "DeepSeek-V3/R1", "DeepSeek-V3": "DeepSeek-V3/R1"}
         return same.get(self.model, self.model)
+
+    @property
+    def cold(self) -> bool:
+        """Whether the mean TTFT has kernels' compilation in it: TensorRT-LLM compiles DeepGEMM's
+        for fp8 blocks as their shapes come, and until 2026-01-13 the client sent nothing to warm
+        up."""
+        return self.engine == "trtllm" and self.group == "DeepSeek-V3/R1"
 
     @property
     def measurement(self) -> tuple[float, float]:
@@ -248,6 +256,7 @@ def deployment_of(row: Row, engine: EngineProfile) -> Deployment:
         kv_dtype=launch.kv_dtype,
         max_batch_tokens=tight_budget(row) if launch.tight_budget else launch.max_batch_tokens,
         memory_fraction=launch.memory_fraction,
+        max_sequences=row.concurrency if launch.max_sequences == 0 else launch.max_sequences,
     )
     return deployment if launch.kernels is None else launch.kernels(deployment)
 

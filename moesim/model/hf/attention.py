@@ -25,6 +25,9 @@ def attention_spec(layers: Layers, sizes: Shape, keys: Keys) -> AttentionSpec:
         linear_layer_ids=_ids(mixers, "linear"),
         linear_layer_params=linear[0].params if linear else 0,
         absent_layer_ids=tuple(layer for layer, mixer in enumerate(mixers) if mixer is None),
+        index_layer_ids=tuple(
+            i for i, m in enumerate(mixers) if m and m.softmax.get("chosen_keys")
+        ),
         note="; ".join(note for note in layers.notes if "chunked" in note or "sparse" in note),
     )
     kinds = _kinds(mixers)

@@ -22,6 +22,7 @@ class Family:
     modules: names of attention, of experts and of dense parts in the checkpoint, for quantisation.
     dense_beside: dense parts beside the experts of each layer. mtp: feed-forward part of a
     multi-token-prediction layer. refused: keys that change the model in a way that is not read.
+    latent: attention is latent unless use_mla says otherwise, so that its rank has to be there.
     """
 
     layers: layers.Builder = layers.common
@@ -38,6 +39,7 @@ class Family:
     mtp: str = "moe"
     known: bool = True
     refused: tuple[str, ...] = ()
+    latent: bool = False
 
 
 _WIDTH = "intermediate_size"
@@ -48,6 +50,7 @@ _QWEN3 = Family(window="all")
 _QWEN_HYBRID = Family(layers=hybrids.delta_net)
 _FIRST_DENSE = (("first_k_dense_replace", "mlp_layer_types"),)
 _DEEPSEEK = Family(needs=("n_shared_experts", *_FIRST_DENSE))
+_LATENT = replace(_DEEPSEEK, latent=True)
 _V4 = Family(
     layers=layers.deepseek_v4,
     moe=experts.hashed_first,
@@ -122,14 +125,14 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_next": _QWEN_HYBRID,
     "qwen3_5_moe": _QWEN_HYBRID,
     "deepseek": _DEEPSEEK,
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
-    "deepseek_v32": _DEEPSEEK,
-    "kimi_k2": _DEEPSEEK,
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
+    "kimi_k2": _LATENT,
     "glm4_moe": _DEEPSEEK,
-    "glm4_moe_lite": _DEEPSEEK,
+    "glm4_moe_lite": _LATENT,
     "glm4v_moe": _DEEPSEEK,
-    "glm_moe_dsa": _DEEPSEEK,
+    "glm_moe_dsa": _LATENT,
     "dots1": _DEEPSEEK,
     "solar_open": _DEEPSEEK,
     "exaone_moe": Family(needs=_FIRST_DENSE),

@@ -11,6 +11,7 @@ from moesim.model.hf.mixers import Indexer, Mixer
 from moesim.model.hf.shape import Shape, head_dim, is_latent, kv_heads, missing
 
 SPARSE = "sparse attention: sizes are exact, step times count the whole context"
+INDEXED = f"{SPARSE}, but for serving on H100 and H200"
 
 LAYER_TYPES = {
     "full_attention": "full",
@@ -42,7 +43,7 @@ Builder = Callable[[Keys, Shape, str], Layers]
 def common(keys: Keys, shape: Shape, window_rule: str) -> Layers:
     """Softmax attention in all layers, grouped or latent, some of them with a window."""
     if is_latent(keys):
-        return Layers(latent_layers(keys, shape), notes=[SPARSE] * keys.has("index_topk"))
+        return Layers(latent_layers(keys, shape), notes=[INDEXED] * keys.has("index_topk"))
     window, kinds, notes = layer_kinds(keys, shape, window_rule)
     made = {
         kind: mixers.grouped(
@@ -124,9 +125,9 @@ def latent_layers(keys: Keys, shape: Shape) -> list[Mixer | None]:
         keys.flags("layer_types", shape.layers, known)
     if not keys.has("index_topk"):
         return [plain] * shape.layers
-    keys.number("index_topk")
     query = keys.optional("q_lora_rank", 0) or shape.hidden
-    indexer = Indexer(keys.number("index_n_heads"), keys.number("index_head_dim"), query)
+    sizes = keys.number("index_n_heads"), keys.number("index_head_dim")
+    indexer = Indexer(*sizes, query, chosen=keys.number("index_topk"))
     sparse = latent_mixer(keys, shape, indexer, name="latent attention with indexer")
     freq = keys.optional("index_topk_freq", 1, low=1)
     keys.get("index_skip_topk_offset"), keys.get("index_topk_pattern")

@@ -54,13 +54,15 @@ class Mixer:
 
 @dataclass(frozen=True)
 class Indexer:
-    """Chooses which keys a query sees; `query_width`: what its queries are projected from."""
+    """Chooses which keys a query sees, `chosen` of them where timed (0: not); `query_width`: what
+    its queries are projected from."""
 
     heads: int
     head_dim: int
     query_width: int
     kv_typed: bool = False
     weights: bool = True
+    chosen: int = 0
 
     def tensors(self, hidden: int) -> tuple[Tensor, ...]:
         """DeepSeek-V3.2 (transformers/deepseek_v32): wq_b, wk, weights_proj; MiniMax-M3 has no
@@ -181,6 +183,9 @@ def latent(
         "v_head_dim": value,
         "per_layer": blocks,
     }
+    if indexer is not None:
+        sizes = {"index_heads": indexer.heads, "index_head_dim": indexer.head_dim}
+        softmax |= {"chosen_keys": indexer.chosen, **sizes}
     many = tuple(
         Tensor((*t.names, *(f"0.{name}" for name in t.names)), t.params * blocks, t.quantised)
         if blocks > 1

@@ -159,6 +159,8 @@ class _Reader:
             for names in groups
             if not keys.has(*names) and not (names[0] in keys.data and names[0] in family.needs)
         ]
+        if keys.flag("use_mla", family.latent) and not keys.has("kv_lora_rank"):
+            absent.append("kv_lora_rank")
         if shape.is_latent(keys):
             latent = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
             absent += [key for key in latent if not keys.has(key)]

@@ -135,6 +135,7 @@ def plan_of(evaluator: Evaluator, params: Mapping[str, Any]) -> PlanResult:
         time_limit_s=params["time_limit_s"],
         check_memory=params["check_memory"],
         network_scale=params["network_scale"],
+        proof=False,
     )
     content = json.dumps([shared, trace.content_hash() if trace.path == "" else trace.path])
 

@@ -29,14 +29,14 @@ def answer(
     bench: Bench,
     max_gpus: int,
     *,
-    named: Mapping[str, str],
+    named: Mapping[str, str | None],
     maximize: bool,
     also: Sequence[Other] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The answer of one model on one type of GPU with one engine.
 
-    named: how the question names model and engine. also: what is searched beside it.
+    named: how the question names model, engine and trace. also: what is searched beside it.
 
     Raises InfeasibleError where the model fits no engine of `max_gpus` GPUs at all.
     """
@@ -46,7 +46,7 @@ def answer(
     if not options:
         reasons = "; ".join(f"{cause} ({n})" for cause, n in searched.skipped.most_common(3))
         if searched.least_gpus is not None:
-            reasons = f"closed forms need {searched.least_gpus} or more"
+            reasons = f"closed forms need {searched.least_gpus:,} GPUs or more"
         raise InfeasibleError(
             f"{bench.place.model.name} on up to {count(max_gpus, 'GPU')} of {bench.place.cluster}:"
             f" no layout can serve this ({reasons})",

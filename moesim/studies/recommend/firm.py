@@ -13,8 +13,8 @@ from moesim.studies.recommend.search import GROWTH, larger
 
 HELD_OUT_TPOT: Mapping[str, tuple[float, float]] = {
     "vllm": (0.048, 0.18),
-    "sglang": (0.176, 0.28),
-    "trtllm": (0.141, 0.33),
+    "sglang": (0.096, 0.27),
+    "trtllm": (0.142, 0.33),
 }
 """Error of TPOT by engine, median and 90th percentile, on measured H100 and H200 rows of models
 that no constant was fitted to (reports/serving-accuracy)."""
@@ -23,17 +23,19 @@ MEASURED_ON = ("h100-sxm", "h200-sxm")
 
 @dataclass(frozen=True, slots=True)
 class Firmness:
-    """errors: (median, 90th percentile) of the held-out error, None where nothing was measured on
-    such GPUs. slower, faster: by error, the layout that is enough if steps take so much longer, or
-    are so much quicker; None where none of the family is."""
+    """errors: (median, 90th percentile) of the held-out error, None where nothing like it was
+    measured, and `unlike` says what no measured service has. slower, faster: by error, the layout
+    that is enough if steps take so much longer, or are so much quicker; None where none of the
+    family is."""
 
     errors: tuple[float, float] | None
     slower: tuple[Layout | None, ...] = ()
     faster: tuple[Layout | None, ...] = ()
+    unlike: str = ""
 
     def to_json(self) -> dict[str, Any]:
         if self.errors is None:
-            return {"held_out_tpot_error": None}
+            return {"held_out_tpot_error": None, "unlike": self.unlike}
         rows = zip(("median", "p90"), self.errors, self.slower, self.faster, strict=True)
         return {
             "held_out_tpot_error": {"median": self.errors[0], "p90": self.errors[1]},
@@ -51,8 +53,12 @@ class Firmness:
 def firmness(bench: Bench, answer: Tried, max_gpus: int) -> Firmness:
     """Of an answer to the question for fewest GPUs, within its family of layouts."""
     parts = [part for part in (answer.layout.front, answer.layout.back) if part is not None]
-    if any(bench.engine(part)[0].gpu.name not in MEASURED_ON for part in parts):
-        return Firmness(None)
+    gpus = dict.fromkeys(bench.engine(part)[0].gpu.name for part in parts)
+    unlike = [gpu for gpu in gpus if gpu not in MEASURED_ON]
+    if unlike:
+        return Firmness(None, unlike=f"on {' or '.join(unlike)}")
+    if any(part.pp > 1 for part in parts):
+        return Firmness(None, unlike="with pipeline stages")
     errors = HELD_OUT_TPOT[bench.place.engine]
     slower = tuple(_enough(bench, answer.layout, 1 + e, max_gpus) for e in errors)
     faster = tuple(_fewer(bench, answer.layout, 1 / (1 + e)) for e in errors)

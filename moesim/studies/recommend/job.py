@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,15 +83,8 @@ def recommend(
     Raises InputError and UnknownNameError for what is not clear, InfeasibleError where no
     combination has an answer.
     """
-    if maximize not in (None, "goodput"):
-        raise InputError(f"`maximize` {maximize}", "give goodput, or leave it out")
-    if maximize is not None and gpus is None:
-        raise InputError("`maximize` without `gpus`: goodput of how many?", "give `gpus`")
-    if maximize is None and rate is None and requests is None:
-        raise InputError(
-            "neither a rate nor a log of requests is given",
-            "give `rate`, `requests`, or `gpus` with `maximize`",
-        )
+    _check(rate, requests, gpus, maximize)
+    _check_engine(expert_dtype, kv_dtype, memory_fraction)
     need = need_of(slo, rate, prompt, output, requests, seed)
     defaults = _defaults(slo, prompt, output, requests, gpus, gpu, cluster)
     if decode_gpu is not None:
@@ -99,18 +92,21 @@ def recommend(
     if speculate is not None and drafts == 1:
         defaults["drafts"] = "1 per step"
     prices = parse_prices(list(price))
-    for field, value, known in (
-        ("expert_dtype", expert_dtype, WEIGHT_BYTES),
-        ("kv_dtype", kv_dtype, KV_BYTES),
-    ):
-        if value is not None and value not in known:
-            raise UnknownNameError(field, value, known)
     options = {
         "expert_dtype": expert_dtype,
         "kv_dtype": kv_dtype,
         "memory_fraction": memory_fraction,
         "trace": None if trace is None else inputs.token_trace_of(trace, "recommend"),
     }
+    asked = Asked(
+        need,
+        Prices(prices),
+        MAX_GPUS if gpus is None else gpus,
+        maximize is not None,
+        alternatives,
+        experts_apart,
+        None if trace is None else _source_of(trace),
+    )
     decode = "" if decode_gpu is None else _cluster_with(decode_gpu)
     places = []
     for one, where, name in product(_list(model), _clusters(gpu, cluster), _list(engine)):
@@ -127,52 +123,108 @@ def recommend(
         places.append((one, str(name), place))
     used = {name for _, _, place in places for name in place.clusters}
     check_names(prices, {gpu.name for name in used for gpu in sized(name, 1).gpus})
-    answers: list[dict[str, Any]] = []
-    refused: list[dict[str, str]] = []
-    files: dict[str, str] = {}
-    notices = dict.fromkeys(need.log.notices if need.log is not None else ())
-    for i, (given, name, place) in enumerate(places):
-        bench = Bench(place, need, Prices(prices))
-        try:
-            found = answer(
-                bench,
-                MAX_GPUS if gpus is None else gpus,
-                named={
-                    "model_source": given if isinstance(given, str) else place.model.name,
-                    "engine_source": name,
-                    "trace_source": None if trace is None else _source_of(trace),
-                },
-                maximize=maximize is not None,
-                also=tuple(others(place, experts_apart)) if alternatives else (),
-                progress=_part(progress, i, len(places)),
-            )
-        except InfeasibleError as error:
-            if len(places) == 1:
-                raise
-            refused.append(_refusal(place, error))
-            continue
-        answers.append(found)
-        if found["kept"]:
-            named = inputs.model_served(given) or _repository(place.model)
-            written, said = launch_files(found, need, named, place)
-            notices |= dict.fromkeys(said)
-            folder = f"{_folder(place)}/" if len(places) > 1 else ""
-            files |= {folder + name: text for name, text in written.items()}
-    if not answers:
-        raise InfeasibleError(
-            "; ".join(one["cause"] for one in refused), "promise less, or allow more GPUs"
-        )
+    found = _answers(asked, places, progress)
     record = {
         "format": FORMAT,
         "version": VERSION,
         "model": ", ".join(dict.fromkeys(place.model.name for _, _, place in places)),
         "asked": _asked(need, gpus, maximize),
         "defaults": defaults,
-        "notices": list(notices),
-        "answers": answers,
-        "refused": refused,
+        "notices": list(found.notices),
+        "answers": found.answers,
+        "refused": found.refused,
     }
-    return RecommendResult(record, files)
+    return RecommendResult(record, found.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What every combination is asked."""
+
+    need: Need
+    prices: Prices
+    gpus: int
+    maximize: bool
+    alternatives: bool
+    experts_apart: bool
+    trace_source: str | None = None
+
+
+@dataclass(slots=True)
+class Answers:
+    """Of all combinations; `files` by name."""
+
+    notices: dict[str, None]
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def _check(
+    rate: float | None,
+    requests: Any,
+    gpus: int | None,
+    maximize: str | None,
+) -> None:
+    if maximize not in (None, "goodput"):
+        raise InputError(f"`maximize` {maximize}", "give goodput, or leave it out")
+    if maximize is not None and gpus is None:
+        raise InputError("`maximize` without `gpus`: goodput of how many?", "give `gpus`")
+    if maximize is None and rate is None and requests is None:
+        raise InputError(
+            "neither a rate nor a log of requests is given",
+            "give `rate`, `requests`, or `gpus` with `maximize`",
+        )
+
+
+def _check_engine(expert_dtype: str | None, kv_dtype: str, memory_fraction: float | None) -> None:
+    if memory_fraction is not None and not 0 < memory_fraction <= 1:
+        raise InputError(f"`memory_fraction` {memory_fraction}", "give a share above 0, at most 1")
+    for name, value, known in (
+        ("expert_dtype", expert_dtype, WEIGHT_BYTES),
+        ("kv_dtype", kv_dtype, KV_BYTES),
+    ):
+        if value is not None and value not in known:
+            raise UnknownNameError(name, value, known)
+
+
+def _answers(
+    asked: Asked, places: Sequence[tuple[ModelLike, str, Place]], progress: Progress | None
+) -> Answers:
+    """An answer for each place, or why it has none. Raises InfeasibleError where none has."""
+    need = asked.need
+    out = Answers(dict.fromkeys(need.log.notices if need.log is not None else ()))
+    for i, (given, name, place) in enumerate(places):
+        try:
+            found = answer(
+                Bench(place, need, asked.prices),
+                asked.gpus,
+                named={
+                    "model_source": given if isinstance(given, str) else place.model.name,
+                    "engine_source": name,
+                    "trace_source": asked.trace_source,
+                },
+                maximize=asked.maximize,
+                also=tuple(others(place, asked.experts_apart)) if asked.alternatives else (),
+                progress=_part(progress, i, len(places)),
+            )
+        except InfeasibleError as error:
+            if len(places) == 1:
+                raise
+            out.refused.append(_refusal(place, error))
+            continue
+        out.answers.append(found)
+        if found["kept"]:
+            named = inputs.model_served(given) or _repository(place.model)
+            written, said = launch_files(found, need, named, place)
+            out.notices |= dict.fromkeys(said)
+            folder = f"{_folder(place)}/" if len(places) > 1 else ""
+            out.files |= {folder + name: text for name, text in written.items()}
+    if not out.answers:
+        raise InfeasibleError(
+            "; ".join(one["cause"] for one in out.refused), "promise less, or allow more GPUs"
+        )
+    return out
 
 
 def _source_of(trace: TraceLike) -> str:

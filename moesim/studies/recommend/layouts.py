@@ -13,7 +13,7 @@ from moesim.cost.curves import Basis, weakest
 from moesim.serving.config import ServingConfig
 from moesim.serving.run import run_tables
 from moesim.serving.step_cost import EngineStepCost
-from moesim.serving.step_table import StepTables, tables_of
+from moesim.serving.step_table import TERM_TIMES, StepTables, tables_of
 from moesim.studies.recommend.need import Need
 from moesim.studies.recommend.shapes import Place, Shape, sized
 
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from moesim.serving.requests import Requests
     from moesim.serving.result import ServingResult
 
-TIMES = ("row_us", "moe_us", "even_us", "head_us", "eager_us", "host_us", "sequence_us")
-TERM_TIMES = (2, 3, 5, 6, 7)
-"""Columns of `StepTables.terms` that are times."""
+TIMES = tuple(name for name in StepTables._fields if name.endswith("_us"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +154,7 @@ class Bench:
             front,
             requests,
             self.config(layout),
-            _slowed(tables_of(costs), slower),
+            slowed(tables_of(costs), slower),
             basis=weakest(*(c.basis for c in costs), requests.basis),
             notes=tuple(dict.fromkeys(note for c in costs for note in c.notes)),
         )
@@ -185,7 +183,8 @@ def _ratio(value: float | None, limit_s: float) -> float:
     return 0.0 if value is None else value / limit_s
 
 
-def _slowed(tables: StepTables, factor: float) -> StepTables:
+def slowed(tables: StepTables, factor: float) -> StepTables:
+    """Steps that take `factor` times as long."""
     if factor == 1.0:
         return tables
     terms = tables.terms.copy()

@@ -108,7 +108,8 @@ def _completed(raw: Mapping[str, Any], rate: float, where: str) -> float:
     if completed < 1:
         raise FormatError(f"{where}: no request was completed", "see the server's log")
     failed = _number(raw, "failed", where) if "failed" in raw else 0.0
-    sent = max(completed + failed, float(raw["num_prompts"]) if "num_prompts" in raw else 0.0)
+    planned = _number(raw, "num_prompts", where) if "num_prompts" in raw else 0.0
+    sent = max(completed + failed, planned)
     if completed < (1 - LOST) * sent:
         raise InputError(
             f"{where}: {completed:,.0f} of {sent:,.0f} requests were completed",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moesim.serving.engines import EngineProfile
 from moesim.studies.recommend.layouts import Bench, Layout, Tried
@@ -69,6 +69,11 @@ def refit(
     return Refit(profile, last, unmet)
 
 
+def _set(profile: EngineProfile, name: str, value: float) -> EngineProfile:
+    changed: dict[str, Any] = {name: value}
+    return replace(profile, **changed)
+
+
 def _was(bench: Bench, name: str) -> float:
     return float(getattr(bench.place.profile, name))
 
@@ -85,18 +90,18 @@ def _halved(
     end of what was tried where none does."""
 
     def tpot(value: float) -> float:
-        return _median(run(replace(profile, **{name: value})), "tpot_p50")
+        return _median(run(_set(profile, name, value)), "tpot_p50")
 
     low, high = 0.0, getattr(profile, name) or 1.0
     if tpot(low) >= wanted:
-        return replace(profile, **{name: low}), False
+        return _set(profile, name, low), False
     for _ in range(WIDENINGS):
         if tpot(high) >= wanted:
             break
         low, high = high, high * WIDER
     else:
-        return replace(profile, **{name: low}), False
+        return _set(profile, name, low), False
     for _ in range(HALVINGS):
         middle = (low + high) / 2.0
         low, high = (middle, high) if tpot(middle) < wanted else (low, middle)
-    return replace(profile, **{name: (low + high) / 2.0}), True
+    return _set(profile, name, (low + high) / 2.0), True

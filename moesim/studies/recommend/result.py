@@ -247,7 +247,7 @@ def _firm(one: Mapping[str, Any]) -> list[str]:
         return []
     if firm["held_out_tpot_error"] is None:
         return [
-            f"how firm: no service was measured on {one['gpu']}, so the error of the prediction is"
+            f"how firm: no service was measured {firm['unlike']}, so the error of the prediction is"
             " not known"
         ]
     parts = []

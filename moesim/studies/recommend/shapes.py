@@ -3,8 +3,9 @@
 vLLM takes any tensor times data parallelism and cuts or places experts over all of it
 (`--enable-expert-parallel`); SGLang the same (`--dp-size` within `--tp-size`, `--ep-size`);
 TensorRT-LLM either tensor or data parallelism in attention (`enable_attention_dp`). All three have
-pipeline stages; they are tried in engines that do both, without data-parallel attention and without
-speculation.
+pipeline stages; they are tried in engines that do both, and in SGLang and TensorRT-LLM in those for
+prompts, without data-parallel attention and without speculation. vLLM's usual connector does not
+take caches from stages (vllm-project/vllm issue 52913; its push mode does since pull 45880).
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ NVLINK_DOMAIN = 8
 """GPUs of a node beyond which its own all-to-all over NVLink is tried."""
 STAGES = (2, 4, 8)
 """Pipeline stages to try."""
+STAGED_PREFILL = ("sglang", "trtllm")
+"""Engines whose prompt engines may have stages where decoding is apart."""
 APART = 4
 """With experts on GPUs of their own, at most so many times as many GPUs in one pool as in the
 other."""
@@ -168,6 +171,7 @@ def shapes(place: Place, role: Role, max_gpus: int) -> Iterator[Shape]:
 def _together(place: Place, role: Role, max_gpus: int) -> Iterator[Shape]:
     """Experts on attention's GPUs."""
     node, most = _node_of(place, role), min(max_gpus, MAX_ENGINE_GPUS)
+    staged = role == "mixed" or (role == "prefill" and place.engine in STAGED_PREFILL)
     for tp, dp in _attention(place, role, most):
         size = tp * dp
         for ep in dict.fromkeys((size, 1)):
@@ -179,7 +183,7 @@ def _together(place: Place, role: Role, max_gpus: int) -> Iterator[Shape]:
             for comm in _exchanges(place, role, dp, cut):
                 shape = Shape(tp, dp, ep, comm, 0)
                 yield from _variants(place, role, shape)
-                if role == "mixed" and dp == 1 and place.speculation is None:
+                if staged and dp == 1 and place.speculation is None:
                     fit = [n for n in STAGES if n * size <= most]
                     fit = [n for n in fit if n <= place.model.num_hidden_layers]
                     yield from (replace(shape, pp=stages) for stages in fit)

@@ -37,6 +37,7 @@ from moesim.trace.importers.records import (
     read_npy_file,
 )
 from moesim.trace.importers.rows import RowReader
+from moesim.trace.npyio import map_npy
 from moesim.types import Array
 
 NAME = "vllm"
@@ -49,8 +50,8 @@ def detect(path: Path) -> bool:
     """A 3-D integer `.npy`, base64 text of one, or responses with `routed_experts` as such."""
     if path.suffix == ".npy":
         try:
-            header = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            header = map_npy(path)
+        except FormatError:
             return False
         return header.ndim == 3 and header.dtype.kind in "iu"
     if path.suffix in JSON_SUFFIXES:

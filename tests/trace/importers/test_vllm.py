@@ -219,3 +219,11 @@ def test_max_tokens_reads_the_head(tmp_path, draw, options):
     trace = vllm.read([file, file], options(num_experts=8, max_tokens=12))
     assert isinstance(trace, Trace)
     assert trace.request_ids.tolist() == [0] * 9 + [1] * 3
+
+
+def test_an_npy_whose_header_ends_early_is_of_no_format(tmp_path):
+    """numpy's parser raises TokenError for it, which is no ValueError."""
+    header = b"{'descr': '<i2', 'shape': (3,\n"
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(12))
+    assert not vllm.detect(path)
