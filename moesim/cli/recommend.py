@@ -121,7 +121,8 @@ def recommend(
         Path | None,
         typer.Option(
             help="Result of an engine's own benchmark (bench.sh), beside the prediction of"
-            " --answer; --out then is a file of the engine's constants refitted to it."
+            " --answer; --out then is a file of the engine's constants refitted to it, --engine"
+            " such a file to predict with."
         ),
     ] = None,
     answer: Annotated[
@@ -145,7 +146,7 @@ def recommend(
     from moesim.studies.recommend.job import recommend as run
 
     if measured is not None or answer is not None:
-        _measured(measured, answer, out, plot, as_json)
+        _measured(measured, answer, engine, out, plot, as_json)
         return
     if not model:
         raise InputError("no `model` is named", "name a preset or a Hugging Face config.json")
@@ -176,7 +177,12 @@ def recommend(
 
 
 def _measured(
-    measured: Path | None, answer: Path | None, out: Path | None, plot: Path | None, as_json: bool
+    measured: Path | None,
+    answer: Path | None,
+    engine: list[str] | None,
+    out: Path | None,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     from moesim.cli.output import check_targets, wrote
     from moesim.studies.recommend.measured import compare_measured
@@ -186,8 +192,10 @@ def _measured(
             "`measured` and `answer` go together: a result, and the recommendation it is of",
             "give both",
         )
+    if engine is not None and len(engine) > 1:
+        raise InputError("several of `engine` with `measured`", "give one, or none")
     check_targets(out, plot=plot)
-    result = compare_measured(answer, measured)
+    result = compare_measured(answer, measured, engine[0] if engine else None)
     if plot is not None:
         result.plot(plot)
     if out is not None:

@@ -88,6 +88,15 @@ def model_id(model: ModelLike | None) -> str:
     return text if "/" in text and not Path(text).exists() else ""
 
 
+def model_served(model: ModelLike | None) -> str:
+    """What an engine is told to serve: the repository id; of a path that exists, the absolute path
+    of the folder; "" for other names and specs."""
+    if isinstance(model, str) and Path(model).exists():
+        path = Path(model).resolve()
+        return str(path if path.is_dir() else path.parent)
+    return model_id(model)
+
+
 def model_required(model: ModelLike | None, named: str, source: str = "the trace") -> ModelSpec:
     """The same, where sizes are needed. Raises InputError."""
     found = model_or_named(model, named)

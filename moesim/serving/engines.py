@@ -45,6 +45,9 @@ class EngineProfile:
     admission: "prompt" starts a request when the KV cache has room for its prompt, and preempts the
     last one admitted when the cache is full; "whole" starts it when there is room for its prompt
     and all of its answer, and never preempts.
+    graph_rows: steps of up to so many rows are replayed as CUDA graphs and padded to their size
+    (`moesim.serving.graphs`), so that the host enqueues no layers; 0 where steps with prompts are
+    not, or nothing is known of padding.
     max_batch_tokens, max_sequences: the engine's defaults for a DP rank.
     runtime_gb: memory of a GPU that neither weights, KV cache nor activations use (CUDA context,
     CUDA graphs); group_gb: the same for communication among several GPUs. sampler_bytes: memory per
@@ -83,6 +86,7 @@ class EngineProfile:
     enqueue_layer_us: float = 0.0
     rotary_gb_per_s: float | None = None
     cache_write_ns: float = 0.0
+    graph_rows: int = 0
     basis: Basis = "assumed"
     source: str = ""
 
@@ -137,6 +141,7 @@ ENGINES: Mapping[str, EngineProfile] = {
             balancer_layers=1,
             rotary_gb_per_s=1900.0,
             cache_write_ns=8.2,
+            graph_rows=512,
             basis="measured",
             source=f"{FITTED}; rotary_gb_per_s, cache_write_ns: kernels of vLLM 0.23.0 on an H200"
             " (reports/engine-vllm); balancer: memory of DeepSeek-V2-Lite (reports/engine-vllm-x2)",

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from operator import add
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ from moesim.serving.attention_us import attention_terms
 from moesim.serving.batch import BatchShape
 from moesim.serving.count_table import CountTable, count_grid
 from moesim.serving.deployment import calibration_of
+from moesim.serving.graphs import computed_rows, graph_limit, graph_rows
 from moesim.serving.moe_cost import MoeCost
 from moesim.serving.overlap import overlapped_us, sm_share, thresholds
 from moesim.serving.row_cost import LayerCounts, RowCost
@@ -69,6 +71,7 @@ class EngineStepCost:
         self._head = CountTable(heads, self._of_rows.head_us(heads))
         drafting = self._of_rows.drafting_us(grid) if d.mtp else np.zeros_like(grid)
         self._drafting = CountTable(grid, drafting)
+        self.graph_limit = graph_limit(d)
         if d.is_mixed:
             self.notes.append(
                 f"GPUs of different speed in one engine: attention as on {d.gpu.name}, the"
@@ -138,12 +141,13 @@ class EngineStepCost:
     def _layers_us(self, batch: BatchShape) -> FloatArray:
         if self.deployment.expert_gpus is not None:
             return self._apart_us(batch)
-        compute, comm = self._compute_and_comm_us(batch)
+        rows = self._computed(batch)
+        compute, comm = self._compute_and_comm_us(batch, rows)
         if self.deployment.two_batch_overlap == "off":
             return compute + comm
         limits, shares = self.overlap[:2], self.overlap[2:4]
         decodes = (batch.prefill_tokens.max(axis=-1) == 0).astype(int)
-        compute_half, comm_half = self._compute_and_comm_us(batch.cut(2))
+        compute_half, comm_half = self._compute_and_comm_us(batch.cut(2), rows / 2)
         both = overlapped_us(
             2 * compute_half, 2 * comm_half, shares[decodes], self.deployment.model.num_moe_layers
         )
@@ -157,19 +161,27 @@ class EngineStepCost:
         layers = d.model.num_moe_layers
         return np.minimum(whole, ping_pong_us(own, experts, comm, d.micro_batches, layers))
 
-    def _compute_and_comm_us(self, batch: BatchShape) -> tuple[FloatArray, FloatArray]:
+    def _computed(self, batch: BatchShape) -> FloatArray:
+        """`[..., D]`: rows that every rank computes, those that graphs add included."""
+        return computed_rows(batch.rows, self.graph_limit)
+
+    def _compute_and_comm_us(
+        self, batch: BatchShape, rows: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
         """Of the slowest rank's layers and the experts, and of dispatch and combine."""
-        own, experts, comm = self._own_experts_and_comm_us(batch)
+        own, experts, comm = self._own_experts_and_comm_us(batch, rows)
         return own + experts, comm
 
     def _own_experts_and_comm_us(
-        self, batch: BatchShape
+        self, batch: BatchShape, rows: FloatArray | None = None
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Of the slowest rank's layers, of the experts, and of dispatch and combine."""
-        total = batch.rows.sum(axis=-1)
-        own = self._rows_total(batch.rows) + self._attention_us(batch)
+        """Of the slowest rank's layers, of the experts, and of dispatch and combine; `rows` where
+        ranks compute others than the batch's."""
+        rows = batch.rows if rows is None else rows
+        total = rows.sum(axis=-1)
+        own = self._rows_total(rows) + self._attention_us(batch)
         comm = self._moe["communication"](total)
-        return own.max(axis=-1), self._moe_total(total) - comm, comm - self._saved(batch)
+        return own.max(axis=-1), self._moe_total(total) - comm, comm - self._saved(batch, total)
 
     @property
     def overlap(self) -> FloatArray:
@@ -192,6 +204,8 @@ class EngineStepCost:
             given = (decode_tokens, decode_context_tokens, prefill_tokens, prefill_pairs)
             return float(self.step_us(BatchShape.of(*given, prefill_sequences)))
         slowest, sampled, total, prefill = 0.0, 0.0, 0.0, False
+        largest = max(map(add, decode_tokens, prefill_tokens))
+        graph = graph_rows(largest, self.graph_limit) if largest <= self.graph_limit else 0.0
         for n, context, p, pairs, count in zip(
             decode_tokens,
             decode_context_tokens,
@@ -201,6 +215,7 @@ class EngineStepCost:
             strict=True,
         ):
             rows = n + p
+            rows = graph or rows
             if not rows:
                 continue
             time = self._rows_total.one(rows)
@@ -216,7 +231,7 @@ class EngineStepCost:
         engine = self.deployment.engine
         if not prefill:
             time -= self._decode_saves.one(total)
-        if prefill:
+        if prefill and not graph:
             layers = self.deployment.model.num_hidden_layers
             time = max(time + engine.prompt_added_us(layers), engine.prompt_least_us(layers))
         return time + engine.step_host_us + engine.sequence_host_us * sampled
@@ -250,25 +265,26 @@ class EngineStepCost:
         own = self._drafting(batch.rows)
         own = own + terms.decode_us(batch.decode_tokens, batch.decode_context_tokens)
         own = own + terms.prefill_us(batch.prefill_tokens, batch.prefill_pairs)
-        return own.max(axis=-1) + share * (self._moe_total(total) - self._saved(batch))
+        saved = self._saved(batch, total)
+        return own.max(axis=-1) + share * (self._moe_total(total) - saved)
 
     def breakdown(self, batch: BatchShape) -> dict[str, FloatArray]:
         """Microseconds by part, of the slowest DP rank; their sum is `step_us`. "overlap" is what
         two-batch overlap, or parts between two pools, save, below 0, of what each takes without."""
-        attention = self._attention_us(batch)
-        slowest = np.argmax(self._rows_total(batch.rows) + attention, axis=-1)
+        attention, rows = self._attention_us(batch), self._computed(batch)
+        slowest = np.argmax(self._rows_total(rows) + attention, axis=-1)
 
         def pick(values: FloatArray) -> FloatArray:
             return np.take_along_axis(values, slowest[..., None], axis=-1)[..., 0]
 
-        parts = {name: pick(table(batch.rows)) for name, table in self._rows.items()}
+        parts = {name: pick(table(rows)) for name, table in self._rows.items()}
         parts["attention"] = pick(attention)
-        total = batch.rows.sum(axis=-1)
+        total = rows.sum(axis=-1)
         for name, table in self._moe.items():
             parts[name] = parts.get(name, np.zeros(total.shape)) + table(total)
-        compute, comm = self._compute_and_comm_us(batch)
+        compute, comm = self._compute_and_comm_us(batch, rows)
         hidden = compute + comm - self._layers_us(batch)
-        parts["communication"] = parts["communication"] - self._saved(batch)
+        parts["communication"] = parts["communication"] - self._saved(batch, total)
         if self.deployment.two_batch_overlap != "off" or self.deployment.expert_gpus is not None:
             parts["overlap"] = -hidden
         parts["head"] = self._head(self._sampled(batch)).max(axis=-1)
@@ -276,17 +292,19 @@ class EngineStepCost:
         parts["host"] = np.where(total > 0, self._with_host(gpu, batch) - gpu, 0.0)
         return parts
 
-    def _saved(self, batch: BatchShape) -> FloatArray:
-        """What a step without prompt tokens saves by the all-to-all of decoding."""
+    def _saved(self, batch: BatchShape, total: FloatArray) -> FloatArray:
+        """What a step without prompt tokens, of `total` rows, saves by the all-to-all of
+        decoding."""
         decodes = batch.prefill_tokens.max(axis=-1) == 0
-        return np.where(decodes, self._decode_saves(batch.rows.sum(axis=-1)), 0.0)
+        return np.where(decodes, self._decode_saves(total), 0.0)
 
     def _sampled(self, batch: BatchShape) -> FloatArray:
         return batch.decode_tokens + batch.prefill_sequences
 
     def _with_host(self, gpu_us: FloatArray, batch: BatchShape) -> FloatArray:
         engine = self.deployment.engine
-        prefill = batch.prefill_tokens.max(axis=-1) > 0
+        enqueued = batch.rows.max(axis=-1) > self.graph_limit
+        prefill = enqueued & (batch.prefill_tokens.max(axis=-1) > 0)
         layers = self.deployment.model.num_hidden_layers
         with_host = np.maximum(
             gpu_us + engine.prompt_added_us(layers), engine.prompt_least_us(layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moesim.kernels import kernel
+from moesim.serving.graphs import graph_rows
 from moesim.serving.state import INTERNAL
 
 
@@ -119,10 +120,11 @@ def _ranks_us(
     part: float,
     prompts: bool,
     layer: int,
+    padded: float,
 ) -> tuple[float, float]:
     """What ranks compute on their own for `part` of their step, its prompts too where `prompts`:
     summed over them, and the most. layer: the place in `terms` of the one layer that drafts, below
-    0 for all layers of the model."""
+    0 for all layers of the model. padded: rows that each of them computes, 0 for its own."""
     rows_us = tables.row_us[m] if layer < 0 else tables.drafting_us[m]
     total, slowest = 0.0, 0.0
     for rank in range(first, last):
@@ -132,7 +134,8 @@ def _ranks_us(
             continue
         context = ranks[rank].decode_context * (1.0 + extra_context * drafts) * part
         pairs = ranks[rank].prefill_pairs * part
-        time = _table(tables.row_x[m], rows_us, rows + prompt)
+        computed = padded * part if padded > 0 else rows + prompt
+        time = _table(tables.row_x[m], rows_us, computed)
         if layer < 0:
             repeated = ranks[rank].decode_repeated * part
             time += _attention_us(tables.terms[m], rows, context, repeated, prompt, pairs)
@@ -146,18 +149,19 @@ def _ranks_us(
 @kernel(**INTERNAL)
 def _rows_of(
     ranks: Any, first: int, last: int, drafts: int, prompts: bool
-) -> tuple[float, float, float, bool]:
-    """Of ranks `first` to `last`: most rows that one samples, rows of all, rows that verify, and
-    whether there are prompts."""
-    sampled, total, verified, prefill = 0.0, 0.0, 0.0, False
+) -> tuple[float, float, float, float, bool]:
+    """Of ranks `first` to `last`: most rows that one samples, most that one has, rows of all, rows
+    that verify, and whether there are prompts."""
+    sampled, largest, total, verified, prefill = 0.0, 0.0, 0.0, 0.0, False
     for rank in range(first, last):
         rows = ranks[rank].decode_rows * (1.0 + drafts)
         prompt = float(ranks[rank].prefill_rows) if prompts else 0.0
         sampled = max(sampled, rows + ranks[rank].prefill_sequences)
+        largest = max(largest, rows + prompt)
         total += rows + prompt
         verified += rows
         prefill = prefill or prompt > 0
-    return sampled, total, verified, prefill
+    return sampled, largest, total, verified, prefill
 
 
 @kernel(**INTERNAL)
@@ -194,13 +198,18 @@ def step_us(
     drafts: further tokens that each decoding sequence verifies. They are rows like others; cached
     tokens are read once more for each with `extra_context` 1, not again with 0.
     """
-    sampled, total, verified, prefill = _rows_of(ranks, first, last, drafts, True)
+    sampled, largest, total, verified, prefill = _rows_of(ranks, first, last, drafts, True)
     if total == 0:
         return 0.0, 0.0, 0.0
     kind = 0 if prefill else 1
     halved = total / (last - first) >= tables.overlap[m, kind]
-    part = 0.5 if halved else 1.0
-    mean, slowest = _ranks_us(tables, m, ranks, first, last, drafts, extra_context, part, True, -1)
+    part, padded = 0.5 if halved else 1.0, 0.0
+    if largest <= tables.graph_limit[m]:
+        padded = graph_rows(largest, tables.graph_limit[m])
+        total = padded * (last - first)
+    mean, slowest = _ranks_us(
+        tables, m, ranks, first, last, drafts, extra_context, part, True, -1, padded
+    )
     if halved:
         mean, slowest = 2.0 * mean, 2.0 * slowest
         comm = 2.0 * _table(tables.moe_x[m], tables.comm_us[m], total / 2.0)
@@ -218,12 +227,12 @@ def step_us(
     parts = tables.parts[m]
     if parts > 1:
         _, own = _ranks_us(
-            tables, m, ranks, first, last, drafts, extra_context, 1.0 / parts, True, -1
+            tables, m, ranks, first, last, drafts, extra_context, 1.0 / parts, True, -1, 0.0
         )
         saved = _chunk_saved(tables, m, drafts, verified / parts)
         time = min(time, _apart_us(tables, m, own, total / parts, prefill, shares, saved))
     time += _table(tables.head_x[m], tables.head_us[m], sampled)
-    if prefill:
+    if prefill and padded == 0.0:
         time = max(time + tables.eager_us[m], tables.least_us[m])
     time += tables.host_us[m] + tables.sequence_us[m] * sampled
     return time, mean / (last - first), slowest
@@ -243,12 +252,12 @@ def _drafting_pass_us(
 ) -> float:
     """The multi-token-prediction layer over `1 + drafts` rows of each decoding sequence, and over
     the prompts' rows."""
-    _, total, _, prefill = _rows_of(ranks, first, last, drafts, prompts)
+    _, _, total, _, prefill = _rows_of(ranks, first, last, drafts, prompts)
     if total == 0:
         return 0.0
     layer = int(tables.drafting[m, 1])
     _, slowest = _ranks_us(
-        tables, m, ranks, first, last, drafts, extra_context, 1.0, prompts, layer
+        tables, m, ranks, first, last, drafts, extra_context, 1.0, prompts, layer, 0.0
     )
     moe = _moe_us(tables, m, total, shares)
     if not prefill:

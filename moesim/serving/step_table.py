@@ -55,8 +55,9 @@ class StepTables(NamedTuple):
     multi-token-prediction layer that drafts; drafting: [M, 3], `EngineStepCost.drafting`.
     chunk_saves_us: [M, drafts + 1, points] by verified rows of all ranks, what experts take less
     than `moe_us` says where a sequence's rows come in chunks (`moesim.serving.chunks`).
-    eager_us: added to steps with prompt tokens, which take least_us at least; host_us,
-    sequence_us: added to every step, and for every sampled row of the rank that has most.
+    eager_us: added to steps with prompt tokens that no graph replays, which take least_us at least;
+    host_us, sequence_us: added to every step, and for every sampled row of the rank that has most.
+    graph_limit: the largest step that is padded (`moesim.serving.graphs`).
     """
 
     row_x: FloatArray
@@ -78,6 +79,7 @@ class StepTables(NamedTuple):
     drafting_us: FloatArray
     drafting: FloatArray
     chunk_saves_us: FloatArray
+    graph_limit: FloatArray
 
 
 def tables_of(
@@ -139,6 +141,7 @@ def tables_of(
         _padded([(cost._drafting.counts, cost._drafting.times_us) for cost in costs])[1],
         np.array([cost.drafting for cost in costs], np.float64),
         np.stack([_chunk_saves(cost, max_drafts, moe_x.shape[1]) for cost in costs]),
+        np.array([cost.graph_limit for cost in costs], np.float64),
     )
 
 

@@ -44,7 +44,7 @@ def tables(
         x, x * row_us, x, (x * moe_us)[None], x * moe_us, x, none, terms,
         np.zeros(1), np.zeros(1), np.array([step_us]), np.zeros(1), none, none,
         np.array([[np.inf, np.inf, 0.0, 0.0, 1.0]]), np.zeros(1), none, np.zeros((1, 3)),
-        np.zeros((1, 1, 2)),
+        np.zeros((1, 1, 2)), np.zeros(1),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -149,12 +150,14 @@ def test_mser_finds_the_end_of_a_ramp() -> None:
 
 def test_rates_of_load_tests_do_not_depend_on_their_length() -> None:
     """Twenty or two hundred waves of 16 requests: the same steady rate, while the tokens over the
-    duration, ramp and drain included, differ."""
+    duration, ramp and drain included, differ. Prompts are not replayed as graphs: a slow ramp."""
     from moesim.serving.deployment import deploy
+    from moesim.serving.engines import ENGINES
     from moesim.serving.static import LoadTest, run_load_test
     from moesim.serving.step_cost import EngineStepCost
 
-    cost = EngineStepCost(deploy("gpt-oss-20b", "h200-sxm-ib", tp=1))
+    engine = replace(ENGINES["vllm"], graph_rows=0)
+    cost = EngineStepCost(deploy("gpt-oss-20b", "h200-sxm-ib", tp=1, engine=engine))
     few, many = (
         run_load_test(cost, LoadTest(512, 64, 16, 16 * waves, range_ratio=0.5))
         for waves in (20, 200)

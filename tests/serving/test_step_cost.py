@@ -202,13 +202,13 @@ def test_rotary_embedding_and_cache_write_are_counted_by_token() -> None:
 
 
 def test_host_time_is_added_and_so_are_gaps_of_a_prefill_step() -> None:
-    """32 layers of 50 us each where the step has prompt tokens."""
+    """32 layers of 50 us each where the step has prompt tokens that no graph replays."""
     engine = replace(QUIET, step_host_us=100.0, sequence_host_us=3.0, eager_layer_us=50.0)
     quiet = EngineStepCost(toy())
     slow = quiet.with_engine(engine)
     decode = BatchShape.of(4, 400)
     assert slow.step_us(decode) == pytest.approx(quiet.step_us(decode) + 100.0 + 4 * 3.0)
-    prefill = BatchShape.of(prefill_tokens=10)
+    prefill = BatchShape.of(prefill_tokens=600)
     assert slow.step_us(prefill) == pytest.approx(quiet.step_us(prefill) + 32 * 50 + 100.0 + 3.0)
 
 
@@ -217,12 +217,12 @@ def test_a_prefill_step_takes_at_least_what_its_layers_take_to_enqueue() -> None
     quiet = EngineStepCost(toy())
     engine = replace(QUIET, step_host_us=7.0, prompt_step_us=500.0, enqueue_layer_us=5000.0)
     slow = quiet.with_engine(engine)
-    small, large = (BatchShape.of(prefill_tokens=n, prefill_pairs=n * n / 2) for n in (10, 8000))
+    small, large = (BatchShape.of(prefill_tokens=n, prefill_pairs=n * n / 2) for n in (600, 8000))
     assert float(quiet.step_us(small)) < 159_000
     assert slow.step_us(small) == pytest.approx(160_000 + 7.0)
     gpu = max(float(quiet.step_us(large)) + 500.0, 160_000.0)
     assert slow.step_us(large) == pytest.approx(gpu + 7.0)
-    assert slow.one_us([0.0], [0.0], [10.0], [50.0], [0.0]) == pytest.approx(160_000 + 7.0)
+    assert slow.one_us([0.0], [0.0], [600.0], [180_000.0], [0.0]) == pytest.approx(160_000 + 7.0)
     decode = BatchShape.of(4, 400)
     assert slow.step_us(decode) == pytest.approx(quiet.step_us(decode) + 7.0)
 

@@ -255,7 +255,7 @@ def test_the_command(tmp_path: Path, capsys) -> None:
     written = json.loads((out / "recommendation.json").read_text())
     assert written["format"] == "moesim-recommendation"
     assert {p.name for p in out.iterdir()} == {
-        "recommendation.json", "serving.sh", "router.sh", "bench.sh",
+        "recommendation.json", "serving.sh", "bench.sh",
     }  # fmt: skip
     assert (tmp_path / "p.png").stat().st_size > 10_000
     assert run([*args, "--out", str(out)]) == 2

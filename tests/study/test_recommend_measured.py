@@ -58,12 +58,37 @@ def test_the_refitted_engine_is_one(answer, tmp_path) -> None:
     assert run(args) == 0
     mine = engine_profile(str(out))
     assert mine.name == "vllm"
-    assert mine.kernel_us != ENGINES["vllm"].kernel_us
+    assert mine.kernel_us == ENGINES["vllm"].kernel_us
+    assert mine.eager_layer_us != ENGINES["vllm"].eager_layer_us
     served = moesim.serve(
         "poisson:rate=5,requests=200,prompt=1000,output=300",
         model="gpt-oss-20b", cluster="h200-sxm-ib", gpus=1, engine=str(out),
     )  # fmt: skip
     assert served.record["metrics"]["tpot_p50"] == pytest.approx(7.0e-3, rel=0.1)
+
+
+def test_a_refitted_file_predicts_another_run(answer, tmp_path, capsys) -> None:
+    """With the constants of a run its own medians are met without refitting."""
+    bench = written(tmp_path / "b.json", result())
+    out = tmp_path / "mine.yaml"
+    args = ["recommend", "--measured", str(bench), "--answer", str(answer)]
+    assert run([*args, "--out", str(out)]) == 0
+    found = compare_measured(answer, bench, engine=str(out))
+    assert found.predicted["tpot_p50"] == pytest.approx(7.0e-3, rel=0.02)
+    assert found.predicted["ttft_p50"] == pytest.approx(90e-3, rel=0.05)
+    assert not found.unmet
+    assert run([*args, "--engine", "vllm", "--engine", "sglang"]) == 2
+    assert "several of --engine" in capsys.readouterr().err
+
+
+def test_what_no_constant_explains_is_said(answer, tmp_path) -> None:
+    """A TPOT below the kernels' own: constants end at 0, and the run is not met."""
+    fast = result(median_tpot_ms=1.0, mean_tpot_ms=1.0, p99_tpot_ms=1.0)
+    found = compare_measured(answer, written(tmp_path / "b.json", fast))
+    assert "tpot_p50" in found.unmet
+    assert (found.engine.eager_layer_us, found.engine.kernel_us) == (0.0, 0.0)
+    assert "not met" in found.summary()
+    assert found.to_json()["unmet"] == ["tpot_p50"]
 
 
 def test_the_last_line_of_sglangs_file_counts(tmp_path) -> None:

@@ -99,6 +99,8 @@ def main() -> None:
         steps: dict[str, dict[str, object]] = {}
         for routing in ROUTINGS_OF[model.set]:
             cost = EngineStepCost(deployment(key, routed(trace, routing)))
+            if not model.compile:
+                cost.graph_limit = 0.0  # decode alone is graphed, and its added rows wake no expert
             hosted = cost.with_engine(engine_profile(str(HOST)))
             for case in CASES[model.set]:
                 parts = cost.breakdown(shape_of(case, model.set))

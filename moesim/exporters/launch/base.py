@@ -14,6 +14,8 @@ Files = Mapping[str, str]
 PORTS = {"serving": 8300, "prefill": 8100, "decode": 8200}
 FRONT = "8000"
 """Port of the router."""
+WARM_PROMPTS = 100
+"""Requests before a test, so that kernels are compiled and connections open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,16 @@ class Service:
         return len(self.roles) > 1
 
     @property
+    def alone(self) -> bool:
+        """Whether one engine takes all requests, so that no router is needed."""
+        return not self.split and self.roles[0].engines == 1
+
+    @property
+    def front(self) -> str:
+        """Port that requests go to."""
+        return str(self.roles[0].port) if self.alone else FRONT
+
+    @property
     def num_prompts(self) -> int:
         """Requests of a test of the promise."""
         return max(100, round(self.rate * self.seconds))
@@ -104,6 +116,26 @@ def _grouped(words: Sequence[str]) -> list[str]:
         else:
             out.append(text)
     return out
+
+
+def bench_script(
+    service: Service,
+    command: Sequence[str],
+    count: str,
+    seed: str,
+    save: Sequence[str],
+    needs: Sequence[str] = (),
+) -> str:
+    """The engine's benchmark: once to warm up, once more with its result saved. count, seed: its
+    options of how many requests, and of their prompts, which differ from run to run so that none is
+    in the engine's prefix cache. save: what writes the result. needs: the first comment, else where
+    requests go."""
+    first = needs or ["tests the promise" + ("" if service.alone else "; needs the router")]
+    runs = [
+        [*command, count, str(WARM_PROMPTS), seed, "$RANDOM"],
+        [*command, count, str(service.num_prompts), seed, "$RANDOM", *save],
+    ]
+    return script([*first, "the first run warms up, the second counts"], runs)
 
 
 def where(role: Role) -> list[str]:

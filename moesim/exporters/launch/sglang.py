@@ -3,25 +3,37 @@
 
 from __future__ import annotations
 
-from moesim.exporters.launch.base import FRONT, Files, Role, Service, script, urls, where
+from moesim.exporters.launch.base import (
+    FRONT,
+    Files,
+    Role,
+    Service,
+    bench_script,
+    script,
+    urls,
+    where,
+)
 
 A2A = {"all_gather": "none", "deepep": "deepep", "deepep_ll": "deepep", "deepep_auto": "deepep"}
 DEEPEP_MODE = {"deepep": "normal", "deepep_ll": "low_latency", "deepep_auto": "auto"}
 
 
 def files(service: Service) -> Files:
-    """A script per role, one for the router, one for the benchmark."""
+    """A script per role, one for the router where there are several engines, one for the
+    benchmark."""
     out = {f"{role.role}.sh": _engine(service, role) for role in service.roles}
-    out["router.sh"] = _router(service)
+    if not service.alone:
+        out["router.sh"] = _router(service)
     bench = [
-        "python", "-m", "sglang.benchmark.serving", "--backend", "sglang", "--port", FRONT,
+        "python", "-m", "sglang.benchmark.serving", "--backend", "sglang",
+        "--port", service.front,
         "--model", service.model, "--dataset-name", "random",
         "--random-input-len", f"{service.prompt:.0f}",
         "--random-output-len", f"{service.output:.0f}", "--random-range-ratio", "1",
-        "--request-rate", f"{service.rate:g}", "--num-prompts", f"{service.num_prompts}",
-        "--output-file", "bench.jsonl",
+        "--request-rate", f"{service.rate:g}",
     ]  # fmt: skip
-    out["bench.sh"] = script(["tests the promise; needs the router"], [bench])
+    save = ["--output-file", "bench.jsonl"]
+    out["bench.sh"] = bench_script(service, bench, "--num-prompts", "--seed", save)
     return out
 
 

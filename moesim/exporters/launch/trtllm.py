@@ -4,9 +4,19 @@ serve/scripts/benchmark_serving.py, and its documentation (features/disagg-servi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from moesim.exporters.launch.base import FRONT, Files, Role, Service, script, urls, where
+from moesim.exporters.launch.base import (
+    FRONT,
+    Files,
+    Role,
+    Service,
+    bench_script,
+    script,
+    urls,
+    where,
+)
 
 SERVERS = {"prefill": "context_servers", "decode": "generation_servers"}
 
@@ -29,18 +39,27 @@ def files(service: Service) -> Files:
             ["the addresses in disagg.yaml are yours to put in"],
             [["trtllm-serve", "disaggregated", "-c", "disagg.yaml"]],
         )
-    front_port = FRONT if service.split else str(service.roles[0].port)
+    tested = service if service.split else replace(service, rate=service.rate / _engines(service))
     bench = [
         "python", "-m", "tensorrt_llm.serve.scripts.benchmark_serving",
-        "--model", service.model, "--port", front_port, "--dataset-name", "random",
+        "--model", service.model,
+        "--port", FRONT if service.split else str(service.roles[0].port),
+        "--dataset-name", "random",
         "--random-input-len", f"{service.prompt:.0f}",
         "--random-output-len", f"{service.output:.0f}",
-        "--request-rate", f"{service.rate:g}", "--num-prompts", f"{service.num_prompts}",
-        "--random-ids", "--tokenize-on-client", "--ignore-eos",
-        "--metric-percentiles", "50,90,99", "--save-result", "--result-filename", "bench.json",
+        "--request-rate", f"{tested.rate:g}", "--random-ids", "--tokenize-on-client",
+        "--ignore-eos", "--metric-percentiles", "50,90,99",
     ]  # fmt: skip
-    out["bench.sh"] = script(["tests the promise"], [bench])
+    needs = ["tests the promise"]
+    if not service.split and _engines(service) > 1:
+        needs = [f"tests one of {_engines(service)} engines with its share of the requests"]
+    save = ["--save-result", "--result-filename", "bench.json"]
+    out["bench.sh"] = bench_script(tested, bench, "--num-prompts", "--seed", save, needs)
     return out
+
+
+def _engines(service: Service) -> int:
+    return service.roles[0].engines
 
 
 def _settings(service: Service, role: Role) -> dict[str, Any]:

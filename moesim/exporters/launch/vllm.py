@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import json
 
-from moesim.exporters.launch.base import FRONT, Files, Role, Service, script, urls, where
+from moesim.exporters.launch.base import (
+    FRONT,
+    Files,
+    Role,
+    Service,
+    bench_script,
+    script,
+    urls,
+    where,
+)
 
 ALL2ALL = {
     "all_gather": "allgather_reducescatter",
@@ -17,21 +26,23 @@ RPC_PORT = "13345"
 
 
 def files(service: Service) -> Files:
-    """A script per role, one for the router, one for the benchmark."""
+    """A script per role, one for the router where there are several engines, one for the
+    benchmark."""
     out: dict[str, str] = {}
     for role in service.roles:
         out |= _engine(service, role)
-    out["router.sh"] = _router(service)
+    if not service.alone:
+        out["router.sh"] = _router(service)
     bench = [
-        "vllm", "bench", "serve", "--model", service.model, "--port", FRONT,
+        "vllm", "bench", "serve", "--model", service.model, "--port", service.front,
         "--dataset-name", "random",
         "--random-input-len", f"{service.prompt:.0f}",
         "--random-output-len", f"{service.output:.0f}",
-        "--request-rate", f"{service.rate:g}", "--num-prompts", f"{service.num_prompts}",
-        "--ignore-eos", "--percentile-metrics", "ttft,tpot,itl,e2el",
-        "--metric-percentiles", "50,90,99", "--save-result", "--result-filename", "bench.json",
+        "--request-rate", f"{service.rate:g}", "--ignore-eos",
+        "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99",
     ]  # fmt: skip
-    out["bench.sh"] = script(["tests the promise; needs the router"], [bench])
+    save = ["--save-result", "--result-filename", "bench.json"]
+    out["bench.sh"] = bench_script(service, bench, "--num-prompts", "--seed", save)
     return out
 
 

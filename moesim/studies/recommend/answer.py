@@ -29,14 +29,14 @@ def answer(
     bench: Bench,
     max_gpus: int,
     *,
-    named: Mapping[str, str],
+    named: Mapping[str, str | None],
     maximize: bool,
     also: Sequence[Other] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The answer of one model on one type of GPU with one engine.
 
-    named: how the question names model and engine. also: what is searched beside it.
+    named: how the question names model, engine and trace. also: what is searched beside it.
 
     Raises InfeasibleError where the model fits no engine of `max_gpus` GPUs at all.
     """

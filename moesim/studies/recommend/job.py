@@ -105,6 +105,7 @@ def recommend(
         maximize is not None,
         alternatives,
         experts_apart,
+        None if trace is None else _source_of(trace),
     )
     decode = "" if decode_gpu is None else _cluster_with(decode_gpu)
     places = []
@@ -146,6 +147,7 @@ class Asked:
     maximize: bool
     alternatives: bool
     experts_apart: bool
+    trace_source: str | None = None
 
 
 @dataclass(slots=True)
@@ -200,6 +202,7 @@ def _answers(
                 named={
                     "model_source": given if isinstance(given, str) else place.model.name,
                     "engine_source": name,
+                    "trace_source": asked.trace_source,
                 },
                 maximize=asked.maximize,
                 also=tuple(others(place, asked.experts_apart)) if asked.alternatives else (),
@@ -212,7 +215,7 @@ def _answers(
             continue
         out.answers.append(found)
         if found["kept"]:
-            named = inputs.model_id(given) or _repository(place.model)
+            named = inputs.model_served(given) or _repository(place.model)
             written, said = launch_files(found, need, named, place)
             out.notices |= dict.fromkeys(said)
             folder = f"{_folder(place)}/" if len(places) > 1 else ""
@@ -222,6 +225,14 @@ def _answers(
             "; ".join(one["cause"] for one in out.refused), "promise less, or allow more GPUs"
         )
     return out
+
+
+def _source_of(trace: TraceLike) -> str:
+    """Name or absolute path of a trace; "" for one that has none."""
+    if not isinstance(trace, (str, os.PathLike)):
+        return ""
+    path = Path(trace)
+    return str(path.resolve()) if path.exists() else str(trace)
 
 
 def _repository(model: ModelSpec) -> str:

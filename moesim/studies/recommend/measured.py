@@ -18,18 +18,21 @@ from typing import TYPE_CHECKING, Any
 from moesim.errors import FormatError, InputError
 from moesim.figures import figure, text_table
 from moesim.files import atomic_write
+from moesim.jobs.inputs import token_trace_of
 from moesim.jobs.result import Result
 from moesim.model.names import load_model
 from moesim.serving.engines import EngineProfile, engine_profile
-from moesim.studies.recommend.layouts import Bench, Layout, Tried
+from moesim.studies.recommend.layouts import Bench, Layout
 from moesim.studies.recommend.need import need_of
 from moesim.studies.recommend.others import mtp
+from moesim.studies.recommend.refit import refit, with_engine
 from moesim.studies.recommend.shapes import Place, Shape
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moesim.draw import Picture
+    from moesim.trace.format import Trace
 
 MAX_BYTES = 64 << 20
 STATS = {"mean": "mean", "median": "p50", "p90": "p90", "p99": "p99"}
@@ -41,7 +44,7 @@ SERVED = 0.8
 BACKENDS = (("sglang", "sglang"), ("trt", "trtllm"), ("tensorrt", "trtllm"))
 """How the tools' `backend` begins, and the engine; others, vLLM's own among them, speak OpenAI's
 protocol, which all have."""
-FITS = 3
+REFITTED = ("eager_layer_us", "kernel_us", "request_ms")
 KEPT = ("tp", "dp", "pp", "ep", "moe_comm")
 
 
@@ -153,13 +156,15 @@ def _number(raw: Mapping[str, Any], name: str, where: str) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class MeasuredResult(Result):
-    """Measured, predicted, and predicted with the refitted `engine`; seconds by name."""
+    """Measured, predicted, and predicted with the refitted `engine`; seconds by name. unmet:
+    medians that no value of the refitted constants gives."""
 
     measured: Benchmark
     predicted: Mapping[str, float | None]
     refitted: Mapping[str, float | None]
     engine: EngineProfile
     layout: str
+    unmet: tuple[str, ...] = ()
 
     def line(self) -> str:
         return (
@@ -191,10 +196,23 @@ class MeasuredResult(Result):
                 f" {self.measured.rate:g}/s, prompts of {self.measured.prompt:,.0f} and outputs of"
                 f" {self.measured.output:,.0f} tokens",
                 text_table(head, rows),
-                f"refitted to this run: request_ms {self.engine.request_ms:.1f}, kernel_us"
-                f" {self.engine.kernel_us:.2f} (it is no test of them: measure at another rate)",
+                *self._said(),
             ]
         )
+
+    def _said(self) -> list[str]:
+        names = [n for n in REFITTED if n == "request_ms" or n in self.engine.source]
+        values = ", ".join(f"{name} {getattr(self.engine, name):.1f}" for name in names)
+        lines = [
+            f"refitted to this run: {values} (it is no test of them: measure at another rate, and"
+            " give the file with --engine)"
+        ]
+        lines += [
+            f"not met: no value of these constants gives the measured {figure(name).label};"
+            " what differs is something else, and the refitted file should not be used"
+            for name in self.unmet
+        ]
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -205,6 +223,7 @@ class MeasuredResult(Result):
             "measured": dict(self.measured.figures),
             "predicted": {name: self.predicted[name] for name in self.measured.figures},
             "refitted": {name: self.refitted[name] for name in self.measured.figures},
+            "unmet": list(self.unmet),
             "engine": self.engine.to_file(),
         }
 
@@ -237,16 +256,19 @@ class MeasuredResult(Result):
 
 
 def compare_measured(
-    answer: str | os.PathLike[str], measured: str | os.PathLike[str]
+    answer: str | os.PathLike[str], measured: str | os.PathLike[str], engine: str | None = None
 ) -> MeasuredResult:
     """answer: the folder that `recommend` wrote, whose first option was deployed. measured: the
-    benchmark's file.
+    benchmark's file. engine: constants to predict with instead of the answer's, as a run at another
+    rate gave them.
 
-    `request_ms` is refitted to the median TTFT, `kernel_us` to the median TPOT. Raises FormatError
-    and InputError for files that are not such.
+    The constants are refitted to the medians (`refit`). Raises FormatError and InputError for files
+    that are not such.
     """
     benchmark = read_benchmark(measured)
     bench, layout = _deployed(Path(answer), benchmark)
+    if engine is not None:
+        bench = with_engine(bench, engine_profile(engine))
     if benchmark.server and benchmark.server != bench.place.engine:
         raise InputError(
             f"{Path(measured).name} is of {benchmark.server}, the answer is of"
@@ -254,39 +276,22 @@ def compare_measured(
             "give the folder whose scripts were started",
         )
     first = bench.run(layout, benchmark.rate)
-    profile = bench.place.profile
-    last = first
-    for _ in range(FITS):
-        profile = _refitted(profile, bench, layout, last, benchmark, Path(measured).name)
-        last = _with(bench, profile).run(layout, benchmark.rate)
-    return MeasuredResult(benchmark, first.figures, last.figures, profile, layout.name)
-
-
-def _with(bench: Bench, profile: EngineProfile) -> Bench:
-    return Bench(replace(bench.place, profile=profile), bench.need)
-
-
-def _refitted(
-    profile: EngineProfile,
-    bench: Bench,
-    layout: Layout,
-    now: Tried,
-    benchmark: Benchmark,
-    source: str,
-) -> EngineProfile:
-    back = layout.front if layout.back is None else layout.back
-    kernels = bench.engine(back)[1].num_small_kernels
-    step = benchmark.figures["tpot_p50"] - (now.figures["tpot_p50"] or 0.0)
-    first = benchmark.figures["ttft_p50"] - (now.figures["ttft_p50"] or 0.0)
-    outside_ms = profile.outside_us(bench.engine(layout.front)[0].num_gpus, 0.0) / 1e3
-    return replace(
-        profile,
-        kernel_us=max(0.0, profile.kernel_us + step * 1e6 / kernels),
-        request_ms=max(0.0, outside_ms + first * 1e3),
-        request_rank_ms=0.0,
-        basis="measured",
-        source=f"kernel_us, request_ms refitted to {source}; others as {bench.place.engine}",
+    found = refit(bench, layout, benchmark.rate, benchmark.figures, Path(measured).name)
+    return MeasuredResult(
+        benchmark, first.figures, found.tried.figures, found.engine, layout.name, found.unmet
     )
+
+
+def _trace(source: str | None) -> Trace | None:
+    """The routing that the answer rests on. Raises InputError where it has no name."""
+    if source is None:
+        return None
+    if not source:
+        raise InputError(
+            "the answer rests on a trace that was given as an object, without a file",
+            "make the answer again with a trace's name or path",
+        )
+    return token_trace_of(source, "recommend")
 
 
 def _deployed(folder: Path, benchmark: Benchmark) -> tuple[Bench, Layout]:
@@ -300,6 +305,7 @@ def _deployed(folder: Path, benchmark: Benchmark) -> tuple[Bench, Layout]:
         roles = list(one["options"][0]["roles"].values())
         first = roles[0]
         options = {name: first[name] for name in ("expert_dtype", "kv_dtype", "memory_fraction")}
+        options["trace"] = _trace(one.get("trace_source"))
         profile = engine_profile(one["engine_source"])
         drafts = one["speculation"]
         place = Place(
