@@ -17,6 +17,7 @@ from moesim.errors import FormatError, InputError, MismatchError
 from moesim.replay.predict import PHASES, LayerPredictor
 from moesim.replay.record_schema import check_measured
 from moesim.replay.records import read_record
+from moesim.replay.shape import parse_shape
 from moesim.types import FloatArray
 
 FORMAT = "moesim-measured"
@@ -213,7 +214,7 @@ def compare(
     for case in cases:
         found.setdefault((case.tokens_per_rank, case.mode), []).append(case)
     groups = [_group(*key, some) for key, some in sorted(found.items())]
-    name = str(record["model"]["name"])
+    name = parse_shape(record["model"]).name
     return Comparison(name, cases, groups, tolerance or Tolerance(), tuple(record["notes"]))
 
 

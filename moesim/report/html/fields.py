@@ -33,6 +33,12 @@ class Fields:
     def has(self, key: str) -> bool:
         return self.raw.get(key) is not None
 
+    def need(self, *keys: str) -> None:
+        """Raise FormatError for a key that is missing; null is there."""
+        for key in keys:
+            if key not in self.raw:
+                raise self.bad(key, "there")
+
     def child(self, key: str) -> Fields:
         return Fields(self.raw.get(key), self._where, self._name(key))
 

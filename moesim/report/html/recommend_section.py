@@ -118,12 +118,14 @@ def _figures(asked: Fields, answer: Fields) -> list[Figure]:
 
 def _check_drawn(asked: Fields, answer: Fields) -> None:
     """Raise FormatError unless what `moesim.draw.recommend` takes has the types written."""
-    asked.has("maximize")
+    asked.need("maximize", "promises")
+    answer.need("tried", "options")
     for promise in asked.children("promises"):
         promise.text("figure")
         promise.text("text")
         promise.number("limit_s")
     for point in answer.children("tried"):
+        point.need(*TRIED)
         for name in TRIED:
             point.number(name, 0.0)
     for option in answer.children("options"):

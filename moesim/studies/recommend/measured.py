@@ -45,6 +45,8 @@ BACKENDS = (("sglang", "sglang"), ("trt", "trtllm"), ("tensorrt", "trtllm"))
 """How the tools' `backend` begins, and the engine; others, vLLM's own among them, speak OpenAI's
 protocol, which all have."""
 REFITTED = ("eager_layer_us", "kernel_us", "request_ms")
+MOST = 1e15
+"""No figure of a benchmark is larger."""
 KEPT = ("tp", "dp", "pp", "ep", "moe_comm")
 
 
@@ -75,8 +77,8 @@ def read_benchmark(path: str | os.PathLike[str]) -> Benchmark:
         for theirs, ours in STATS.items()
         if raw.get(f"{theirs}_{latency}_ms") is not None
     }
-    if "ttft_p50" not in figures or "tpot_p50" not in figures:
-        raise FormatError(f"{where}: no median of TTFT and TPOT", "keep the tool's own file")
+    if not {"ttft_p50", "tpot_p50"} <= set(figures) or min(figures.values()) <= 0:
+        raise FormatError(f"{where}: no TTFT and TPOT above 0", "keep the tool's own file")
     return Benchmark(
         rate,
         int(completed),
@@ -149,7 +151,7 @@ def _last_object(path: Path, where: str) -> dict[str, Any]:
 
 def _number(raw: Mapping[str, Any], name: str, where: str) -> float:
     value = raw.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST:
         raise FormatError(f"{where}: {name} is {value!r:.40}", "give the tool's own file")
     return float(value)
 
@@ -329,15 +331,18 @@ def _deployed(folder: Path, benchmark: Benchmark) -> tuple[Bench, Layout]:
             for i, role in enumerate(roles)
         ]
         counts = [int(role["engines"]) for role in roles]
+        slo, seed = record["asked"]["slo"], record["asked"]["seed"]
+        if type(seed) is not int or seed < 0:
+            raise ValueError(seed)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise FormatError(f"{file}: no recommendation", remedy) from None
     back = (shapes[1], counts[1]) if len(shapes) > 1 else (None, 0)
     need = need_of(
-        record["asked"]["slo"],
+        slo,
         benchmark.rate,
         round(benchmark.prompt),
         round(benchmark.output),
         None,
-        record["asked"]["seed"],
+        seed,
     )
     return Bench(place, need), Layout(shapes[0], counts[0], *back)
