@@ -36,9 +36,10 @@ def mtp_ids(model: ModelSpec | None) -> tuple[int, ...]:
 
 
 def without_mtp(trace: AnyTrace, model: ModelSpec | None) -> tuple[AnyTrace, list[str]]:
-    """The trace without layers behind the model's own, and what is said of them."""
-    total = None if model is None else model.num_hidden_layers
-    keep = np.array([total is None or layer < total for layer in trace.meta.layer_ids])
+    """The trace without the model's multi-token-prediction layers, and what is said of them. Other
+    layers behind the model's own stay: whoever compares layers finds that they do not fit."""
+    behind = set(mtp_ids(model)) if model is not None and model.mtp_moe_layers else set()
+    keep = np.array([layer not in behind for layer in trace.meta.layer_ids])
     if keep.all() or not keep.any():
         return trace, []
     left = [str(x) for x, kept in zip(trace.meta.layer_ids, keep, strict=True) if not kept]

@@ -280,6 +280,18 @@ def test_damaged_fields_are_named_and_the_old_page_stays(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "r.html"]
 
 
+@pytest.mark.parametrize("key", ["tried", "options", "tpot_p99"])
+def test_what_a_drawing_needs_is_named_where_it_is_missing(
+    key: str, made: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = json.loads((made.folder / "recommendation.json").read_text())
+    answer = data["answers"][0]
+    del (answer["tried"][0] if key == "tpot_p99" else answer)[key]
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    assert run_command(["report", str(tmp_path / "a.json"), "--out", str(tmp_path / "r.html")]) == 2
+    assert f"{key} must be" in capsys.readouterr().err
+
+
 def test_the_command_refuses_what_it_cannot_do(
     made: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,6 +107,8 @@ def test_the_last_line_of_sglangs_file_counts(tmp_path) -> None:
         ({"request_rate": "trace"}, InputError, "as a trace says"),
         ({"burstiness": 0.5}, InputError, "arrivals of burstiness 0.5"),
         ({"ramp_up_strategy": "linear"}, InputError, "the rate rose"),
+        ({"median_tpot_ms": 0}, FormatError, "no TTFT and TPOT above 0"),
+        ({"total_output_tokens": 10**400}, FormatError, "total_output_tokens is 1000"),
         ({"failed": 200}, InputError, "1,000 of 1,200 requests were completed"),
         ({"num_prompts": 1100}, InputError, "1,000 of 1,100"),
         ({"num_prompts": None}, FormatError, "num_prompts is None"),
@@ -145,3 +147,11 @@ def test_an_engine_whose_name_is_no_text_is_refused(tmp_path) -> None:
     path.write_text("{name: [vllm], request_ms: 1, kernel_us: 1, basis: measured, source: s}")
     with pytest.raises(FormatError, match="no engine's constants"):
         engine_profile(str(path))
+
+
+@pytest.mark.parametrize("asked", [None, 1.5, {}, {"slo": "ttft_p99<1s", "seed": -0.5}])
+def test_an_answer_whose_question_is_damaged_is_refused(answer, tmp_path, asked) -> None:
+    record = json.loads((answer / "recommendation.json").read_text())
+    (tmp_path / "recommendation.json").write_text(json.dumps(record | {"asked": asked}))
+    with pytest.raises(FormatError, match="no recommendation"):
+        compare_measured(tmp_path, written(tmp_path / "b.json", result()))

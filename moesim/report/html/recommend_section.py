@@ -31,6 +31,7 @@ def recommend_section(run: Run) -> Section:
     section = Section(f"Recommendation: {names}", sources=(run.name,))
     section.lead = f"Asked: {asked.text('text')}."
     for answer in answers:
+        _check_drawn(asked, answer)
         cards = _cards(asked, answer)
         section.headline = section.headline or cards[:1]
         section.blocks.append(Cards(cards))
@@ -89,7 +90,6 @@ def _cards(asked: Fields, answer: Fields) -> list[Card]:
 
 
 def _figures(asked: Fields, answer: Fields) -> list[Figure]:
-    _check_drawn(asked, answer)
     basis = predicted(answer.text("basis"))
     points = [
         [
