@@ -72,6 +72,8 @@ def check_apart(request: SimRequest) -> None:
 
 
 def workload_of(request: SimRequest, defaults: dict[str, str]) -> tuple[Phase, int]:
+    """Phase and tokens per batch: as asked, else the plan's, else the trace's; what is taken
+    without being asked goes into `defaults`."""
     made_for = request.plan.evaluation if request.plan is not None else {}
     phases = np.asarray(request.trace.phases)
     phase = request.phase
@@ -135,6 +137,8 @@ def placements_of(
     defaults: dict[str, str],
     notices: list[str],
 ) -> tuple[dict[str, Placement], npt.NDArray[np.float32], RequestIndex]:
+    """Placements by name, the plan and what it is compared with; the tuning counts [B, L, E] they
+    were made from; and the held-out requests."""
     trace, cluster = request.trace, request.cluster
     index, notice = index_requests(trace, phase)
     if notice:
@@ -192,6 +196,7 @@ def steps_of(
     batch_tokens: int,
     notices: list[str],
 ) -> Batches:
+    """The steps to simulate, drawn from held-out requests; a notice where these are too few."""
     seed = request.seed + 1
     if request.drift:
         batches = _by_domain(request, held_out, phase, batch_tokens, seed)

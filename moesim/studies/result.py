@@ -78,7 +78,7 @@ def save(data: dict[str, Any], path: str | Any) -> None:
     atomic_write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-MORE_OF = {"micro_batches": "expert_gpus"}
+MORE_OF = {"micro_batches": "expert_gpus", "drafts": "speculate", "fixed_drafts": "speculate"}
 """A parameter, and the one without which it says nothing."""
 
 

@@ -145,7 +145,7 @@ def test_requests_by_arrivals() -> None:
     busy = figures("requests", **common, requests=asked, load_scale=50.0)
     assert busy["ttft_p99_s"] > base["ttft_p99_s"]  # type: ignore[operator]
     assert busy["goodput_share"] is None
-    first = figures("requests", **common, requests=asked, max_requests=5)
+    first = figures("requests", **common, requests=asked, max_requests=2)
     assert (first["served_share"], first["requests_per_s"]) == (1.0, None)
     two = {"gpus": 4, "decode_gpus": 2, "transfer_gb_per_s": 40.0}
     apart = figures("requests", **common, requests=asked, **two)
