@@ -100,7 +100,7 @@ def _beside(plain: SimResult, found: dict[str, SimResult], k: int, setting: str)
         "arXiv:2502.06643, abstract",
         "9.3% (one node) and 17.5% (several nodes) end to end",
         f"{us['linear'] / us['moetuner'] - 1:+.1%} against experts in order, both context-coherent;"
-        f" bytes {moved['moetuner'] / moved['linear'] - 1:+.0%}",
+        f" bytes over links {moved['moetuner'] / moved['linear'] - 1:+.0%}",
         setting,
         f"of the MoE part alone. Mean load per GPU is evened, decode's batches differ from it"
         f" (balancedness {even['linear']:.2f} to {even['moetuner']:.2f}), and dispatch and combine"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moesim.errors import MismatchError, plain
+from moesim.trace.pools import placed_once
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
@@ -47,6 +48,7 @@ def plan_fits_trace(plan: Plan, meta: TraceMeta, *, called: str = "the plan") ->
     """The plan places the trace's layers and experts, of the same model as far as both name one."""
     placement = plan.placement
     placement_fits_trace(placement, meta.num_layers, meta.num_experts, called=called)
+    placed_once(placement, meta, called=called)
     names = (plan.model, meta.model)
     if all(names) and names[0] != names[1]:
         raise MismatchError(

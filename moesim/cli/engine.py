@@ -54,10 +54,12 @@ def replay(
     from moesim.errors import InputError, UnknownNameError
     from moesim.placement import load_plan
     from moesim.trace.format import load_token_trace
+    from moesim.trace.pools import own_experts
 
     if engine != "vllm":
         raise UnknownNameError("engine", engine, ["vllm"])
     routing = load_token_trace(trace, "moesim engine replay")
+    own_experts(routing, "moesim engine replay")
     name = model or routing.meta.model
     if not name:
         raise InputError("the trace names no model", "give a preset or a config.json as model")

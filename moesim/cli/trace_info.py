@@ -65,12 +65,13 @@ def info(
     from moesim.trace.empty import layers_text, loaded_layers, only_layers
     from moesim.trace.format import LoadTrace, load_token_trace, load_trace, require_tokens
     from moesim.trace.parallel import trace_stats_on
+    from moesim.trace.pools import own_experts
     from moesim.trace.stats import load_stats
 
     check_targets(plot=plot)
     loaded = load_trace(trace)
     if offload:
-        require_tokens(loaded, "moesim trace info --offload")
+        own_experts(require_tokens(loaded, "moesim trace info --offload"), "--offload")
     if against is not None and not layers:
         raise InputError("`against` without `layers`", "add `layers`")
     beside = None if against is None else load_token_trace(against, "moesim trace info --against")
@@ -195,6 +196,8 @@ def _head(meta: TraceMeta, console: Console) -> None:
     layers = f"{meta.num_layers} MoE layers ({min(meta.layer_ids)} to {max(meta.layer_ids)})"
     console.print(Text(f"model     {printable(meta.model) or 'unknown'}"))
     console.print(f"routing   {layers}, top-{meta.top_k} of {meta.num_experts} experts")
+    if meta.layers_per_pool > 1:
+        console.print(f"pools     {meta.layers_per_pool} adjacent layers share their experts")
     console.print(Text(f"source    {printable(meta.source.get('kind', 'unknown'))}"))
     if meta.license:
         console.print(Text(f"license   {printable(meta.license)}"))

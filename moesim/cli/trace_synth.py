@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -52,6 +53,10 @@ def synth(
         Literal["own", "shared", "linked"] | None,
         typer.Option(help="One router per layer, one for all, or linked ones.", show_default="own"),
     ] = None,
+    layers_per_pool: Annotated[
+        int,
+        typer.Option(help="Adjacent layers that choose from one set of experts (ReXMoE).", min=1),
+    ] = 1,
     domains: Annotated[int | None, typer.Option(help="Domains.", show_default="1")] = None,
     domain_spread: Annotated[
         float | None, typer.Option(help="How much domains differ.", show_default="0.3")
@@ -79,6 +84,7 @@ def synth(
       moesim trace synth --like t.npz --model DeepSeek-V3 --out v3.npz
       moesim trace synth --layers 16 --experts 64 --top-k 8 --skew zipf:0.8 --out z.npz
     """
+    from moesim.trace.pools import with_pools
     from moesim.trace.synth import write_synthetic
 
     design = {
@@ -105,6 +111,9 @@ def synth(
         raise InputError(f"{out} exists already", "name a new directory, or an .npz file")
     shape = _shape(model, layers, experts, top_k)
     real, made = _specification(like, spec, shape, given, seed)
+    if layers_per_pool > 1:
+        with_pools(made.meta(), layers_per_pool)
+        made = replace(made, layers_per_pool=layers_per_pool)
     if save_spec is not None:
         from moesim.files import atomic_write
 
@@ -156,6 +165,7 @@ def _specification(
     """The specification, and the trace that it should be compared with."""
     from moesim.cli.progress import progress_bar
     from moesim.trace.format import load_token_trace
+    from moesim.trace.pools import own_experts
     from moesim.trace.synth_fit import fit
     from moesim.trace.synth_shape import design, reshape
     from moesim.trace.synth_spec import SynthSpec
@@ -163,6 +173,7 @@ def _specification(
     real = None
     if like is not None:
         real = load_token_trace(like, "moesim trace synth --like")
+        own_experts(real, "moesim trace synth --like")
         with progress_bar("fitting") as progress:
             found = fit(real, seed, progress)
     elif spec is not None:

@@ -77,8 +77,10 @@ def _schedules(plans: Sequence[Path], trace: str, layers: int) -> tuple[list[Sch
     from moesim.replay.cache_schedule import plan_schedule
     from moesim.replay.cases import longest_first, pick_layers
     from moesim.trace.format import load_token_trace
+    from moesim.trace.pools import own_experts
 
     loaded = load_token_trace(trace, "moesim validate")
+    own_experts(loaded, "moesim validate")
     picked = pick_layers(loaded.num_layers, layers)
     tokens = longest_first(loaded, NUM_TOKENS)
     experts = np.asarray(loaded.expert_ids[tokens])[:, picked].astype(np.int64)

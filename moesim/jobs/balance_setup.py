@@ -202,7 +202,7 @@ def group_of(
     GPUs are not given, or some would hold no expert."""
     if gpus is None and not hasattr(cluster, "num_gpus"):
         raise InputError("the number of GPUs is not given", "give it with `gpus`")
-    loaded = inputs.trace_of(trace)
+    loaded = inputs.trace_of(trace, "moesim balance")
     loaded = only_layers(loaded, require_load(loaded_layers(loaded)))
     spec = inputs.model_required(model, loaded.meta.model)
     sized = inputs.cluster_of(cluster, gpus, defaults)

@@ -13,6 +13,7 @@ from moesim.model.names import load_model, preset_aliases
 from moesim.model.spec import ModelSpec
 from moesim.placement import Plan, load_plan
 from moesim.trace.format import LoadTrace, Trace, load_trace, require_tokens
+from moesim.trace.pools import own_experts
 
 if TYPE_CHECKING:
     TraceLike = Trace | LoadTrace | str | os.PathLike[str]
@@ -22,14 +23,20 @@ if TYPE_CHECKING:
     PlanLike = Plan | str | os.PathLike[str]
 
 
-def trace_of(trace: TraceLike) -> Trace | LoadTrace:
-    """A trace, or the one in a file, a directory or `sample:NAME`."""
-    return trace if isinstance(trace, Trace | LoadTrace) else load_trace(str(trace))
+def trace_of(
+    trace: TraceLike, needed_by: str = "this command", *, pools: bool = False
+) -> Trace | LoadTrace:
+    """A trace, or the one in a file, a directory or `sample:NAME`. pools: its layers may share
+    experts. Raises MismatchError that names what knows no such."""
+    found = trace if isinstance(trace, Trace | LoadTrace) else load_trace(str(trace))
+    if not pools:
+        own_experts(found, needed_by)
+    return found
 
 
-def token_trace_of(trace: TraceLike, needed_by: str) -> Trace:
+def token_trace_of(trace: TraceLike, needed_by: str, *, pools: bool = False) -> Trace:
     """The same with tokens. Raises MismatchError that names what needs them."""
-    return require_tokens(trace_of(trace), needed_by)
+    return require_tokens(trace_of(trace, needed_by, pools=pools), needed_by)
 
 
 def rerouted(

@@ -28,6 +28,7 @@ from moesim.planning.loads import load_case, split_steps
 from moesim.planning.migration import DEFAULT_STEPS
 from moesim.planning.mtp import mtp_ids, plan_with_mtp, without_mtp
 from moesim.planning.own_schedule import own_schedule
+from moesim.planning.pools import check_pools, unfolded
 from moesim.planning.refine import Refined, predicted_homes, price_line, refine, robust_figures
 from moesim.planning.request import (
     DEFAULT_SOLVER,
@@ -52,6 +53,7 @@ from moesim.solvers.registry import find_solver
 from moesim.trace.batches import Phase
 from moesim.trace.empty import Mask, loaded_layers, only_layers, require_load
 from moesim.trace.format import LoadTrace, Trace, require_tokens
+from moesim.trace.pools import own_experts
 from moesim.types import Progress
 
 if TYPE_CHECKING:
@@ -113,10 +115,10 @@ def plan(
     if gpus is None and not _has_a_size(cluster):
         raise InputError("the number of GPUs is not given", "give it with `gpus`")
     loaded, changed = inputs.rerouted(
-        inputs.trace_of(trace), reroute, batch_tokens=batch_tokens, seed=seed
+        inputs.trace_of(trace, pools=True), reroute, batch_tokens=batch_tokens, seed=seed
     )
     if offload:
-        require_tokens(loaded, "`offload`")
+        own_experts(require_tokens(loaded, "`offload`"), "`offload`")
         if expert_gpus is not None:
             raise InputError("`offload` with experts on GPUs of their own", "leave one of them out")
     defaults: dict[str, str] = {}
@@ -172,6 +174,7 @@ def make_plan(
 ) -> PlanResult:
     """`plan` from a request: prepare, solve, evaluate beside linear placement and EPLB."""
     check_options(request)
+    check_pools(request)
     whole = request.workload.trace
     keep = _planned_layers(whole)
     if not keep.all():
@@ -186,6 +189,7 @@ def make_plan(
         solved, refined = _solve(case, progress)
     with _timed(seconds, "bound"):
         bound = _value(case, solved, refined)
+        solved = _of_layers_again(case, solved)
     with _timed(seconds, "evaluation"):
         judge = case.make_judge(case)
         candidates = _evaluate(case, judge, solved, refined)
@@ -251,6 +255,15 @@ def _value(case: Case, solved: dict[str, Solution], refined: Refined) -> LowerBo
     return bound
 
 
+def _of_layers_again(case: Case, solved: dict[str, Solution]) -> dict[str, Solution]:
+    """Solutions with a row for each layer, where layers share experts and pools were placed."""
+    size = case.meta.layers_per_pool
+    return {
+        name: replace(solution, placement=unfolded(solution.placement, size))
+        for name, solution in solved.items()
+    }
+
+
 def _ended(case: Case, solution: Solution) -> Solution:
     """`solution` with its status, and a notice where the search was cut off."""
     name = case.request.solver.name
@@ -297,7 +310,8 @@ def _evaluate(
 def _unseen(case: Case, refined: Refined) -> None:
     """Say what plans are worth on traffic that tuning lacks, where the trace can tell."""
     problem = of_holders(case.problem) if case.request.workload.attention_gpus else case.problem
-    if not case.request.extras.proof or problem.stop() or problem.num_gpus == 1:
+    pools = case.meta.layers_per_pool > 1
+    if pools or not case.request.extras.proof or problem.stop() or problem.num_gpus == 1:
         return
     data = case.data
     if data is None:

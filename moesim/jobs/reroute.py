@@ -122,7 +122,7 @@ def reroute(
     time of a step is predicted. phase, batch_tokens: of the evaluation, and of the batches of rules
     that look at load. Raises MismatchError for what the rule needs and lacks.
     """
-    old = inputs.token_trace_of(trace, "reroute")
+    old = inputs.token_trace_of(trace, "reroute", pools=True)
     made = None if plan is None else inputs.plan_of(plan)
     if made is not None:
         plan_fits_trace(made, old.meta)

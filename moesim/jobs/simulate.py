@@ -188,7 +188,7 @@ def _inputs(
     from moesim.placement import Plan
 
     defaults: dict[str, str] = {}
-    loaded = inputs.token_trace_of(trace, "moesim simulate")
+    loaded = inputs.token_trace_of(trace, "moesim simulate", pools=True)
     made: Plan | None = None
     caches: tuple[CachePlan, ...] = ()
     if plan is not None and not isinstance(plan, Plan) and is_cache_plan(Path(plan)):

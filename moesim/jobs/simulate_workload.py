@@ -32,6 +32,7 @@ from moesim.trace.batches import (
     split_requests,
 )
 from moesim.trace.format import DECODE, PREFILL, Trace
+from moesim.trace.pools import own_experts
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
@@ -144,6 +145,8 @@ def placements_of(
     if notice:
         notices.append(notice)
     tune, held_out = split_requests(index)
+    if request.rebalance is not None or not request.faults.none:
+        own_experts(trace, "a simulation with `rebalance` or failures")
     names = list(request.compare)
     out: dict[str, Placement] = {}
     if request.plan is not None:
@@ -185,6 +188,7 @@ def placements_of(
                 num_groups=request.model.n_group,
                 seed=request.seed,
                 traffic=traffic,
+                layers_per_pool=trace.meta.layers_per_pool,
             )
     return out, counts, held_out
 

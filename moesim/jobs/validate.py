@@ -22,6 +22,7 @@ from moesim.replay.predict import LayerPredictor, build_predictor
 from moesim.replay.shape import parse_shape
 from moesim.replay.start import require_torch, shape_arguments, shape_of
 from moesim.trace.format import load_token_trace
+from moesim.trace.pools import own_experts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -178,6 +179,7 @@ def _measure(
     shape = shape_of(model or first.model, notify)
     num_ranks = first.placement.num_gpus
     loaded = load_token_trace(trace, "moesim validate")
+    own_experts(loaded, "moesim validate")
     load_plans([str(p) for p in plans], shape, loaded, num_ranks)
     arguments = ["validate", *options, *shape_arguments([shape]), "--trace", loaded.path]
     arguments += [part for p in plans for part in ("--plan", str(p))]

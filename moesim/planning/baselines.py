@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from moesim.errors import InputError
 from moesim.placement import EMPTY, Placement
+from moesim.planning.pools import check_solver, folded, unfolded
 from moesim.solvers.base import Problem, Traffic, among_holders, run_solver
 from moesim.solvers.registry import find_solver
 from moesim.types import IntArray
@@ -26,12 +27,14 @@ def place_by_counts(
     num_groups: int = 1,
     seed: int = 0,
     traffic: Traffic | None = None,
+    layers_per_pool: int = 1,
 ) -> Placement:
     """The placement of a named solver with the objective of balance, on the GPUs with slots.
 
     counts: [B, L, E] tokens of each expert; capacity: [G] slots of each GPU in a layer, 0 for GPUs
     that are down or hold no experts. traffic: sampled tokens, for methods that need them, which
-    then have objective traffic. Raises InputError for a method that needs what there is not, with a
+    then have objective traffic. layers_per_pool: so many adjacent layers share their experts, and
+    are placed alike. Raises InputError for a method that needs what there is not, with a
     remedy that does not depend on which option named the method.
     """
     method = find_solver(solver)
@@ -46,12 +49,17 @@ def place_by_counts(
         objective="traffic" if needs_tokens else "balance",
         traffic=traffic if needs_tokens else None,
     )
+    if layers_per_pool > 1:
+        check_solver(method)
+        problem = folded(problem, layers_per_pool)
     try:
         if needs_tokens:
-            return run_solver(method, problem).placement
-        return among_holders(method, problem).placement
+            found = run_solver(method, problem).placement
+        else:
+            found = among_holders(method, problem).placement
     except InputError as error:
         raise InputError(error.cause, "name greedy or local_search, which place any") from None
+    return unfolded(found, layers_per_pool) if layers_per_pool > 1 else found
 
 
 def capacity_of(placement: Placement) -> IntArray:

@@ -19,6 +19,7 @@ from moesim.placement import Placement
 from moesim.planning.evaluate import Measured, Sample, draw_sample, measure
 from moesim.planning.home_ranks import HomeRule
 from moesim.planning.migrate import slots_in_use
+from moesim.planning.pools import folded
 from moesim.planning.refine import Data, check_request
 from moesim.planning.request import (
     DEFAULT_BATCH_TOKENS,
@@ -82,7 +83,14 @@ def token_case(request: PlanRequest, stop: Stop = never) -> Case:
     step, objective = _step_model(request, phase, defaults, notices)
     capacity = _capacity(request, trace, defaults)
     if work.check_memory and work.model is not None:
-        check_memory(work.model, work.cluster, capacity, work.attention_gpus, mtp=work.mtp)
+        check_memory(
+            work.model,
+            work.cluster,
+            capacity,
+            work.attention_gpus,
+            mtp=work.mtp,
+            layers_per_pool=trace.meta.layers_per_pool,
+        )
     index, notice = index_requests(trace, phase)
     notices += filter(
         None, (notice, other_ranks(trace, work.attention_gpus or work.cluster.num_gpus))
@@ -111,6 +119,12 @@ def token_case(request: PlanRequest, stop: Stop = never) -> Case:
         time_limit_s=search.time_limit_s,
         stop=stop,
     )
+    if trace.meta.layers_per_pool > 1:
+        problem = folded(problem, trace.meta.layers_per_pool)
+        notices.append(
+            f"{trace.meta.layers_per_pool} adjacent layers share their experts: each is placed once"
+            " for all of them"
+        )
     if work.attention_gpus and objective == "balance":
         problem = of_holders(problem)
     return Case(

@@ -248,13 +248,16 @@ def check_memory(
     attention_gpus: int = 0,
     *,
     mtp: bool = False,
+    layers_per_pool: int = 1,
 ) -> None:
     """Raise InfeasibleError when a GPU's experts and its copy of all other weights exceed 95 % of
     its memory (attention data-parallel, so that every GPU holds the other weights whole, or with
-    `attention_gpus` the first so many alone). mtp: with the layers for multi-token prediction."""
+    `attention_gpus` the first so many alone). mtp: with the layers for multi-token prediction.
+    layers_per_pool: so many layers share a GPU's experts."""
     more, rest = mtp_bytes(model) if mtp else (0.0, 0.0)
-    layers = model.num_moe_layers + (model.mtp_moe_layers if mtp else 0)
-    expert = model.expert_bytes() * model.num_moe_layers + more
+    layers = model.num_moe_layers // layers_per_pool + (model.mtp_moe_layers if mtp else 0)
+    expert = model.expert_bytes() * (model.num_moe_layers // layers_per_pool) + more
+    what = "layer" if layers_per_pool == 1 else "pool"
     for gpu, slots in enumerate(capacity):
         own = 0.0 if attention_gpus and gpu >= attention_gpus else model.non_expert_bytes() + rest
         need = int(slots) * expert + own
@@ -262,7 +265,7 @@ def check_memory(
         if need > have:
             raise InfeasibleError(
                 f"{model.name} needs {need / 1e9:.1f} GB on GPU {gpu} ({int(slots)} experts per"
-                f" layer x {layers} layers x {model.expert_bytes() / 1e6:.1f} MB +"
+                f" {what} x {layers} {what}s x {model.expert_bytes() / 1e6:.1f} MB +"
                 f" {own / 1e9:.1f} GB of other weights), it has"
                 f" {have / 1e9:.1f} GB usable",
                 "use more GPUs or GPUs with more memory, or `ignore_memory` to plan all the same",

@@ -57,9 +57,9 @@ def code_hash() -> str:
 
 def trace_of(source: str) -> Trace:
     """The token trace of a file, directory or `sample:NAME`, loaded once."""
-    from moesim.trace.format import load_token_trace
+    from moesim.jobs.inputs import token_trace_of
 
-    return _keep("trace", source, lambda: load_token_trace(source, "a study"))  # type: ignore[no-any-return]
+    return _keep("trace", source, lambda: token_trace_of(source, "a study"))  # type: ignore[no-any-return]
 
 
 def rerouted_trace(

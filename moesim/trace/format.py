@@ -42,7 +42,8 @@ class TraceMeta:
     """What a trace says of itself.
 
     `layer_ids` are absolute layer numbers of the MoE layers, in the order of axis L; `domains`
-    names the values of `domain_ids`; `source` is free-form provenance.
+    names the values of `domain_ids`; `source` is free-form provenance. layers_per_pool: so many
+    adjacent layers choose from one set of experts (`trace.pools`).
     """
 
     model: str
@@ -52,12 +53,14 @@ class TraceMeta:
     domains: tuple[str, ...] = ()
     license: str = ""
     source: dict[str, Any] = field(default_factory=dict)
+    layers_per_pool: int = 1
 
     @property
     def num_layers(self) -> int:
         return len(self.layer_ids)
 
     def to_json(self) -> str:
+        pools = {"layers_per_pool": self.layers_per_pool} if self.layers_per_pool > 1 else {}
         return json.dumps(
             {
                 "format": FORMAT,
@@ -69,6 +72,7 @@ class TraceMeta:
                 "domains": list(self.domains),
                 "license": self.license,
                 "source": self.source,
+                **pools,
             },
             ensure_ascii=False,
         )
@@ -285,6 +289,9 @@ def parse_meta(text: str, where: str) -> TraceMeta:
     source = raw.get("source") or {}
     if not isinstance(raw.get("model", ""), str) or not isinstance(raw.get("license", ""), str):
         raise bad("model and meta.license", "text")
+    pool = raw.get("layers_per_pool", 1)
+    if type(pool) is not int or pool < 1 or len(layers) % pool:
+        raise bad("layers_per_pool", f"a whole number that divides the {len(layers)} layers")
     return TraceMeta(
         model=raw.get("model", ""),
         num_experts=counts["num_experts"],
@@ -293,6 +300,7 @@ def parse_meta(text: str, where: str) -> TraceMeta:
         domains=tuple(domains),
         license=raw.get("license", ""),
         source=source if isinstance(source, dict) else {"note": str(source)},
+        layers_per_pool=pool,
     )
 
 

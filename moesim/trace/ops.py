@@ -205,6 +205,7 @@ def _check_alike(first: Trace, other: Trace) -> None:
         ("num_experts", "numbers of experts"),
         ("top_k", "top-k"),
         ("layer_ids", "layers"),
+        ("layers_per_pool", "layers in a pool of experts"),
     ):
         a, b = getattr(mine, name), getattr(theirs, name)
         if a != b:
@@ -319,6 +320,14 @@ def _sliced_meta(trace: Trace, spec: SliceSpec, layers: IntArray | None) -> Trac
     source = dict(trace.meta.source)
     source["slice"] = [*_as_list(source.get("slice")), spec.describe()]
     source["slice_of"] = trace.content_hash()
+    size = trace.meta.layers_per_pool
+    if layers is not None and size > 1:
+        pools = layers.reshape(-1, size) if len(layers) % size == 0 else layers[:, None]
+        if pools.shape[1] != size or (pools != pools[:, :1] // size * size + np.arange(size)).any():
+            raise InputError(
+                f"these layers cut through pools of {size} layers, which share their experts",
+                "keep all layers of a pool, or none",
+            )
     kept = trace.meta.layer_ids if layers is None else [trace.meta.layer_ids[i] for i in layers]
     return replace(trace.meta, layer_ids=tuple(kept), source=source)
 

@@ -40,6 +40,7 @@ class SynthSpec:
     request_spread:    [L], standard deviation of a request's own score of an expert.
     noise_persistence: [L], probability that the noise of an expert stays from token to token.
     domains:           names; empty for a trace without domains (D is then 1).
+    layers_per_pool:   so many adjacent layers choose from one set of experts.
     """
 
     model: str
@@ -57,6 +58,7 @@ class SynthSpec:
     noise_persistence: FloatArray
     domains: tuple[str, ...] = ()
     source: dict[str, Any] = field(default_factory=dict)
+    layers_per_pool: int = 1
 
     @property
     def num_layers(self) -> int:
@@ -95,6 +97,7 @@ class SynthSpec:
             layer_ids=self.layer_ids,
             domains=self.domains,
             source={**self.source, "kind": "synthetic"},
+            layers_per_pool=self.layers_per_pool,
         )
 
 
@@ -149,7 +152,7 @@ def _unpack(raw: Any, name: str, where: str) -> Array:
 
 
 def _field(raw: dict[str, Any], name: str, where: str) -> Any:
-    value = raw.get(name)
+    value = raw.get(name, 1) if name == "layers_per_pool" else raw.get(name)
     if name in _ARRAYS:
         return _unpack(value, name, where)
     wanted: dict[str, bool] = {
@@ -166,6 +169,7 @@ def _field(raw: dict[str, Any], name: str, where: str) -> Any:
         and len(value) < 1 << 15
         and all(isinstance(x, str) for x in value),
         "source": isinstance(value, dict),
+        "layers_per_pool": type(value) is int and value >= 1,
     }
     if not wanted[name]:
         raise FormatError(f"{where}: {name} is missing or out of range", _REMEDY)
@@ -196,6 +200,7 @@ def _check(spec: SynthSpec, where: str) -> None:
     requests = spec.requests
     if (
         spec.top_k > experts
+        or layers % spec.layers_per_pool
         or num_types == 0
         or not len(requests)
         or requests.min() < 0

@@ -1,0 +1,116 @@
+"""Adjacent layers that share experts (ReXMoE): placed once, refused where that is not known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import moesim
+from moesim.errors import InfeasibleError, InputError, MismatchError
+from moesim.model.names import load_model
+from moesim.planning.pools import folded, unfolded
+from moesim.solvers.base import Problem, run_solver
+from moesim.solvers.objective import PlacementCost
+from moesim.solvers.registry import find_solver
+from moesim.trace.format import Trace, TraceMeta, load_token_trace, load_trace
+from moesim.trace.ops import SliceSpec, slice_trace
+from moesim.trace.writer import write_trace
+
+
+@pytest.fixture(scope="module")
+def pooled() -> Trace:
+    """The bundled sample as if each two of its 8 layers shared their experts."""
+    trace = load_token_trace("sample:debian-olmoe", "a test")
+    return replace(trace, meta=replace(trace.meta, layers_per_pool=2))
+
+
+def test_a_pool_is_as_many_batches_of_one_layer() -> None:
+    """Two layers, one batch: the pool has two batches, the layers' loads in turn. Experts 0 and 1
+    have 4 and 0 tokens in layer 0, 0 and 2 in layer 1."""
+    counts = np.array([[[4, 0], [0, 2]]], np.float32)
+    problem = folded(Problem(counts, np.array([1, 1]), 1), 2)
+    assert problem.counts.tolist() == [[[4, 0]], [[0, 2]]]
+
+
+@pytest.mark.parametrize("name", ["linear", "greedy", "eplb"])
+def test_the_pools_cost_is_the_layers_mean(name: str) -> None:
+    rng = np.random.default_rng(3)
+    counts = rng.integers(1, 50, (5, 6, 8)).astype(np.float32)
+    problem = Problem(counts, np.full(4, 3), 1)
+    pools = folded(problem, 3)
+    placement = run_solver(find_solver(name), pools).placement
+    layers = unfolded(placement, 3)
+    table = layers.physical_to_logical.reshape(2, 3, -1)
+    assert (table == table[:, :1]).all()
+    alone, together = PlacementCost(pools), PlacementCost(problem)
+    assert alone.layer_values(placement).mean() == pytest.approx(
+        together.layer_values(layers).mean(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("objective", ["balance", "time"])
+def test_a_plan_places_a_pool_once(pooled: Trace, objective: str) -> None:
+    made = moesim.plan(
+        pooled, gpus=8, solver="greedy", objective=objective, redundant_experts=8
+    )
+    table = made.plan.placement.physical_to_logical
+    assert (table[0::2] == table[1::2]).all()
+    assert not (table[0] == table[2]).all()
+    assert made.plan.bound <= made.plan.objective_value * (1 + 1e-6)
+    again = moesim.simulate(pooled, plan=made.plan, compare=["eplb"], steps=2)
+    assert set(again.results) == {"plan", "eplb"}
+
+
+def test_a_pool_is_stored_once(pooled: Trace) -> None:
+    """24 experts of 64 per GPU and layer fill a GPU of the least memory where layers have their
+    own; half as many weights fit."""
+    spec = load_model("debian-olmoe")
+    own = spec.num_moe_layers * 64 * spec.expert_bytes()
+    per_expert = spec.expert_bytes()
+    large = replace(spec, moe_intermediate_size=spec.moe_intermediate_size * 300)
+    assert own > 0 and large.expert_bytes() > per_expert
+    need = large.num_moe_layers * 32 * large.expert_bytes()
+    assert 80e9 < need < 160e9, "the case below is of a GPU of 80 GB"
+    alone = replace(pooled, meta=replace(pooled.meta, layers_per_pool=1))
+    with pytest.raises(InfeasibleError):
+        moesim.plan(alone, gpus=2, model=large, solver="linear")
+    moesim.plan(pooled, gpus=2, model=large, solver="linear")
+
+
+def test_other_layers_in_a_pool_are_refused(pooled: Trace) -> None:
+    alone = replace(pooled, meta=replace(pooled.meta, layers_per_pool=1))
+    plan = moesim.plan(alone, gpus=8, solver="greedy").plan
+    with pytest.raises(MismatchError, match="layers 0 to 1 share their experts"):
+        moesim.simulate(pooled, plan=plan, steps=1)
+
+
+def test_who_knows_no_pools_refuses_by_name(pooled: Trace) -> None:
+    with pytest.raises(MismatchError, match="moesim cache takes each layer's for its own"):
+        moesim.cache(pooled)
+    with pytest.raises(MismatchError, match="moesim balance"):
+        moesim.balance(pooled, gpus=8)
+    with pytest.raises(MismatchError, match="`offload`"):
+        moesim.plan(pooled, gpus=8, offload=True)
+    with pytest.raises(InputError, match="exflow, which follows tokens"):
+        moesim.plan(pooled, gpus=8, solver="exflow")
+    with pytest.raises(InputError, match="`robust`"):
+        moesim.plan(pooled, gpus=8, robust="domains")
+
+
+def test_a_slice_keeps_pools_whole(pooled: Trace, tmp_path) -> None:
+    kept = slice_trace(pooled, SliceSpec(layer_ids=(2, 3)), tmp_path / "t.npz")
+    assert load_trace(tmp_path / "t.npz").meta.layers_per_pool == 2, kept
+    with pytest.raises(InputError, match="cut through pools of 2 layers"):
+        slice_trace(pooled, SliceSpec(layer_ids=(1, 2)), tmp_path / "u.npz")
+
+
+def test_layers_that_do_not_divide_are_refused(pooled: Trace, tmp_path) -> None:
+    write_trace(replace(pooled, meta=replace(pooled.meta, layers_per_pool=3)), tmp_path / "t.npz")
+    with pytest.raises(moesim.errors.FormatError, match="layers_per_pool"):
+        load_trace(tmp_path / "t.npz")
+
+
+def test_traces_without_pools_are_the_same_bytes_as_before() -> None:
+    assert "pool" not in TraceMeta("m", 4, 2, (0, 1)).to_json()
