@@ -21,7 +21,7 @@ class Base(ScoredRule):
 
     NAME = "base"
     TITLE = "assign tokens to experts in equal numbers, with the largest sum of scores"
-    PAPER = "BASE layers (Lewis et al., arXiv:2103.16716; title checked, method from memory)"
+    PAPER = "BASE layers (Lewis et al., arXiv:2103.16716; abstract read)"
     LEFT_OUT = (
         "greedy routing at inference; K rounds are optimal for K = 1 alone; an expert that is no"
         " candidate scores 0"

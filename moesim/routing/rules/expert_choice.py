@@ -21,7 +21,7 @@ class ExpertChoice(ScoredRule):
 
     NAME = "expert-choice"
     TITLE = "every expert takes the tokens that score it highest, the same number each"
-    PAPER = "Expert choice (Zhou et al., arXiv:2202.09368; title checked, method from memory)"
+    PAPER = "Expert choice (Zhou et al., arXiv:2202.09368; abstract read)"
     LEFT_OUT = (
         "the cap on experts per token; an expert that fewer than C tokens list as a candidate takes"
         " those alone. A token's experts depend on the others of its batch, so it cannot decode"

@@ -24,8 +24,8 @@ class Merge(Rule):
     NAME = "merge"
     TITLE = "merge each layer's experts into the most used ones, by likeness of their scores"
     PAPER = (
-        "MC-SMoE (Li et al., arXiv:2310.01334; abstract read); UNCURL (arXiv:2409.01483; a summary"
-        " read) clusters by router logits"
+        "MC-SMoE (Li et al., arXiv:2310.01334; abstract read); UNCURL (arXiv:2409.01483; abstract"
+        " read, which does not say how) reduces experts for a task"
     )
     LEFT_OUT = (
         "weights: alignment of neurons, merging by frequency, low rank. Without candidates,"

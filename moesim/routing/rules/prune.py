@@ -27,8 +27,8 @@ class Prune(Rule):
     TITLE = "keep the most used experts of each layer, for all text or for one domain"
     PAPER = (
         "Task-MoE (arXiv:2110.03742), which routes whole tasks, and ModuleFormer"
-        " (arXiv:2306.04640): abstracts read. UNCURL (arXiv:2409.01483; a summary read) finds this"
-        " cut by frequency to lose accuracy, and merges instead"
+        " (arXiv:2306.04640): abstracts read. UNCURL (arXiv:2409.01483; abstract read) finds that"
+        " performance degrades above a pruning factor, which depends on the experts in pretraining"
     )
     LEFT_OUT = "fine-tuning after the cut"
 

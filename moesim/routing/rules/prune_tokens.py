@@ -22,11 +22,14 @@ class PruneTokens(Rule):
     NAME = "prune-tokens"
     TITLE = "drop the lower choices of tokens whose first choice stands out"
     PAPER = (
-        "MC-MoE's online dynamic pruning (Huang et al., arXiv:2410.06270): the ratio of gate"
-        " weights against its median, from memory; its abstract and its successor's"
-        " (arXiv:2510.10962) were read"
+        "MC-MoE's online dynamic pruning (Huang et al., arXiv:2410.06270; abstract read): the ratio"
+        " of gate weights against a limit per layer, as models/wrapper.py of its repository, where"
+        " Mixtral's limits are constants of 0.40 to 0.62"
     )
-    LEFT_OUT = "protected tokens are the important ones by attention there, the first ones here"
+    LEFT_OUT = (
+        "protected tokens are the 2% of most attention there, the first ones here; how its limits"
+        " were found its repository does not say, here they are a quantile"
+    )
     NEEDS = ("gates",)
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class SkipLayer(Rule):
     NAME = "skip-layer"
     TITLE = "some tokens skip some layers"
     PAPER = (
-        "Mixture-of-Depths (Raposo et al., arXiv:2404.02258; title read), FlexiDepth (Luo et al.,"
+        "Mixture-of-Depths (Raposo et al., arXiv:2404.02258), FlexiDepth (Luo et al.,"
         " arXiv:2503.23798) and Router-Tuning (He et al., arXiv:2410.13184), abstracts read"
     )
     LEFT_OUT = "their routers of layers, learned: the first gate weight stands in; attention saved"
