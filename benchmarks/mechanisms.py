@@ -102,9 +102,10 @@ def _beside(plain: SimResult, found: dict[str, SimResult], k: int, setting: str)
         f"{us['linear'] / us['moetuner'] - 1:+.1%} against experts in order, both context-coherent;"
         f" bytes over links {moved['moetuner'] / moved['linear'] - 1:+.0%}",
         setting,
-        f"of the MoE part alone. Mean load per GPU is evened, decode's batches differ from it"
-        f" (balancedness {even['linear']:.2f} to {even['moetuner']:.2f}), and dispatch and combine"
-        f" are {exchange_share(found['linear']):.0%} of the step",
+        f"of the MoE part alone. Load is more even (balancedness {even['linear']:.2f} to"
+        f" {even['moetuner']:.2f}), but in decode an expert costs the reading of its weights,"
+        " however many tokens it has; dispatch and combine are"
+        f" {exchange_share(found['linear']):.0%} of the step",
     )
 
 
@@ -323,7 +324,8 @@ def bits(traces: Traces) -> Iterator[Row]:
         f" {row['integer_program'] / flat:.2f} of that of 2 bits everywhere by the integer program"
         f" ({row['own'] / flat:.2f} greedy)",
         "size: Mixtral 8x7B; error: deepseek-v2-lite, 2.54 bits on average, errors assumed 4^-bits",
-        "scales and zero points of its groups are not counted here; other layers stay in 16 bits",
+        "scales and zero points of its groups are not counted here; other layers stay in 16 bits,"
+        " where its repository's scripts give attention 4",
     )
     assert abs(chosen.mean() - 2.54) < 0.05
 

@@ -137,24 +137,31 @@ def best_effort(traces: Traces) -> Iterator[Row]:
 
 
 def routers(traces: Traces) -> Iterator[Row]:
-    requests = drawn(36, 1200, "lognormal(1200;1.4)", 150)
-    e2e = {
-        name: metrics(requests, gpus=4, replicas=4, router=name, **more)["e2e_mean"]
-        for name, more in (
-            ("round_robin", {}),
-            ("least_loaded", {}),
-            ("length_aware", {"length_error": 0.5}),
+    cells = []
+    for rate in (36, 42):
+        requests = drawn(rate, 1200, "lognormal(1200;1.4)", 150)
+        e2e = {
+            name: metrics(requests, gpus=4, replicas=4, router=name, **more)["e2e_mean"]
+            for name, more in (
+                ("round_robin", {}),
+                ("least_loaded", {}),
+                ("length_aware", {"length_error": 0.5}),
+            )
+        }
+        ours = e2e["length_aware"]
+        cells.append(
+            f"{rate}/s: {ours / e2e['round_robin'] - 1:+.1%} against round_robin,"
+            f" {ours / e2e['least_loaded'] - 1:+.1%} against least_loaded"
         )
-    }
     yield Row(
         "Intelligent router",
         "arXiv:2408.13510, abstract",
         "over 11% lower end-to-end latency than existing approaches (round robin among them)",
-        f"length_aware against round_robin {e2e['length_aware'] / e2e['round_robin'] - 1:+.1%},"
-        f" against least_loaded {e2e['length_aware'] / e2e['least_loaded'] - 1:+.1%} (mean)",
-        f"{SETTING}, 4 engines of one GPU, 36/s, prompts log-normal (1,200; 1.4), lengths predicted"
+        f"mean end-to-end time of length_aware, at {'; '.join(cells)}",
+        f"{SETTING}, 4 engines of one GPU, prompts log-normal (1,200; 1.4), lengths predicted"
         " with an error of 0.5",
-        "a rule on predicted tokens, not a learned policy; outputs here are all as long",
+        "a rule on predicted tokens, not a learned policy; outputs here are all as long. What a"
+        " router can save is waiting, which depends on the load",
     )
 
 

@@ -189,6 +189,7 @@ def placements_of(
                 seed=request.seed,
                 traffic=traffic,
                 layers_per_pool=trace.meta.layers_per_pool,
+                notices=notices,
             )
     return out, counts, held_out
 

@@ -28,14 +28,15 @@ def place_by_counts(
     seed: int = 0,
     traffic: Traffic | None = None,
     layers_per_pool: int = 1,
+    notices: list[str] | None = None,
 ) -> Placement:
     """The placement of a named solver with the objective of balance, on the GPUs with slots.
 
     counts: [B, L, E] tokens of each expert; capacity: [G] slots of each GPU in a layer, 0 for GPUs
     that are down or hold no experts. traffic: sampled tokens, for methods that need them, which
     then have objective traffic. layers_per_pool: so many adjacent layers share their experts, and
-    are placed alike. Raises InputError for a method that needs what there is not, with a
-    remedy that does not depend on which option named the method.
+    are placed alike. notices: told where the clock ended the search. Raises InputError for a method
+    that needs what there is not, with a remedy that does not depend on which option named it.
     """
     method = find_solver(solver)
     needs_tokens = traffic is not None and "tokens" in getattr(method, "needs", ())
@@ -54,12 +55,17 @@ def place_by_counts(
         problem = folded(problem, layers_per_pool)
     try:
         if needs_tokens:
-            found = run_solver(method, problem).placement
+            solved = run_solver(method, problem)
         else:
-            found = among_holders(method, problem).placement
+            solved = among_holders(method, problem)
     except InputError as error:
         raise InputError(error.cause, "name greedy or local_search, which place any") from None
-    return unfolded(found, layers_per_pool) if layers_per_pool > 1 else found
+    if notices is not None and solved.status == "time_limit":
+        notices.append(
+            f"{solver} stopped at its time limit of {problem.time_limit_s:g} s: on another or busier"
+            " machine it may place otherwise"
+        )
+    return unfolded(solved.placement, layers_per_pool)
 
 
 def capacity_of(placement: Placement) -> IntArray:

@@ -80,5 +80,7 @@ def _folded_traffic(traffic: Traffic, size: int) -> Traffic:
 
 def unfolded(placement: Placement, layers_per_pool: int) -> Placement:
     """The placement of pools as one of layers: the same row for each of a pool's."""
+    if layers_per_pool == 1:
+        return placement
     table = np.repeat(placement.physical_to_logical, layers_per_pool, axis=0)
     return Placement(table, placement.num_gpus, placement.num_nodes, placement.num_experts)

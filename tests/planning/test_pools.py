@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 import moesim
+from moesim.cluster import load_cluster
 from moesim.errors import FormatError, InfeasibleError, InputError, MismatchError
 from moesim.model.names import load_model
+from moesim.planning import baselines
 from moesim.planning.pools import folded, unfolded
-from moesim.solvers.base import Problem, run_solver
+from moesim.solvers.base import Problem, Solution, among_holders, run_solver
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import find_solver
 from moesim.trace.format import Trace, TraceMeta, load_token_trace, load_trace, save_trace
@@ -112,3 +114,16 @@ def test_layers_that_do_not_divide_are_refused(pooled: Trace, tmp_path: Path) ->
 
 def test_traces_without_pools_are_the_same_bytes_as_before() -> None:
     assert "pool" not in TraceMeta("m", 4, 2, (0, 1)).to_json()
+
+
+def test_a_comparison_says_that_the_clock_ended_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(solver: object, problem: Problem) -> Solution:
+        return replace(among_holders(find_solver("linear"), problem), status="time_limit")
+
+    monkeypatch.setattr(baselines, "among_holders", late)
+    notices: list[str] = []
+    cluster = load_cluster("h100-sxm-ib", 2)
+    baselines.place_by_counts("lns", np.ones((1, 2, 4)), np.array([2, 2]), cluster, notices=notices)
+    assert notices == [
+        "lns stopped at its time limit of 60 s: on another or busier machine it may place otherwise"
+    ]
