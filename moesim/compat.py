@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moesim.errors import MismatchError, plain
-from moesim.trace.pools import placed_once
 
 if TYPE_CHECKING:
     from moesim.cluster import Cluster
@@ -48,7 +47,7 @@ def plan_fits_trace(plan: Plan, meta: TraceMeta, *, called: str = "the plan") ->
     """The plan places the trace's layers and experts, of the same model as far as both name one."""
     placement = plan.placement
     placement_fits_trace(placement, meta.num_layers, meta.num_experts, called=called)
-    placed_once(placement, meta, called=called)
+    _placed_once(placement, meta, called)
     names = (plan.model, meta.model)
     if all(names) and names[0] != names[1]:
         raise MismatchError(
@@ -61,6 +60,20 @@ def plan_fits_trace(plan: Plan, meta: TraceMeta, *, called: str = "the plan") ->
                 f"MoE layer {i} is the model's layer {planned} in {called}, {traced} in the trace",
                 "use a trace and a plan of the same layers",
             )
+
+
+def _placed_once(placement: Placement, meta: TraceMeta, called: str) -> None:
+    """Layers that share experts (`trace.pools`) have them in the same slots."""
+    size = meta.layers_per_pool
+    pools = placement.physical_to_logical.reshape(-1, size, placement.num_slots)
+    differ = np.flatnonzero((pools != pools[:, :1]).any(axis=(1, 2)))
+    if len(differ):
+        first = int(differ[0]) * size
+        raise MismatchError(
+            f"layers {meta.layer_ids[first]} to {meta.layer_ids[first + size - 1]} share their"
+            f" experts, and {called} keeps them in different slots for each",
+            "plan again on this trace, or leave the plan out",
+        )
 
 
 def placement_fits_trace(

@@ -62,8 +62,8 @@ def place_by_counts(
         raise InputError(error.cause, "name greedy or local_search, which place any") from None
     if notices is not None and solved.status == "time_limit":
         notices.append(
-            f"{solver} stopped at its time limit of {problem.time_limit_s:g} s: on another or busier"
-            " machine it may place otherwise"
+            f"{solver} stopped at its time limit of {problem.time_limit_s:g} s: on another or"
+            " busier machine it may place otherwise"
         )
     return unfolded(solved.placement, layers_per_pool)
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from moesim.errors import InputError, MismatchError
 
 if TYPE_CHECKING:
-    from moesim.placement import Placement
     from moesim.trace.format import LoadTrace, Trace, TraceMeta
 
 
@@ -37,20 +34,4 @@ def own_experts(trace: Trace | LoadTrace, needed_by: str) -> None:
             f"{trace.meta.layers_per_pool} adjacent layers of the trace share their experts, and"
             f" {needed_by} takes each layer's for its own",
             "use moesim plan and simulate, which know pools of layers",
-        )
-
-
-def placed_once(placement: Placement, meta: TraceMeta, *, called: str = "the plan") -> None:
-    """Raise MismatchError where `placement` has the experts of a pool in other slots in one of its
-    layers than in the rest."""
-    size = meta.layers_per_pool
-    table = placement.physical_to_logical
-    pools = table.reshape(-1, size, table.shape[1])
-    differ = np.flatnonzero((pools != pools[:, :1]).any(axis=(1, 2)))
-    if len(differ):
-        first = int(differ[0]) * size
-        raise MismatchError(
-            f"layers {meta.layer_ids[first]} to {meta.layer_ids[first + size - 1]} share their"
-            f" experts, and {called} keeps them in different slots for each",
-            "plan again on this trace, or leave the plan out",
         )
