@@ -13,6 +13,7 @@ times: two captures of the same rank differ by what a comparison cannot tell.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -99,6 +100,12 @@ def captured(calls, pool):
     return graph
 
 
+def block_of(name: str) -> tuple[str, str, str]:
+    """(group, phase, layer): what is compared across placements."""
+    group, phase, _, layer = name.split("_")
+    return group, phase, layer
+
+
 def block(raw, names: list[str], rows, weights: Weights, rounds: int, rng) -> dict[str, dict]:
     """{name: {rank: [tokens, microseconds by round]}} of all placements of one block."""
     pool, graphs = torch.cuda.graph_pool_handle(), []
@@ -128,7 +135,7 @@ def block(raw, names: list[str], rows, weights: Weights, rounds: int, rng) -> di
     return found
 
 
-def model(path: Path, smoke: bool, left, clock: Clock) -> dict:
+def model(path: Path, smoke: bool, until: float, clock: Clock) -> dict:
     """All blocks of one model, PASSES times: {"passes": [...], "check": error, "clock": rows}."""
     raw = np.load(path)
     hidden, width = (int(v) for v in raw["sizes"])
@@ -136,7 +143,7 @@ def model(path: Path, smoke: bool, left, clock: Clock) -> dict:
     weights = Weights(hidden, width, 3e9 if smoke else POOL_BYTES)
     most = max(len(raw[n]) for n in names)
     rows = torch.randn(most, hidden, device="cuda", dtype=torch.bfloat16)
-    blocks = sorted({tuple(n.split("_")[i] for i in (0, 1, 3)) for n in names})
+    blocks = sorted({block_of(n) for n in names})
     if smoke:
         blocks = [b for b in blocks if b[2] == blocks[0][2]]
     slots = raw[names[-1]]
@@ -150,10 +157,10 @@ def model(path: Path, smoke: bool, left, clock: Clock) -> dict:
     for number in range(PASSES):
         rng, times = np.random.default_rng(number), {}
         for group, phase, layer in blocks:
-            if left() < 0:
+            if time.time() > until:
                 print("ERROR no time left", path.name, number, group, phase, layer, flush=True)
                 break
-            own = [n for n in names if tuple(n.split("_")[i] for i in (0, 1, 3)) == (group, phase, layer)]
+            own = [n for n in names if block_of(n) == (group, phase, layer)]
             began = time.time()
             times |= block(raw, own, rows, weights, 2 if smoke else ROUNDS, rng)
             record["clock"].append([number, group, phase, layer, *clock.since(began)])
@@ -175,13 +182,16 @@ def main() -> None:
 
     while args.turn and not args.turn.exists():
         time.sleep(0.1)
+    gc.freeze()  # every capture collects garbage
     clock = Clock()
     clock.start()
     began, record = time.time(), {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    paths = sorted(args.folder.glob("*.ranks.npz"))
     with set_current_vllm_config(VllmConfig()), torch.inference_mode():
-        for path in sorted(args.folder.glob("*.ranks.npz")):
+        for number, path in enumerate(paths):
             key = path.name.removesuffix(".ranks.npz")
-            record[key] = model(path, args.smoke, lambda: args.budget - time.time() + began, clock)
+            until = began + args.budget * (number + 1) / len(paths)
+            record[key] = model(path, args.smoke, until, clock)
             args.out.write_text(json.dumps(record))
             torch.cuda.empty_cache()
             print("DONE", key, round(time.time() - began, 1), "s", flush=True)
