@@ -155,3 +155,14 @@ def test_an_answer_whose_question_is_damaged_is_refused(answer, tmp_path, asked)
     (tmp_path / "recommendation.json").write_text(json.dumps(record | {"asked": asked}))
     with pytest.raises(FormatError, match="no recommendation"):
         compare_measured(tmp_path, written(tmp_path / "b.json", result()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("pp", {"a": 1}), ("tp", 0), ("moe_comm", "pigeon"), ("kv_dtype", [])]
+)
+def test_an_answer_with_a_damaged_role_is_refused_by_name(answer, tmp_path, name, value) -> None:
+    record = json.loads((answer / "recommendation.json").read_text())
+    next(iter(record["answers"][0]["options"][0]["roles"].values()))[name] = value
+    (tmp_path / "recommendation.json").write_text(json.dumps(record))
+    with pytest.raises(FormatError, match=rf"no recommendation \(answers.*{name}"):
+        compare_measured(tmp_path, written(tmp_path / "b.json", result()))
