@@ -86,9 +86,9 @@ def _median(tried: Tried, name: str) -> float:
 def _halved(
     profile: EngineProfile, name: str, run: Callable[[EngineProfile], Tried], wanted: float
 ) -> tuple[EngineProfile, bool]:
-    """The profile whose constant `name` gives the median TPOT, and whether one does. Where even none
-    of it is too much, it is 0; where no amount is enough, the steps do not depend on it, and it
-    stays as it was."""
+    """The profile whose constant `name` gives the median TPOT, and whether one does. Where even
+    none of it is too much, it is 0; where no amount is enough, the steps do not depend on it, and
+    it stays as it was."""
 
     def tpot(value: float) -> float:
         return _median(run(_set(profile, name, value)), "tpot_p50")
