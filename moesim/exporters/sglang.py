@@ -111,10 +111,10 @@ def decode(data: bytes, options: ReadOptions) -> Plan:
             )
         if total is None:
             others = sorted(set(range(len(table))) - set(layers))
+            shown = ", ".join(map(str, others[:8])) + " ..." * (len(others) > 8)
             options.notify(
-                f"left out rows {', '.join(map(str, others[:8]))}{' ...' * (len(others) > 8)}, which"
-                " are not of the MoE layers asked for: dense layers, and those of multi-token"
-                " prediction, have rows too"
+                f"left out rows {shown}, which are not of the MoE layers asked for: dense layers,"
+                " and those of multi-token prediction, have rows too"
             )
         table = table[list(layers)]
     return make_plan(table, options, "SGLang", layers)
