@@ -39,6 +39,12 @@ class Fields:
             if key not in self.raw:
                 raise self.bad(key, "there")
 
+    def need_lists(self, *keys: str) -> None:
+        """Raise FormatError for a key that is missing, or no list."""
+        for key in keys:
+            if not isinstance(self.raw.get(key), list):
+                raise self.bad(key, "a list")
+
     def child(self, key: str) -> Fields:
         return Fields(self.raw.get(key), self._where, self._name(key))
 

@@ -118,19 +118,27 @@ def _figures(asked: Fields, answer: Fields) -> list[Figure]:
 
 def _check_drawn(asked: Fields, answer: Fields) -> None:
     """Raise FormatError unless what `moesim.draw.recommend` takes has the types written."""
-    asked.need("maximize", "promises")
-    answer.need("tried", "options")
+    asked.need("maximize")
+    asked.need_lists("promises")
+    answer.need_lists("tried", "options")
     for promise in asked.children("promises"):
         promise.text("figure")
         promise.text("text")
         promise.number("limit_s")
     for point in answer.children("tried"):
-        point.need(*TRIED)
+        point.need(*TRIED, "kept")
+        point.flag("kept")
+        point.text("layout")
+        point.whole("num_gpus")
+        point.number("requests_per_s")
         for name in TRIED:
             point.number(name, 0.0)
     for option in answer.children("options"):
-        option.whole("num_gpus")
+        option.need("kept")
         option.flag("kept")
+        option.text("layout")
+        option.whole("num_gpus")
+        option.number("requests_per_s")
         for _, role in option.child("roles").members():
             for name in ("engines", "gpus", "tp"):
                 role.whole(name)
