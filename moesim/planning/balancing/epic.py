@@ -8,9 +8,9 @@ saves is at least what the swap takes; weights go over NVLink only, 92 us for 42
 H800s, in a kernel fused with dispatch, and the new places stay.
 
 Ours: EPLB by load from recorded loads without redundant experts, since what a swap of replicas does
-is not said; time saved by the table of expert times, a pair's swap at the rate of the cluster's
-links (44 MB in 98 us at H20's NVLink); and to bring the places up to where they would be by the
-step at hand, WARM steps before it from the tuning requests. Its message-aware EPLB and second stage
+is not said; time saved by the table of expert times, a pair's swap at the measured rate of the
+cluster's links (145 us on H200s, 157 on H100s for theirs); and to bring the places up to where they
+would be by the step at hand, WARM steps before it from the tuning requests. Its message-aware EPLB and second stage
 (multicast, pipelined messages) are not modelled.
 """
 
