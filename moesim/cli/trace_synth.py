@@ -115,7 +115,7 @@ def synth(
 
         with progress_bar("writing") as progress:
             write_synthetic(made, out, tokens, seed, progress)
-    report = _report(made, min(tokens, COMPARE_TOKENS), seed, real)
+    report = _report(made, _sample(made, out, tokens, seed), real)
     report["file"] = None if out is None else str(out)
     report["num_tokens"] = 0 if out is None else tokens
     if as_json:
@@ -221,11 +221,19 @@ def _read(path: Path) -> str:
         raise InputError(f"cannot read {path}: {error}", "name a specification") from None
 
 
-def _report(spec: SynthSpec, num_tokens: int, seed: int, real: Trace | None) -> dict[str, Any]:
-    """Statistics of a synthetic sample, beside those of the trace that it is like."""
+def _sample(spec: SynthSpec, out: Path | None, tokens: int, seed: int) -> Trace:
+    """What was written, or a sample of it where that is long."""
+    from moesim.trace.format import load_token_trace
     from moesim.trace.synth import generate
 
-    rows = {"synthetic": _figures(generate(spec, num_tokens, seed))}
+    if out is not None and tokens <= COMPARE_TOKENS:
+        return load_token_trace(out, "trace synth")
+    return generate(spec, min(tokens, COMPARE_TOKENS), seed)
+
+
+def _report(spec: SynthSpec, sample: Trace, real: Trace | None) -> dict[str, Any]:
+    """Statistics of a synthetic sample, beside those of the trace that it is like."""
+    rows = {"synthetic": _figures(sample)}
     if real is not None:
         rows["real"] = _figures(real)
     return {
@@ -234,7 +242,7 @@ def _report(spec: SynthSpec, num_tokens: int, seed: int, real: Trace | None) -> 
         "num_experts": spec.num_experts,
         "top_k": spec.top_k,
         "source": spec.meta().source,
-        "compared_tokens": num_tokens,
+        "compared_tokens": sample.num_tokens,
         "statistics": rows,
     }
 

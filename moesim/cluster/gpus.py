@@ -16,6 +16,7 @@ def topology_dir() -> Path:
     return Path(str(resources.files("moesim.topologies")))
 
 
+@lru_cache(maxsize=1)
 def gpu_names() -> tuple[str, ...]:
     """Names of the shipped GPU specs."""
     return tuple(sorted(path.stem for path in (topology_dir() / "gpus").glob("*.yaml")))

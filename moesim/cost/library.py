@@ -61,6 +61,16 @@ def default_library(calibration: Calibration, num_nodes: int, phase: Phase) -> A
     return wanted if KINDS_OF[wanted][0] in calibration.collectives.kinds else "nccl"
 
 
+def dispatch_dtype_of(library: str, expert_dtype: str) -> str:
+    """Type of the rows that a library dispatches: DeepEP's kernels send fp8 rows, with a scale per
+    128 elements, where experts are fp8, and all others bf16. Combine is bf16 everywhere.
+
+    As vLLM and SGLang call DeepEP (vllm/model_executor/layers/fused_moe, the DeepEP
+    prepare-and-finalize classes: fp8 for block-scaled fp8 experts). Exchanges in nvfp4 are ignored.
+    """
+    return "fp8" if library.startswith("deepep") and expert_dtype == "fp8" else "bf16"
+
+
 def check_one_domain(library: str, num_nodes: int) -> None:
     """Raise InputError for kernels that reach the GPUs of one NVLink domain only, over more."""
     if library.startswith("nvlink") and num_nodes > 1:

@@ -25,6 +25,7 @@ from moesim.cost.library import (
     check_library,
     check_one_domain,
     default_library,
+    dispatch_dtype_of,
 )
 from moesim.cost.routing import DEDUP_CODES, Dedup, Routed
 from moesim.errors import MismatchError, UnknownNameError
@@ -237,7 +238,7 @@ def build_step_model(
     phase: Phase = "prefill",
     all_to_all: AllToAll | None = None,
     dedup: Dedup | None = None,
-    dispatch_dtype: str = "bf16",
+    dispatch_dtype: str | None = None,
     combine_dtype: str = "bf16",
     expert_dtype: str | None = None,
     calibration: Calibration | None = None,
@@ -248,6 +249,7 @@ def build_step_model(
     all_to_all: default nccl within a node; across nodes deepep for prefill and deepep_ll for
     decode, where they are calibrated; nvlink within one where its own kernels are.
     dedup: default as the library does it (C2): nccl gpu, deepep node, deepep_ll none.
+    dispatch_dtype: default as engines call the library (`dispatch_dtype_of`).
     calibration: default the bundled one of each GPU type, datasheet figures where there is none.
     Ignored: routing metadata bytes (ids and weights), gate, permutation, shared experts,
     attention and dense layers; they do not depend on the placement.
@@ -257,7 +259,7 @@ def build_step_model(
         check_library(all_to_all)
     if dedup is not None and dedup not in DEDUP_CODES:
         raise UnknownNameError("deduplication", dedup, DEDUP_CODES)
-    for dtype in (dispatch_dtype, combine_dtype):
+    for dtype in (dispatch_dtype or combine_dtype, combine_dtype):
         if dtype not in BYTES_PER_ELEMENT:
             raise UnknownNameError("message dtype", dtype, BYTES_PER_ELEMENT)
     notes: list[str] = []
@@ -274,13 +276,16 @@ def build_step_model(
     curves = [_curve(first, kind, cluster, eager=eager) for kind in KINDS_OF[library]]
     shape = (model.expert_hidden, model.moe_intermediate_size)
     dtype = expert_dtype or model.expert_dtype
+    dispatched = dispatch_dtype or dispatch_dtype_of(library, dtype)
     experts = tuple(_expert_model(of_type[name], dtype, shape) for name in types)
     routes = cluster.routes()
     group = _link_groups(routes)
     nvlink = specs[slowest].nvlink_gb_per_s or specs[slowest].pcie_gb_per_s
     scale, other = _link_scales(routes, group, nvlink)
     basis: Basis = weakest(*(c.basis for c in curves), *(m.basis for m in experts))
-    notes.append(f"collectives: {library}, {curves[0].basis} ({curves[0].source or first.name})")
+    rows = ", rows dispatched in fp8" if dispatched == "fp8" else ""
+    source = curves[0].source or first.name
+    notes.append(f"collectives: {library}, {curves[0].basis} ({source}{rows})")
     notes += [
         f"experts on {n}: {m.basis} ({m.source or m.kernel})"
         for n, m in zip(types, experts, strict=True)
@@ -291,7 +296,7 @@ def build_step_model(
         intermediate_size=model.moe_intermediate_size,
         all_to_all=library,
         dedup=dedup or DEDUP_OF[library],
-        dispatch_bytes=token * BYTES_PER_ELEMENT[dispatch_dtype],
+        dispatch_bytes=token * BYTES_PER_ELEMENT[dispatched],
         combine_bytes=token * BYTES_PER_ELEMENT[combine_dtype],
         dispatch=curves[0],
         combine=curves[1],

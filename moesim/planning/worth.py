@@ -167,7 +167,10 @@ def excess_by_layer(
     """[L] excess imbalance of `counts` [B, L, E], NaN without load. Replicas share equally, or for
     policy lp as well as they can, in each batch; speeds count for equal shares only."""
     if policy != "lp":
-        return np.asarray(np.nanmean(imbalance(gpu_loads(counts, placement), speed), axis=0)) - 1.0
+        found = imbalance(gpu_loads(counts, placement), speed)
+        number = (~np.isnan(found)).sum(axis=0)
+        mean = np.nansum(found, axis=0) / np.maximum(number, 1)
+        return np.where(number > 0, mean - 1.0, np.nan)
     slots, count = placement.logical_to_physical(), placement.replica_count
     out = np.empty(placement.num_layers)
     for layer in range(len(out)):

@@ -102,7 +102,7 @@ def exchange_stages(cost: EngineStepCost, part: BatchShape) -> tuple[Stage, Stag
         d.cluster,
         d.model,
         all_to_all=comm,  # type: ignore[arg-type]
-        dispatch_dtype="fp8" if "deepep" in comm else "bf16",
+        expert_dtype=d.expert_dtype,
         calibration=moe.links,
     )
     links = link_table(d.cluster, step)

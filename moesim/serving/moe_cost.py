@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from moesim.choices import MoeComm, Phase
-from moesim.cost.library import DEDUP_OF, KINDS_OF
+from moesim.cost.library import DEDUP_OF, KINDS_OF, dispatch_dtype_of
 from moesim.cost.scaled import faster_calibration
 from moesim.cost.step import BYTES_PER_ELEMENT
 from moesim.serving.apart import spread_of
@@ -203,7 +203,7 @@ class MoeCost(Parts):
         sent = per_gpu * copies * way.elsewhere * rank_skew
         nic = per_gpu * way.other_nodes
         nic = nic * (nodes * node_skew if DEDUP_OF[comm] == "node" else copies * rank_skew)
-        there = model.expert_hidden * BYTES_PER_ELEMENT["fp8" if "deepep" in comm else "bf16"]
+        there = model.expert_hidden * BYTES_PER_ELEMENT[dispatch_dtype_of(comm, d.expert_dtype)]
         time = dispatch.time_us(sent * there, nic * there)
         return np.asarray(time + combine.time_us(sent * row, nic * row), dtype=np.float64)
 

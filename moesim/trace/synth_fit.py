@@ -28,8 +28,9 @@ NUM_ROUNDS = 32
 LARGE_CELLS = 1 << 24
 """Beyond so many pairs of experts in adjacent layers, counts are float32, exact to 2**24, and a
 specification is calibrated in LARGE_ROUNDS."""
-LARGE_ROUNDS = 15
+LARGE_ROUNDS = 8
 _SETTLED = 10
+_LARGE_SETTLED = 4
 _MEMORY = 0.75
 _MAX_REQUESTS = 4096
 
@@ -203,8 +204,10 @@ def calibrate(
     together.
     """
     rng = stream(seed, 0xCA1)
+    large = spec.chain.size > LARGE_CELLS
+    settled = _LARGE_SETTLED if large else _SETTLED
     if num_rounds is None:
-        num_rounds = NUM_ROUNDS if spec.chain.size <= LARGE_CELLS else LARGE_ROUNDS
+        num_rounds = LARGE_ROUNDS if large else NUM_ROUNDS
     base = spec.base.astype(np.float64)
     strength = np.full(spec.num_layers, 1.0) if scale_types else np.full(spec.num_layers - 1, 0.1)
     spread, kept = spec.request_spread.copy(), spec.noise_persistence.copy()
@@ -233,8 +236,8 @@ def calibrate(
         ids = run_model(current(), starts, domain_idx, seeds)
         want = (targets.load * _by_domain(part, len(base))[:, None, None]).sum(axis=0) / len(ids)
         got = measure(ids, starts, domain_idx, len(base), spec.num_experts, want)
-        pool = got if pool is None else pool.blend(got, _MEMORY if number >= _SETTLED else 0.0)
-        step = 1.0 / (1.0 + max(0, number - _SETTLED) / 6)
+        pool = got if pool is None else pool.blend(got, _MEMORY if number >= settled else 0.0)
+        step = 1.0 / (1.0 + max(0, number - settled) / 6)
 
         expected = targets.load * pool.tokens[:, None, None]
         want = expected.sum(axis=0) / pool.num_tokens

@@ -55,16 +55,19 @@ def place_replicas(
 ) -> None:
     """Fill out [G, S] of one layer with `count` [E] replicas of its experts, by their load [E]."""
     share = load / count
-    replicas = np.repeat(np.arange(len(load)), count)
     total = np.zeros(problem.num_gpus)
     used = np.zeros(problem.num_gpus, np.int64)
-    for expert in replicas[np.argsort(-share[replicas], kind="stable")]:
+    for expert in np.argsort(-share, kind="stable"):
         finish = (total + share[expert]) / problem.speed
         finish[used >= problem.capacity] = np.inf
-        holds = (out == expert).any(axis=1)
-        gpu = int(np.argmin(np.where(holds, np.inf, finish)))
-        if not np.isfinite(finish[gpu]) or holds[gpu]:
-            gpu = int(np.argmin(finish))
-        out[gpu, used[gpu]] = expert
-        total[gpu] += share[expert]
-        used[gpu] += 1
+        without = finish.copy()
+        for _ in range(count[expert]):
+            gpu = int(np.argmin(without))
+            if not np.isfinite(without[gpu]):
+                gpu = int(np.argmin(finish))
+            out[gpu, used[gpu]] = expert
+            total[gpu] += share[expert]
+            used[gpu] += 1
+            full = used[gpu] >= problem.capacity[gpu]
+            finish[gpu] = np.inf if full else (total[gpu] + share[expert]) / problem.speed[gpu]
+            without[gpu] = np.inf

@@ -77,6 +77,20 @@ def test_element_sizes(build: ModuleType) -> None:
     assert cost.combine_us[0, 0] == pytest.approx(32.0)
 
 
+@pytest.mark.parametrize(
+    ("library", "expert_dtype", "size"),
+    [("nccl", "fp8", 2.0), ("deepep", "fp8", 1 + 4 / 128), ("deepep", "mxfp4", 2.0)],
+)
+def test_deepep_sends_fp8_rows_to_fp8_experts(
+    build: ModuleType, library: str, expert_dtype: str, size: float
+) -> None:
+    cluster = load_cluster("h100-sxm-ib", 16)
+    model = load_model("DeepSeek-V3")
+    step = build_step_model(cluster, model, all_to_all=library, expert_dtype=expert_dtype)  # type: ignore[arg-type]
+    assert (step.dispatch_bytes, step.combine_bytes) == (7168 * size, 7168 * 2.0)
+    assert ("rows dispatched in fp8" in step.notes[0]) == (size < 2)
+
+
 def test_slow_gpu_computes_slower(build: ModuleType) -> None:
     cluster = build.small_cluster().with_speed(2, 0.5)
     cost = toy_step(build, cluster, all_to_all="nccl").cost(routed_by_hand(build, "gpu"))

@@ -45,30 +45,40 @@ def test_one_part_alone_is_the_closed_form() -> None:
 
 
 def test_bytes_of_the_exchange_by_hand() -> None:
-    """Low-latency kernels send a row once for each of its 8 experts, 2,048 elements in fp8 with a
-    scale per 128, and take as many back in bf16; all of it between the two nodes, through the NICs
+    """Low-latency kernels send a row once for each of its 8 experts, 2,048 elements in bf16 as the
+    experts are, and take as many back; all of it between the two nodes, through the NICs
     of both, and the network carries both parts of every layer."""
     cost = made(2)
     sent = exchange_stages(cost, batch().cut(2))
     routes = cost.deployment.cluster.routes()
     nic = np.array(routes.link_class_names)[routes.link_class] == "nic"
-    for stage, size in zip(sent, (1 + 4 / 128, 2.0), strict=True):
+    for stage, size in zip(sent, (2.0, 2.0), strict=True):
         out = stage.link_bytes[0][:, nic].sum(axis=1) / 2
         assert out == pytest.approx(8 * 48 * 8 * 2048 * size)
     run = simulate_apart(cost, batch())
     assert run.link_bytes.sum() == pytest.approx(2 * sum(s.link_bytes.sum() for s in sent))
 
 
-@pytest.mark.parametrize(("comm", "copies"), [("nccl", None), ("deepep", 1.0)])
-def test_a_row_goes_once_to_each_gpu_or_node(comm: str, copies: float | None) -> None:
+@pytest.mark.parametrize(
+    ("comm", "copies", "dtype"),
+    [
+        ("nccl", None, "bf16"),
+        ("nccl", None, "fp8"),
+        ("deepep", 1.0, "bf16"),
+        ("deepep", 1.0, "fp8"),
+    ],
+)
+def test_a_row_goes_once_to_each_gpu_or_node(comm: str, copies: float | None, dtype: str) -> None:
     """Over the network once to each GPU that holds one of its experts, or once to their node, from
-    where NVLink takes it on; 48 rows from each of 8 GPUs."""
+    where NVLink takes it on; 48 rows from each of 8 GPUs. DeepEP sends fp8 rows, with a scale of 4
+    bytes per 128 elements, to fp8 experts."""
     options = {"dp": 8, "expert_gpus": 8, "micro_batches": 2, "moe_comm": comm}
+    options["expert_dtype"] = dtype
     cost = EngineStepCost(deploy("Qwen3-30B-A3B", "h200-sxm-ib", **options))
     dispatch, _ = exchange_stages(cost, batch().cut(2))
     routes = cost.deployment.cluster.routes()
     nic = np.array(routes.link_class_names)[routes.link_class] == "nic"
-    size = 2048 * (2.0 if comm == "nccl" else 1 + 4 / 128)
+    size = 2048 * (1 + 4 / 128 if (comm, dtype) == ("deepep", "fp8") else 2.0)
     shares = cost._of_moe.chosen_share.sum(axis=1) if copies is None else copies
     out = dispatch.link_bytes[0][:, nic].sum(axis=1) / 2
     assert out.mean() == pytest.approx(8 * 48 * size * np.mean(shares), rel=1e-3)
