@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moesim.cli.options import JsonOption, SeedOption
+from moesim.cli.options import JsonOption, MaxBatchTokensOption, SeedOption
 from moesim.cli.output import echo
 
 
@@ -43,7 +43,11 @@ def elastic(
         float, typer.Option(help="Share of requests whose promises are to be kept.")
     ] = 0.99,
     restart: Annotated[float, typer.Option(help="Ms to form a group anew.")] = 1000.0,
-    first: Annotated[int, typer.Option(help="Requests at each rate.", min=1)] = 1500,
+    first: Annotated[
+        int | None,
+        typer.Option(help="Requests at each rate.", show_default="those of two minutes", min=1),
+    ] = None,
+    max_batch_tokens: MaxBatchTokensOption = None,
     seed: SeedOption = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     as_json: JsonOption = False,

@@ -113,6 +113,15 @@ PhaseOption = Annotated[
         show_default="what the plan or trace has",
     ),
 ]
+MaxBatchTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-batch-tokens",
+        help="Tokens of a step of one rank.",
+        show_default="the engine's",
+        min=1,
+    ),
+]
 BatchTokensOption = Annotated[
     int | None,
     typer.Option(

@@ -15,6 +15,7 @@ from moesim.cli.options import (
     ExpertGpusOption,
     JsonOption,
     KvDtypeOption,
+    MaxBatchTokensOption,
     MemoryFractionOption,
     MicroBatchesOption,
     ModelOption,
@@ -120,10 +121,7 @@ def serve(
             min=1,
         ),
     ] = None,
-    max_batch_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a step of one rank.", show_default="the engine's", min=1),
-    ] = None,
+    max_batch_tokens: MaxBatchTokensOption = None,
     max_sequences: Annotated[
         int | None,
         typer.Option(help="Running sequences of a rank.", show_default="the engine's", min=1),

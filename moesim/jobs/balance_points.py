@@ -94,5 +94,6 @@ def _said(name: str, gains: Mapping[int, float], unit: str) -> str:
     if found:
         where = "; ".join(f"{'pays from' if pays else 'pays up to'} {x:,.0f}" for x, pays in found)
     else:
-        where = "pays throughout" if min(gains.values()) < 0 else "pays nowhere"
+        always = min(gains.values()) < 0
+        return f"{name}: pays at {'all' if always else 'none'} of these {unit} ({shown})"
     return f"{name}: {where} {unit} ({shown})"

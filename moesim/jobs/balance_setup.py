@@ -12,6 +12,7 @@ import numpy as np
 from moesim.choices import Phase
 from moesim.cost.step import build_step_model
 from moesim.errors import InputError, MismatchError
+from moesim.figures import count
 from moesim.jobs import inputs
 from moesim.jobs.export import import_plan
 from moesim.planning.balancing.bench import Bench, Costs
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from moesim.model.spec import ModelSpec
     from moesim.placement import Placement
     from moesim.planning.balancing.bench import Scheme
+
+MIN_HELD_OUT = 10
+"""Held-out requests below which a bootstrap over them says little."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,12 +147,19 @@ def _from_tokens(setting: Setting, request: PlanRequest, schemes: list[Scheme]) 
         setting.costs,
         start=setting.start,
     )
+    notices = []
     filled = float(np.diff(course.batches.indptr).mean())
-    short = filled < 0.9 * data.batch_tokens
-    notice = (
-        f"the held-out requests fill steps of {filled:.0f} tokens only, {data.batch_tokens} asked"
-    )
-    return Setup(setting, case, bench, schemes, data.phase, [notice] if short else [])
+    if filled < 0.9 * data.batch_tokens:
+        notices.append(
+            f"the held-out requests fill steps of {filled:.0f} tokens only, {data.batch_tokens}"
+            " asked"
+        )
+    if course.num_requests < MIN_HELD_OUT:
+        notices.append(
+            f"{count(course.num_requests, 'held-out request')} only: intervals over requests are"
+            " far too narrow and the verdict may be chance; give a trace of more requests"
+        )
+    return Setup(setting, case, bench, schemes, data.phase, notices)
 
 
 def _from_counts(setting: Setting, request: PlanRequest, schemes: list[Scheme]) -> Setup:

@@ -16,6 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
 
 HOURS = 24
 SWING, PEAK_HOUR = 0.75, 14
-DEFAULT_REQUESTS = 1500
+LEAST_REQUESTS, ARRIVING_S = 1500, 120.0
+"""Requests simulated at each rate: those of two minutes, since a service of some seconds is still
+filling, and no fewer than LEAST_REQUESTS."""
 DEFAULT_GOOD = 0.99
 
 
@@ -85,6 +88,7 @@ class ElasticResult(Result):
     policies: Mapping[str, Policy]
     basis: tuple[str, ...]
     defaults: Mapping[str, str]
+    unsteady: tuple[tuple[int, float], ...] = ()
 
     @property
     def best(self) -> str | None:
@@ -145,9 +149,17 @@ class ElasticResult(Result):
                     ["GPUs", "experts moved", "least possible", "weights, ms", "stall, s"], moves
                 ),
                 self.line(),
+                *self._unsteady(),
                 *self.basis,
             ]
         )
+
+    def _unsteady(self) -> list[str]:
+        if not self.unsteady:
+            return []
+        least = {w: min(r for x, r in self.unsteady if x == w) for w, _ in self.unsteady}
+        said = ", ".join(f"{count(w, 'GPU')} from {r:g} requests/s" for w, r in least.items())
+        return [f"no steady state: {said}; more promises are missed in an hour than simulated"]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -169,6 +181,7 @@ class ElasticResult(Result):
                 name: {n: getattr(p, n) for n in Policy.__dataclass_fields__}
                 for name, p in self.policies.items()
             },
+            "unsteady": [{"gpus": w, "requests_per_s": r} for w, r in self.unsteady],
             "best": self.best,
             "basis": list(self.basis),
             "defaults": dict(self.defaults),
@@ -197,15 +210,16 @@ def elastic(
     day: Sequence[float] | None = None,
     good: float = DEFAULT_GOOD,
     restart: float = 1000.0,
-    first: int = DEFAULT_REQUESTS,
+    first: int | None = None,
+    max_batch_tokens: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ElasticResult:
     """Widths, dollars and missed promises of a day.
 
-    requests: their lengths and order, as for `serve`, the `first` of them at each rate. widths:
-    GPUs of an engine with attention data-parallel and experts over all. peak: requests/s of the
-    busiest hour. day: relative load of 24 hours; by default one cosine between 0.25 and 1.75 of the
+    requests: their lengths and order, as for `serve`; at each rate those of ARRIVING_S seconds, or
+    the `first` of them. widths: GPUs of an engine with attention data-parallel and experts over
+    all. max_batch_tokens: as for `serve`. peak: requests/s of the busiest hour. day: relative load of 24 hours; by default one cosine between 0.25 and 1.75 of the
     mean with its peak at 14 h (assumed). good: share of the requests whose promises are to be kept.
     restart: ms to form a group anew. progress(done, total) counts simulations.
 
@@ -227,21 +241,28 @@ def elastic(
     rates = _rates(day, peak, defaults)
     clusters = {w: inputs.cluster_of(cluster, w, defaults) for w in sized}
     arriving = arriving_requests(requests, seed=seed, first=first)
-    if first == DEFAULT_REQUESTS:
-        defaults["first"] = f"{len(arriving):,} requests at each rate"
+    if first is None:
+        defaults["first"] = f"the requests of {ARRIVING_S:g} s at each rate, {LEAST_REQUESTS:,} or more"
     kept: dict[tuple[int, float], float] = {}
+    unsteady: list[tuple[int, float]] = []
     pairs = [(w, r) for w in sized for r in sorted(set(rates))]
     for width, rate in pairs:
+        own = arriving
+        if first is None:
+            own = arriving.first(max(LEAST_REQUESTS, ceil(rate * ARRIVING_S)))
         record = serve(
-            arriving.scaled(rate / arriving.rate_per_s),
+            own.scaled(rate / own.rate_per_s),
             model=spec,
             cluster=clusters[width],
             gpus=width,
             tp=1,
             dp=width,
+            max_batch_tokens=max_batch_tokens,
             slo=slo,
             seed=seed,
         ).record
+        if record["window"]["state"] != "steady":
+            unsteady.append((width, rate))
         kept[width, rate] = float(record["slo"]["goodput"]["share"])
         if progress is not None:
             progress(len(kept), len(pairs))
@@ -270,6 +291,7 @@ def elastic(
             f"${price:g} per GPU and hour (the cluster file's, assumed); held by the hour",
         ),
         defaults=defaults,
+        unsteady=tuple(unsteady),
     )
 
 

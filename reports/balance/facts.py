@@ -67,6 +67,15 @@ def stall_s(cluster: str, gpus: int, model: str, dtype: str | None, redundant: i
     }
 
 
+def swap_us(cluster: str) -> float:
+    """Microseconds in which two GPUs of a host swap an expert of DeepSeek-V3 each."""
+    spec, sized = load_model("DeepSeek-V3"), load_cluster(cluster, num_gpus=8)
+    step = build_step_model(sized, spec, phase="decode")
+    mover = build_mover(sized, link_table(sized, step), float(spec.expert_bytes()))
+    rate = mover.us_per_byte[mover.us_per_byte > 0].min()
+    return float(rate * spec.expert_bytes() + sized.routes().latency_us.max())
+
+
 def rocm_atom(trace: str) -> dict:
     """Change of requests/s of a prefill service that a step's MoE part bounds, none to EPLB with 0
     and 64 redundant experts, 8 GPUs, 2,048 tokens per GPU (theirs: 8,192)."""
@@ -132,7 +141,10 @@ def main() -> None:
         predicted = stall_s(*fact.pop("case"))
         per_layer = (fact["measured_s"] - predicted["plan_s"] - predicted["weights_s"]) * 1e3
         found[name] = {**fact, **predicted, "host_ms_per_layer": per_layer / predicted["layers"]}
-    out = {"stalls": found, "TensorRT-LLM, examples/ep_load_balancer": tensorrt()}
+    swaps = {"measured_us": {"H20": 92, "H800": 210}}
+    swaps["predicted_us"] = {name: swap_us(name) for name in ("h100-sxm-ib", "h200-sxm-ib")}
+    out = {"stalls": found, "EPIC, an expert of DeepSeek-R1 over NVLink": swaps}
+    out |= {"TensorRT-LLM, examples/ep_load_balancer": tensorrt()}
     if len(sys.argv) > 1:
         out["ROCm/ATOM#1210"] = rocm_atom(sys.argv[1])
     print(json.dumps(out, indent=1))

@@ -173,3 +173,22 @@ def test_break_even_tries_other_batches_and_paces(build: ModuleType) -> None:
     (said,) = [line for line in result.points.lines() if "tokens per step" in line]
     assert said.startswith("eplb-sglang: pays ")
     assert set(result.to_json()["break_even"]) == {"batch_tokens", "steps"}
+
+
+def test_few_held_out_requests_are_a_notice(build: ModuleType) -> None:
+    """Twelve requests of 16 tokens: about half are held out, fewer than the ten that intervals
+    need; 128 requests leave enough."""
+    rng = np.random.default_rng(0)
+    few = build.random_trace(rng, 192, 3, 16, 2, skew=1.0, request_tokens=16)
+    group = {"cluster": build.small_cluster(1, 4), "model": build.toy_model(3, 16, 2)}
+    short = {"schemes": ("plan-balance",), "steps": 40, "batch_tokens": 16}
+    said = moesim.balance(few, redundant_experts=0, **group, **short).notices
+    assert any("only: intervals over requests are far too narrow" in line for line in said)
+    many = moesim.balance(skewed(build, 1.0), redundant_experts=0, **group, **short).notices
+    assert not any("far too narrow" in line for line in many)
+
+
+def test_flags_of_vllm_are_complete(build: ModuleType) -> None:
+    """vLLM refuses its balancer without expert parallelism."""
+    result = compare(build, schemes=("eplb-vllm",))
+    assert result.rows[1].outcome.enable.startswith("vLLM: --enable-expert-parallel --enable-eplb")

@@ -93,12 +93,21 @@ def test_spill_keeps_every_token(counts: np.ndarray, least: int, factor: float) 
 
 
 def test_clone_by_hand() -> None:
-    """Loads 12, 3, 0 of mean 5. GPU 0 gives of expert 0: GPU 2 has room for 5; then GPU 1 for 2.
-    Both spare slots are used, GPU 0 keeps 5."""
+    """Loads 12, 3, 0 of mean 5. GPU 0 keeps the 3 of expert 1 and 2 of expert 0, 7 spill: GPU 2 has
+    most room, 5, then GPU 1, 2."""
     share = np.zeros((6, 3), np.int64)
     clone(np.array([9, 3, 2, 1, 0, 0]), HOMES, 1, share)
     assert share.sum(axis=0).tolist() == [5, 5, 5]
     assert share[0].tolist() == [2, 2, 5]
+
+
+def test_clone_takes_the_largest_pieces() -> None:
+    """Loads 13, 0, 0 of mean 4. Of 6 and 7 on GPU 0 the 6 come first: 2 and 7 spill. GPU 1 gets 4 of
+    the 7, GPU 2 the other 3 and 1 of the 2, for which one spare slot has no room."""
+    for spare, kept in ((1, [6, 4, 3]), (2, [5, 4, 4])):
+        share = np.zeros((6, 3), np.int64)
+        clone(np.array([6, 7, 0, 0, 0, 0]), HOMES, spare, share)
+        assert share.sum(axis=0).tolist() == kept
 
 
 @given(counts_of(6), st.integers(0, 2))

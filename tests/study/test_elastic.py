@@ -78,3 +78,37 @@ def test_the_command_exits_with_the_verdict(capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert "keep one width: always 2 GPUs" in said
     assert "ms per layer that moves" in said
+
+
+def test_a_service_that_is_still_filling_is_named() -> None:
+    """200 requests in a second, answered within many: nothing is steady, and that is said."""
+    result = moesim.elastic(
+        "poisson:rate=200,requests=200,prompt=500,output=400",
+        model="DeepSeek-V2-Lite",
+        widths=(2, 4),
+        slo="ttft<5s,tpot<500ms",
+        peak=200.0,
+        day=[1.0] * 24,
+    )
+    assert result.unsteady == ((2, 200.0), (4, 200.0))
+    said = result.summary()
+    assert "no steady state: 2 GPUs from 200 requests/s, 4 GPUs from 200 requests/s" in said
+    assert "the requests of 120 s at each rate" in said
+
+
+def test_small_steps_keep_tokens_apart_small() -> None:
+    """Prompts of 2,000 tokens in one step of a rank make all ranks wait; in pieces of 512 they do
+    not, so that promises between two tokens are kept which whole prompts break."""
+    kept = [
+        moesim.elastic(
+            "poisson:rate=40,requests=400,prompt=2000,output=60",
+            model="DeepSeek-V2-Lite",
+            widths=(4, 8),
+            slo="tpot<20ms",
+            peak=40.0,
+            day=[1.0] * 24,
+            max_batch_tokens=tokens,
+        ).kept[8, 40.0]
+        for tokens in (None, 512)
+    ]
+    assert kept[0] < kept[1]

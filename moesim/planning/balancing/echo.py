@@ -1,12 +1,16 @@
-"""ECHO, elastic cloning for hot experts (NVIDIA/Megatron-LM pull request 2368, a prototype, of
-which the description was read, not the code).
+"""ECHO, elastic cloning for hot experts (NVIDIA/Megatron-LM pull request 2368, a prototype for
+training; description and planner were read: `gen_intermediate`, `gen_assignment` with its default,
+one_shot_greedy).
 
-Theirs: for every batch, experts with much traffic are cloned to ranks that get fewer tokens than
-the mean, and the tokens beyond it go there; spare slots on every rank hold the clones.
+Theirs: planned on the GPU for every batch from all ranks' counts. A rank keeps the mean load
+(rounded down), its experts with fewest tokens first, so that its hottest spill over. Spills by
+size, laid end to end, fill the room of ranks below the mean by size; of what falls to a rank, its
+spare slots take the largest pieces and the rest stays at home. Weights of cloned experts go from
+their home to the spare slots by a dispatch of their own. As many spare slots as experts are their
+default.
 
-Ours: the order, which the description leaves open. The rank with most tokens gives those beyond the
-mean of its expert that has most, to the rank with fewest that has a spare slot, up to that rank's
-mean; until no rank above the mean can give, or no rank below it has a slot. `spare` is assumed.
+Ours: prices; spare slots that all layers share; ties, which go to the first. Left out: reclaiming
+slots that save little (off by default there), and which tokens of an expert move.
 """
 
 from __future__ import annotations
@@ -23,23 +27,24 @@ from moesim.types import Array, IntArray
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """Clones of every batch, at most `spare` on a GPU."""
+    """Clones of every batch."""
 
     name: str = "echo"
     about: str = "every batch: hot experts cloned to GPUs below the mean load"
-    spare: int = 1
 
     def run(self, bench: Bench) -> Outcome:
+        spare = int(bench.capacity.max())
+
         def shares(row: int, counts: IntArray, home: IntArray) -> IntArray:
             out = np.zeros((*counts.shape, bench.num_gpus), np.int64)
             for layer in range(len(counts)):
-                clone(counts[layer], home[layer], self.spare, out[layer])
+                clone(counts[layer], home[layer], spare, out[layer])
             return out
 
         return serve_batches(
             bench,
             shares,
-            pool=float(self.spare),
+            pool=float(spare),
             enable="Megatron-LM pull request 2368 (training; a prototype)",
             note="no serving engine has it",
         )
@@ -47,31 +52,31 @@ class Echo:
 
 @kernel
 def clone(counts: Array, home: Array, spare: int, share: Array) -> None:
-    """Fill share [E, G]; counts, home: [E]."""
+    """Fill share [E, G]; counts, home: [E]; spare: slots for clones on every GPU."""
     num_experts, num_gpus = share.shape
+    mean = counts.sum() // num_gpus
     load = np.zeros(num_gpus, np.int64)
-    for e in range(num_experts):
+    spill = np.zeros(num_experts, np.int64)
+    for e in np.argsort(counts, kind="mergesort"):
         share[e, home[e]] = counts[e]
+        spill[e] = min(counts[e], max(0, load[home[e]] + counts[e] - mean))
         load[home[e]] += counts[e]
-    mean = -(-load.sum() // num_gpus)
-    room = np.full(num_gpus, spare, np.int64)
-    for _ in range(num_gpus * spare):
-        hot = np.argmax(load)
-        cold = -1
-        for g in range(num_gpus):
-            if room[g] > 0 and load[g] < mean and (cold < 0 or load[g] < load[cold]):
-                cold = g
-        best = -1
-        for e in range(num_experts):
-            if home[e] == hot and (best < 0 or share[e, hot] > share[best, hot]):
-                best = e
-        if cold < 0 or best < 0:
-            return
-        taken = min(load[hot] - mean, mean - load[cold], share[best, hot])
-        if taken <= 0:
-            return
-        share[best, hot] -= taken
-        share[best, cold] += taken
-        load[hot] -= taken
-        load[cold] += taken
-        room[cold] -= 1
+    givers = np.argsort(-spill, kind="mergesort")
+    room = np.maximum(mean - load, 0)
+    at = 0
+    left = spill[givers[0]]
+    for g in np.argsort(-room, kind="mergesort"):
+        pieces = np.zeros(num_experts, np.int64)
+        space = room[g]
+        while space > 0 and at < num_experts:
+            taken = min(space, left)
+            pieces[givers[at]] += taken
+            space -= taken
+            left -= taken
+            if left == 0:
+                at += 1
+                if at < num_experts:
+                    left = spill[givers[at]]
+        for e in np.argsort(-pieces, kind="mergesort")[:spare]:
+            share[e, home[e]] -= pieces[e]
+            share[e, g] += pieces[e]
