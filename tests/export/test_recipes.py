@@ -183,6 +183,19 @@ def test_counts_of_the_tensorrt_llm_recipe_become_a_plan(place: Path) -> None:
     assert plan.evaluation["num_steps"] == 1
 
 
+def test_import_and_export_of_the_quick_start(place: Path) -> None:
+    """Its commands before and after planning, with a plan of the bundled trace's model."""
+    (place / "responses.jsonl").rename(place / "dump.jsonl")
+    random_plan(load_model("debian-moe"), 8, 0, place / "plan.json")
+    ran = []
+    for words in commands(DOCS / "quick-start.md"):
+        if words[0] == "export" or words[:2] == ["trace", "import"]:
+            run(words)
+            ran.append(words[words.index("--out") + 1])
+    assert ran == ["trace.npz", "placement.json"]
+    assert all((place / name).stat().st_size for name in ran)
+
+
 def test_engines_page_names_every_format_and_engine() -> None:
     from moesim.exporters.registry import EXPORTERS
     from moesim.trace.importers.registry import IMPORTERS
