@@ -197,6 +197,7 @@ def run_solver(name: str, setting: Setting, peer: Any, base: Measured, bound: fl
         "seconds": f"{clock:.3g}",
         "cpu_seconds": f"{cpu:.3g}",
         "load_average": f"{os.getloadavg()[0]:.1f}",
+        "run": time.strftime("%Y-%m-%d"),
         "notes": "; ".join(solution.notes),
     }
     for key in KEPT:
@@ -279,15 +280,23 @@ def write_report(rows: list[dict], out: Path) -> None:
         "![held-out change against EPLB, with processor seconds](solvers.png)",
         "",
         "| case | solver | status | objective | bound | gap | imbalance | p99 | GPUs per token |"
-        " nodes per token | MoE time, ms | against EPLB | processor s | wall s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        " nodes per token | MoE time, ms | against EPLB | processor s | wall s | run on |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    names = solver_names()
+
+    def place(row: dict) -> float:
+        """Solvers as they are listed, the original behind EPLB."""
+        return (
+            names.index("eplb") + 0.5 if row["solver"] == ORIGINAL else names.index(row["solver"])
+        )
+
     for case in CASES:
-        own = [r for r in rows if r["case"] == case.title]
+        own = sorted((r for r in rows if r["case"] == case.title), key=place)
         bound = max((float(r.get("bound") or 0) for r in own), default=0.0)
         for row in own:
             if row["status"] == REFUSED:
-                cells = [case.title, row["solver"], REFUSED + ": " + row["notes"], *[""] * 11]
+                cells = [case.title, row["solver"], REFUSED + ": " + row["notes"], *[""] * 12]
                 lines.append("| " + " | ".join(cells) + " |")
                 continue
             value = float(row["value"])
@@ -301,6 +310,7 @@ def write_report(rows: list[dict], out: Path) -> None:
                 f" {float(row['node_fan_out']):.2f} |"
                 f" {float(row['step_us']) / 1e3:.3f} ±{float(row['step_us_half']) / 1e3:.3f} |"
                 f" {change} | {float(row['cpu_seconds']):.1f} | {float(row['seconds']):.1f} |"
+                f" {row['run']} |"
             )
     (out / "README.md").write_text("\n".join(lines) + "\n")
 

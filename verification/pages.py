@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ def printed(command: str, folder: Path) -> list[str]:
 
 
 def missing(shown: list[str], lines: list[str]) -> list[str]:
-    known = {line.rstrip() for line in lines}
-    return [line for line in shown if line.strip() not in ("", "...") and line not in known]
+    """Each line of `shown` that is not among `lines`, and behind it the most alike one that is."""
+    known = [line.rstrip() for line in lines]
+    gone = [line for line in shown if line.strip() not in ("", "...") and line not in known]
+    return [f"{line}\n  + {''.join(get_close_matches(line, known, 1))}" for line in gone]
 
 
 def text_of(cell: dict[str, Any]) -> list[str]:

@@ -1,4 +1,5 @@
-"""The recipes' moesim commands run as they stand, on small dumps of each engine."""
+"""The recipes' moesim commands run as they stand, on small dumps of each engine, and print what the
+recipes show."""
 
 from __future__ import annotations
 
@@ -45,13 +46,14 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("moesim ")]
 
 
-def run(words: list[str]) -> None:
+def run(words: list[str]) -> str:
     if words[:2] == ["trace", "import"]:
         words = words[1:]
     result = CliRunner().invoke(app, words)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
+    return result.output
 
 
 def routed(spec, tokens: int) -> np.ndarray:
@@ -78,7 +80,13 @@ def random_plan(spec, gpus: int, extra: int, path: Path) -> None:
         ]
     ).astype(np.int32)  # fmt: skip
     placement = Placement(table, gpus, 1, spec.num_experts)
-    Plan(spec.name, spec.moe_layer_ids, placement, replica_policy="nearest").save(path)
+    Plan(
+        spec.name,
+        spec.moe_layer_ids,
+        placement,
+        replica_policy="nearest",
+        evaluation={"all_to_all": "deepep"},
+    ).save(path)
 
 
 def write_dumps(folder: Path) -> None:
@@ -162,8 +170,11 @@ def test_moesim_commands_of_the_recipe(page: Path, place: Path) -> None:
         if words[0] == "plan" or "--apply" in words:
             continue
         needs(words, place, model, gpus)
-        run(expanded(words, place))
+        output = run(expanded(words, place))
         ran += 1
+        if words[0] == "export":
+            launch = output.split("start with\n", 1)[1].split("\nnote: ")[0].split()
+            assert " ".join(launch) in " ".join("\n".join(blocks(page)).split()), output
     assert ran >= 3
     back = load_plan(place / "back.json").placement
     plan = load_plan(place / "plan.json").placement
