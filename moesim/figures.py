@@ -4,7 +4,7 @@ is better. Tables, pictures, pages and studies take their words from here."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Better = Literal["low", "high", ""]
@@ -23,6 +23,11 @@ class Figure:
     better: Better = "low"
 
     @property
+    def base(self) -> str:
+        """Unit of the value itself: s, us, bytes, or none of a share."""
+        return _BASES.get((self.unit, self.factor), self.unit if self.factor == 1.0 else "")
+
+    @property
     def heading(self) -> str:
         """Label and unit."""
         return f"{self.label}, {self.unit}" if self.unit else self.label
@@ -30,6 +35,15 @@ class Figure:
     def text(self, value: float | None) -> str:
         """The value in `unit`, or "-"."""
         return "-" if value is None else f"{value * self.factor:,.{self.digits}f}"
+
+
+_BASES = {
+    ("ms", 1e3): "s",
+    ("ms", 1e-3): "us",
+    ("KB", 1e-3): "bytes",
+    ("MB", 1e-6): "bytes",
+    ("GB", 1e-9): "bytes",
+}
 
 
 def _ms_of_us(name: str, label: str) -> Figure:
@@ -84,7 +98,7 @@ SHORT = {
     "goodput_share": "goodput share",
     "gpu_utilisation": "busy share",
     "kv_used_peak": "peak KV share",
-    "queue_p99_s": "wait p99, ms",
+    "queue_s_p99": "wait p99, ms",
     "tokens_per_s_per_gpu": "tok/s per GPU",
 }
 """Short heads of columns."""
@@ -165,6 +179,7 @@ _ALL: tuple[Figure, ...] = (
     Figure("node_fan_out", "nodes per token", digits=2),
     Figure("inter_node_bytes", "inter-node traffic per token", "KB", 1, 1e-3),
     _ms_of_us("step_us", "MoE time per step"),
+    _ms_of_us("step_us_p50", "MoE time per step, p50"),
     _ms_of_us("step_us_p99", "MoE time per step, p99"),
     _ms_of_us("dispatch_us", "dispatch per step"),
     _ms_of_us("compute_us", "routed experts per step"),
@@ -217,6 +232,7 @@ _ALL: tuple[Figure, ...] = (
     _percent("goodput_share", "requests that keep their promises", "high"),
     Figure("kv_token_capacity", "tokens that the KV caches hold", "", 0, better="high"),
     # An expert cache.
+    Figure("engine_tokens_per_s", "tokens/s of the fastest engine", "", 1, better="high"),
     _percent("hit_rate", "hit rate", "high"),
     Figure("bytes_per_token", "host link traffic per token", "MB", 1, 1e-6),
     Figure("num_slots", "experts in GPU memory", "", 0, better=""),
@@ -230,10 +246,16 @@ def figure(name: str) -> Figure:
     return FIGURES[name]
 
 
+def figures_named(*names: str, **labels: str) -> tuple[Figure, ...]:
+    """Figures by name, some with labels of their own, where the same figure is of other parts."""
+    found = (FIGURES[name] for name in names)
+    return tuple(replace(f, label=labels.get(f.name, f.label)) for f in found)
+
+
 def short_heading(name: str) -> str:
     """A head for a column of a table of services or steps, with the unit that studies show; "" for
     a figure that has none."""
-    short, _, rest = name.removesuffix("_s").partition("_")
+    short, _, rest = name.partition("_")
     return f"{short.upper()} {rest}, ms" if short in LATENCIES else SHORT.get(name, "")
 
 

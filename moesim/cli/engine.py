@@ -1,4 +1,4 @@
-"""`moesim engine replay`: a routing trace, and a plan, inside a serving engine."""
+"""`moesim engine`: a routing trace inside a serving engine, and the host that it ran on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from typing import Annotated
 
 import typer
 
-from moesim.cli.options import JsonOption, ModelOption, SeedOption, TraceOption
+from moesim.cli.options import ClusterOption, JsonOption, ModelOption, SeedOption, TraceOption
 from moesim.cli.output import echo
 
-app = typer.Typer(help="Serving engines: replay a routing trace inside one.", no_args_is_help=True)
+app = typer.Typer(
+    help="Serving engines: replay a routing trace inside one, and tell its machine's host.",
+    no_args_is_help=True,
+)
+LayersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-hidden-layers",
+        min=1,
+        help="Cut the model to its first layers [default: all].",
+    ),
+]
 
 
 @app.callback()
@@ -28,10 +39,7 @@ def replay(
         typer.Option("--plan", help="Placement to serve with [default: the engine's own, 1 GPU]."),
     ] = None,
     model: ModelOption = None,
-    num_hidden_layers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Cut the model to its first layers [default: all]."),
-    ] = None,
+    num_hidden_layers: LayersOption = None,
     repeat_layers: Annotated[
         bool,
         typer.Option("--repeat-layers", help="Repeat a trace that has fewer layers."),
@@ -103,3 +111,46 @@ def replay(
             f"sh {out}/launch.sh bench latency --batch-size 64 --input-len 512 --output-len 64"
             " --disable-detokenize"
         )
+
+
+@app.command("host")
+def host(
+    trace: TraceOption,
+    step: Annotated[
+        list[str],
+        typer.Option(
+            "--step",
+            help="Prompts of one step and its time: 4x1024=41.7 in ms, or =FILE of vllm bench"
+            " latency; three sizes or more.",
+            metavar="RxP=MS|FILE",
+        ),
+    ],
+    model: ModelOption = None,
+    num_hidden_layers: LayersOption = None,
+    cluster: ClusterOption = None,
+    engine: Annotated[str, typer.Option("--engine", help="vllm, sglang or trtllm.")] = "vllm",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Engine file to write.")] = Path(
+        "host.yaml"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Find a machine's host from measured steps with prompts of a replay on one GPU.
+
+    Writes a file for --engine: what a step adds, and what a layer takes to enqueue.
+
+    Example: moesim engine host --trace sample:debian-olmoe --model OLMoE-1B-7B --cluster
+    h200-sxm-ib --step 1x1024=20.2 --step 4x1024=32.6 --step 16x1024=93.0
+    """
+    from moesim.cluster import DEFAULT_CLUSTER
+    from moesim.jobs.engine_host import engine_host
+
+    found = engine_host(
+        trace,
+        step,
+        model=model,
+        num_hidden_layers=num_hidden_layers,
+        cluster=cluster or DEFAULT_CLUSTER,
+        engine=engine,
+    )
+    found.save(out)
+    echo(json.dumps(found.to_json(), indent=2) if as_json else f"{found.summary()}\nwrote {out}")

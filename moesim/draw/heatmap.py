@@ -115,10 +115,11 @@ def heat_map(
     if per_row > 1 or per_column > 1:
         how = "the largest" if combine == "max" else "the mean"
         grouped = [f"a cell is {how} of {per_row} x {per_column}"]
-    said = (
-        f"{num_rows} by {shown.shape[1]} cells from {significant(float(np.nanmin(values)), 3)} to"
-        f" {significant(float(np.nanmax(values)), 3)} {unit}"
-    )
+    known = values[~np.isnan(values)]
+    said = f"{num_rows} by {shown.shape[1]} cells"
+    if known.size:
+        low, high = (significant(float(edge), 3) for edge in (known.min(), known.max()))
+        said += f" from {low} to {high} {unit}"
     return Picture(title, view, "; ".join([said, *grouped]))
 
 

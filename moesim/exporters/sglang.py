@@ -109,5 +109,12 @@ def decode(data: bytes, options: ReadOptions) -> Plan:
                 f"left out rows {total} to {len(table) - 1}: after the model's {total} layers come"
                 " those of multi-token prediction (MTP), which no trace has"
             )
+        if total is None:
+            others = sorted(set(range(len(table))) - set(layers))
+            shown = ", ".join(map(str, others[:8])) + " ..." * (len(others) > 8)
+            options.notify(
+                f"left out rows {shown}, which are not of the MoE layers asked for: dense layers,"
+                " and those of multi-token prediction, have rows too"
+            )
         table = table[list(layers)]
     return make_plan(table, options, "SGLang", layers)

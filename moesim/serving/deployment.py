@@ -207,7 +207,8 @@ def deploy(
     file that is sized to the deployment. tp: what `num_gpus`, or a cluster given as an object,
     leaves after dp and pp, else 1. ep and
     moe_tp: with attention DP or a plan all experts whole (ep = tp x dp), else cut (moe_tp = tp).
-    dtypes as stored in the model; the rest as the engine's profile. moe_comm: all_reduce without
+    dtypes as stored in the model; the rest as the engine's profile, max_sequences at most
+    max_batch_tokens where decoding shares steps with prompts. moe_comm: all_reduce without
     attention DP; all_gather where experts are cut; else what `cost.step.default_library` takes for
     prompts and for decoding: deepep_auto over several nodes where DeepEP was measured, nvlink where
     that was, nccl.
@@ -242,6 +243,9 @@ def deploy(
     alone = dp == 1 and expert_gpus is None
     provisional: MoeComm = "nccl" if expert_gpus else "all_reduce" if alone else "all_gather"
     comm: MoeComm = moe_comm or provisional
+    rows = max_batch_tokens or profile.max_batch_tokens
+    mixed = profile.prefill_policy == "mixed"
+    most = min(profile.max_sequences, rows) if mixed else profile.max_sequences
     made = Deployment(
         model=spec,
         cluster=cluster,
@@ -254,8 +258,8 @@ def deploy(
         expert_dtype=expert_dtype or spec.expert_dtype,
         dense_dtype=dense_dtype or spec.dense_dtype,
         kv_dtype=kv_dtype,
-        max_batch_tokens=max_batch_tokens or profile.max_batch_tokens,
-        max_sequences=max_sequences or profile.max_sequences,
+        max_batch_tokens=rows,
+        max_sequences=max_sequences or most,
         memory_fraction=memory_fraction or profile.memory_fraction,
         moe_comm=comm,
         plan=plan,

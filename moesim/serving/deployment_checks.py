@@ -29,6 +29,12 @@ def check_deployment(d: Deployment) -> None:
         value = getattr(d, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is {value!r:.40}", f"give {name} as a number of 1 or more")
+    if d.engine.name == "vllm" and d.max_sequences > d.max_batch_tokens:
+        raise InputError(
+            f"max_sequences {d.max_sequences} is above max_batch_tokens {d.max_batch_tokens}, with"
+            " which vLLM does not start",
+            "give at most as many sequences as a step has tokens, or leave max_sequences out",
+        )
     if d.expert_gpus is not None:
         _check_apart(d, d.expert_gpus)
     elif d.ep * d.moe_tp != d.tp * d.dp:

@@ -209,7 +209,7 @@ def engine_profile(name: str) -> EngineProfile:
 def _of_file(path: str) -> EngineProfile:
     import yaml
 
-    remedy = "`moesim recommend --measured` writes such files"
+    remedy = "`moesim recommend --measured` and `moesim engine host` write such files"
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

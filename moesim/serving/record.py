@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moesim.cluster.prices import Prices
+from moesim.figures import LATENCIES
 from moesim.serving.memory import gpu_memory
-from moesim.serving.slo import LATENCIES
 from moesim.serving.state import FINISHED
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.cost.curves import Basis
-from moesim.serving.slo import LATENCIES, STATS, Slo
+from moesim.figures import LATENCIES
+from moesim.serving.slo import STATS, Slo
 from moesim.serving.state import (
     DEMOTE,
     FINISHED,

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 from moesim import numerals
 from moesim.errors import InputError, UnknownNameError
+from moesim.figures import LATENCIES
 
-LATENCIES = ("ttft", "tpot", "e2e")
-"""Time to first token, time per output token after the first, end to end."""
 STATS: Mapping[str, float | None] = {
     "mean": None,
     "p50": 50.0,

@@ -13,10 +13,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from moesim.cluster import load_cluster
 from moesim.errors import InputError, MismatchError
+from moesim.figures import Figure
 from moesim.studies.inputs import cluster_of, kept
 
 MAX_GPUS = 65_536
-Better = Literal["low", "high", ""]
 Scalar = bool | int | float | str | None
 
 
@@ -42,16 +42,6 @@ Factor = Annotated[float, BeforeValidator(_finite), Field(ge=0.01, le=100)]
 Gpus = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MAX_GPUS)]
 Tokens = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=1 << 24)]
 Word = Annotated[str, Field(min_length=1, max_length=400)]
-
-
-@dataclass(frozen=True, slots=True)
-class StudyFigure:
-    """A figure of a point. `name` ends in its unit (`tpot_p99_s`, `step_us`), if it has one."""
-
-    name: str
-    label: str
-    unit: str = ""
-    better: Better = "low"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +79,7 @@ class Evaluator:
     name: ClassVar[str]
     about: ClassVar[str]
     params: ClassVar[type[Params]]
-    figures: ClassVar[tuple[StudyFigure, ...]]
+    figures: ClassVar[tuple[Figure, ...]]
     goal: ClassVar[str]
     throughput: ClassVar[str]
     front: ClassVar[tuple[str, str]]
@@ -146,10 +136,10 @@ class Evaluator:
         """The figures of one point. Raises MoesimError where it cannot be."""
         raise NotImplementedError
 
-    def figure(self, name: str) -> StudyFigure | None:
+    def figure(self, name: str) -> Figure | None:
         """The figure of this name, or of this name without its unit."""
         for figure in self.figures:
-            if name in (figure.name, figure.name.removesuffix(f"_{figure.unit}")):
+            if name in (figure.name, figure.name.removesuffix(f"_{figure.base}")):
                 return figure
         return None
 

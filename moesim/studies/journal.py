@@ -19,7 +19,7 @@ from moesim.errors import FormatError, InputError
 from moesim.studies.evaluator import Outcome
 
 FORMAT = "moesim-study-journal"
-VERSION = 1
+VERSION = 2
 MAX_LINE_BYTES = 1 << 20
 
 

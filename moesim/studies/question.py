@@ -99,7 +99,7 @@ def parse_bounds(text: str, evaluator: Evaluator) -> tuple[Promise, ...]:
         name, sign, number, unit = found.groups()
         figure = evaluator.figure(name)
         if figure is None:
-            known = [f.name.removesuffix(f"_{f.unit}") for f in evaluator.figures]
+            known = [f.name.removesuffix(f"_{f.base}") for f in evaluator.figures]
             raise UnknownNameError(
                 f"figure of evaluator {evaluator.name}", name, known,
             )  # fmt: skip
@@ -107,16 +107,16 @@ def parse_bounds(text: str, evaluator: Evaluator) -> tuple[Promise, ...]:
             limit = numerals.number(number)
         except ValueError:
             raise InputError(f"slo: {number!r} in {part.strip()!r} is no number", _REMEDY) from None
-        if figure.unit in _OF_FIGURE:
+        if figure.base in _OF_FIGURE:
             if unit not in UNITS_S:
                 raise InputError(
                     f"slo: {part.strip()[:80]!r} has no unit of time",
                     f"write one of {', '.join(UNITS_S)}",
                 )
-            limit *= UNITS_S[unit] / _OF_FIGURE[figure.unit]
+            limit *= UNITS_S[unit] / _OF_FIGURE[figure.base]
         elif unit == "%":
             limit /= 100
-        elif unit not in ("", figure.unit):
+        elif unit not in ("", figure.base):
             raise InputError(
                 f"slo: {figure.name} is not measured in {unit}",
                 "leave the unit out: the figure's name says it",
@@ -125,7 +125,7 @@ def parse_bounds(text: str, evaluator: Evaluator) -> tuple[Promise, ...]:
             raise InputError(f"slo: {part.strip()[:80]!r}: the bound is not above 0", _REMEDY)
         if any(b.figure == figure.name and b.sign == sign for b in out):
             raise InputError(f"slo: {name} is bound twice", "keep one of the two")
-        out.append(Promise(figure.name, figure.unit, sign, limit))  # type: ignore[arg-type]
+        out.append(Promise(figure.name, figure.base, sign, limit))  # type: ignore[arg-type]
     for low in out:
         for high in out:
             crossed = (low.sign, high.sign) == (">", "<") and low.limit >= high.limit

@@ -98,7 +98,7 @@ def _defaults(results: Results) -> dict[str, Any]:
 
 def _figures(results: Results) -> dict[str, dict[str, str]]:
     out = {
-        f.name: {"label": f.label, "unit": f.unit, "better": f.better}
+        f.name: {"label": f.label, "unit": f.base, "better": f.better}
         for f in results.study.evaluator.figures
     }
     out["gpus"] = {"label": "GPUs", "unit": "", "better": "low"}

@@ -93,7 +93,7 @@ def _table(data: dict[str, Any], columns: list[str], limit: int) -> list[str]:
 def heading(name: str, figures: dict[str, Any]) -> str:
     """A figure's label with the unit that `number` shows it in."""
     figure = figures.get(name, {"label": name, "unit": ""})
-    shown = {"us": "ms", "s": "ms", "bytes": "KB"}.get(figure["unit"], "")
+    shown = {"us": "ms", "s": "ms", "bytes": "KB"}.get(figure["unit"], figure["unit"])
     return figure["label"] + (f", {shown}" if shown else "")
 
 

@@ -72,6 +72,9 @@ def test_rows_of_mtp_layers_are_left_out(reading, notes):
     assert plan.layer_ids == (1, 2)
     assert plan.placement.physical_to_logical.tolist() == [[1, 0], [0, 1]]
     assert any("left out rows 3 to 3" in n and "MTP" in n for n in notes)
+    notes.clear()
+    sglang.decode(location(rows), reading(num_gpus=2, layer_ids=(1, 2)))
+    assert any("left out rows 0, 3, which are not of the MoE layers" in n for n in notes)
     file = {
         "num_slots": 2,
         "initial_global_assignments": dict(enumerate(rows)),

@@ -115,7 +115,8 @@ def test_states_of_linear_attention_are_set_aside_before_the_cache() -> None:
     taken = memory.weight_bytes + memory.activation_bytes + memory.runtime_bytes
     assert memory.kv_cache_bytes == memory.usable_bytes - taken - memory.state_bytes
     # However many sequences, states take at most half of what is left.
-    many = gpu_memory(deploy("Qwen3.5-35B-A3B", "h200-sxm-ib", tp=2, max_sequences=100_000))
+    wide = {"max_sequences": 100_000, "max_batch_tokens": 100_000}
+    many = gpu_memory(deploy("Qwen3.5-35B-A3B", "h200-sxm-ib", tp=2, **wide))
     assert many.state_bytes == pytest.approx(many.kv_cache_bytes)
 
 

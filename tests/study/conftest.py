@@ -9,7 +9,8 @@ import pytest
 
 from moesim.backend import open_backend
 from moesim.errors import InfeasibleError, InputError
-from moesim.studies.evaluator import Evaluated, Evaluator, Factor, Number, Params, StudyFigure
+from moesim.figures import Figure
+from moesim.studies.evaluator import Evaluated, Evaluator, Factor, Number, Params
 from moesim.studies.registry import EVALUATORS, get_evaluator
 from moesim.studies.run import Results, make_study, run_study
 
@@ -29,8 +30,8 @@ class Toy(Evaluator):
     about: ClassVar = "a toy"
     params: ClassVar = ToyParams
     figures: ClassVar = (
-        StudyFigure("time_s", "time", "s"),
-        StudyFigure("rate", "rate", "", "high"),
+        Figure("time_s", "time", "ms", factor=1e3),
+        Figure("rate", "rate", better="high"),
     )
     goal: ClassVar = "time_s"
     throughput: ClassVar = "rate"

@@ -51,18 +51,28 @@ def test_refitting_meets_the_medians(answer, tmp_path) -> None:
     assert "off" in found.summary()
 
 
-def test_the_refitted_engine_is_one(answer, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "changed", "kept"),
+    [(512, "kernel_us", "eager_layer_us"), (8192, "eager_layer_us", "kernel_us")],
+)
+def test_the_refitted_engine_is_one(answer, tmp_path, tokens, changed, kept) -> None:
+    """Steps of 512 tokens are replayed as graphs, so that the host's layers say nothing of them."""
+    record = json.loads((answer / "recommendation.json").read_text())
+    role = record["answers"][0]["options"][0]["roles"]["serving"]
+    role |= {"max_batch_tokens": tokens, "max_sequences": min(role["max_sequences"], tokens)}
+    written(tmp_path / "recommendation.json", record)
     bench = written(tmp_path / "b.json", result())
     out = tmp_path / "mine.yaml"
-    args = ["recommend", "--measured", str(bench), "--answer", str(answer), "--out", str(out)]
+    args = ["recommend", "--measured", str(bench), "--answer", str(tmp_path), "--out", str(out)]
     assert run(args) == 0
     mine = engine_profile(str(out))
     assert mine.name == "vllm"
-    assert mine.kernel_us == ENGINES["vllm"].kernel_us
-    assert mine.eager_layer_us != ENGINES["vllm"].eager_layer_us
+    assert getattr(mine, kept) == getattr(ENGINES["vllm"], kept)
+    assert getattr(mine, changed) != getattr(ENGINES["vllm"], changed)
     served = moesim.serve(
         "poisson:rate=5,requests=200,prompt=1000,output=300",
         model="gpt-oss-20b", cluster="h200-sxm-ib", gpus=1, engine=str(out),
+        max_batch_tokens=tokens,
     )  # fmt: skip
     assert served.record["metrics"]["tpot_p50"] == pytest.approx(7.0e-3, rel=0.1)
 
@@ -154,4 +164,15 @@ def test_an_answer_whose_question_is_damaged_is_refused(answer, tmp_path, asked)
     record = json.loads((answer / "recommendation.json").read_text())
     (tmp_path / "recommendation.json").write_text(json.dumps(record | {"asked": asked}))
     with pytest.raises(FormatError, match="no recommendation"):
+        compare_measured(tmp_path, written(tmp_path / "b.json", result()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("pp", {"a": 1}), ("tp", 0), ("moe_comm", "pigeon"), ("kv_dtype", [])]
+)
+def test_an_answer_with_a_damaged_role_is_refused_by_name(answer, tmp_path, name, value) -> None:
+    record = json.loads((answer / "recommendation.json").read_text())
+    next(iter(record["answers"][0]["options"][0]["roles"].values()))[name] = value
+    (tmp_path / "recommendation.json").write_text(json.dumps(record))
+    with pytest.raises(FormatError, match=rf"no recommendation \(answers.*{name}"):
         compare_measured(tmp_path, written(tmp_path / "b.json", result()))

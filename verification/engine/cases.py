@@ -54,6 +54,8 @@ MODELS = {
         Model("glm-4.5-air-17", "GLM-4.5-Air", "synth:qwen3-30b", layers=17, set="later"),
     )
 }
+RANK_MODELS = ("qwen3-30b", "gpt-oss-20b", "dsv2-lite", "olmoe")
+"""Those whose expert-parallel ranks are timed one after the other."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tables import host_bound, interval, load, samples
+from tables import host_bound, interval, load, put, samples
 
 Row = tuple[str, str, str, bool, np.ndarray, dict[str, float]]
 KINDS = {
@@ -109,14 +108,7 @@ def main() -> None:
             {"before_ms": "first prediction", "ms": "profile of vLLM", "host_ms": "with this host"},
         ),
     }
-    page = args.report / "README.md"
-    text = page.read_text()
-    for name, table in tables.items():
-        print(f"-- {name}\n{table}\n")
-        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        text = re.sub(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)
-    if args.write:
-        page.write_text(text)
+    put(args.report, tables, write=args.write)
 
 
 if __name__ == "__main__":

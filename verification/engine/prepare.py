@@ -1,4 +1,4 @@
-"""Replay files, model folders and placements that the GPU machine needs, into one folder.
+"""Replay files and model folders that the GPU machine needs, into one folder.
 
     python verification/engine/prepare.py FOLDER [--data DIR]
 
@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,14 +18,10 @@ from cases import MODELS, Model
 
 from moesim.engine.content import build_content, save_content
 from moesim.engine.model_folder import hf_config, spec_of, write_model_folder
-from moesim.placement import Placement, Plan
 from moesim.trace.format import Trace, load_token_trace
 
 SYNTH_TOKENS = 20_000
 MOST_TOKENS = 24_000
-PLANS = ("linear", "eplb", "ours", "eplb+", "ours+")
-"""Without replicas and, "+", with one redundant slot on every GPU."""
-GROUPS = (8, 16)
 
 
 def trace_of(model: Model, data: Path, folder: Path) -> Trace:
@@ -38,6 +33,11 @@ def trace_of(model: Model, data: Path, folder: Path) -> Trace:
         trace = load_token_trace(f"sample:{name}", "this study")
     else:
         trace = load_token_trace(folder / f"{name}.npz", "this study")
+    return cut(trace)
+
+
+def cut(trace: Trace) -> Trace:
+    """Whole requests of it, of at most MOST_TOKENS tokens."""
     if trace.num_tokens <= MOST_TOKENS:
         return trace
     request = np.asarray(trace.request_ids)
@@ -48,39 +48,11 @@ def trace_of(model: Model, data: Path, folder: Path) -> Trace:
     return trace.take(np.flatnonzero(np.isin(request, keep)))
 
 
-def plans_of(trace: Trace, model: Model, gpus: int) -> dict[str, Plan]:
-    """Placements of the trace on `gpus` GPUs, as `moesim plan` makes them by default."""
-    from moesim.cli.main import run
-
-    made: dict[str, Plan] = {}
-    import tempfile
-
-    from moesim.placement import load_plan
-    from moesim.trace.format import save_trace
-
-    with tempfile.TemporaryDirectory() as name:
-        source = Path(name) / "t.npz"
-        save_trace(trace, source)
-        for plan in PLANS:
-            solver = {"linear": "linear", "eplb": "eplb", "ours": "local_search"}[plan.rstrip("+")]
-            out = Path(name) / "p.json"
-            args = ["plan", "--trace", str(source), "--gpus", str(gpus), "--solver", solver]
-            args += ["--model", model.preset, "--cluster", "h200-sxm-ib", "--out", str(out)]
-            args += ["--redundant-experts", str(gpus if plan.endswith("+") else 0)]
-            args += ["--ignore-memory", "--time-limit", "20", "--json"]
-            code = run(args)
-            if code:
-                raise SystemExit(f"{model.key} {plan} on {gpus}: exit code {code}")
-            made[plan] = load_plan(out)
-    return made
-
-
 def main() -> None:
     """Everything, printed as it is made."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--plans", action="store_true", help="also the placements for ranks.py")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     for model in MODELS.values():
@@ -91,15 +63,6 @@ def main() -> None:
         content = build_content(trace, spec.moe_layer_ids, repeat_layers=model.repeat_layers)
         save_content(content, args.folder / f"{model.key}.replay.npz")
         print(model.key, trace.num_tokens, content.table.shape, len(spec.moe_layer_ids), flush=True)
-        if args.plans and model.key in ("qwen3-30b", "gpt-oss-20b", "dsv2-lite"):
-            found = {}
-            for gpus in GROUPS:
-                for name, plan in plans_of(trace, model, gpus).items():
-                    placement: Placement = plan.placement
-                    found[f"{gpus}/{name}"] = placement.physical_to_logical.tolist()
-            sizes = {"hidden": spec.hidden_size, "width": spec.moe_intermediate_size}
-            path = args.folder / f"{model.key}.plans.json"
-            path.write_text(json.dumps({"sizes": sizes, "plans": found}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Steps of a whole model inside vLLM, one process per model, on the GPU machine.
 
     python study.py FOLDER MODEL OUT.json [--budget SECONDS] [--turn FILE] [--only CASE,...]
-        [--start] [--paused] [--smoke]
+        [--start] [--paused] [--no-profile] [--smoke]
 
 FOLDER: what prepare.py wrote. The engine runs in this process, so that a step's wall time and GPU
 time are seen together. Prefill: whole prompts in one step. Decode: sequences are prefilled once,
@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="keys of cases, between commas")
     parser.add_argument("--start", action="store_true")
     parser.add_argument("--paused", action="store_true")
+    parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     model = MODELS[args.model]
@@ -364,7 +365,7 @@ def main() -> None:
             args.out.write_text(json.dumps(record))
         print("DONE", model.key, case.key, round(time.time() - start, 1), "s", flush=True)
     profiled = {"first": PROFILED, "later": (LATER_PREFILL[4], LATER_DECODE[4])}[model.set]
-    for case in () if args.start else profiled:
+    for case in () if args.start or args.no_profile else profiled:
         for before in (0, 4) if case.phase == "prefill" else (0,):
             try:
                 name = case.key + (f" after {before}" if before else "")

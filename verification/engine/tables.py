@@ -171,68 +171,19 @@ def kernels_table(records: list[dict[str, Any]], predicted: dict[str, Any]) -> s
     return "\n".join(lines)
 
 
-def ranks(report: Path) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """{model: {group/phase/plan: {measured [layers, rounds, ranks], predicted [layers, ranks]}}}"""
-    raw = json.loads(gzip.decompress((report / "raw" / "ranks.json.gz").read_bytes()))
-    predicted = json.loads((report / "predictions_ranks.json").read_text())
-    found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    for model, cases in raw.items():
-        for key, by_rank in cases.items():
-            group, phase, plan, _ = key.split("/")
-            spot = found.setdefault(model, {}).setdefault(f"{group}/{phase}/{plan}", {})
-            times = np.array([by_rank[r][1] for r in sorted(by_rank, key=int)]).T
-            spot.setdefault("measured", []).append(times)  # type: ignore[arg-type]
-            spot.setdefault("predicted", []).append(predicted[model][key])  # type: ignore[arg-type]
-    for by_plan in found.values():
-        for spot in by_plan.values():
-            for name in spot:
-                spot[name] = np.array(spot[name])
-    return found
-
-
-def ranks_table(report: Path) -> str:
-    """The slowest rank of a layer under each placement, mean over layers, microseconds."""
-    plans = ("linear", "eplb", "ours", "eplb+", "ours+")
-    lines = ["| model | group | step | " + " | ".join(plans) + " | order of pairs right |"]
-    lines += ["|---|---|---|" + "---|" * 6]
-    right = told = 0
-    for model, cases in ranks(report).items():
-        for block in dict.fromkeys(k.rpartition("/")[0] for k in cases):
-            spots = [cases[f"{block}/{plan}"] for plan in plans]
-            rounds = [s["measured"].max(axis=2).mean(axis=0) for s in spots]
-            want = [float(s["predicted"].max(axis=1).mean()) for s in spots]
-            mids = [interval(r) for r in rounds]
-            good = apart = 0
-            for i in range(len(plans)):
-                for j in range(i):
-                    if mids[i][1] > mids[j][2] or mids[i][2] < mids[j][1]:
-                        apart += 1
-                        good += (mids[i][0] > mids[j][0]) == (want[i] > want[j])
-            right, told = right + good, told + apart
-            group, phase = block.split("/")
-            cells = " | ".join(f"{m[0]:.0f} ({w:.0f})" for m, w in zip(mids, want, strict=True))
-            lines.append(f"| {model} | EP{group} | {phase} | {cells} | {good} of {apart} |")
-    lines.append(f"| all | | | | | | | | {right} of {told} |")
-    return "\n".join(lines)
-
-
-def rank_errors(report: Path) -> str:
-    """Errors of single ranks' kernel times."""
-    lines = ["| model | step | ranks | median error | 90th percentile | bias |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for model, cases in ranks(report).items():
-        for phase in ("prefill", "decode"):
-            parts = []
-            for key, spot in cases.items():
-                if key.split("/")[1] == phase:
-                    measured = np.median(spot["measured"], axis=1)
-                    parts.append((spot["predicted"] / measured - 1)[measured > 0])
-            e = np.concatenate(parts)
-            lines.append(
-                f"| {model} | {phase} | {len(e)} | {np.median(np.abs(e)):.1%} |"
-                f" {np.percentile(np.abs(e), 90):.1%} | {np.median(e):+.1%} |"
-            )
-    return "\n".join(lines)
+def put(report: Path, tables: dict[str, str], *, write: bool) -> None:
+    """Print tables, or set each between the marks of its name in the report's README."""
+    if not write:
+        print("\n\n".join(f"-- {name}\n{text}" for name, text in tables.items()))
+        return
+    page = report / "README.md"
+    text = page.read_text()
+    for name, table in tables.items():
+        pattern = rf"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)"
+        text, count = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)
+        if count != 1:
+            raise SystemExit(f"no marks for {name}")
+    page.write_text(text)
 
 
 def main() -> None:
@@ -247,23 +198,8 @@ def main() -> None:
         "steps": steps_table(records, predicted),
         "kernels": kernels_table(records, predicted),
         "memory": memory_table(records, predicted),
-        "ranks": ranks_table(args.report),
-        "rank errors": rank_errors(args.report),
     }
-    if not args.write:
-        print("\n\n".join(f"-- {name}\n{text}" for name, text in tables.items()))
-        return
-    page = args.report / "README.md"
-    text = page.read_text()
-    for name, table in tables.items():
-        marks = (f"<!-- begin {name} -->\n", f"<!-- end {name} -->")
-        pattern = re.escape(marks[0]) + r".*?" + re.escape(marks[1])
-        text, count = re.subn(
-            pattern, lambda _, t=table, m=marks: m[0] + t + "\n" + m[1], text, flags=re.S
-        )
-        if count != 1:
-            raise SystemExit(f"no marks for {name}")
-    page.write_text(text)
+    put(args.report, tables, write=args.write)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tables import interval
+from tables import interval, put
 
 HOST_SHARE = 0.9
 KINDS = {
@@ -319,18 +318,8 @@ def main() -> None:
     parser.add_argument("report", type=Path)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    readme = args.report / "README.md"
-    text = readme.read_text() if args.write else ""
-    for name, make in TABLES.items():
-        table = make(args.report)
-        if not args.write:
-            print(table, end="\n\n")
-            continue
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        text = pattern.sub(lambda _, t=table, b=begin, e=end: f"{b}\n{t}\n{e}", text)
-    if args.write:
-        readme.write_text(text)
+    tables = {name: make(args.report) for name, make in TABLES.items()}
+    put(args.report, tables, write=args.write)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from moesim.caching.rates import torch_kernels
 from moesim.cluster import Machine, load_machine
 from moesim.cluster.load import cluster_of_machine
 from moesim.errors import InputError, MismatchError
-from moesim.studies.evaluator import Evaluated, Factor, Number, Params, StudyFigure, Whole, Word
+from moesim.figures import figures_named
+from moesim.studies.evaluator import Evaluated, Factor, Number, Params, Whole, Word
 from moesim.studies.evaluators.routing import RoutingEvaluator, model_name, model_required
 from moesim.studies.inputs import kept, rerouted_trace
 
@@ -56,13 +57,13 @@ class CacheEvaluator(RoutingEvaluator):
     name: ClassVar = "cache"
     about: ClassVar = "one GPU with experts in host memory, as moesim cache"
     params: ClassVar = CacheParams
-    figures: ClassVar = (
-        StudyFigure("tokens_per_s", "tokens/s", "", "high"),
-        StudyFigure("hit_rate", "hit rate", "", "high"),
-        StudyFigure("bytes_per_token", "bytes per token over the host link", "bytes"),
-        StudyFigure("engine_tokens_per_s", "tokens/s of the fastest engine", "", "high"),
-        StudyFigure("num_slots", "experts in GPU memory", "", ""),
-        StudyFigure("hbm_gb", "GB of GPU memory"),
+    figures: ClassVar = figures_named(
+        "tokens_per_s",
+        "hit_rate",
+        "bytes_per_token",
+        "engine_tokens_per_s",
+        "num_slots",
+        "hbm_gb",
     )
     goal: ClassVar = "tokens_per_s"
     throughput: ClassVar = "tokens_per_s"

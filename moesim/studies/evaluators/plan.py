@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from moesim.studies.evaluator import Evaluated, Factor, StudyFigure
+from moesim.figures import figures_named
+from moesim.studies.evaluator import Evaluated, Factor
 from moesim.studies.evaluators.routing import RoutingEvaluator, RoutingParams, plan_of
 
 
@@ -15,26 +16,33 @@ class PlanParams(RoutingParams):
     imbalance_scale: Factor = 1.0
 
 
+_ROUTED = (
+    "balancedness",
+    "imbalance",
+    "imbalance_p99",
+    "fan_out",
+    "node_fan_out",
+    "inter_node_bytes",
+)
+
+
 class PlanEvaluator(RoutingEvaluator):
     """The MoE part of a step under a placement, in closed form."""
 
     name: ClassVar = "plan"
     about: ClassVar = "placement and its held-out figures, as moesim plan"
     params: ClassVar = PlanParams
-    figures: ClassVar = (
-        StudyFigure("step_us", "MoE time per step", "us"),
-        StudyFigure("step_p99_us", "MoE time per step, p99", "us"),
-        StudyFigure("dispatch_us", "dispatch", "us"),
-        StudyFigure("compute_us", "experts", "us"),
-        StudyFigure("combine_us", "combine", "us"),
-        StudyFigure("tokens_per_s", "tokens/s through the MoE layers", "", "high"),
-        StudyFigure("tokens_per_s_per_gpu", "the same a GPU", "", "high"),
-        StudyFigure("balancedness", "balancedness", "", "high"),
-        StudyFigure("imbalance", "imbalance"),
-        StudyFigure("imbalance_p99", "imbalance, p99"),
-        StudyFigure("fan_out", "GPUs per token"),
-        StudyFigure("node_fan_out", "nodes a token"),
-        StudyFigure("inter_node_bytes", "inter-node bytes per token", "bytes"),
+    figures: ClassVar = figures_named(
+        "step_us",
+        "step_us_p99",
+        "dispatch_us",
+        "compute_us",
+        "combine_us",
+        "tokens_per_s",
+        "tokens_per_s_per_gpu",
+        *_ROUTED,
+        tokens_per_s="tokens/s through the MoE layers",
+        tokens_per_s_per_gpu="tokens/s through the MoE layers per GPU",
     )
     goal: ClassVar = "step_us"
     throughput: ClassVar = "tokens_per_s"
@@ -49,17 +57,7 @@ class PlanEvaluator(RoutingEvaluator):
     def evaluate(self, params: Mapping[str, Any]) -> Evaluated:
         result = plan_of(self, params)
         found = {name: figure.value for name, figure in result.chosen.figures.items()}
-        out: dict[str, float | None] = {
-            name: found.get(name)
-            for name in (
-                "balancedness",
-                "imbalance",
-                "imbalance_p99",
-                "fan_out",
-                "node_fan_out",
-                "inter_node_bytes",
-            )
-        }
+        out: dict[str, float | None] = {name: found.get(name) for name in _ROUTED}
         if result.step is not None:
             spread = _spread(found["imbalance"], params["imbalance_scale"])
             compute = found["compute_us"] * spread
@@ -68,7 +66,7 @@ class PlanEvaluator(RoutingEvaluator):
             tokens = _tokens(result)
             out |= {
                 "step_us": step,
-                "step_p99_us": found["step_us_p99"] + more,
+                "step_us_p99": found["step_us_p99"] + more,
                 "dispatch_us": found["dispatch_us"],
                 "compute_us": compute,
                 "combine_us": found["combine_us"],

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from moesim.serving.slo import LATENCIES, parse_slo
-from moesim.studies.evaluator import Evaluated, Factor, Number, StudyFigure, Tokens, Whole, Word
+from moesim.figures import LATENCIES, figures_named
+from moesim.serving.slo import parse_slo
+from moesim.studies.evaluator import Evaluated, Factor, Number, Tokens, Whole, Word
 from moesim.studies.evaluators.static import (
     Degree,
     DeploymentEvaluator,
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
     from moesim.serving.result import ServingResult
 
 PERCENTILES = ("p50", "p90", "p99")
-_LABELS = {"ttft": "time to first token", "tpot": "time per output token", "e2e": "end to end"}
+_RATES = (
+    "output_tokens_per_s",
+    "output_tokens_per_s_per_gpu",
+    "prompt_tokens_per_s",
+    "requests_per_s",
+    "offered_requests_per_s",
+    "gpu_utilisation",
+    "kv_used_peak",
+)
 
 
 class RequestsParams(DeploymentParams):
@@ -56,26 +65,16 @@ class RequestsEvaluator(DeploymentEvaluator):
     name: ClassVar = "requests"
     about: ClassVar = "every request of a log or an arrival process, simulated"
     params: ClassVar = RequestsParams
-    figures: ClassVar = (
-        *(
-            StudyFigure(f"{latency}_{stat}_s", f"{_LABELS[latency]}, {stat}", "s")
-            for latency in LATENCIES
-            for stat in ("mean", *PERCENTILES)
-        ),
-        StudyFigure("output_tokens_per_s", "output tokens/s", "", "high"),
-        StudyFigure("output_tokens_per_s_per_gpu", "output tokens/s per GPU", "", "high"),
-        StudyFigure("prompt_tokens_per_s", "prompt tokens/s", "", "high"),
-        StudyFigure("requests_per_s", "requests/s served", "", "high"),
-        StudyFigure("offered_requests_per_s", "requests/s offered", "", ""),
-        StudyFigure("served_share", "share of requests served", "", "high"),
-        StudyFigure("goodput_share", "share that keeps the promises of each request", "", "high"),
-        StudyFigure("gpu_utilisation", "share of the time that GPUs are in steps", "", ""),
-        StudyFigure("kv_used_peak", "share of the KV cache in use, peak"),
-        StudyFigure("queue_p99_s", "time waiting, p99", "s"),
+    figures: ClassVar = figures_named(
+        *(f"{latency}_{stat}" for latency in LATENCIES for stat in ("mean", *PERCENTILES)),
+        *_RATES,
+        "served_share",
+        "goodput_share",
+        "queue_s_p99",
     )
     goal: ClassVar = "output_tokens_per_s_per_gpu"
     throughput: ClassVar = "output_tokens_per_s"
-    front: ClassVar = ("gpus", "tpot_p99_s")
+    front: ClassVar = ("gpus", "tpot_p99")
     scales: ClassVar = {
         "network bandwidth": "network_scale",
         "compute": "compute_scale",
@@ -117,24 +116,12 @@ class RequestsEvaluator(DeploymentEvaluator):
         )
         result = simulate_serving(front.engine, _arriving(params), config)
         metrics = result.metrics
-        out: dict[str, float | None] = {
-            name: metrics[name]
-            for name in (
-                "output_tokens_per_s",
-                "output_tokens_per_s_per_gpu",
-                "prompt_tokens_per_s",
-                "requests_per_s",
-                "offered_requests_per_s",
-                "gpu_utilisation",
-                "kv_used_peak",
-            )
-        }
+        out: dict[str, float | None] = {name: metrics[name] for name in (*_RATES, "queue_s_p99")}
         counts = result.counts()
-        out["queue_p99_s"] = metrics["queue_s_p99"]
         out["served_share"] = counts["finished"] / len(result)
         out["goodput_share"] = result.goodput(goodput)["share"] if goodput is not None else None
         for latency in LATENCIES:
-            out[f"{latency}_mean_s"] = metrics[f"{latency}_mean"]
+            out[f"{latency}_mean"] = metrics[f"{latency}_mean"]
             out |= _percentiles(latency, result)
         unserved = len(result) - counts["finished"]
         if unserved:
@@ -177,7 +164,7 @@ def _percentiles(latency: str, result: ServingResult) -> dict[str, float | None]
     values = np.sort(values[~np.isnan(values)])
     out: dict[str, float | None] = {}
     for stat in PERCENTILES:
-        name = f"{latency}_{stat}_s"
+        name = f"{latency}_{stat}"
         if not len(values):
             out[name] = None
             continue

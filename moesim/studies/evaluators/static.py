@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from moesim.choices import MoeComm, Overlap
 from moesim.errors import InputError, UnknownNameError
-from moesim.figures import count
+from moesim.figures import count, figures_named
 from moesim.model.dtypes import KV_BYTES, WEIGHT_BYTES
 from moesim.serving.engines import engine_profile
 from moesim.serving.fit import DEFAULT_GPUS, Split, default_pools, service_gpus
@@ -28,7 +28,6 @@ from moesim.studies.evaluator import (
     Gpus,
     Number,
     Params,
-    StudyFigure,
     Tokens,
     Whole,
     Word,
@@ -157,17 +156,17 @@ class StaticEvaluator(DeploymentEvaluator):
     name: ClassVar = "static"
     about: ClassVar = "TTFT, TPOT and throughput with a fixed number of requests in flight"
     params: ClassVar = StaticParams
-    figures: ClassVar = (
-        *(StudyFigure(f"ttft_{s}_s", f"time to first token, {s}", "s") for s in STATS),
-        *(StudyFigure(f"tpot_{s}_s", f"time per output token, {s}", "s") for s in STATS),
-        StudyFigure("output_tokens_per_s", "output tokens/s", "", "high"),
-        StudyFigure("output_tokens_per_s_per_gpu", "output tokens/s per GPU", "", "high"),
-        StudyFigure("output_tokens_per_s_per_user", "output tokens/s per request", "", "high"),
-        StudyFigure("kv_token_capacity", "tokens that the KV caches hold", "", "high"),
+    figures: ClassVar = figures_named(
+        *(f"ttft_{stat}" for stat in STATS),
+        *(f"tpot_{stat}" for stat in STATS),
+        "output_tokens_per_s",
+        "output_tokens_per_s_per_gpu",
+        "output_tokens_per_s_per_user",
+        "kv_token_capacity",
     )
     goal: ClassVar = "output_tokens_per_s_per_gpu"
     throughput: ClassVar = "output_tokens_per_s"
-    front: ClassVar = ("tpot_mean_s", "output_tokens_per_s_per_gpu")
+    front: ClassVar = ("tpot_mean", "output_tokens_per_s_per_gpu")
     scales: ClassVar = {
         "network bandwidth": "network_scale",
         "compute": "compute_scale",
@@ -207,7 +206,7 @@ class StaticEvaluator(DeploymentEvaluator):
                 gpu_memory(deployment).kv_token_capacity * deployment.dp * replicas
             ),
         }
-        tpot = out["tpot_mean_s"]
+        tpot = out["tpot_mean"]
         out["output_tokens_per_s_per_user"] = 1 / tpot if tpot else None
         return Evaluated(out, cost.basis, (*notes, *cost.notes), str(split))
 
@@ -312,6 +311,6 @@ def _stats(name: str, times_ms: np.ndarray) -> dict[str, float | None]:
     """Mean and percentiles in seconds; None where no request has the figure."""
     values = times_ms[np.isfinite(times_ms)] / 1e3
     if not len(values):
-        return {f"{name}_{stat}_s": None for stat in STATS}
-    found = {f"{name}_{q}_s": float(np.percentile(values, float(q[1:]))) for q in STATS[1:]}
-    return {f"{name}_mean_s": float(values.mean()), **found}
+        return {f"{name}_{stat}": None for stat in STATS}
+    found = {f"{name}_{q}": float(np.percentile(values, float(q[1:]))) for q in STATS[1:]}
+    return {f"{name}_mean": float(values.mean()), **found}

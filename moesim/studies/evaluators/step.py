@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from moesim.studies.evaluator import Evaluated, Number, StudyFigure, Tokens, Whole, Word
+from moesim.figures import figures_named
+from moesim.studies.evaluator import Evaluated, Number, Tokens, Whole, Word
 from moesim.studies.evaluators.routing import (
     RoutingEvaluator,
     RoutingParams,
@@ -39,14 +40,17 @@ class StepEvaluator(RoutingEvaluator):
     name: ClassVar = "step"
     about: ClassVar = "simulated forward steps of a placement, as moesim simulate"
     params: ClassVar = StepParams
-    figures: ClassVar = (
-        StudyFigure("step_us", "time per step", "us"),
-        StudyFigure("step_p50_us", "time per step, p50", "us"),
-        StudyFigure("step_p99_us", "time per step, p99", "us"),
-        StudyFigure("tokens_per_s", "tokens/s", "", "high"),
-        StudyFigure("tokens_per_s_per_gpu", "tokens/s per GPU", "", "high"),
-        StudyFigure("balancedness", "balancedness", "", "high"),
-        StudyFigure("gpu_busy", "share of the time that a GPU computes", "", "high"),
+    figures: ClassVar = figures_named(
+        "step_us",
+        "step_us_p50",
+        "step_us_p99",
+        "tokens_per_s",
+        "tokens_per_s_per_gpu",
+        "balancedness",
+        "gpu_busy",
+        step_us="time per step",
+        step_us_p50="time per step, p50",
+        step_us_p99="time per step, p99",
     )
     goal: ClassVar = "step_us"
     throughput: ClassVar = "tokens_per_s"
@@ -95,8 +99,8 @@ class StepEvaluator(RoutingEvaluator):
         return Evaluated(
             {
                 "step_us": float(result.step_us.mean()),
-                "step_p50_us": float(np.percentile(result.step_us, 50)),
-                "step_p99_us": float(np.percentile(result.step_us, 99)),
+                "step_us_p50": float(np.percentile(result.step_us, 50)),
+                "step_us_p99": float(np.percentile(result.step_us, 99)),
                 "tokens_per_s": rate,
                 "tokens_per_s_per_gpu": rate / params["gpus"],
                 "balancedness": float(result.balancedness.mean()),

@@ -11,28 +11,22 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.errors import FormatError, InputError
 from moesim.figures import figure, text_table
 from moesim.files import atomic_write
-from moesim.jobs.inputs import token_trace_of
 from moesim.jobs.result import Result
-from moesim.model.names import load_model
 from moesim.serving.engines import EngineProfile, engine_profile
-from moesim.studies.recommend.layouts import Bench, Layout
-from moesim.studies.recommend.need import need_of
-from moesim.studies.recommend.others import mtp
+from moesim.studies.recommend.deployed import deployed
 from moesim.studies.recommend.refit import refit, with_engine
-from moesim.studies.recommend.shapes import Place, Shape
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moesim.draw import Picture
-    from moesim.trace.format import Trace
 
 MAX_BYTES = 64 << 20
 STATS = {"mean": "mean", "median": "p50", "p90": "p90", "p99": "p99"}
@@ -47,7 +41,6 @@ protocol, which all have."""
 REFITTED = ("eager_layer_us", "kernel_us", "request_ms")
 MOST = 1e15
 """No figure of a benchmark is larger."""
-KEPT = ("tp", "dp", "pp", "ep", "moe_comm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +261,7 @@ def compare_measured(
     that are not such.
     """
     benchmark = read_benchmark(measured)
-    bench, layout = _deployed(Path(answer), benchmark)
+    bench, layout = deployed(Path(answer), benchmark.rate, benchmark.prompt, benchmark.output)
     if engine is not None:
         bench = with_engine(bench, engine_profile(engine))
     if benchmark.server and benchmark.server != bench.place.engine:
@@ -282,67 +275,3 @@ def compare_measured(
     return MeasuredResult(
         benchmark, first.figures, found.tried.figures, found.engine, layout.name, found.unmet
     )
-
-
-def _trace(source: str | None) -> Trace | None:
-    """The routing that the answer rests on. Raises InputError where it has no name."""
-    if source is None:
-        return None
-    if not source:
-        raise InputError(
-            "the answer rests on a trace that was given as an object, without a file",
-            "make the answer again with a trace's name or path",
-        )
-    return token_trace_of(source, "recommend")
-
-
-def _deployed(folder: Path, benchmark: Benchmark) -> tuple[Bench, Layout]:
-    remedy = "give the folder that `moesim recommend --out` wrote"
-    file = folder / "recommendation.json"
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        one = record["answers"][0]
-        if len(record["answers"]) != 1:
-            raise InputError(f"{folder.name} holds several answers", "give one that holds one")
-        roles = list(one["options"][0]["roles"].values())
-        first = roles[0]
-        options = {name: first[name] for name in ("expert_dtype", "kv_dtype", "memory_fraction")}
-        options["trace"] = _trace(one.get("trace_source"))
-        profile = engine_profile(one["engine_source"])
-        drafts = one["speculation"]
-        place = Place(
-            load_model(one["model_source"]),
-            one["cluster"],
-            profile,
-            options,
-            decode_cluster=one["decode_cluster"],
-        )
-        if drafts is not None:
-            drafting = mtp(place, drafts["acceptance"], drafts["drafts"])
-            place = replace(place, speculation=drafting)
-        shapes = [
-            Shape(
-                **{name: role[name] for name in KEPT},
-                budget=role["max_batch_tokens"],
-                overlap=role["two_batch_overlap"],
-                redundant=role["redundant_experts"],
-                cluster=one["decode_cluster"] if i else "",
-            )
-            for i, role in enumerate(roles)
-        ]
-        counts = [int(role["engines"]) for role in roles]
-        slo, seed = record["asked"]["slo"], record["asked"]["seed"]
-        if type(seed) is not int or seed < 0:
-            raise ValueError(seed)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise FormatError(f"{file}: no recommendation", remedy) from None
-    back = (shapes[1], counts[1]) if len(shapes) > 1 else (None, 0)
-    need = need_of(
-        slo,
-        benchmark.rate,
-        round(benchmark.prompt),
-        round(benchmark.output),
-        None,
-        seed,
-    )
-    return Bench(place, need), Layout(shapes[0], counts[0], *back)

@@ -86,8 +86,9 @@ def _median(tried: Tried, name: str) -> float:
 def _halved(
     profile: EngineProfile, name: str, run: Callable[[EngineProfile], Tried], wanted: float
 ) -> tuple[EngineProfile, bool]:
-    """The profile whose constant `name` gives the median TPOT, and whether one does; the nearest
-    end of what was tried where none does."""
+    """The profile whose constant `name` gives the median TPOT, and whether one does. Where even
+    none of it is too much, it is 0; where no amount is enough, the steps do not depend on it, and
+    it stays as it was."""
 
     def tpot(value: float) -> float:
         return _median(run(_set(profile, name, value)), "tpot_p50")
@@ -100,7 +101,7 @@ def _halved(
             break
         low, high = high, high * WIDER
     else:
-        return _set(profile, name, low), False
+        return profile, False
     for _ in range(HALVINGS):
         middle = (low + high) / 2.0
         low, high = (middle, high) if tpot(middle) < wanted else (low, middle)

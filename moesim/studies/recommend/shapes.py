@@ -41,7 +41,8 @@ BUDGETS: Mapping[Role, tuple[int, ...]] = {
     "prefill": (8192, 16384),
     "decode": (0,),
 }
-"""Tokens of a step of one rank to try; 0 is the engine's default."""
+"""Tokens of a step of one rank to try; 0 is the engine's default. Mixed engines are also tried with
+the largest step that is replayed as a CUDA graph."""
 OVERLAPS: Mapping[Role, Overlap] = {"mixed": "both", "prefill": "prefill", "decode": "decode"}
 """Two-batch overlap of each role: vLLM's --enable-dbo, SGLang's --enable-two-batch-overlap."""
 NVLINK_DOMAIN = 8
@@ -165,7 +166,9 @@ def shapes(place: Place, role: Role, max_gpus: int) -> Iterator[Shape]:
     else:
         plain = _together(place, role, max_gpus)
     for shape in plain:
-        yield from (replace(shape, budget=n, cluster=cluster) for n in BUDGETS[role])
+        graphs = place.profile.graph_rows if role == "mixed" else 0
+        budgets = (*((graphs,) if graphs else ()), *BUDGETS[role])
+        yield from (replace(shape, budget=n, cluster=cluster) for n in budgets)
 
 
 def _together(place: Place, role: Role, max_gpus: int) -> Iterator[Shape]:
