@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from rows import arguments, begin, write
+from rows import arguments, begin, days, write
 
 from moesim.cluster import load_cluster
 from moesim.cost.step import build_step_model
@@ -108,6 +108,8 @@ def write_report(rows: list[dict], out: Path) -> None:
         "Regenerate with:",
         "",
         "    python benchmarks/home_ranks.py --data ../shared/data --out reports/home-ranks",
+        "",
+        days(rows),
         "",
         "| trace | phase | placement | home ranks | GPUs per token | nodes per token |"
         " inter-node KB per token | change | predicted MoE time per step, ms |",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rows import arguments, begin, write
+from rows import arguments, begin, days, write
 
 from moesim.cluster import load_cluster
 from moesim.jobs.plan import make_plan
@@ -124,6 +124,8 @@ def write_report(rows: list[dict], out: Path) -> None:
         "four times as fast. Regenerate with:",
         "",
         "    python benchmarks/pareto.py --data ../shared/data --out reports/pareto",
+        "",
+        days(rows),
         "",
         "![fan-out against imbalance](pareto.png)",
         "",

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rows import arguments, begin, write
+from rows import arguments, begin, days, write
 
 from moesim.cluster import load_cluster
 from moesim.jobs.plan import make_plan
@@ -86,6 +86,8 @@ def write_report(rows: list[dict], out: Path) -> None:
         "layers of max/mean GPU load, minus 1. Regenerate with:",
         "",
         "    python benchmarks/plan_quality.py --data ../shared/data --out reports/plan-quality",
+        "",
+        days(rows),
         "",
         "Predicted times rest on calibrated H100 figures (see docs/calibration.md), not on runs of",
         "these plans. Decode-only and prefill-only traces are used for both batch shapes.",

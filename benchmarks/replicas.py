@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rows import arguments, begin, write
+from rows import arguments, begin, days, write
 
 from moesim.cluster import load_cluster
 from moesim.planning.evaluate import draw_sample, figures, measure
@@ -168,6 +168,8 @@ def write_report(rows: list[dict], out: Path) -> None:
         "Regenerate with:",
         "",
         "    python benchmarks/replicas.py --data ../shared/data --out reports/replicas",
+        "",
+        days(rows),
         "",
         "![balancedness against redundant slots](balancedness.png)",
         "",

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rows import arguments, begin, write
+from rows import arguments, begin, days, write
 
 from moesim.cluster import load_cluster
 from moesim.cost.routing import route
@@ -162,6 +162,8 @@ def write_report(rows: list[dict], out: Path) -> None:
         "question sets are joined into 11 families. Regenerate with:",
         "",
         "    python benchmarks/robustness.py --data ../shared/data --out reports/robustness",
+        "",
+        days(rows),
         "",
     ]
     for name, gpus, phase, tokens in CASES:

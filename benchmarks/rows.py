@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import time
 from pathlib import Path
 
 
@@ -33,9 +34,16 @@ def begin(table: Path, resume: bool) -> list[dict]:
 
 
 def write(table: Path, rows: list[dict]) -> None:
-    """All rows, with the columns of any of them in order of appearance."""
+    """All rows, with the columns of any of them in order of appearance; new ones get their day."""
+    for row in rows:
+        row.setdefault("run", time.strftime("%Y-%m-%d"))
     fields = list(dict.fromkeys(key for row in rows for key in row))
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def days(rows: list[dict]) -> str:
+    """The line of a report that says when its rows ran."""
+    return "Run on " + " and ".join(sorted({row["run"] for row in rows})) + "."

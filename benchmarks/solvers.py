@@ -197,7 +197,6 @@ def run_solver(name: str, setting: Setting, peer: Any, base: Measured, bound: fl
         "seconds": f"{clock:.3g}",
         "cpu_seconds": f"{cpu:.3g}",
         "load_average": f"{os.getloadavg()[0]:.1f}",
-        "run": time.strftime("%Y-%m-%d"),
         "notes": "; ".join(solution.notes),
     }
     for key in KEPT:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.rows import arguments, begin, write
+from benchmarks.rows import arguments, begin, days, write
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -21,11 +21,12 @@ def test_rows_are_kept_with_resume_alone(tmp_path: Path) -> None:
     """Two rows with different columns: both come back, what a row lacks as an empty string."""
     table = tmp_path / "report" / "results.csv"
     assert begin(table, resume=True) == []
-    write(table, [{"solver": "eplb", "status": "refused"}, {"solver": "lns", "gap": "0.1"}])
-    assert begin(table, resume=True) == [
-        {"solver": "eplb", "status": "refused", "gap": ""},
-        {"solver": "lns", "status": "", "gap": "0.1"},
-    ]
+    write(table, [{"solver": "eplb", "run": "2026-01-02"}, {"solver": "lns", "gap": "0.1"}])
+    old, new = begin(table, resume=True)
+    assert old == {"solver": "eplb", "run": "2026-01-02", "gap": ""}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", new.pop("run"))
+    assert new == {"solver": "lns", "gap": "0.1"}
+    assert days([old, old, {"run": "2026-01-01"}]) == "Run on 2026-01-01 and 2026-01-02."
     assert begin(table, resume=False) == []
 
 

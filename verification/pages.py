@@ -79,14 +79,18 @@ def text_of(cell: dict[str, Any]) -> list[str]:
 
 def run_cells(book: NotebookNode, folder: Path) -> list[list[str]]:
     place = {"metadata": {"path": str(folder)}}
-    NotebookClient(book, timeout=1200, kernel_name="python3", resources=place).execute()
+    NotebookClient(
+        book, timeout=1200, kernel_name="python3", resources=place, record_timing=False
+    ).execute()
     return [text_of(cell) for cell in book.cells if cell.cell_type == "code"]
 
 
-def check_notebook(path: Path, folder: Path) -> list[str]:
+def check_notebook(path: Path, folder: Path, keep: bool) -> list[str]:
     book = nbformat.read(path, as_version=4)
     kept = [text_of(cell) for cell in book.cells if cell.cell_type == "code"]
     now = run_cells(book, folder)
+    if keep:
+        nbformat.write(book, path)
     return [line for old, new in zip(kept, now, strict=True) for line in missing(old, new)]
 
 
@@ -119,14 +123,17 @@ def main() -> int:
     )
     parser.add_argument("pages", nargs="+", type=Path)
     parser.add_argument("--folder", type=Path, help="run there instead of in an empty folder")
+    parser.add_argument("--keep", action="store_true", help="write notebooks with what they print")
     args = parser.parse_args()
     bad = False
     for page in args.pages:
         with tempfile.TemporaryDirectory() as empty:
             folder = args.folder or Path(empty)
             (folder / "out").mkdir(exist_ok=True)
-            check = check_notebook if page.suffix == ".ipynb" else check_page
-            found = check(page.resolve(), folder)
+            if page.suffix == ".ipynb":
+                found = check_notebook(page.resolve(), folder, args.keep)
+            else:
+                found = check_page(page.resolve(), folder)
         bad |= bool(found)
         print(f"{page}: " + ("as printed" if not found else f"{len(found)} lines not printed:"))
         print("".join(f"  - {line}\n" for line in found), end="", flush=True)
