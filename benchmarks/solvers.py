@@ -31,6 +31,7 @@ from moesim.planning.evaluate import Measured, Sample, difference, draw_sample, 
 from moesim.planning.traffic import sample_traffic
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import Objective, Problem, Solution, pack_table
+from moesim.solvers.base import run_solver as run_checked
 from moesim.solvers.bounds.load import lower_bound
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import find_solver, solver_names
@@ -179,7 +180,7 @@ def run_solver(name: str, setting: Setting, peer: Any, base: Measured, bound: fl
     if name == ORIGINAL:
         solution = original_eplb(peer, problem)
     else:
-        solution = find_solver(name).solve(problem)
+        solution = run_checked(find_solver(name), problem)
     clock, cpu = time.monotonic() - clock, cpu_seconds() - cpu
     value = float(setting.cost.layer_values(solution.placement).mean())
     if solution.layer_bounds is not None:
