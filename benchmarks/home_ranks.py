@@ -2,18 +2,17 @@
 
 For each trace, workload and placement: contiguous home ranks, every predictor that the trace has
 data for, and the oracle, which knows where the tokens evaluated go. Writes `reports/home-ranks/`:
-results.csv and README.md. Usage:
+results.csv (case by case: --resume goes on after a stopped run) and README.md. Usage:
 
     python benchmarks/home_ranks.py --data ../shared/data --out reports/home-ranks
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
+from rows import arguments, begin, days, write
 
 from moesim.cluster import load_cluster
 from moesim.cost.step import build_step_model
@@ -98,7 +97,7 @@ def write_report(rows: list[dict], out: Path) -> None:
         "",
         "Bytes that cross nodes, on held-out requests, when home ranks are cut contiguously and",
         "when requests are given to ranks by where their experts are predicted to be. 16 H100s in",
-        "two nodes, one message a destination GPU (`--all-to-all nccl`). Every rank has as many",
+        "two nodes, one message per destination GPU (`--all-to-all nccl`). Every rank has as many",
         "tokens as before, and loads and fan-out do not depend on home ranks. In prefill batches a",
         "request may be cut between ranks, as contiguous cutting does. Brackets: 95 %",
         "bootstrap interval of the change.",
@@ -110,8 +109,10 @@ def write_report(rows: list[dict], out: Path) -> None:
         "",
         "    python benchmarks/home_ranks.py --data ../shared/data --out reports/home-ranks",
         "",
-        "| trace | phase | placement | home ranks | GPUs a token | nodes a token |"
-        " inter-node KB a token | change | predicted MoE time a step, ms |",
+        days(rows),
+        "",
+        "| trace | phase | placement | home ranks | GPUs per token | nodes per token |"
+        " inter-node KB per token | change | predicted MoE time per step, ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -126,18 +127,14 @@ def write_report(rows: list[dict], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("reports/home-ranks"))
+    parser = arguments(__doc__, "reports/home-ranks")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = []
+    table = args.out / "results.csv"
+    rows = begin(table, args.resume)
     for case in CASES:
-        rows += run_case(args.data, *case)
-    with (args.out / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        if not any((r["trace"], r["phase"]) == (case[0], case[2]) for r in rows):
+            rows += run_case(args.data, *case)
+            write(table, rows)
     write_report(rows, args.out)
 
 

@@ -2,18 +2,17 @@
 
 DeepSeek-V2-Lite on one node of 8 GPUs: plans for balance, for time on networks 4 times faster, as
 they are and 4 times slower, and for traffic, beside linear placement and EPLB. Then two nodes of 8,
-planned for traffic with one message a GPU and with one message a node. Writes `reports/pareto/`:
-results.csv (plan by plan, so that a stopped run goes on where it was), pareto.png and README.md.
-Usage:
+planned for traffic with one message per GPU and per node. Writes `reports/pareto/`: results.csv
+(plan by plan: --resume goes on after a stopped run), pareto.png and README.md. Usage:
 
     python benchmarks/pareto.py --data ../shared/data --out reports/pareto
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 from pathlib import Path
+
+from rows import arguments, begin, days, write
 
 from moesim.cluster import load_cluster
 from moesim.jobs.plan import make_plan
@@ -105,7 +104,7 @@ def plot(rows: list[dict], path: Path) -> None:
             )
         curve = sorted((float(r["fan_out"]), float(r[key])) for r in own if int(r["ours"]))
         axis.plot(*zip(*curve, strict=True), color="#4477aa", lw=1, alpha=0.5)
-        axis.set_xlabel("GPUs a token (fan-out)")
+        axis.set_xlabel("GPUs per token (fan-out)")
         axis.set_ylabel(labels[key])
         axis.margins(x=0.16)
         axis.grid(alpha=0.3)
@@ -126,11 +125,13 @@ def write_report(rows: list[dict], out: Path) -> None:
         "",
         "    python benchmarks/pareto.py --data ../shared/data --out reports/pareto",
         "",
+        days(rows),
+        "",
         "![fan-out against imbalance](pareto.png)",
         "",
         "## 8 GPUs of one node",
         "",
-        "| plan | GPUs a token | against EPLB | imbalance, mean | imbalance, p99 |",
+        "| plan | GPUs per token | against EPLB | imbalance, mean | imbalance, p99 |",
         "|---|---|---|---|---|",
     ]
     own = sorted(one_each(rows, 8, "gpu"), key=lambda r: -float(r["fan_out"]))
@@ -146,12 +147,12 @@ def write_report(rows: list[dict], out: Path) -> None:
         "",
         "## 16 GPUs of two nodes, planned for traffic",
         "",
-        "With one message a node (`node`) the search weighs a message by its slowest link's time,",
-        "so that what crosses nodes counts most; with one a GPU (`gpu`) every GPU reached on the",
-        "other node is a message between nodes.",
+        "With one message per node (`node`) the search weighs a message by its slowest link's",
+        "time, so that what crosses nodes counts most; with one per GPU (`gpu`) every GPU reached",
+        "on the other node is a message between nodes.",
         "",
-        "| one message a | plan | nodes a token | inter-node KB a token | against EPLB |"
-        " GPUs a token | imbalance, p99 |",
+        "| one message per | plan | nodes per token | inter-node KB per token | against EPLB |"
+        " GPUs per token | imbalance, p99 |",
         "|---|---|---|---|---|---|---|",
     ]
     for dedup in ("gpu", "node"):
@@ -168,24 +169,16 @@ def write_report(rows: list[dict], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("reports/pareto"))
+    parser = arguments(__doc__, "reports/pareto")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     table = args.out / "results.csv"
-    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    rows = begin(table, args.resume)
     for gpus, objective, scale, dedup in CASES:
         name = f"{objective}, network x {scale:g}"
         if any((int(r["gpus"]), r["dedup"], r["plan"]) == (gpus, dedup, name) for r in rows):
             continue
         rows += run_case(args.data, gpus, objective, scale, dedup)
-        with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(table, rows)
         print(gpus, name, dedup, flush=True)
     plot(rows, args.out / "pareto.png")
     write_report(rows, args.out)

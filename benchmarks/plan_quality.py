@@ -1,20 +1,19 @@
 """Held-out quality of `moesim plan` against EPLB on the real traces.
 
 Runs every trace at 8 and 16 GPUs, prefill and decode, for each objective, and writes
-`reports/plan-quality/`: results.csv (appended case by case, so that a stopped run goes on where it
-was) and README.md. Usage:
+`reports/plan-quality/`: results.csv (case by case: --resume goes on after a stopped run) and
+README.md. Usage:
 
     python benchmarks/plan_quality.py --data ../shared/data --out reports/plan-quality
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import time
 from pathlib import Path
 
 import numpy as np
+from rows import arguments, begin, days, write
 
 from moesim.cluster import load_cluster
 from moesim.jobs.plan import make_plan
@@ -88,6 +87,8 @@ def write_report(rows: list[dict], out: Path) -> None:
         "",
         "    python benchmarks/plan_quality.py --data ../shared/data --out reports/plan-quality",
         "",
+        days(rows),
+        "",
         "Predicted times rest on calibrated H100 figures (see docs/calibration.md), not on runs of",
         "these plans. Decode-only and prefill-only traces are used for both batch shapes.",
         "",
@@ -103,15 +104,15 @@ def _section(objective: str, rows: list[dict]) -> list[str]:
     figure = FIGURE_OF[objective]
     title = {
         "imbalance": "excess imbalance",
-        "step_us": "MoE time a step, us",
-        "fan_out": "GPUs a token",
+        "step_us": "MoE time per step, us",
+        "fan_out": "GPUs per token",
     }[figure]
     shift = 1.0 if figure == "imbalance" else 0.0
     lines = [
         f"## `--objective {objective}`: {title}",
         "",
         "| trace | GPUs | phase | linear | EPLB | local search | against EPLB | 95 % interval |"
-        " p99 imbalance: linear, EPLB, ours | nodes a token: EPLB, ours | s |",
+        " p99 imbalance: linear, EPLB, ours | nodes per token: EPLB, ours | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     cases: dict[tuple, dict[str, dict]] = {}
@@ -152,14 +153,11 @@ def _section(objective: str, rows: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("reports/plan-quality"))
+    parser = arguments(__doc__, "reports/plan-quality")
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     table = args.out / "results.csv"
-    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    rows = begin(table, args.resume)
     done = {(r["trace"], int(r["gpus"]), r["phase"], r["objective"]) for r in rows}
     for objective in args.objectives.split(","):
         for name in TRACES:
@@ -168,11 +166,7 @@ def main() -> None:
                     if (name, gpus, phase, objective) in done:
                         continue
                     rows += run_case(args.data, name, gpus, phase, tokens, objective)
-                    fields = list(dict.fromkeys(k for r in rows for k in r))
-                    with table.open("w", newline="") as file:
-                        writer = csv.DictWriter(file, fields)
-                        writer.writeheader()
-                        writer.writerows(rows)
+                    write(table, rows)
                     print(name, gpus, phase, objective, rows[-1]["seconds"], "s", flush=True)
     write_report(rows, args.out)
 

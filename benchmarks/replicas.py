@@ -1,21 +1,20 @@
 """Balance against redundant slots, for EPLB and the local search, under every replica policy.
 
-Runs each trace with 0 to 64 redundant slots a layer, on some of its layers, and writes
-`reports/replicas/`: results.csv (appended case by case, so that a stopped run goes on where it
-was), balancedness.png and README.md. All figures are from held-out requests. Usage:
+Runs each trace with 0 to 64 redundant slots per layer, on some of its layers, and writes
+`reports/replicas/`: results.csv (case by case: --resume goes on after a stopped run),
+balancedness.png and README.md. All figures are from held-out requests. Usage:
 
     python benchmarks/replicas.py --data ../shared/data --out reports/replicas
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from rows import arguments, begin, days, write
 
 from moesim.cluster import load_cluster
 from moesim.planning.evaluate import draw_sample, figures, measure
@@ -140,7 +139,7 @@ def plot(rows: list[dict], path: Path) -> None:
                 axis.plot(x, y, style, color=colours[policy], marker="o", markersize=3)
         case = next(r for r in rows if r["trace"] == name)
         axis.set_title(f"{name}, {case['gpus']} GPUs, {case['phase']}", fontsize=10)
-        axis.set_xlabel("redundant slots a layer")
+        axis.set_xlabel("redundant slots per layer")
         axis.set_xticks(sorted({int(r["redundant"]) for r in rows if r["trace"] == name}))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("balancedness (mean / max load), held-out")
@@ -170,6 +169,8 @@ def write_report(rows: list[dict], out: Path) -> None:
         "",
         "    python benchmarks/replicas.py --data ../shared/data --out reports/replicas",
         "",
+        days(rows),
+        "",
         "![balancedness against redundant slots](balancedness.png)",
         "",
     ]
@@ -181,7 +182,7 @@ def write_report(rows: list[dict], out: Path) -> None:
             f"## {name}, {gpus} GPUs, {phase} of {tokens} tokens",
             "",
             "| redundant slots | EPLB: split | hash | nearest | lp | local search: split | hash |"
-            " nearest | lp | ± | GPUs a token, EPLB lp and nearest | ours |",
+            " nearest | lp | ± | GPUs per token, EPLB lp and nearest | ours |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for redundant in sorted({int(r["redundant"]) for r in own}):
@@ -198,20 +199,14 @@ def write_report(rows: list[dict], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("reports/replicas"))
+    parser = arguments(__doc__, "reports/replicas")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     table = args.out / "results.csv"
-    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    rows = begin(table, args.resume)
     for name, gpus, phase, tokens in CASES:
         done = {(r["trace"], int(r["redundant"])) for r in rows}
         rows += run_case(args.data, name, gpus, phase, tokens, done)
-        with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(table, rows)
     plot(rows, args.out / "balancedness.png")
     write_report(rows, args.out)
 

@@ -9,12 +9,11 @@ domains ("unseen"). Writes `reports/robustness/`: results.csv and README.md. Usa
 
 from __future__ import annotations
 
-import argparse
-import csv
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from rows import arguments, begin, days, write
 
 from moesim.cluster import load_cluster
 from moesim.cost.routing import route
@@ -156,13 +155,15 @@ def write_report(rows: list[dict], out: Path) -> None:
         "",
         f"Domains are cut in two at random, {SPLITS} times. Plans are tuned on requests of one",
         "half of the domains (`--objective balance`) and evaluated on held-out requests: of the",
-        "same domains, mixed or one domain a batch (seen), and of the other domains (unseen).",
+        "same domains, mixed or one domain per batch (seen), and of the other domains (unseen).",
         f"Figures are max over mean GPU load, mean over splits, batches and {NUM_LAYERS} layers; 1",
         "is even. `worst-domain` and `cvar:0.9` are the local search with `--robust`. The price of",
         "a robust plan is its first column against the plain local search's. GPT-OSS-20B's 149",
         "question sets are joined into 11 families. Regenerate with:",
         "",
         "    python benchmarks/robustness.py --data ../shared/data --out reports/robustness",
+        "",
+        days(rows),
         "",
     ]
     for name, gpus, phase, tokens in CASES:
@@ -194,23 +195,17 @@ def write_report(rows: list[dict], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("reports/robustness"))
+    parser = arguments(__doc__, "reports/robustness")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     table = args.out / "results.csv"
-    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    rows = begin(table, args.resume)
     for name, gpus, phase, tokens in CASES:
         trace = load(args.data, name)
         for split in range(SPLITS):
             if any(r["trace"] == name and int(r["split"]) == split for r in rows):
                 continue
             rows += run_split(trace, name, gpus, phase, tokens, split)
-            with table.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write(table, rows)
             print(name, split, flush=True)
     write_report(rows, args.out)
 

@@ -4,15 +4,13 @@ Real traces and a synthetic DeepSeek-V3 (58 layers of 256 experts in 288 slots o
 nodes), fitted to the DeepSeek-V2-Lite trace as `moesim trace synth --like` does it. With --eplb,
 the original EPLB (DeepSeek's eplb.py, github.com/deepseek-ai/EPLB, MIT, not part of this project;
 it needs torch) gives a placement from the same tuning loads. Writes `reports/solvers/`: results.csv
-(row by row, so that a stopped run goes on where it was), solvers.png and README.md. Usage:
+(row by row: --resume goes on after a stopped run), solvers.png and README.md. Usage:
 
     python benchmarks/solvers.py --data ../shared/data --eplb eplb.py --out reports/solvers
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import os
 import resource
 import tempfile
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from eplb_peer import load_peer
+from rows import arguments, begin, write
 
 from moesim.cluster import load_cluster
 from moesim.cost.step import StepModel, build_step_model
@@ -32,6 +31,7 @@ from moesim.planning.evaluate import Measured, Sample, difference, draw_sample, 
 from moesim.planning.traffic import sample_traffic
 from moesim.planning.tuning import tuning_counts
 from moesim.solvers.base import Objective, Problem, Solution, pack_table
+from moesim.solvers.base import run_solver as run_checked
 from moesim.solvers.bounds.load import lower_bound
 from moesim.solvers.objective import PlacementCost
 from moesim.solvers.registry import find_solver, solver_names
@@ -180,7 +180,7 @@ def run_solver(name: str, setting: Setting, peer: Any, base: Measured, bound: fl
     if name == ORIGINAL:
         solution = original_eplb(peer, problem)
     else:
-        solution = find_solver(name).solve(problem)
+        solution = run_checked(find_solver(name), problem)
     clock, cpu = time.monotonic() - clock, cpu_seconds() - cpu
     value = float(setting.cost.layer_values(solution.placement).mean())
     if solution.layer_bounds is not None:
@@ -260,16 +260,18 @@ def write_report(rows: list[dict], out: Path) -> None:
         "# Solvers side by side",
         "",
         "The same problems for every solver; quality on held-out requests that no solver saw.",
-        "`objective` is on tuning data, in the unit of the objective (microseconds a layer, or max",
-        "over mean load), `bound` what no placement can be below, `gap` the distance between the",
-        "two. `against EPLB`: predicted MoE time a step, or mean imbalance where the objective is",
-        "balance, with a 95 % bootstrap interval over requests. `±` is half of such an interval.",
+        "`objective` is on tuning data, in the unit of the objective (microseconds per layer, or",
+        "max over mean load), `bound` what no placement can be below, `gap` the distance between",
+        "the two. `against EPLB`: predicted MoE time per step, or mean imbalance where the",
+        "objective is balance, with a 95 % bootstrap interval over requests. `±` is half of such",
+        "an interval.",
         "Times are predictions that rest on calibrated H100 figures (see docs/calibration.md).",
         "Integer programs had 60 s each; the others end by counted work and had no limit.",
         "Processor seconds are of all threads together, on two cores that other work shared (load",
         "averages are in results.csv): wall seconds are longer than on a machine of one's own.",
         "",
-        f"`{ORIGINAL}` is DeepSeek's own program on the same tuning loads. The synthetic",
+        f"`{ORIGINAL}` is DeepSeek's own program (`eplb.py` of",
+        "github.com/deepseek-ai/EPLB; it needs torch) on the same tuning loads. The synthetic",
         "DeepSeek-V3 has 58 layers and the statistics of the DeepSeek-V2-Lite trace: read it for",
         "scale, not as that model's routing. Regenerate with:",
         "",
@@ -277,16 +279,24 @@ def write_report(rows: list[dict], out: Path) -> None:
         "",
         "![held-out change against EPLB, with processor seconds](solvers.png)",
         "",
-        "| case | solver | status | objective | bound | gap | imbalance | p99 | GPUs a token |"
-        " nodes a token | MoE time, ms | against EPLB | processor s | wall s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| case | solver | status | objective | bound | gap | imbalance | p99 | GPUs per token |"
+        " nodes per token | MoE time, ms | against EPLB | processor s | wall s | run on |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    names = solver_names()
+
+    def place(row: dict) -> float:
+        """Solvers as they are listed, the original behind EPLB."""
+        return (
+            names.index("eplb") + 0.5 if row["solver"] == ORIGINAL else names.index(row["solver"])
+        )
+
     for case in CASES:
-        own = [r for r in rows if r["case"] == case.title]
+        own = sorted((r for r in rows if r["case"] == case.title), key=place)
         bound = max((float(r.get("bound") or 0) for r in own), default=0.0)
         for row in own:
             if row["status"] == REFUSED:
-                cells = [case.title, row["solver"], REFUSED + ": " + row["notes"], *[""] * 11]
+                cells = [case.title, row["solver"], REFUSED + ": " + row["notes"], *[""] * 12]
                 lines.append("| " + " | ".join(cells) + " |")
                 continue
             value = float(row["value"])
@@ -300,28 +310,24 @@ def write_report(rows: list[dict], out: Path) -> None:
                 f" {float(row['node_fan_out']):.2f} |"
                 f" {float(row['step_us']) / 1e3:.3f} ±{float(row['step_us_half']) / 1e3:.3f} |"
                 f" {change} | {float(row['cpu_seconds']):.1f} | {float(row['seconds']):.1f} |"
+                f" {row['run']} |"
             )
     (out / "README.md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("reports/solvers"))
+    parser = arguments(__doc__, "reports/solvers")
     parser.add_argument("--eplb", type=Path, help="the original's eplb.py")
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()), help="for the synthetic trace"
     )
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     peer = load_peer(args.eplb) if args.eplb is not None else None
     names = [n for n in solver_names() if n != "auto"]
     if peer is not None:
         names.insert(names.index("eplb") + 1, ORIGINAL)
     table = args.out / "results.csv"
-    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    rows = begin(table, args.resume)
     for case in CASES:
         missing = [
             n for n in names if not any((r["case"], r["solver"]) == (case.title, n) for r in rows)
@@ -339,10 +345,7 @@ def main() -> None:
             except InputError as error:
                 row = {"solver": name, "status": REFUSED, "notes": error.cause}
             rows.append({"case": case.title, **row})
-            with table.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write(table, rows)
             print(case.trace, *(row.get(k) for k in PROGRESS), flush=True)
     plot(rows, args.out / "solvers.png")
     write_report(rows, args.out)

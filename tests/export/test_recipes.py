@@ -1,4 +1,5 @@
-"""The recipes' moesim commands run as they stand, on small dumps of each engine."""
+"""The recipes' moesim commands run as they stand, on small dumps of each engine, and print what the
+recipes show."""
 
 from __future__ import annotations
 
@@ -45,13 +46,14 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("moesim ")]
 
 
-def run(words: list[str]) -> None:
+def run(words: list[str]) -> str:
     if words[:2] == ["trace", "import"]:
         words = words[1:]
     result = CliRunner().invoke(app, words)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
+    return result.output
 
 
 def routed(spec, tokens: int) -> np.ndarray:
@@ -78,7 +80,13 @@ def random_plan(spec, gpus: int, extra: int, path: Path) -> None:
         ]
     ).astype(np.int32)  # fmt: skip
     placement = Placement(table, gpus, 1, spec.num_experts)
-    Plan(spec.name, spec.moe_layer_ids, placement, replica_policy="nearest").save(path)
+    Plan(
+        spec.name,
+        spec.moe_layer_ids,
+        placement,
+        replica_policy="nearest",
+        evaluation={"all_to_all": "deepep"},
+    ).save(path)
 
 
 def write_dumps(folder: Path) -> None:
@@ -162,8 +170,11 @@ def test_moesim_commands_of_the_recipe(page: Path, place: Path) -> None:
         if words[0] == "plan" or "--apply" in words:
             continue
         needs(words, place, model, gpus)
-        run(expanded(words, place))
+        output = run(expanded(words, place))
         ran += 1
+        if words[0] == "export":
+            launch = output.split("start with\n", 1)[1].split("\nnote: ")[0].split()
+            assert " ".join(launch) in " ".join("\n".join(blocks(page)).split()), output
     assert ran >= 3
     back = load_plan(place / "back.json").placement
     plan = load_plan(place / "plan.json").placement
@@ -181,6 +192,19 @@ def test_counts_of_the_tensorrt_llm_recipe_become_a_plan(place: Path) -> None:
     assert plan.placement.num_nodes == 4
     assert plan.layer_ids == load_trace(place / "load.npz").meta.layer_ids
     assert plan.evaluation["num_steps"] == 1
+
+
+def test_import_and_export_of_the_quick_start(place: Path) -> None:
+    """Its commands before and after planning, with a plan of the bundled trace's model."""
+    (place / "responses.jsonl").rename(place / "dump.jsonl")
+    random_plan(load_model("debian-moe"), 8, 0, place / "plan.json")
+    ran = []
+    for words in commands(DOCS / "quick-start.md"):
+        if words[0] == "export" or words[:2] == ["trace", "import"]:
+            run(words)
+            ran.append(words[words.index("--out") + 1])
+    assert ran == ["trace.npz", "placement.json"]
+    assert all((place / name).stat().st_size for name in ran)
 
 
 def test_engines_page_names_every_format_and_engine() -> None:
