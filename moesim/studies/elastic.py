@@ -219,8 +219,9 @@ def elastic(
 
     requests: their lengths and order, as for `serve`; at each rate those of ARRIVING_S seconds, or
     the `first` of them. widths: GPUs of an engine with attention data-parallel and experts over
-    all. max_batch_tokens: as for `serve`. peak: requests/s of the busiest hour. day: relative load of 24 hours; by default one cosine between 0.25 and 1.75 of the
-    mean with its peak at 14 h (assumed). good: share of the requests whose promises are to be kept.
+    all. max_batch_tokens: as for `serve`. peak: requests/s of the busiest hour. day: relative load
+    of 24 hours; by default one cosine between 0.25 and 1.75 of the mean with its peak at 14 h
+    (assumed). good: share of the requests whose promises are to be kept.
     restart: ms to form a group anew. progress(done, total) counts simulations.
 
     Raises InputError for numbers that cannot be used, and what `serve` raises.
@@ -242,7 +243,9 @@ def elastic(
     clusters = {w: inputs.cluster_of(cluster, w, defaults) for w in sized}
     arriving = arriving_requests(requests, seed=seed, first=first)
     if first is None:
-        defaults["first"] = f"the requests of {ARRIVING_S:g} s at each rate, {LEAST_REQUESTS:,} or more"
+        defaults["first"] = (
+            f"the requests of {ARRIVING_S:g} s at each rate, {LEAST_REQUESTS:,} or more"
+        )
     kept: dict[tuple[int, float], float] = {}
     unsteady: list[tuple[int, float]] = []
     pairs = [(w, r) for w in sized for r in sorted(set(rates))]

@@ -102,8 +102,8 @@ def test_clone_by_hand() -> None:
 
 
 def test_clone_takes_the_largest_pieces() -> None:
-    """Loads 13, 0, 0 of mean 4. Of 6 and 7 on GPU 0 the 6 come first: 2 and 7 spill. GPU 1 gets 4 of
-    the 7, GPU 2 the other 3 and 1 of the 2, for which one spare slot has no room."""
+    """Loads 13, 0, 0 of mean 4. Of 6 and 7 on GPU 0 the 6 come first: 2 and 7 spill. GPU 1 gets 4
+    of the 7, GPU 2 the other 3 and 1 of the 2, for which one spare slot has no room."""
     for spare, kept in ((1, [6, 4, 3]), (2, [5, 4, 4])):
         share = np.zeros((6, 3), np.int64)
         clone(np.array([6, 7, 0, 0, 0, 0]), HOMES, spare, share)

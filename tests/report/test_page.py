@@ -249,6 +249,8 @@ def test_a_plan_of_320_gpus_and_58_layers_stays_small(tmp_path: Path, build: Any
         ("recommendation", ("answers",), "answers must be a list"),
         ("recommendation", ("answers", 0, "tried", 0, "tpot_p99"), "tried[0].tpot_p99 must be"),
         ("recommendation", ("asked", "promises"), "asked.promises must be a list"),
+        ("recommendation", ("answers", 0, "options"), "options must be a list"),
+        ("recommendation", ("answers", 0, "tried", 0, "kept"), "kept must be"),
         ("study", ("points",), "points must be a list"),
         ("study", ("points", 0, "figures"), "points[0].figures must be an object"),
         ("study", ("pareto", "axes"), "pareto.axes must be a list"),

@@ -10,8 +10,8 @@ H800s, in a kernel fused with dispatch, and the new places stay.
 Ours: EPLB by load from recorded loads without redundant experts, since what a swap of replicas does
 is not said; time saved by the table of expert times, a pair's swap at the measured rate of the
 cluster's links (145 us on H200s, 157 on H100s for theirs); and to bring the places up to where they
-would be by the step at hand, WARM steps before it from the tuning requests. Its message-aware EPLB and second stage
-(multicast, pipelined messages) are not modelled.
+would be by the step at hand, WARM steps before it from the tuning requests. Its message-aware EPLB
+and second stage (multicast, pipelined messages) are not modelled.
 """
 
 from __future__ import annotations

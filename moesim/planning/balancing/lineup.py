@@ -279,7 +279,8 @@ def _vllm(rhythm: Rhythm, redundant: int) -> str:
         "num_redundant_experts": redundant,
         "use_async": rhythm.asynchronous,
     }
-    return f"vLLM: --enable-expert-parallel --enable-eplb --eplb-config '{json.dumps(config, separators=(',', ':'))}'"
+    said = json.dumps(config, separators=(",", ":"))
+    return f"vLLM: --enable-expert-parallel --enable-eplb --eplb-config '{said}'"
 
 
 def _sglang(rhythm: Rhythm, redundant: int) -> str:
