@@ -1,6 +1,6 @@
 """What moesim says, before it is measured, of the server that `recommend`'s scripts start.
 
-    python verification/serving/on_gpu_predict.py OUT.json NAME=FOLDER:RATE,RATE,...[@BUDGET,...] ...
+    python verification/serving/on_gpu_predict.py OUT.json NAME=FOLDER:RATE,...[@BUDGET,...] ...
 
 FOLDER: what `moesim recommend --out` wrote. At each rate, prompts and outputs of the fixed lengths
 that bench.sh sends: latencies with the answer's engine profile, and with the host that
