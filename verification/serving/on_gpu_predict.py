@@ -1,33 +1,36 @@
 """What moesim says, before it is measured, of the server that `recommend`'s scripts start.
 
-    python verification/serving/on_gpu_predict.py OUT.json NAME=FOLDER:RATE,RATE,... ...
+    python verification/serving/on_gpu_predict.py OUT.json NAME=FOLDER:RATE,...[@BUDGET,...] ...
 
 FOLDER: what `moesim recommend --out` wrote. At each rate, prompts and outputs of the fixed lengths
 that bench.sh sends: latencies with the answer's engine profile, and with the host that
-reports/engine-vllm measured; the KV cache in tokens, and the GPU's memory.
+reports/engine-vllm measured; the KV cache in tokens, and the GPU's memory. With budgets, the same
+for each of these numbers of tokens of a step, instead of the answer's.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from moesim.serving.engines import engine_profile
 from moesim.serving.memory import gpu_memory
-from moesim.studies.recommend.measured import Benchmark, _deployed
+from moesim.studies.recommend.deployed import deployed
 from moesim.studies.recommend.refit import with_engine
 
 HOST = Path(__file__).resolve().parents[2] / "reports/engine-vllm/host.yaml"
 FIGURES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "output_tokens_per_s")
 
 
-def predicted(folder: Path, rate: float) -> dict[str, object]:
-    """Figures by profile; memory of one GPU of the first role."""
+def predicted(folder: Path, rate: float, budget: int = 0) -> dict[str, object]:
+    """Figures by profile; memory of one GPU of the first role. budget: tokens of a step, 0 for the
+    answer's."""
     asked = json.loads((folder / "recommendation.json").read_text())["asked"]
-    benchmark = Benchmark(rate, 0, asked["prompt_tokens"], asked["output_tokens"], {})
-    bench, layout = _deployed(folder, benchmark)
+    bench, layout = deployed(folder, rate, asked["prompt_tokens"], asked["output_tokens"])
+    if budget:
+        layout = replace(layout, front=replace(layout.front, budget=budget))
     out: dict[str, object] = {"layout": layout.name}
     for name, one in (("vllm", bench), ("host", with_engine(bench, engine_profile(str(HOST))))):
         tried = one.run(layout, rate)
@@ -40,11 +43,16 @@ def predicted(folder: Path, rate: float) -> dict[str, object]:
 def main() -> None:
     """All folders and rates."""
     out, *cases = sys.argv[1:]
-    found = {}
+    found: dict[str, dict[str, object]] = {}
     for case in cases:
         name, _, rest = case.partition("=")
         folder, _, rates = rest.rpartition(":")
-        found[name] = {rate: predicted(Path(folder), float(rate)) for rate in rates.split(",")}
+        rates, _, budgets = rates.partition("@")
+        for rate in rates.split(","):
+            for budget in budgets.split(","):
+                key = f"{rate}@{budget}" if budget else rate
+                one = predicted(Path(folder), float(rate), int(budget or 0))
+                found.setdefault(name, {})[key] = one
         print(name, json.dumps(found[name]), flush=True)
     Path(out).write_text(json.dumps(found, indent=1) + "\n")
 
