@@ -104,6 +104,11 @@ def main() -> None:
             env[key] = value
     env["MORE_SERVE"] = " ".join(["--load-format dummy", *more])
     print("changed: serve", env["MORE_SERVE"], flush=True)
+    try:
+        get(port, "/health")
+        raise SystemExit(f"a server answers on port {port} already: end it first")
+    except OSError:
+        pass
     log = (out / f"{name}.server.log").open("w")
     server = subprocess.Popen(
         ["bash", str(folder / "serving.sh")],
