@@ -210,6 +210,11 @@ class _Shapes:
 
     def _attention(self) -> AttentionSpec:
         heads, kv_heads = self.count("attention.head_count"), self.count("attention.head_count_kv")
+        if heads < 1:
+            raise FormatError(
+                f"{self.where}: {self.arch}.attention.head_count is 0",
+                "give the model's config.json instead",
+            )
         key = self.count("attention.key_length", self.count("embedding_length") // heads)
         value = self.count("attention.value_length", key)
         linear = tuple(x for x in range(self.layers) if "ssm_out" in self.by_layer[x])
