@@ -24,7 +24,7 @@ class Figure:
 
     @property
     def base(self) -> str:
-        """Unit of the value itself: s, us, bytes, or none of a share."""
+        """Unit of the value itself: s, us, bytes, share, or what is shown."""
         return _BASES.get((self.unit, self.factor), self.unit if self.factor == 1.0 else "")
 
     @property
@@ -43,6 +43,7 @@ _BASES = {
     ("KB", 1e-3): "bytes",
     ("MB", 1e-6): "bytes",
     ("GB", 1e-9): "bytes",
+    ("%", 100.0): "share",
 }
 
 

@@ -124,7 +124,11 @@ def serve(
     max_batch_tokens: MaxBatchTokensOption = None,
     max_sequences: Annotated[
         int | None,
-        typer.Option(help="Running sequences of a rank.", show_default="the engine's", min=1),
+        typer.Option(
+            help="Running sequences of a rank.",
+            show_default="the engine's, in vLLM and TensorRT-LLM at most the tokens of a step",
+            min=1,
+        ),
     ] = None,
     memory_fraction: MemoryFractionOption = None,
     block_size: Annotated[int, typer.Option(help="Tokens of a KV block.", min=1)] = 16,

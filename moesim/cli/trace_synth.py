@@ -238,7 +238,7 @@ def _sample(spec: SynthSpec, out: Path | None, tokens: int, seed: int) -> Trace:
     from moesim.trace.synth import generate
 
     if out is not None and tokens <= COMPARE_TOKENS:
-        return load_token_trace(out, "trace synth")
+        return load_token_trace(out, "moesim trace synth")
     return generate(spec, min(tokens, COMPARE_TOKENS), seed)
 
 

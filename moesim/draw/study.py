@@ -15,6 +15,8 @@ from moesim.draw.picture import Picture, poster
 MAX_DRAWN = 1500
 WIDE = 20.0
 """Largest over smallest value from which an axis is logarithmic."""
+SHOWN = {"s": ("ms", 1e3), "us": ("ms", 1e-3), "share": ("%", 100.0)}
+"""Unit that readers see, and the factor to it, of the units that values have."""
 LOOKS = {
     "misses a promise": (7, False),
     "other points": (5, False),
@@ -41,11 +43,11 @@ class Scaled:
 
 
 def scaled(data: Mapping[str, Any], name: str) -> Scaled:
-    """Figure `name` of the study `data`, seconds and microseconds in milliseconds."""
+    """Figure `name` of the study `data`, times in milliseconds and shares in per cent."""
     figure = data["figures"].get(name, {})
     label, unit = str(figure.get("label", name)), str(figure.get("unit", ""))
-    factor = {"s": 1e3, "us": 1e-3}.get(unit)
-    return Scaled(label, unit) if factor is None else Scaled(label, "ms", factor)
+    shown, factor = SHOWN.get(unit, (unit, 1.0))
+    return Scaled(label, shown, factor)
 
 
 def front_groups(data: Mapping[str, Any]) -> dict[str, list[tuple[float, float, str]]]:

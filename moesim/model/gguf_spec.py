@@ -127,7 +127,8 @@ class _Shapes:
         return int(found)
 
     def spec(self) -> tuple[ModelSpec, tuple[Placed, ...], dict[str, Any]]:
-        if set(self.by_layer) - {-1} != set(range(self.layers)):
+        found = set(self.by_layer) - {-1}
+        if len(found) != self.layers or found != set(range(self.layers)):
             raise FormatError(f"{self.where}: not every one of {self.layers} layers is there",
                               _DIFFERENT)  # fmt: skip
         hidden = self.count("embedding_length")

@@ -244,7 +244,8 @@ def elastic(
     arriving = arriving_requests(requests, seed=seed, first=first)
     if first is None:
         defaults["first"] = (
-            f"the requests of {ARRIVING_S:g} s at each rate, {LEAST_REQUESTS:,} or more"
+            f"the requests of {ARRIVING_S:g} s at each rate, {LEAST_REQUESTS:,} or more, of the"
+            f" {len(arriving):,} given"
         )
     kept: dict[tuple[int, float], float] = {}
     unsteady: list[tuple[int, float]] = []

@@ -93,14 +93,17 @@ def _table(data: dict[str, Any], columns: list[str], limit: int) -> list[str]:
 def heading(name: str, figures: dict[str, Any]) -> str:
     """A figure's label with the unit that `number` shows it in."""
     figure = figures.get(name, {"label": name, "unit": ""})
-    shown = {"us": "ms", "s": "ms", "bytes": "KB"}.get(figure["unit"], figure["unit"])
+    shown = {"us": "ms", "s": "ms", "bytes": "KB", "share": ""}
+    shown = shown.get(figure["unit"], figure["unit"])
     return figure["label"] + (f", {shown}" if shown else "")
 
 
 def number(value: float | None, unit: str) -> str:
-    """A figure for a table: times in ms, bytes in KB, at most four digits."""
+    """A figure for a table: times in ms, bytes in KB, shares in %, at most four digits."""
     if value is None:
         return "-"
+    if unit == "share":
+        return f"{value:.1%}"
     value *= {"us": 1e-3, "s": 1e3, "bytes": 1e-3}.get(unit, 1.0)
     if value == 0:
         return "0"

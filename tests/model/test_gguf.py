@@ -88,6 +88,8 @@ def broken(tmp_path: Path, **changed: object) -> Path:
         ({"expert_count": 8}, "experts of layer 0"),
         ({"expert_used_count": None}, "expert_used_count"),
         ({"block_count": 3}, "not every one of 3 layers"),
+        ({"block_count": 2_000_000_000}, "not every one of 2000000000 layers"),
+        ({"attention.head_count": 0}, "attention.head_count is 0"),
         ({"attention.head_count_kv": 4}, "keys of layer 0 are 128 wide"),
         ({"attention.sliding_window": 64}, "window of 64"),
         ({"embedding_length": 128}, "token_embd"),

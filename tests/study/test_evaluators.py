@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesim.draw.study import scaled
 from moesim.errors import InfeasibleError, InputError, MismatchError, UnknownNameError
 from moesim.figures import FIGURES
 from moesim.jobs.inputs import rerouted
@@ -16,6 +17,7 @@ from moesim.jobs.plan import plan
 from moesim.studies.evaluators.requests import _percentiles
 from moesim.studies.registry import EVALUATORS, get_evaluator
 from moesim.studies.space import make_point
+from moesim.studies.text import heading, number
 from moesim.trace.format import load_token_trace, load_trace, save_trace
 
 STATIC: dict[str, Any] = {
@@ -308,3 +310,12 @@ def test_static_drafts_and_steps_have_pools() -> None:
     pools = figures("step", **step, expert_gpus=4, micro_batches=1, cluster="h200-sxm-ib")
     together = figures("step", **step, cluster="h200-sxm-ib")
     assert pools["step_us"] != together["step_us"]
+
+
+def test_shares_are_shown_in_per_cent() -> None:
+    """A share of 0.331 reads 33.1% in the table, and 33.10 on an axis in %."""
+    figures = {"kv_used_peak": {"label": "KV cache in use", "unit": FIGURES["kv_used_peak"].base}}
+    assert number(0.331, figures["kv_used_peak"]["unit"]) == "33.1%"
+    assert heading("kv_used_peak", figures) == "KV cache in use"
+    drawn = scaled({"figures": figures}, "kv_used_peak")
+    assert (drawn.axis, drawn.said(0.331)) == ("KV cache in use (%)", "33.10 %")

@@ -13,6 +13,7 @@ from moesim.errors import FormatError, InputError
 from moesim.jobs.inputs import token_trace_of
 from moesim.model.names import load_model
 from moesim.serving.engines import engine_profile
+from moesim.serving.speculative import MAX_DRAFTS
 from moesim.studies.recommend.layouts import Bench, Layout
 from moesim.studies.recommend.need import need_of
 from moesim.studies.recommend.others import mtp
@@ -65,7 +66,7 @@ class _Option(_Record):
 
 class _Drafting(_Record):
     acceptance: Annotated[float, Field(ge=0, le=1)]
-    drafts: Annotated[int, Field(ge=1, le=16)]
+    drafts: Annotated[int, Field(ge=1, le=MAX_DRAFTS)]
 
 
 class _Answer(_Record):
